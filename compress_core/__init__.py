@@ -1,0 +1,52 @@
+"""compress-core: model compression for PyTorch training loops, with every algorithm a plugin."""
+
+from compress_core.algorithm import Algorithm, Plan
+from compress_core.api import check_config, create_compressed_model, register_default_init_args
+from compress_core.config import AlgorithmConfig, CompressionConfig, InitializerConfig, Section
+from compress_core.controller import CompressionController
+from compress_core.errors import (
+    CompressionError,
+    ConfigError,
+    DataError,
+    ModelError,
+    PluginError,
+    StateError,
+    TransformError,
+)
+from compress_core.hookspecs import hookimpl
+from compress_core.initializers import BNAdaptationInitArgs, Initializer, QuantizationRangeInitArgs
+from compress_core.layers import register_module
+from compress_core.stages import CompressionStage, Stage
+from compress_core.statistics import Statistics, Table, TableStatistics
+from compress_core.transforms import mask_weight
+
+__all__ = [
+    "Algorithm",
+    "AlgorithmConfig",
+    "BNAdaptationInitArgs",
+    "CompressionConfig",
+    "CompressionController",
+    "CompressionError",
+    "CompressionStage",
+    "ConfigError",
+    "DataError",
+    "Initializer",
+    "InitializerConfig",
+    "ModelError",
+    "Plan",
+    "PluginError",
+    "QuantizationRangeInitArgs",
+    "Section",
+    "Stage",
+    "StateError",
+    "Statistics",
+    "Table",
+    "TableStatistics",
+    "TransformError",
+    "check_config",
+    "create_compressed_model",
+    "hookimpl",
+    "mask_weight",
+    "register_default_init_args",
+    "register_module",
+]

@@ -1,0 +1,21 @@
+"""The config: what may stand in it, how it is loaded, and how its errors read."""
+
+from compress_core.config.document import CompressionConfig
+from compress_core.config.model import (
+    AlgorithmConfig,
+    Count,
+    InitializerConfig,
+    InitializerSection,
+    Scopes,
+    Section,
+)
+
+__all__ = [
+    "AlgorithmConfig",
+    "CompressionConfig",
+    "Count",
+    "InitializerConfig",
+    "InitializerSection",
+    "Scopes",
+    "Section",
+]

@@ -1,0 +1,211 @@
+"""`CompressionConfig`: a whole config document."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import json5
+from pydantic import BeforeValidator, Field, ValidationError
+
+from compress_core.config.errors import did_you_mean, problems_of, shown
+from compress_core.config.model import AlgorithmConfig, Count, Scopes, Section
+from compress_core.errors import ConfigError, Problem
+
+logger = logging.getLogger(__name__)
+
+Struct = TypeVar("Struct")
+
+
+def _as_list_of_objects(value: Any) -> Any:
+    return [value] if isinstance(value, Mapping) else value
+
+
+class InputInfo(Section):
+    """One tensor argument of the model's forward."""
+
+    sample_size: list[Count] | None = Field(None, description="full shape, batch dimension included")
+    type: str = Field("float", description="name of a torch dtype, such as float or long")
+    filler: Literal["zeros", "ones", "random"] = Field("ones", description="what an example tensor is filled with")
+    keyword: str | None = Field(None, description="name of the argument, when it is passed by keyword")
+
+
+class _Root(Section):
+    """The keys that the core knows at the top of a document, `compression` aside."""
+
+    input_info: Annotated[list[InputInfo], BeforeValidator(_as_list_of_objects)] = Field(
+        default_factory=list, description="example inputs, one for each argument of forward"
+    )
+    target_device: Literal["ANY", "CPU", "GPU", "NPU", "TRIAL", "CPU_SPR"] = Field(
+        "ANY", description="hardware that the compressed model is meant for"
+    )
+    compression_lr_multiplier: float | None = Field(
+        None, gt=0, description="factor on the gradients of what the algorithms learn"
+    )
+    ignored_scopes: Scopes = Field(default_factory=list, description="parts of the model that no algorithm may touch")
+    target_scopes: Scopes = Field(default_factory=list, description="if given, the only parts to compress")
+    unused_values: Literal["error", "warn"] = Field(
+        "error", description="what happens when a value in an algorithm's section can have no effect"
+    )
+    log_dir: str | None = Field(
+        None, description="accepted for NNCF's sake; nothing is written without being asked for"
+    )
+    disable_shape_matching: bool | None = Field(None, description="accepted for NNCF's sake, where it is ignored too")
+
+
+# Sections of NNCF documents that mean something, which this version cannot do: saying nothing would be worse.
+_REFUSED = {
+    "accuracy_aware_training": "accuracy-aware training is not available yet; drive the level from your loop",
+    "bootstrapNAS": "neural architecture search is not part of compress-core; remove this section",
+}
+
+
+class CompressionConfig:
+    """A validated config document.
+
+    Sections of algorithms that are installed are checked when the document is loaded. A section whose algorithm is
+    not installed is kept as it is, so that a document can be read anywhere; `create_compressed_model` refuses it.
+
+    Attributes:
+        root: The keys at the top of the document.
+        sections: The algorithms' sections in the order of the document.
+        source: The document as it was given.
+    """
+
+    root: _Root
+    sections: tuple[AlgorithmConfig | UnresolvedSection, ...]
+    source: dict[str, Any]
+
+    def __init__(self, document: Mapping[str, Any], *, origin: str = "") -> None:
+        # Imported late: the registry needs the section classes of this package.
+        from compress_core.registry import default_registry  # noqa: PLC0415
+
+        if not isinstance(document, Mapping):
+            raise ConfigError(f"a config is an object with a key 'compression', got {shown(document)}", path=origin)
+        self.source = {str(key): value for key, value in document.items()}
+        self._structs: dict[type, Any] = {}
+        problems: list[Problem] = []
+        self.root = _validated_root(self.source, problems)
+        self._single = isinstance(self.source.get("compression"), Mapping)
+        registry = default_registry()
+        self.sections = tuple(
+            section
+            for index, raw in enumerate(_raw_sections(self.source, problems))
+            if (section := registry.validate_section(raw, self.section_path(index), problems)) is not None
+        )
+        problems.extend(self._repeated())
+        if problems:
+            raise ConfigError(problems)
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> CompressionConfig:
+        """Reads a JSON file; comments and trailing commas are welcome.
+
+        Raises:
+            ConfigError: The file cannot be read or parsed, repeats a key, or is not a valid config.
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"cannot read the config '{path}': {error.strerror or error}") from error
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"the config '{path}' is not UTF-8 text: {error}") from error
+        try:
+            document = json5.loads(text, allow_duplicate_keys=False)
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"the config '{path}' is not JSON: {error}") from error
+        return cls(document)
+
+    @classmethod
+    def from_dict(cls, document: Mapping[str, Any]) -> CompressionConfig:
+        """Validates a document that is in memory; it is not changed and not kept.
+
+        Raises:
+            ConfigError: It is not a valid config.
+        """
+        return cls(document)
+
+    @classmethod
+    def load(cls, config: CompressionConfig | Mapping[str, Any] | str | Path) -> CompressionConfig:
+        """Returns a config from whatever form it comes in: a config, a dict, or the path of a JSON file."""
+        if isinstance(config, CompressionConfig):
+            return config
+        if isinstance(config, (str, Path)):
+            return cls.from_json(config)
+        return cls.from_dict(config)
+
+    def register_extra_structs(self, structs: Iterable[object]) -> CompressionConfig:
+        """Attaches objects that a document cannot hold, such as `BNAdaptationInitArgs`.
+
+        An object replaces an earlier one of the same type.
+
+        Returns:
+            This config.
+        """
+        for struct in structs:
+            self._structs[type(struct)] = struct
+        return self
+
+    def get_extra_struct(self, kind: type[Struct]) -> Struct | None:
+        """Returns the attached object of a type, or None."""
+        return self._structs.get(kind)
+
+    def section_path(self, index: int) -> str:
+        """Returns the path of an algorithm's section without the algorithm's name: `compression` or `compression.1`."""
+        return "compression" if self._single else f"compression.{index}"
+
+    def algorithm_path(self, index: int) -> str:
+        """Returns the path of an algorithm's section with its name: `compression.1.magnitude_sparsity`."""
+        return f"{self.section_path(index)}.{self.sections[index].algorithm}"
+
+    def _repeated(self) -> list[Problem]:
+        names = [section.algorithm for section in self.sections]
+        return [
+            Problem(self.algorithm_path(i), "this algorithm is named twice; merge the two sections into one")
+            for i, name in enumerate(names)
+            if name in names[:i]
+        ]
+
+
+class UnresolvedSection:
+    """The section of an algorithm that is not installed, as the user wrote it."""
+
+    def __init__(self, document: Mapping[str, Any], problem: Problem) -> None:
+        self.algorithm = str(document["algorithm"])
+        self.document = dict(document)
+        self.problem = problem
+
+
+def _raw_sections(source: Mapping[str, Any], problems: list[Problem]) -> list[Any]:
+    compression = source.get("compression", [])
+    if isinstance(compression, Mapping):
+        return [compression]
+    if isinstance(compression, list):
+        return compression
+    problems.append(Problem("compression", f"must be an object or a list of objects, got {shown(compression)}"))
+    return []
+
+
+def _validated_root(source: Mapping[str, Any], problems: list[Problem]) -> _Root:
+    known = {**_Root.model_fields, "compression": None, **_REFUSED}
+    strangers = []
+    for key in source:
+        if key in _REFUSED:
+            problems.append(Problem(key, f"{_REFUSED[key]} (value {shown(source[key])})"))
+        elif key not in known:
+            if difflib.get_close_matches(key, known, n=1, cutoff=0.85):
+                problems.append(Problem(key, f"unknown key (value {shown(source[key])}).{did_you_mean(key, known)}"))
+            else:
+                strangers.append(key)
+    if strangers:
+        logger.warning(
+            "config: the top-level keys %s mean nothing to compress-core and are left to you", ", ".join(strangers)
+        )
+    try:
+        return _Root.model_validate({key: source[key] for key in source if key in _Root.model_fields})
+    except ValidationError as error:
+        problems.extend(problems_of(error, _Root, ""))
+        return _Root()

@@ -1,0 +1,139 @@
+"""What the hooks of one model are told besides the model itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from compress_core.algorithm import Algorithm, Plan
+from compress_core.config import AlgorithmConfig, CompressionConfig, InitializerConfig
+from compress_core.errors import ConfigError, DataError, ModelError
+from compress_core.initializers.data import CalibrationData, InitArgs
+from compress_core.layers import WeightTensor, weight_tensors
+from compress_core.ledger import Ledger
+from compress_core.scopes import ScopeFilter
+
+if TYPE_CHECKING:
+    from compress_core.controller import CompressionController
+
+
+class Context:
+    """Shared by all hooks of one model.
+
+    Attributes:
+        config: The whole document.
+        ledger: Where it is written down what each value of the config did.
+        resuming: Whether a compression state is being resumed: no data, no initialization.
+        bypassable: Whether bypassing the weight transforms gives the uncompressed model back.
+        controller: The controller, once there is one.
+    """
+
+    def __init__(self, config: CompressionConfig, *, init_loader: Any = None, resuming: bool = False) -> None:
+        self.config = config
+        self.ledger = Ledger()
+        self.resuming = resuming
+        self.bypassable = True
+        self.controller: CompressionController | None = None
+        self._init_loader = init_loader
+        self._requests: dict[str, InitializerConfig] = {}
+
+    def section(self, algorithm: Algorithm) -> tuple[str, AlgorithmConfig]:
+        """Returns the path and the content of an algorithm's section."""
+        for index, section in enumerate(self.config.sections):
+            if section is algorithm.config:
+                return self.config.algorithm_path(index), algorithm.config
+        raise KeyError(algorithm.name)
+
+    def requests(self, initializer: str) -> dict[str, InitializerConfig]:
+        """Returns who asked for a shared initializer: path -> section."""
+        found = {}
+        for index, section in enumerate(self.config.sections):
+            if (
+                isinstance(section, AlgorithmConfig)
+                and (request := section.initializer.shared(initializer)) is not None
+            ):
+                found[f"{self.config.algorithm_path(index)}.initializer.{initializer}"] = request
+        self._requests |= found
+        return found
+
+    def request(self, path: str) -> InitializerConfig:
+        """Returns the section that stands at a path of `requests`."""
+        return self._requests[path]
+
+    def has_data(self, kind: type[InitArgs] = InitArgs) -> bool:
+        """Tells whether `calibration_data` would find a loader."""
+        return self._init_loader is not None or self.config.get_extra_struct(kind) is not None
+
+    def calibration_data(self, path: str, kind: type[InitArgs] = InitArgs, loader: Any = None) -> CalibrationData:
+        """Returns the batches for an initializer or a calibration.
+
+        Args:
+            path: Path of the section that asks, for messages.
+            kind: Type of the object of `register_extra_structs` that holds the loader.
+            loader: A loader (or `InitArgs`) that takes precedence.
+
+        Raises:
+            DataError: There is no loader, or it is none.
+        """
+        source = loader if loader is not None else self._init_loader
+        if source is None:
+            source = self.config.get_extra_struct(kind)
+        if source is None:
+            raise DataError(
+                f"{path}: needs calibration data, and there is none. Call register_default_init_args(config, loader), "
+                f"pass init_loader= to create_compressed_model, or register {kind.__name__}(loader); or remove the section"
+            )
+        return CalibrationData(source if isinstance(source, InitArgs) else InitArgs(source), path)
+
+    def scope_filter(self, model: nn.Module, algorithm: Algorithm) -> ScopeFilter:
+        """Returns what the scopes of the document and of the algorithm's section leave of a model."""
+        path, config = self.section(algorithm)
+        root = self.config.root
+
+        def entries(prefix: str, scopes: Iterable[str]) -> dict[str, str]:
+            return {f"{prefix}.{index}": scope for index, scope in enumerate(scopes)}
+
+        return ScopeFilter(
+            model,
+            entries("ignored_scopes", root.ignored_scopes) | entries(f"{path}.ignored_scopes", config.ignored_scopes),
+            [entries("target_scopes", root.target_scopes), entries(f"{path}.target_scopes", config.target_scopes)],
+        )
+
+    def weight_targets(self, model: nn.Module, algorithm: Algorithm) -> tuple[list[WeightTensor], dict[str, str]]:
+        """Returns the weights that an algorithm may change, and name -> reason for the others.
+
+        Raises:
+            ConfigError: A scope matches nothing, or nothing is left to compress.
+            ModelError: A weight is computed by somebody else's hook or parametrization.
+        """
+        path, config = self.section(algorithm)
+        tensors = weight_tensors(model, algorithm.name)
+        scopes = self.scope_filter(model, algorithm)
+        candidates = [name for tensor in tensors for name in tensor.module_names]
+        if config.validate_scopes:
+            scopes.check(candidates)
+        targets, skipped = [], {}
+        for tensor in tensors:
+            reason = scopes.reason_to_skip(tensor.module_names)
+            if reason is None and tensor.parameter is None:
+                raise ModelError(
+                    f"{path}: the weight '{tensor.name}' is computed by a parametrization or a hook (weight_norm, "
+                    "spectral_norm, prune); remove that first, or name the layer in ignored_scopes"
+                )
+            if reason is None:
+                targets.append(tensor)
+            else:
+                skipped[tensor.name] = reason
+        for scope_path, entry in scopes.entries():
+            self.ledger.record(scope_path, entry, "matches these modules", scopes.matches(entry))
+        if not targets:
+            why = "every weight is excluded by a scope" if tensors else "the model has no layer with weights"
+            raise ConfigError(f"finds nothing to compress: {why}. Change the scopes, or remove this section", path=path)
+        return targets, skipped
+
+    def plan_weights(self, model: nn.Module, algorithm: Algorithm) -> Plan:
+        """Returns the plan to change every weight that the scopes leave; see `weight_targets`."""
+        targets, skipped = self.weight_targets(model, algorithm)
+        return Plan(tuple(tensor.name for tensor in targets), skipped)

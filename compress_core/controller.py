@@ -1,0 +1,197 @@
+"""What the training loop holds."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from compress_core.algorithm import Algorithm
+from compress_core.context import Context
+from compress_core.errors import CompressionError
+from compress_core.initializers.batchnorm_adaptation import BatchNormAdaptation
+from compress_core.initializers.bn_pass import AdaptationReport
+from compress_core.initializers.data import BNAdaptationInitArgs
+from compress_core.ledger import Ledger
+from compress_core.lifecycle import Lifecycle
+from compress_core.schedules import CompressionScheduler
+from compress_core.stages import CompressionStage
+from compress_core.state import dump_state
+from compress_core.statistics import CompressionStatistics, Statistics
+from compress_core.transforms.model_wide import bake_transforms, swapped_transform_buffers
+
+logger = logging.getLogger(__name__)
+
+
+class CompressionController:
+    """Drives the compression of one model during training.
+
+    Besides its own members it offers those that its algorithms name in `controller_api`, such as
+    `controller.set_sparsity_level(0.7)`.
+
+    Attributes:
+        model: The model; the same object that was given to `create_compressed_model`.
+        scheduler: Call `epoch_step()` before each epoch and `step()` before each optimizer step.
+        algorithms: The algorithms by name, in pipeline order.
+    """
+
+    def __init__(self, model: nn.Module, lifecycle: Lifecycle) -> None:
+        self.model = model
+        self._lifecycle = lifecycle
+        self.algorithms: Mapping[str, Algorithm] = {a.name: a for a in lifecycle.algorithms}
+        self.scheduler = CompressionScheduler(
+            lambda clock: lifecycle.step(model, clock), lambda clock: lifecycle.epoch_step(model, clock)
+        )
+        lifecycle.context.controller = self
+
+    def __getattr__(self, name: str) -> Any:
+        # Only called for names that the controller lacks.
+        algorithms = self.__dict__.get("algorithms", {})
+        owners = [algorithm for algorithm in algorithms.values() if name in algorithm.controller_api]
+        if len(owners) == 1:
+            return getattr(owners[0], name)
+        if owners:
+            names = " and ".join(f"algorithms['{owner.name}']" for owner in owners)
+            raise AttributeError(f"'{name}' is offered by {names}; say which: controller.algorithms[...].{name}")
+        offered = sorted(api for algorithm in algorithms.values() for api in algorithm.controller_api)
+        raise AttributeError(f"the controller has no '{name}'; its algorithms offer {offered}")
+
+    def __repr__(self) -> str:
+        return f"CompressionController({', '.join(self.algorithms)}; {self.compression_stage().name})"
+
+    @property
+    def name(self) -> str:
+        """Names of the algorithms, in pipeline order."""
+        return ", ".join(self.algorithms)
+
+    @property
+    def context(self) -> Context:
+        """What the hooks of this model are told."""
+        return self._lifecycle.context
+
+    @property
+    def ledger(self) -> Ledger:
+        """What each value of the config did."""
+        return self.context.ledger
+
+    def loss(self) -> torch.Tensor:
+        """Returns what the algorithms add to the task's loss: a scalar on the model's device."""
+        losses = self._lifecycle.losses(self.model)
+        if not losses:
+            device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
+            return torch.zeros((), device=device)
+        return torch.stack([loss.reshape(()) for loss in losses]).sum()
+
+    def compression_stage(self) -> CompressionStage:
+        """Returns how far compression has come, measured on the model."""
+        return self._lifecycle.stage(self.model)
+
+    @property
+    def compression_rate(self) -> float:
+        """Share of the model's compressed part that is gone, 0 to 1, measured.
+
+        With several algorithms the shares that they leave are multiplied. Setting it is for a single algorithm.
+        """
+        rates = [rate for a in self.algorithms.values() if (rate := a.compression_rate) is not None]
+        return 1.0 - math.prod(1.0 - rate for rate in rates)
+
+    @compression_rate.setter
+    def compression_rate(self, rate: float) -> None:
+        settable = [a for a in self.algorithms.values() if getattr(type(a).compression_rate, "fset", None) is not None]
+        if len(settable) != 1:
+            names = [a.name for a in settable] or "no algorithm"
+            raise CompressionError(
+                f"compression_rate can be set for one algorithm, and {names} would take it; set the level of that one"
+            )
+        settable[0].compression_rate = rate  # type: ignore[misc]
+
+    def statistics(self, quickly_collected_only: bool = False) -> CompressionStatistics:
+        """Returns figures measured on the model as it is now.
+
+        Args:
+            quickly_collected_only: For NNCF's sake; all figures are collected quickly here.
+        """
+        parts: dict[str, Statistics] = dict(self._lifecycle.statistics(self.model))
+        for name, initializer in self._lifecycle.initializers.items():
+            if (statistics := initializer.statistics()) is not None:
+                parts[name] = statistics
+        parts["ledger"] = self.ledger
+        return CompressionStatistics(parts)
+
+    def get_compression_state(self) -> dict[str, Any]:
+        """Returns what `create_compressed_model(..., compression_state=)` needs to build the same structure: JSON-able.
+
+        Weights, masks and learned values are in the model's own `state_dict`: save both.
+        """
+        reports = {n: s.to_dict() for n, i in self._lifecycle.initializers.items() if (s := i.statistics()) is not None}
+        return dump_state(
+            self._lifecycle,
+            self._lifecycle.state(self.model),
+            {"scheduler": self.scheduler.get_state(), "initializers": reports},
+        )
+
+    def strip(self, do_copy: bool = True) -> nn.Module:
+        """Returns a plain model that computes the same: zeros baked in, helpers gone.
+
+        Args:
+            do_copy: Whether to work on a copy. Otherwise this model itself becomes plain, and the controller is done.
+        """
+        model = copy.deepcopy(self.model) if do_copy else self.model
+        self._lifecycle.strip(model)
+        bake_transforms(model)
+        return model
+
+    def adapt_batchnorm(
+        self,
+        loader: Any = None,
+        *,
+        num_samples: int | None = None,
+        method: Literal["paired", "exact", "momentum"] | None = None,
+    ) -> AdaptationReport:
+        """Adapts the running statistics of batch norm again.
+
+        As long as the model has not been trained since it was created, this starts from the statistics of the
+        uncompressed model, so that calls do not add up. Afterwards these are gone, and `exact` is used for `paired`.
+
+        Args:
+            loader: Batches, or `BNAdaptationInitArgs`; by default what the model was created with.
+            num_samples: How many; by default what the config asked for, or 2000.
+            method: The estimator; by default the config's.
+
+        Raises:
+            DataError: There are no usable batches. All statistics are as before.
+        """
+        return self._adapt(loader, num_samples, method)
+
+    @contextlib.contextmanager
+    def batchnorm_adapted(self, enabled: bool = True) -> Iterator[None]:
+        """Changes of transforms within the context are followed by an adaptation, if `enabled`.
+
+        The model as it was on entering is what the present statistics belong to.
+        """
+        if not enabled:
+            yield
+            return
+        self.context.calibration_data("run_batchnorm_adaptation=True", BNAdaptationInitArgs)  # fail before the change
+        with swapped_transform_buffers(self.model) as as_before:
+            yield
+            self._adapt(None, None, None, as_before)
+
+    def _adapt(self, loader: Any, num_samples: int | None, method: Any, reference: Any = None) -> AdaptationReport:
+        adaptation = self._lifecycle.initializers.get(BatchNormAdaptation.name)
+        if not isinstance(adaptation, BatchNormAdaptation):
+            raise CompressionError("batch-norm adaptation is not installed: the plugin 'initializers' was not loaded")
+        return adaptation.adapt(
+            self.model,
+            self.context,
+            self.context.calibration_data("adapt_batchnorm()", BNAdaptationInitArgs, loader),
+            adaptation.default_samples if num_samples is None else num_samples,
+            adaptation.method if method is None else method,
+            reference,
+        )

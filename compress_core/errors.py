@@ -1,0 +1,76 @@
+"""Exceptions of compress-core.
+
+Every message says what is wrong, where (a dotted module name or a config path), the value that was seen, and what to
+do about it. All exceptions derive from `CompressionError`; where a built-in exception describes the same kind of
+mistake the class derives from that one too, so that `except ValueError` keeps working.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+class CompressionError(Exception):
+    """Root of everything that compress-core raises on purpose."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong in a config.
+
+    Attributes:
+        path: Where, as a dotted path into the document, e.g. `compression.1.magnitude_sparsity.params.power`.
+        message: What is wrong, the value seen, and the remedy.
+    """
+
+    path: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.message}" if self.path else self.message
+
+
+class ConfigError(CompressionError, ValueError):
+    """The config is wrong, contradicts itself, or says something that can have no effect.
+
+    Attributes:
+        problems: Everything found wrong, in the order of the document.
+    """
+
+    def __init__(self, problems: str | Problem | Sequence[Problem], *, path: str = "") -> None:
+        if isinstance(problems, str):
+            problems = [Problem(path, problems)]
+        elif isinstance(problems, Problem):
+            problems = [problems]
+        self.problems: tuple[Problem, ...] = tuple(problems)
+        super().__init__(self._render())
+
+    def _render(self) -> str:
+        if len(self.problems) == 1:
+            return str(self.problems[0])
+        lines = "\n".join(f"  {problem}" for problem in self.problems)
+        return f"{len(self.problems)} problems in the compression config:\n{lines}"
+
+    def __reduce__(self) -> tuple[type[ConfigError], tuple[tuple[Problem, ...]]]:
+        return type(self), (self.problems,)
+
+
+class PluginError(CompressionError):
+    """A plugin breaks the contract of `compress_core.hookspecs`, or could not be loaded."""
+
+
+class ModelError(CompressionError, ValueError):
+    """The model cannot be compressed as it is."""
+
+
+class DataError(CompressionError, ValueError):
+    """Calibration data is missing, empty, or not what the model takes."""
+
+
+class StateError(CompressionError, ValueError):
+    """A compression state does not fit the model, the config or the installed plugins."""
+
+
+class TransformError(CompressionError, RuntimeError):
+    """A weight transform cannot be added, failed while it ran, or returned something unusable."""

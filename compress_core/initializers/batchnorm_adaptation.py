@@ -1,0 +1,294 @@
+"""Batch-norm adaptation: running statistics that fit the compressed model, before fine-tuning starts.
+
+Compression shifts what every layer puts out, while the running statistics still describe the uncompressed model. One
+pass over a few calibration samples corrects them. It runs once, after every algorithm has committed and calibrated.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+
+import torch
+from pydantic import Field
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from compress_core.config.model import Count, InitializerConfig, Scopes
+
+if TYPE_CHECKING:
+    from compress_core.context import Context
+from compress_core.errors import ConfigError, DataError, ModelError, Problem
+from compress_core.hookspecs import hookimpl
+from compress_core.initializers.base import Initializer
+from compress_core.initializers.bn_estimators import ESTIMATORS
+from compress_core.initializers.bn_pass import AdaptationPass, AdaptationReport, Reference
+from compress_core.initializers.data import BNAdaptationInitArgs, CalibrationData
+from compress_core.scopes import ScopeFilter
+from compress_core.statistics import Statistics, Table
+from compress_core.transforms.model_wide import bypass_transforms
+
+logger = logging.getLogger(__name__)
+
+Method = Literal["paired", "exact", "momentum"]
+
+
+class BatchNormAdaptationConfig(InitializerConfig):
+    """Section `initializer.batchnorm_adaptation`."""
+
+    num_bn_adaptation_samples: Count = Field(
+        2000, ge=0, description="samples to adapt with, rounded to the nearest whole number of batches; 0 = off"
+    )
+    method: Method = Field(
+        "paired",
+        description="estimator: paired (carries the trained statistics over), exact (population moments), momentum "
+        "(NNCF's exponential average)",
+    )
+    ignored_scopes: Scopes = Field(default_factory=list, description="batch norms to leave as they are")
+
+
+class BatchNormAdaptation(Initializer):
+    """Corrects the running statistics of batch norm after compression."""
+
+    name = "batchnorm_adaptation"
+    Config: ClassVar[type[InitializerConfig]] = BatchNormAdaptationConfig
+    struct = BNAdaptationInitArgs
+
+    def __init__(self, config: InitializerConfig, paths: tuple[str, ...]) -> None:
+        super().__init__(config, paths)
+        self.num_samples = 0
+        self.method: Method = "paired"
+        self.ignored: dict[str, str] = {}
+        self.report: AdaptationReport | None = None
+        # The statistics that training left, and those that we left last: while the layers still hold one of these,
+        # adaptation starts from the former and not from its own earlier result.
+        self._origin: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._last: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._observed: tuple[AdaptationPass, list[tuple[Any, int]]] | None = None
+        self._bypassable = True
+
+    @classmethod
+    def from_requests(cls, requests: Mapping[str, InitializerConfig]) -> Self:
+        """Merges the requests: the largest number of samples, one method.
+
+        Raises:
+            ConfigError: Two sections name different methods.
+        """
+        configs = {p: config for p, config in requests.items() if isinstance(config, BatchNormAdaptationConfig)}
+        adaptation = cls(BatchNormAdaptationConfig(), tuple(configs))
+        named = {p: config.method for p, config in configs.items() if "method" in config.model_fields_set}
+        if len(set(named.values())) > 1:
+            raise ConfigError(
+                [Problem(f"{p}.method", f"'{m}': adaptation runs once for all, choose one") for p, m in named.items()]
+            )
+        adaptation.method = next(iter(named.values()), adaptation.method)
+        for path, config in configs.items():
+            adaptation.num_samples = max(adaptation.num_samples, config.num_bn_adaptation_samples)
+            adaptation.ignored |= {f"{path}.ignored_scopes.{i}": s for i, s in enumerate(config.ignored_scopes)}
+        return adaptation
+
+    @property
+    def default_samples(self) -> int:
+        """Number of samples of an adaptation that is asked for by hand without a number."""
+        return self.num_samples or BatchNormAdaptationConfig().num_bn_adaptation_samples
+
+    def needs_data(self) -> bool:
+        """Tells whether anybody asked for adaptation."""
+        return self.num_samples > 0
+
+    @hookimpl
+    def compress_observe(self, model: nn.Module, context: Context) -> None:
+        """Remembers the trained statistics; sees the uncompressed model where it cannot be had back later.
+
+        Raises:
+            ConfigError: Adaptation was asked for, and there is nothing that it could adapt.
+        """
+        layers = self._layers(model, context)
+        self._origin = _statistics_of(layers)
+        self._bypassable = context.bypassable
+        if not self.num_samples:
+            if layers and not self.paths:
+                logger.info("no batchnorm_adaptation in the config: the statistics of batch norm stay as they are")
+            self._record(context, layers)
+            return
+        if not layers:
+            message = "the model has no batch norm with running statistics that could be adapted; remove this section"
+            if not context.config.root.unused_values == "warn":
+                raise ConfigError([Problem(path, message) for path in self.paths])
+            logger.warning("config: %s: %s", ", ".join(self.paths), message)
+        self._record(context, layers)
+        if layers and not self._bypassable:
+            self._observe_reference(model, layers, context)
+
+    @hookimpl
+    def compress_initialize(self, model: nn.Module, context: Context) -> None:
+        """Adapts, once, with what was asked for."""
+        layers = self._layers(model, context)
+        if not self.num_samples or not layers:
+            return
+        data = context.calibration_data(self.paths[0], BNAdaptationInitArgs)
+        if self._observed is None:
+            self.adapt(model, context, data, self.num_samples, self.method)
+            return
+        adaptation, batches = self._observed
+        self._observed = None
+        with adaptation:
+            adaptation.run(data, batches)
+            self._finish(adaptation, layers, self.num_samples)
+
+    def adapt(
+        self,
+        model: nn.Module,
+        context: Context,
+        data: CalibrationData,
+        num_samples: int,
+        method: Method,
+        reference: Reference | None = None,
+    ) -> AdaptationReport:
+        """Runs an adaptation.
+
+        Args:
+            model: The compressed model.
+            context: The context.
+            data: The batches.
+            num_samples: How many samples, rounded to whole batches.
+            method: The estimator; `paired` becomes `exact` where there is nothing to pair with.
+            reference: Makes a context in which the model is the one that its running statistics belong to; used when it
+                has been trained since it was created. By default there is no such model.
+        """
+        if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
+            raise DataError(f"{data.path}: num_samples must be a whole number of at least 1, got {num_samples!r}")
+        if method not in ESTIMATORS:
+            raise DataError(f"{data.path}: method must be one of {', '.join(ESTIMATORS)}, got {method!r}")
+        layers = self._layers(model, context)
+        if not layers:
+            raise ModelError(f"{data.path}: the model has no batch norm with running statistics that could be adapted")
+        before = _statistics_of(layers)
+        from_origin = self._untouched(before)
+        if from_origin and self._bypassable:
+            reference = functools.partial(bypass_transforms, model)
+        if method == "paired" and reference is None:
+            logger.info("batch-norm adaptation: the uncompressed model cannot be had back, using 'exact' for 'paired'")
+            method = "exact"
+        try:
+            if from_origin:
+                _set_statistics(layers, self._origin)
+            with AdaptationPass(model, layers, method) as adaptation:
+                reference = reference if adaptation.needs_reference else None
+                adaptation.run(data, data.batches(num_samples), reference=reference, total=num_samples)
+                return self._finish(adaptation, layers, num_samples)
+        except BaseException:
+            _set_statistics(layers, before)
+            raise
+
+    def statistics(self) -> Statistics | None:
+        """Returns what the last adaptation did."""
+        return None if self.report is None else BatchNormAdaptationStatistics(self.report)
+
+    def _observe_reference(self, model: nn.Module, layers: dict[str, _BatchNorm], context: Context) -> None:
+        adaptation = AdaptationPass(model, layers, self.method)
+        if not adaptation.needs_reference:
+            return
+        data = context.calibration_data(self.paths[0], BNAdaptationInitArgs)
+        batches = list(data.batches(self.num_samples))  # the second pass must see the same samples
+        with adaptation:
+            adaptation.run(data, batches, reference=contextlib.nullcontext, compressed=False)
+        adaptation.rest()
+        self._observed = (adaptation, batches)
+
+    def _finish(self, adaptation: AdaptationPass, layers: dict[str, _BatchNorm], num_samples: int) -> AdaptationReport:
+        report = adaptation.finish(num_samples)
+        if 2 * report.samples < num_samples:
+            logger.warning(
+                "batch-norm adaptation: %d samples were asked for, the data loader gave %d",
+                num_samples,
+                report.samples,
+            )
+        self._last = _statistics_of(layers)
+        self.report = report
+        return report
+
+    def _untouched(self, now: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> bool:
+        """Tells whether the layers hold the trained statistics, or those that we have put there."""
+        return bool(self._origin) and (_same(now, self._last) or _same(now, self._origin))
+
+    def _layers(self, model: nn.Module, context: Context) -> dict[str, _BatchNorm]:
+        """Returns the batch norms to adapt: with running statistics, not frozen, not in an ignored scope."""
+        root = context.config.root
+        ignored = {f"ignored_scopes.{i}": scope for i, scope in enumerate(root.ignored_scopes)} | self.ignored
+        scopes = ScopeFilter(model, ignored)
+        return {
+            name: module
+            for name, module in model.named_modules()
+            if isinstance(module, _BatchNorm)
+            and module.running_mean is not None
+            and module.running_var is not None
+            and not _is_frozen(module, model)
+            and scopes.reason_to_skip([name]) is None
+        }
+
+    def _record(self, context: Context, layers: Iterable[str]) -> None:
+        for path in self.paths:
+            request = context.request(path)
+            for leaf, value, _ in request.given_leaves(f"{path}."):
+                context.ledger.record(leaf, value, f"adapts with {self.num_samples} samples, {self.method}", layers)
+
+
+def _is_frozen(layer: _BatchNorm, model: nn.Module) -> bool:
+    """Tells whether the user holds this layer's statistics: in eval mode within a model that trains, or momentum 0."""
+    return (model.training and not layer.training) or layer.momentum == 0.0
+
+
+def _statistics_of(layers: Mapping[str, _BatchNorm]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    return {
+        name: (layer.running_mean.clone(), layer.running_var.clone())
+        for name, layer in layers.items()
+        if layer.running_mean is not None and layer.running_var is not None
+    }
+
+
+def _set_statistics(
+    layers: Mapping[str, _BatchNorm], statistics: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+) -> None:
+    for name, layer in layers.items():
+        assert layer.running_mean is not None and layer.running_var is not None
+        layer.running_mean.copy_(statistics[name][0])
+        layer.running_var.copy_(statistics[name][1])
+
+
+def _same(left: Mapping[str, tuple[torch.Tensor, ...]], right: Mapping[str, tuple[torch.Tensor, ...]]) -> bool:
+    return left.keys() == right.keys() and all(
+        torch.equal(a, b) for name in left for a, b in zip(left[name], right[name], strict=True)
+    )
+
+
+class BatchNormAdaptationStatistics(Statistics):
+    """The last adaptation: how it ran, and the drift of each layer."""
+
+    def __init__(self, report: AdaptationReport) -> None:
+        self.report = report
+
+    def tables(self) -> list[Table]:
+        """Returns the run, and the layers."""
+        report = self.report
+        rows = [
+            ("method", report.method),
+            ("samples asked for", report.requested_samples),
+            ("samples used", report.samples),
+            ("batches", report.batches),
+            ("seconds", report.seconds),
+        ]
+        layers = [(d.name, d.values, d.mean_shift, d.variance_ratio[0], d.variance_ratio[1]) for d in report.layers]
+        headers = ("layer", "values per channel", "largest mean shift / std", "var ratio min", "var ratio max")
+        return [
+            Table("Batch-norm adaptation", ("figure", "value"), rows),
+            Table("Drift of the running statistics", headers, layers),
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the report as JSON-able values."""
+        return asdict(self.report)

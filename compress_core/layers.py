@@ -1,0 +1,144 @@
+"""Which layers carry weights, and the weights of a model as a list."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from compress_core.transforms.weight import is_plain_parameter, parameter_places
+
+ModuleType = TypeVar("ModuleType", bound=type[nn.Module])
+
+
+@dataclass(frozen=True)
+class WeightedLayer:
+    """What compression needs to know of a layer class.
+
+    Attributes:
+        parameters: Names of the weights; one that is None on an instance is skipped.
+        output_dim: The dimension of the weights that runs over output channels.
+        operator: Name of the operator in NNCF's node names, e.g. `conv2d`.
+        ignored_algorithms: Algorithms that leave layers of this class alone.
+    """
+
+    parameters: tuple[str, ...] = ("weight",)
+    output_dim: int = 0
+    operator: str = ""
+    ignored_algorithms: frozenset[str] = frozenset()
+
+
+def _recurrent_parameters(layers: Iterable[str]) -> tuple[str, ...]:
+    return tuple(f"weight_{kind}{layer}" for layer in layers for kind in ("ih", "hh", "hr"))
+
+
+# Recurrent stacks name their weights by depth and direction; names that an instance lacks are skipped.
+_STACKED = _recurrent_parameters(f"_l{depth}{direction}" for depth in range(64) for direction in ("", "_reverse"))
+
+_WEIGHTED_LAYERS: dict[type[nn.Module], WeightedLayer] = {
+    nn.Conv1d: WeightedLayer(operator="conv1d"),
+    nn.Conv2d: WeightedLayer(operator="conv2d"),
+    nn.Conv3d: WeightedLayer(operator="conv3d"),
+    nn.ConvTranspose1d: WeightedLayer(output_dim=1, operator="conv_transpose1d"),
+    nn.ConvTranspose2d: WeightedLayer(output_dim=1, operator="conv_transpose2d"),
+    nn.ConvTranspose3d: WeightedLayer(output_dim=1, operator="conv_transpose3d"),
+    nn.Linear: WeightedLayer(operator="linear"),
+    nn.Embedding: WeightedLayer(operator="embedding"),
+    nn.EmbeddingBag: WeightedLayer(operator="embedding_bag"),
+    nn.MultiheadAttention: WeightedLayer(
+        parameters=("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"),
+        operator="multi_head_attention_forward",
+    ),
+    nn.RNNBase: WeightedLayer(parameters=_STACKED, operator="rnn"),
+    nn.RNNCellBase: WeightedLayer(parameters=_recurrent_parameters([""]), operator="rnn_cell"),
+}
+
+
+def register_module(
+    *parameter_names: str, ignored_algorithms: Iterable[str] = (), target_weight_dim_for_compression: int = 0
+) -> Callable[[ModuleType], ModuleType]:
+    """Class decorator: makes a layer class of yours known as one that carries weights.
+
+    Subclasses of torch's own layers need no registration.
+
+    Args:
+        *parameter_names: Names of its weight parameters; `"weight"` when none is given.
+        ignored_algorithms: Names of algorithms that must leave it alone.
+        target_weight_dim_for_compression: The weights' output-channel dimension.
+
+    Returns:
+        The decorator, which returns the class unchanged.
+    """
+
+    def register(cls: ModuleType) -> ModuleType:
+        _WEIGHTED_LAYERS[cls] = WeightedLayer(
+            parameters=parameter_names or ("weight",),
+            output_dim=target_weight_dim_for_compression,
+            operator=cls.__name__.lower(),
+            ignored_algorithms=frozenset(ignored_algorithms),
+        )
+        return cls
+
+    return register
+
+
+def weighted_layer(cls: type[nn.Module]) -> WeightedLayer | None:
+    """Returns what is known of a layer class, or of the nearest one it derives from; None if it has no weights."""
+    for base in cls.__mro__:
+        if base in _WEIGHTED_LAYERS:
+            return _WEIGHTED_LAYERS[base]
+    return None
+
+
+@dataclass(frozen=True)
+class WeightTensor:
+    """A weight of a model; a tensor that several layers share is one of these.
+
+    Attributes:
+        name: Dotted name of the parameter at its first place, e.g. `layer1.0.conv1.weight`.
+        module_names: Dotted names of all layers that hold it.
+        layer: What is known of the first layer's class.
+        parameter: The stored parameter; None where the layer computes it by a hook or a parametrization.
+    """
+
+    name: str
+    module_names: tuple[str, ...]
+    layer: WeightedLayer
+    parameter: nn.Parameter | None
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the stored parameter."""
+        assert self.parameter is not None
+        return self.parameter.shape
+
+
+def weight_tensors(model: nn.Module, algorithm: str) -> list[WeightTensor]:
+    """Lists the weights of all weighted layers of `model`, in the order of `named_modules`.
+
+    Args:
+        model: The model; it is not changed.
+        algorithm: Name of the algorithm that asks, for layers registered with `ignored_algorithms`.
+    """
+    places: Mapping[int, list[tuple[str, nn.Module, str]]] = parameter_places(model)
+    tensors: list[WeightTensor] = []
+    seen: set[int] = set()
+    for module_name, module in model.named_modules():
+        layer = weighted_layer(type(module))
+        if layer is None or algorithm in layer.ignored_algorithms:
+            continue
+        for parameter_name in layer.parameters:
+            name = f"{module_name}.{parameter_name}" if module_name else parameter_name
+            if is_plain_parameter(module, parameter_name):
+                parameter = module._parameters[parameter_name]
+                assert parameter is not None
+                if id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    owners = tuple(owner for owner, _, _ in places[id(parameter)])
+                    tensors.append(WeightTensor(name, owners, layer, parameter))
+            elif parameter_name not in module._parameters and hasattr(module, parameter_name):
+                tensors.append(WeightTensor(name, (module_name,), layer, None))
+    return tensors

@@ -1,0 +1,92 @@
+"""The ledger: what each value of the config did to which modules."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from compress_core.config.errors import shown
+from compress_core.config.model import AlgorithmConfig
+from compress_core.errors import ConfigError, Problem
+from compress_core.statistics import Statistics, Table
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LedgerEntry:
+    """One value of the config.
+
+    Attributes:
+        path: Where it stands in the document.
+        value: What it says.
+        effect: What it did, in words.
+        modules: Dotted names of what it touched.
+    """
+
+    path: str
+    value: Any
+    effect: str
+    modules: tuple[str, ...] = ()
+
+
+class Ledger(Statistics):
+    """What each value that the user wrote has done."""
+
+    def __init__(self) -> None:
+        self._entries: dict[str, LedgerEntry] = {}
+
+    def __iter__(self) -> Iterator[LedgerEntry]:
+        return iter(self._entries.values())
+
+    def __getitem__(self, path: str) -> LedgerEntry:
+        return self._entries[path]
+
+    def record(self, path: str, value: Any, effect: str, modules: Iterable[str] = ()) -> None:
+        """Writes down what a value did; a second entry for a path replaces the first."""
+        self._entries[path] = LedgerEntry(path, value, effect, tuple(modules))
+
+    def close_section(self, path: str, config: AlgorithmConfig, targets: Iterable[str], *, strict: bool) -> None:
+        """Records every value of an algorithm's section that has no entry yet, and finds those that nobody read.
+
+        Args:
+            path: Path of the section.
+            config: The section.
+            targets: What the algorithm changed.
+            strict: Whether a value without effect is an error; otherwise it is a warning.
+
+        Raises:
+            ConfigError: Values were given that nothing has read: they cannot have had an effect.
+        """
+        problems = []
+        modules = tuple(targets)
+        for leaf, value, was_read in config.given_leaves():
+            full = f"{path}.{leaf}"
+            if full in self._entries:
+                continue
+            if was_read or leaf in {"algorithm", "validate_scopes"}:
+                self.record(full, value, f"used by {config.algorithm}", modules)
+            else:
+                self.record(full, value, "no effect")
+                problems.append(
+                    Problem(
+                        full,
+                        f"the value {shown(value)} can have no effect with the other settings of this section. Remove "
+                        'it, or set "unused_values": "warn" at the top of the config.',
+                    )
+                )
+        if problems and strict:
+            raise ConfigError(problems)
+        for problem in problems:
+            logger.warning("config: %s", problem)
+
+    def tables(self) -> list[Table]:
+        """Returns one table with a row for each value."""
+        rows = [(e.path, shown(e.value), e.effect, len(e.modules)) for e in self]
+        return [Table("What the config did", ("path", "value", "effect", "modules"), rows)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the entries by path."""
+        return {e.path: {"value": e.value, "effect": e.effect, "modules": list(e.modules)} for e in self}

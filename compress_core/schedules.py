@@ -1,0 +1,115 @@
+"""The clock of a training loop, and the schedules that algorithms share.
+
+The level functions are pure: a level is a function of the time, so that a resumed run cannot drift from the first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from compress_core.errors import StateError
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Where training stands; -1 means that the first has not begun.
+
+    Attributes:
+        epoch: Index of the current epoch.
+        step: Index of the current optimizer step, over all epochs.
+        step_in_epoch: Index of the current optimizer step in its epoch.
+        steps_per_epoch: Optimizer steps of the last epoch that was finished, if any was.
+    """
+
+    epoch: int = -1
+    step: int = -1
+    step_in_epoch: int = -1
+    steps_per_epoch: int | None = None
+
+
+class CompressionScheduler:
+    """Tells the algorithms how time passes; NNCF's interface.
+
+    Call `epoch_step()` at the beginning of each epoch and `step()` at the beginning of each optimizer step.
+
+    Args:
+        on_step: Called with the clock at each step.
+        on_epoch: Called with the clock at each epoch.
+    """
+
+    def __init__(self, on_step: Callable[[Clock], None], on_epoch: Callable[[Clock], None]) -> None:
+        self._on_step = on_step
+        self._on_epoch = on_epoch
+        self.clock = Clock()
+
+    @property
+    def current_step(self) -> int:
+        """Index of the current optimizer step over all epochs; -1 before the first."""
+        return self.clock.step
+
+    @property
+    def current_epoch(self) -> int:
+        """Index of the current epoch; -1 before the first."""
+        return self.clock.epoch
+
+    def step(self, next_step: int | None = None) -> None:
+        """Begins the next optimizer step, or the one given."""
+        step = self.clock.step + 1 if next_step is None else next_step
+        in_epoch = self.clock.step_in_epoch + (step - self.clock.step)
+        self.clock = Clock(self.clock.epoch, step, max(in_epoch, 0), self.clock.steps_per_epoch)
+        self._on_step(self.clock)
+
+    def epoch_step(self, next_epoch: int | None = None) -> None:
+        """Begins the next epoch, or the one given."""
+        clock = self.clock
+        epoch = clock.epoch + 1 if next_epoch is None else next_epoch
+        steps = clock.step_in_epoch + 1 if clock.step_in_epoch >= 0 else clock.steps_per_epoch
+        self.clock = Clock(epoch, clock.step, -1, steps)
+        self._on_epoch(self.clock)
+
+    def get_state(self) -> dict[str, Any]:
+        """Returns the clock, JSON-able."""
+        return asdict(self.clock)
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Sets the clock without telling anybody.
+
+        Raises:
+            StateError: The state is not one of `get_state`.
+        """
+        try:
+            self.clock = Clock(**state)
+        except TypeError as error:
+            raise StateError(f"not a scheduler state: {dict(state)} ({error})") from error
+
+
+def progress(time: float, duration: float) -> float:
+    """Returns time / duration, held within [0, 1]; with no duration everything is done at once."""
+    return min(max(time / duration, 0.0), 1.0) if duration > 0 else 1.0
+
+
+def polynomial_level(initial: float, target: float, done: float, *, power: float, concave: bool) -> float:
+    """Returns the level of a polynomial schedule.
+
+    Args:
+        initial: Level at the beginning.
+        target: Level at the end.
+        done: Progress, 0 to 1.
+        power: Exponent.
+        concave: Fast first (`target - (target - initial) * (1 - done)^power`, Zhu & Gupta 2017, equation 1) instead of
+            slow first (`initial + (target - initial) * done^power`).
+    """
+    if concave:
+        return float(target - (target - initial) * (1 - done) ** power)
+    return float(initial + (target - initial) * done**power)
+
+
+def exponential_level(initial: float, target: float, time: float, duration: float) -> float:
+    """Returns the level at which the density decays geometrically from `1 - initial` to `1 - target` in `duration`."""
+    if duration <= 0 or time >= duration:
+        return target
+    density: float = (1 - initial) * ((1 - target) / (1 - initial)) ** (max(time, 0.0) / duration)
+    # The density never falls below the target's, nor the level rises above it, whatever floating point does.
+    return min(1 - density, target)

@@ -1,0 +1,178 @@
+"""Scopes: how a config names parts of a model.
+
+An entry is one of
+
+* a dotted module name, which means that module and everything below it: `layer1`, `layer1.0.conv1`;
+* a glob over dotted names, in which `*` crosses dots: `layer?.*.conv1`;
+* `{re}` and a regular expression, searched in the dotted name and in NNCF's node names of the module;
+* an NNCF node name, `Model/Sequential[features]/NNCFConv2d[0]/conv2d_0`, of which the names in brackets count.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from compress_core.errors import ConfigError, Problem
+from compress_core.layers import weighted_layer
+from compress_core.transforms.generated import base_class
+
+_REGEX_PREFIX = "{re}"
+_GLOB_CHARACTERS = re.compile(r"[*?\[]")
+_NNCF_ATTRIBUTE = re.compile(r"^\w+\[([^\]]+)\]$")
+
+
+@dataclass(frozen=True)
+class ScopedModule:
+    """A module under all the names by which a scope can mean it.
+
+    Attributes:
+        name: Dotted name, empty for the model itself.
+        nncf_names: NNCF's node names of it, with and without the prefix `NNCF` of wrapped classes.
+    """
+
+    name: str
+    nncf_names: tuple[str, ...] = ()
+
+
+def scoped_modules(model: nn.Module) -> list[ScopedModule]:
+    """Lists every module of `model` with its names."""
+    addresses: dict[str, tuple[str, str]] = {"": (base_class(model).__name__,) * 2}
+    result = []
+    for name, module in model.named_modules():
+        if name:
+            parent, _, attribute = name.rpartition(".")
+            plain, wrapped = addresses.get(parent, ("", ""))
+            cls = base_class(module).__name__
+            prefix = "NNCF" if weighted_layer(type(module)) else ""
+            addresses[name] = (f"{plain}/{cls}[{attribute}]", f"{wrapped}/{prefix}{cls}[{attribute}]")
+        layer = weighted_layer(type(module))
+        suffix = f"/{layer.operator}_0" if layer else ""
+        result.append(ScopedModule(name, tuple(dict.fromkeys(address + suffix for address in addresses[name]))))
+    return result
+
+
+def compile_scope(entry: str) -> Callable[[ScopedModule], bool]:
+    """Returns the predicate that an entry of a scope list stands for.
+
+    Raises:
+        ValueError: The entry is empty, or its regular expression does not compile.
+    """
+    if not entry:
+        raise ValueError("a scope must not be empty; name a module, or remove the entry")
+    if entry.startswith(_REGEX_PREFIX):
+        try:
+            pattern = re.compile(entry[len(_REGEX_PREFIX) :])
+        except re.error as error:
+            raise ValueError(f"'{entry}' is not a regular expression: {error}") from error
+        return lambda module: any(pattern.search(name) for name in (module.name, *module.nncf_names))
+    if "/" in entry:
+        return _below(_dotted_from_nncf(entry))
+    if _GLOB_CHARACTERS.search(entry):
+        glob = re.compile(fnmatch.translate(entry))
+        return lambda module: any(glob.match(name) for name in _with_parents(module.name))
+    return _below(entry)
+
+
+def _below(name: str) -> Callable[[ScopedModule], bool]:
+    return lambda module: name in _with_parents(module.name)
+
+
+def _with_parents(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[: i + 1]) for i in range(len(parts))]
+
+
+def _dotted_from_nncf(entry: str) -> str:
+    attributes = [match.group(1) for part in entry.split("/")[1:] if (match := _NNCF_ATTRIBUTE.match(part))]
+    # An address without attributes names an operator of the model itself, which no module can match.
+    return ".".join(attributes) if attributes else entry
+
+
+@dataclass
+class ScopeFilter:
+    """Decides which modules an algorithm may touch: in the targets (if any are named) and in no ignored scope.
+
+    Args:
+        model: The model whose modules are matched.
+        ignored: Config path of an entry -> the entry.
+        target: Lists of entries by config path; a module must match every list that is not empty.
+
+    Raises:
+        ConfigError: An entry is empty or not a regular expression.
+    """
+
+    model: nn.Module
+    ignored: Mapping[str, str] = field(default_factory=dict)
+    target: Sequence[Mapping[str, str]] = ()
+
+    def __post_init__(self) -> None:
+        self._modules = {module.name: module for module in scoped_modules(self.model)}
+        self._predicates: dict[str, Callable[[ScopedModule], bool]] = {}
+        problems = []
+        for path, entry in self.entries():
+            try:
+                self._predicates[entry] = compile_scope(entry)
+            except ValueError as error:
+                problems.append(Problem(path, str(error)))
+        if problems:
+            raise ConfigError(problems)
+
+    def entries(self) -> list[tuple[str, str]]:
+        """Returns (config path, entry) for every scope."""
+        return [*self.ignored.items(), *(item for entries in self.target for item in entries.items())]
+
+    def matches(self, entry: str) -> list[str]:
+        """Returns the dotted names of the modules that an entry means."""
+        return [name for name in self._modules if self._matches(entry, name)]
+
+    def reason_to_skip(self, module_names: Iterable[str]) -> str | None:
+        """Returns why a tensor that these modules share is left alone, or None when it is a target.
+
+        A shared tensor is ignored as soon as one of its places is, and a target as soon as one of its places is.
+        """
+        names = list(module_names)
+        for path, entry in self.ignored.items():
+            if any(self._matches(entry, name) for name in names):
+                return f"ignored by {path} = '{entry}'"
+        for entries in self.target:
+            if entries and not any(self._matches(entry, name) for entry in entries.values() for name in names):
+                return f"not in {_common_path(entries)}"
+        return None
+
+    def dead_entries(self, candidates: Iterable[str]) -> list[Problem]:
+        """Returns a problem for each entry that means none of the `candidates` (dotted names of modules)."""
+        candidates = list(candidates)
+        problems = []
+        for path, entry in self.entries():
+            if any(self._matches(entry, name) for name in candidates):
+                continue
+            close = difflib.get_close_matches(entry, candidates, n=1)
+            hint = f" Did you mean '{close[0]}'?" if close else f" The model has, for example, {candidates[:3]}."
+            problems.append(
+                Problem(
+                    path,
+                    f"the scope '{entry}' matches no layer that this algorithm could compress.{hint}"
+                    ' Correct it, remove it, or set "validate_scopes": false in this section.',
+                )
+            )
+        return problems
+
+    def check(self, candidates: Iterable[str]) -> None:
+        """Raises a ConfigError that names every entry without a match."""
+        problems = self.dead_entries(candidates)
+        if problems:
+            raise ConfigError(problems)
+
+    def _matches(self, entry: str, module_name: str) -> bool:
+        module = self._modules.get(module_name)
+        return module is not None and self._predicates[entry](module)
+
+
+def _common_path(entries: Mapping[str, str]) -> str:
+    return next(iter(entries)).rpartition(".")[0] or "target_scopes"

@@ -1,0 +1,109 @@
+"""Compression states: JSON-able, versioned, and held against what they are loaded into."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from compress_core.config import AlgorithmConfig
+from compress_core.errors import PluginError, StateError
+from compress_core.lifecycle import Lifecycle
+from compress_core.registry import Registry
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+
+
+def dump_state(
+    lifecycle: Lifecycle, states: Mapping[str, Mapping[str, Any]], rest: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Returns the compression state.
+
+    Args:
+        lifecycle: The model's algorithms.
+        states: What `compress_state` returned, by algorithm.
+        rest: Further entries, such as the scheduler's.
+
+    Raises:
+        PluginError: A state is not JSON-able; the message names the algorithm.
+    """
+    algorithms = {}
+    for algorithm in lifecycle.algorithms:
+        origin = lifecycle.origins[algorithm.name]
+        algorithms[algorithm.name] = {
+            "plugin": origin.name,
+            "distribution": origin.distribution,
+            "version": origin.version,
+            "config": algorithm.config.model_dump(mode="json", exclude_unset=True),
+            "plan": lifecycle.plans[algorithm.name].to_dict(),
+            "state": _through_json(algorithm.name, states[algorithm.name]),
+        }
+    return {"format": FORMAT, "algorithms": algorithms, **rest}
+
+
+def _through_json(name: str, state: Mapping[str, Any]) -> Any:
+    try:
+        return json.loads(json.dumps(dict(state), allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise PluginError(
+            f"the state of the algorithm '{name}' is not JSON-able ({error}); keep tensors in transforms"
+        ) from error
+
+
+def check_state(state: Any, lifecycle: Lifecycle, registry: Registry) -> None:
+    """Holds a state against the config and the installed plugins.
+
+    Raises:
+        StateError: It is not a compression state, is of a newer format, or names other algorithms than the config.
+    """
+    if not isinstance(state, Mapping) or "algorithms" not in state:
+        raise StateError("compression_state is not what controller.get_compression_state() returned")
+    if state.get("format") != FORMAT:
+        raise StateError(
+            f"compression_state has the format {state.get('format')!r}, this version reads {FORMAT}; "
+            "load it with the version of compress-core that wrote it"
+        )
+    saved, active = state["algorithms"], {algorithm.name for algorithm in lifecycle.algorithms}
+    for name, entry in saved.items():
+        if name not in registry.algorithms():
+            raise StateError(
+                f"compression_state needs the algorithm '{name}' of plugin '{entry['plugin']}' "
+                f"({entry['distribution']} {entry['version']}), which is not installed"
+            )
+    if saved.keys() != active:
+        raise StateError(
+            f"compression_state is of the algorithms {sorted(saved)}, the config names {sorted(active)}; "
+            "resume with the config that the state was made with"
+        )
+    for algorithm in lifecycle.algorithms:
+        _report_changes(algorithm.config, saved[algorithm.name]["config"])
+
+
+def _report_changes(config: AlgorithmConfig, saved: Mapping[str, Any]) -> None:
+    current = config.model_dump(mode="json", exclude_unset=True)
+    changed = sorted(key for key in current.keys() | saved.keys() if current.get(key) != saved.get(key))
+    if changed:
+        logger.warning("%s: resumed with another config than the state's; changed: %s", config.algorithm, changed)
+
+
+def check_plans(state: Mapping[str, Any], lifecycle: Lifecycle) -> None:
+    """Holds the plans for this model against those of the state.
+
+    Raises:
+        StateError: They differ; the message names the first targets that only one of them has.
+    """
+    for name, plan in lifecycle.plans.items():
+        current = plan.to_dict()
+        saved = state["algorithms"][name]["plan"]
+        if current["targets"] == saved["targets"] and _through_json(name, current["details"]) == saved["details"]:
+            continue
+        only_saved = [t for t in saved["targets"] if t not in current["targets"]][:3]
+        only_here = [t for t in current["targets"] if t not in saved["targets"]][:3]
+        raise StateError(
+            f"compression_state does not fit this model: '{name}' was made for {len(saved['targets'])} targets and "
+            f"finds {len(current['targets'])} here (only in the state: {only_saved}, only here: {only_here}). Build "
+            "the model and use the scopes as when the state was saved"
+        )

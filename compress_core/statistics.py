@@ -1,0 +1,101 @@
+"""Figures about a compressed model, as tables and as JSON-able values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tabulate import tabulate
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of a report.
+
+    Attributes:
+        title: What it shows.
+        headers: One for each column.
+        rows: Cells; numbers are formatted for the reader.
+    """
+
+    title: str
+    headers: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+
+    def to_str(self) -> str:
+        """Returns the table as plain text."""
+        body = tabulate(self.rows, headers=self.headers, tablefmt="simple_outline", floatfmt=".4g")
+        return f"{self.title}\n{body}"
+
+
+class Statistics:
+    """Base of what `compress_statistics` returns."""
+
+    def tables(self) -> Sequence[Table]:
+        """Returns the report as tables."""
+        raise NotImplementedError(f"{type(self).__name__} must implement tables()")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the figures as JSON-able values."""
+        raise NotImplementedError(f"{type(self).__name__} must implement to_dict()")
+
+    def to_str(self) -> str:
+        """Returns the report as plain text."""
+        return "\n\n".join(table.to_str() for table in self.tables())
+
+
+@dataclass(frozen=True)
+class TableStatistics(Statistics):
+    """Statistics that are a few values and tables: enough for most plugins.
+
+    Attributes:
+        values: Named figures, JSON-able.
+        extra_tables: Tables that follow the one of the figures.
+        title: Title of the table of figures.
+    """
+
+    values: Mapping[str, Any]
+    extra_tables: Sequence[Table] = ()
+    title: str = "Statistics"
+
+    def tables(self) -> Sequence[Table]:
+        """Returns the figures as a table, then the other tables."""
+        return [Table(self.title, ("figure", "value"), list(self.values.items())), *self.extra_tables]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the figures, and each other table as a list of rows."""
+        tables = {t.title: [dict(zip(t.headers, row, strict=True)) for row in t.rows] for t in self.extra_tables}
+        return {**self.values, **({"tables": tables} if tables else {})}
+
+
+@dataclass(frozen=True)
+class CompressionStatistics(Statistics):
+    """Everything that is known about a compressed model.
+
+    The statistics of an algorithm or initializer are attributes too: `statistics.magnitude_sparsity`.
+
+    Attributes:
+        parts: By name of the algorithm or initializer.
+    """
+
+    parts: Mapping[str, Statistics] = field(default_factory=dict)
+
+    def __getattr__(self, name: str) -> Statistics:
+        try:
+            return self.__dict__["parts"][name]  # type: ignore[no-any-return]
+        except KeyError:
+            raise AttributeError(
+                f"no statistics of '{name}'; there are {list(self.__dict__.get('parts', ()))}"
+            ) from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.parts)
+
+    def tables(self) -> Sequence[Table]:
+        """Returns the tables of all parts."""
+        return [table for part in self.parts.values() for table in part.tables()]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns JSON-able values by part."""
+        return {name: part.to_dict() for name, part in self.parts.items()}

@@ -1,0 +1,86 @@
+"""Transforms of a whole model at once: found, bypassed, swapped, baked."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import nn
+
+from compress_core.transforms.weight import TransformChain, WeightTransforms, chain_of, detach_chain, parameter_places
+
+
+def has_transforms(model: nn.Module) -> bool:
+    """Tells whether any layer of `model` reads a weight through transforms."""
+    return any(isinstance(module, WeightTransforms) for module in model.modules())
+
+
+@contextlib.contextmanager
+def bypass_transforms(model: nn.Module) -> Iterator[None]:
+    """Within the context, `model` computes with its stored parameters, as if nothing had been added."""
+    chains = [module for module in model.modules() if isinstance(module, TransformChain)]
+    before = [chain.bypassed for chain in chains]
+    try:
+        for chain in chains:
+            chain.bypassed = True
+        yield
+    finally:
+        for chain, value in zip(chains, before, strict=True):
+            chain.bypassed = value
+
+
+def bake_transforms(model: nn.Module) -> None:
+    """Writes what each chain computes into the stored parameter and removes the chain.
+
+    The outputs of the model in eval mode stay the same, bit for bit.
+    """
+    for places in parameter_places(model).values():
+        transformed = [(owner, name) for _, owner, name in places if chain_of(owner, name) is not None]
+        if not transformed:
+            continue
+        owner, name = transformed[0]
+        chain, parameter = chain_of(owner, name), owner._parameters[name]
+        assert chain is not None and parameter is not None
+        chain.eval()
+        with torch.no_grad():
+            parameter.copy_(chain(parameter))
+        for owner, name in transformed:
+            detach_chain(owner, name)
+
+
+@contextlib.contextmanager
+def swapped_transform_buffers(model: nn.Module) -> Iterator[Callable[[], contextlib.AbstractContextManager[None]]]:
+    """Keeps a copy of the transforms' buffers (masks), so that the model as it is now can be had back for a while.
+
+    Yields:
+        A function that makes a context in which the transforms have their buffers of now.
+
+    An exception within the context puts the buffers back for good.
+    """
+    helpers = [module for module in model.modules() if isinstance(module, TransformChain)]
+    owners = {id(module): module for chain in helpers for module in chain.modules()}
+    saved = [
+        (module, name, buffer.clone())
+        for module in owners.values()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+
+    @contextlib.contextmanager
+    def as_before() -> Iterator[None]:
+        current = [(module, name, module._buffers[name]) for module, name, _ in saved]
+        try:
+            for module, name, values in saved:
+                module._buffers[name] = values
+            yield
+        finally:
+            for module, name, buffer in current:
+                module._buffers[name] = buffer
+
+    try:
+        yield as_before
+    except BaseException:
+        for module, name, values in saved:
+            module._buffers[name] = values
+        raise

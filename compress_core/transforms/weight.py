@@ -1,0 +1,243 @@
+"""Weight transforms: adding, finding, bypassing and removing them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from compress_core.errors import TransformError
+from compress_core.stages import Stage
+from compress_core.transforms.generated import TRANSFORMS_ATTRIBUTE, base_class, transformed_class
+
+
+class TransformChain(nn.Module):
+    """The transforms of one tensor, applied in the order of their stages.
+
+    Children are named by key (normally the algorithm's name), so that the names of their buffers in a checkpoint do
+    not depend on what else is in the chain.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bypassed = False
+        self._stages: dict[str, int] = {}
+
+    def add(self, key: str, transform: nn.Module, stage: int) -> None:
+        """Inserts `transform` behind everything of the same or an earlier stage."""
+        self.add_module(key, transform)
+        self._stages[key] = stage
+        in_order = sorted(self._modules, key=lambda name: self._stages[name])  # sorted() is stable
+        for name in in_order:
+            self._modules[name] = self._modules.pop(name)
+
+    def discard(self, key: str) -> None:
+        """Takes the transform `key` out of the chain."""
+        del self._modules[key]
+        del self._stages[key]
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        """Maps the stored parameter to the tensor that the layer computes with; the shape stays."""
+        if self.bypassed:
+            return weight
+        for transform in self._modules.values():
+            weight = transform(weight)  # type: ignore[misc]
+        return weight
+
+
+class WeightTransforms(nn.ModuleDict):
+    """The child `weight_transforms` of a transformed layer: a chain for each transformed parameter.
+
+    A `state_dict` without any key of a transform (the plain FP32 model's) loads strictly and leaves the transforms as
+    they are; one that has some of the keys of a transform, but not all, is incomplete and is refused by torch as ever.
+    """
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name, chain in self.items():
+            for key, transform in chain.named_children():
+                own_prefix = f"{prefix}{name}.{key}."
+                if not any(entry.startswith(own_prefix) for entry in state_dict):
+                    # torch has given us a dict of this call's own: what is added here is seen by our children alone.
+                    state_dict.update(transform.state_dict(prefix=own_prefix))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+@dataclass(frozen=True)
+class WeightTransformHandle:
+    """What `add_weight_transform` returns: the way to undo it.
+
+    Attributes:
+        name: The tensor's dotted name below `module`.
+        key: The transform's name in the chain.
+    """
+
+    module: nn.Module
+    name: str
+    key: str
+
+    def remove(self) -> None:
+        """Takes the transform away; the last one gives the layer its original class back.
+
+        Raises:
+            TransformError: The transform has been removed before.
+        """
+        remove_weight_transform(self.module, self.name, self.key)
+
+
+def add_weight_transform(
+    module: nn.Module, name: str, transform: nn.Module, *, stage: Stage, key: str | None = None
+) -> WeightTransformHandle:
+    """Sends a weight through `transform` whenever a layer reads it.
+
+    The parameter stays in place under its name, as do its optimizer state and its entry in `state_dict`. A tensor that
+    several layers below `module` share gets one transform, which all of them see.
+
+    Args:
+        module: The layer, or any module above it.
+        name: The parameter's name below `module`, dotted: `"weight"`, `"layer1.0.conv1.weight"`.
+        transform: Maps the weight to one of the same shape. It becomes a child of the layer: its parameters are
+            trained, its buffers saved.
+        stage: Where in the chain of this tensor it stands.
+        key: Name of the transform in the chain and so in `state_dict`, unique for each tensor; by default its class
+            name in lower case. Algorithms use their own name.
+
+    Returns:
+        A handle whose `remove()` undoes this.
+
+    Raises:
+        TransformError: There is no such parameter, it is computed by somebody else already (`parametrize`,
+            `weight_norm`), or the key is taken.
+    """
+    key = key or type(transform).__name__.lower()
+    owner, parameter_name = resolve_parameter(module, name)
+    chain = chain_of(owner, parameter_name)
+    if chain is not None and key in chain._modules:
+        raise TransformError(f"'{name}' already has a transform named '{key}'; remove it first, or choose another key")
+    if chain is None:
+        chain = TransformChain()
+        chain.train(owner.training)
+        parameter = owner._parameters[parameter_name]
+        for place, place_name in _places_of(module, parameter):
+            _attach_chain(place, place_name, chain)
+    transform.train(owner.training)
+    chain.add(key, transform, int(stage))
+    return WeightTransformHandle(module, name, key)
+
+
+def remove_weight_transform(module: nn.Module, name: str, key: str) -> None:
+    """Undoes `add_weight_transform`; see `WeightTransformHandle.remove`."""
+    owner, parameter_name = resolve_parameter(module, name)
+    chain = chain_of(owner, parameter_name)
+    if chain is None or key not in chain._modules:
+        raise TransformError(f"'{name}' has no transform named '{key}'")
+    chain.discard(key)
+    if not chain._modules:
+        for place, place_name in _places_of(module, owner._parameters[parameter_name]):
+            if chain_of(place, place_name) is chain:
+                detach_chain(place, place_name)
+
+
+def get_weight_transform(module: nn.Module, name: str, key: str) -> nn.Module | None:
+    """Returns the transform `key` of the parameter `name` (dotted) below `module`, or None."""
+    owner, parameter_name = resolve_parameter(module, name)
+    chain = chain_of(owner, parameter_name)
+    return None if chain is None else chain._modules.get(key)
+
+
+def raw_parameter(module: nn.Module, name: str) -> nn.Parameter:
+    """Returns the stored parameter `name` (dotted) below `module`, untouched by any transform."""
+    owner, parameter_name = resolve_parameter(module, name)
+    return cast("nn.Parameter", owner._parameters[parameter_name])
+
+
+def resolve_parameter(module: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """Returns the layer that owns the parameter `name` (dotted) and the parameter's name in it.
+
+    Raises:
+        TransformError: There is no such parameter, or it is not a plain one.
+    """
+    path, _, parameter_name = name.rpartition(".")
+    try:
+        owner = module.get_submodule(path)
+    except AttributeError as error:
+        raise TransformError(f"there is no module '{path}' below {type(module).__name__}") from error
+    if owner._parameters.get(parameter_name) is None:
+        raise TransformError(_why_not_plain(owner, parameter_name, name))
+    return owner, parameter_name
+
+
+def _why_not_plain(owner: nn.Module, parameter_name: str, name: str) -> str:
+    if parametrize.is_parametrized(owner, parameter_name):
+        return (
+            f"'{name}' is computed by torch.nn.utils.parametrize; call "
+            "parametrize.remove_parametrizations on the layer before it is compressed"
+        )
+    if parameter_name in owner.__dict__:
+        return (
+            f"'{name}' is recomputed by a hook (torch.nn.utils.weight_norm, spectral_norm or prune); remove that "
+            "first (remove_weight_norm, remove_spectral_norm, prune.remove)"
+        )
+    known = [key for key, value in owner._parameters.items() if value is not None]
+    return f"there is no parameter '{name}'; {type(owner).__name__} has {known}"
+
+
+def is_plain_parameter(module: nn.Module, name: str) -> bool:
+    """Tells whether `module` stores `name` itself (True) or computes it by a hook or a parametrization."""
+    return module._parameters.get(name) is not None
+
+
+def parameter_places(model: nn.Module) -> Mapping[int, list[tuple[str, nn.Module, str]]]:
+    """Returns, for `id(parameter)`, every place that holds it: (module's name, module, parameter's name).
+
+    Shared modules and tied parameters appear once for each module object, in the order of `named_modules`.
+    """
+    places: dict[int, list[tuple[str, nn.Module, str]]] = {}
+    for module_name, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                places.setdefault(id(parameter), []).append((module_name, module, name))
+    return places
+
+
+def _places_of(module: nn.Module, parameter: torch.Tensor | None) -> list[tuple[nn.Module, str]]:
+    return [(owner, name) for _, owner, name in parameter_places(module)[id(parameter)]]
+
+
+def transforms_of(owner: nn.Module) -> WeightTransforms | None:
+    """Returns the container of a layer's chains, or None when the layer is not transformed."""
+    child = owner._modules.get(TRANSFORMS_ATTRIBUTE)
+    return child if isinstance(child, WeightTransforms) else None
+
+
+def chain_of(owner: nn.Module, parameter_name: str) -> TransformChain | None:
+    """Returns the chain of one parameter of a layer, or None."""
+    container = transforms_of(owner)
+    return None if container is None else cast("TransformChain | None", container._modules.get(parameter_name))
+
+
+def _attach_chain(owner: nn.Module, parameter_name: str, chain: TransformChain) -> None:
+    container = transforms_of(owner)
+    if container is None:
+        if hasattr(owner, TRANSFORMS_ATTRIBUTE):
+            raise TransformError(
+                f"{type(owner).__name__} has an attribute '{TRANSFORMS_ATTRIBUTE}' of its own; rename it, "
+                "compress-core keeps its transforms under that name"
+            )
+        container = WeightTransforms()
+        container.train(owner.training)
+        owner.add_module(TRANSFORMS_ATTRIBUTE, container)
+    container[parameter_name] = chain
+    owner.__class__ = transformed_class(base_class(owner), frozenset(container.keys()))
+
+
+def detach_chain(owner: nn.Module, parameter_name: str) -> None:
+    """Removes the chain of one parameter from one layer; the last one gives the layer its class back."""
+    container = cast("WeightTransforms", transforms_of(owner))
+    del container[parameter_name]
+    owner.__class__ = transformed_class(base_class(owner), frozenset(container.keys()))
+    if not container:
+        del owner._modules[TRANSFORMS_ATTRIBUTE]

@@ -1,0 +1,1 @@
+"""Examples, run from the checkout: `python -m examples.demo`."""

@@ -1,0 +1,1 @@
+"""What the demo, the benchmarks and the slow tests share: real data, networks, a training loop."""

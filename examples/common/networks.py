@@ -1,0 +1,121 @@
+"""Networks of the demo and the benchmarks, and two public ones with their trained weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from examples.common.fetch import fetched
+
+
+def conv_bn(inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> nn.Sequential:
+    """A convolution that keeps the size (stride aside), and its batch norm."""
+    convolution = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False)
+    return nn.Sequential(convolution, nn.BatchNorm2d(outputs))
+
+
+class ResidualBlock(nn.Module):
+    """Two convolutions and a shortcut."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.shortcut = nn.Sequential() if stride == 1 and inputs == outputs else conv_bn(inputs, outputs, 1, stride)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        return F.relu(out + self.shortcut(x))
+
+
+class ResNet(nn.Module):
+    """A residual network for small images.
+
+    Args:
+        channels: Input channels.
+        widths: Channels of the stages; each but the first halves the size.
+        blocks: Residual blocks in each stage.
+        classes: Number of classes.
+        stem_kernel: Kernel of the first convolution.
+        stem_stride: Its stride.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        widths: Sequence[int],
+        blocks: int,
+        classes: int = 10,
+        stem_kernel: int = 3,
+        stem_stride: int = 1,
+    ) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, widths[0], stem_kernel, stem_stride, stem_kernel // 2, bias=False)
+        self.bn1 = nn.BatchNorm2d(widths[0])
+        inputs = widths[0]
+        for index, width in enumerate(widths):
+            strides = [1 if index == 0 else 2] + [1] * (blocks - 1)
+            stage = []
+            for stride in strides:
+                stage.append(ResidualBlock(inputs, width, stride))
+                inputs = width
+            self.add_module(f"layer{index + 1}", nn.Sequential(*stage))
+        self.depth = len(widths)
+        self.linear = nn.Linear(inputs, classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.relu(self.bn1(self.conv1(x)))
+        for index in range(self.depth):
+            x = self.get_submodule(f"layer{index + 1}")(x)
+        return self.linear(x.mean((2, 3)))
+
+
+def demo_network(name: str) -> nn.Module:
+    """The small network of the demo for a data set."""
+    if name == "digits":
+        return ResNet(1, (16, 32), blocks=1)
+    return ResNet(1, (32, 64, 128), blocks=1, stem_kernel=5, stem_stride=2)
+
+
+def resnet56_cifar10() -> ResNet:
+    """ResNet-56 (He et al. 2016, shortcuts with convolutions) with public weights, 93.2 % on CIFAR-10."""
+    model = ResNet(3, (16, 32, 64), blocks=9)
+    model.load_state_dict(_pickled_state("resnet56_cifar10_0.9320_45k.pth"))
+    return model.eval()
+
+
+def vgg16_bn_cifar10() -> nn.Module:
+    """VGG16 with batch norm and public weights, 92.25 % on CIFAR-10."""
+    state = _pickled_state("vgg16_cifar10_0.9225_45k.pth")
+    layers: list[nn.Module] = []
+    inputs = 3
+    for width in (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512, 0):
+        if width:
+            layers += [nn.Conv2d(inputs, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
+            inputs = width
+        else:
+            layers.append(nn.MaxPool2d(2))
+    print(sorted((key, tuple(value.shape)) for key, value in state.items()))
+    return nn.Sequential(*layers)
+
+
+def _pickled_state(file: str) -> dict[str, torch.Tensor]:
+    """Returns the state of a network that was saved as a whole object, without running code of its own.
+
+    The loader knows stand-ins for the pickled classes and torch's layers, and nothing else.
+    """
+    stand_ins = [
+        (type(name, (nn.Module,), {}), f"{module}.{name}")
+        for module in ("torchopt.model.resnet", "torchopt.model.vgg", "resnet", "vgg", "model.resnet", "model.vgg")
+        for name in ("ResNet", "BasicBlock", "VGG")
+    ]
+    known = [nn.Conv2d, nn.BatchNorm2d, nn.BatchNorm1d, nn.Linear, nn.ReLU, nn.MaxPool2d, nn.Dropout, nn.Sequential]
+    with torch.serialization.safe_globals([*stand_ins, *known, set]):
+        network = torch.load(fetched("cifar10-networks") / file, weights_only=True)
+    return network.state_dict()

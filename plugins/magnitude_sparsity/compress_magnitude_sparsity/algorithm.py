@@ -1,0 +1,271 @@
+"""The algorithm: masks over weights, renewed as the schedule says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import nn
+
+from compress_core import (
+    Algorithm,
+    AlgorithmConfig,
+    CompressionError,
+    CompressionStage,
+    ConfigError,
+    Plan,
+    Stage,
+    hookimpl,
+    mask_weight,
+)
+from compress_core.context import Context
+from compress_core.schedules import Clock
+from compress_core.transforms import get_weight_transform, raw_parameter
+from compress_core.transforms.mask import WeightMask
+from compress_magnitude_sparsity.config import MagnitudeSparsityConfig
+from compress_magnitude_sparsity.schedules import Schedule, make_schedule
+from compress_magnitude_sparsity.selection import RankedTensor, keep_masks, layer_scale
+from compress_magnitude_sparsity.statistics import LayerSparsity, MagnitudeSparsityStatistics
+
+
+class MagnitudeSparsity(Algorithm):
+    """Unstructured sparsity by magnitude (Han et al. 2015; schedules after Zhu & Gupta 2017).
+
+    The masks are computed from the stored weights whenever the schedule sets a level, so a weight that was masked can
+    come back until the masks are frozen. Levels are exact: of n weights, round(level * n) are zero.
+    """
+
+    name = "magnitude_sparsity"
+    Config: ClassVar[type[AlgorithmConfig]] = MagnitudeSparsityConfig
+    stage = Stage.SPARSITY
+    controller_api = (
+        "set_sparsity_level",
+        "freeze",
+        "frozen",
+        "sparsity_level",
+        "current_sparsity_level",
+        "target_level",
+        "sparsified_module_info",
+    )
+
+    config: MagnitudeSparsityConfig
+
+    def __init__(self, config: AlgorithmConfig) -> None:
+        super().__init__(config)
+        self._model: nn.Module | None = None
+        self._context: Context | None = None
+        self._schedule: Schedule | None = None
+        self._targets: tuple[str, ...] = ()
+        self._requested = 0.0
+        self._frozen = False
+
+    # Lifecycle.
+
+    @hookimpl
+    def compress_configure(self, config: AlgorithmConfig) -> None:
+        """Refuses settings that contradict one another."""
+        params = self.config.params
+        if params.schedule == "multistep":
+            steps, levels = params.multistep_steps, params.multistep_sparsity_levels
+            if len(levels) != len(steps) + 1:
+                raise ConfigError(
+                    f"has {len(levels)} levels for {len(steps)} steps {steps}; there must be one level more than steps",
+                    path="params.multistep_sparsity_levels",
+                )
+        elif params.sparsity_target < self.config.sparsity_init:
+            raise ConfigError(
+                f"sparsity_target {params.sparsity_target} is below sparsity_init {self.config.sparsity_init}; "
+                "raise the target or lower the initial level",
+                path="params.sparsity_target",
+            )
+
+    @hookimpl
+    def compress_plan(self, model: nn.Module, context: Context) -> Plan:
+        """Plans to mask every weight that the scopes leave."""
+        return context.plan_weights(model, self)
+
+    @hookimpl
+    def compress_commit(self, model: nn.Module, plan: Plan, context: Context) -> None:
+        """Adds the masks, at the initial level."""
+        self._model, self._context, self._targets = model, context, plan.targets
+        self._schedule = make_schedule(self.config)
+        for name in self._targets:
+            mask_weight(model, name, key=self.name)
+        self._apply_level(self.config.sparsity_init)
+
+    @hookimpl
+    def compress_epoch_step(self, clock: Clock) -> None:
+        """Sets the level of the epoch that begins."""
+        if clock.epoch >= self._active_schedule.freeze_epoch:
+            self._frozen = True
+        level = self._active_schedule.at_epoch(clock, self.sparsity_level)
+        if level is not None and not self._frozen:
+            self._apply_level(level)
+
+    @hookimpl
+    def compress_step(self, clock: Clock) -> None:
+        """Sets the level of the optimizer step that begins, with `update_per_optimizer_step`."""
+        level = None if self._frozen else self._active_schedule.at_step(clock)
+        if level is not None:
+            self._apply_level(level)
+
+    @hookimpl
+    def compress_stage(self) -> CompressionStage:
+        """Compares what is masked with what the target asks for."""
+        zeros, _ = self._counts()
+        if zeros >= self._attainable(self.target_level):
+            return CompressionStage.FULLY_COMPRESSED
+        return CompressionStage.PARTIALLY_COMPRESSED if zeros else CompressionStage.UNCOMPRESSED
+
+    @hookimpl
+    def compress_statistics(self, model: nn.Module) -> MagnitudeSparsityStatistics:
+        """Measures the masks."""
+        layers = []
+        for name in self._targets:
+            mask, weight = self._mask(name).mask, raw_parameter(model, name)
+            layers.append(LayerSparsity(name, tuple(weight.shape), weight.numel(), weight.numel() - _kept(mask)))
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        return MagnitudeSparsityStatistics(tuple(layers), parameters, self._requested, self.target_level, self._frozen)
+
+    @hookimpl
+    def compress_state(self) -> dict[str, Any]:
+        """Returns level, freeze and schedule; the masks are in the model's state_dict."""
+        return {"level": self._requested, "frozen": self._frozen, "schedule": self._active_schedule.get_state()}
+
+    @hookimpl
+    def compress_load_state(self, state: Mapping[str, Any]) -> None:
+        """Takes the state back, with masks from the present weights until a state_dict brings the saved ones."""
+        self._apply_level(float(state["level"]))
+        self._frozen = bool(state["frozen"])
+        self._active_schedule.load_state(state["schedule"])
+
+    # What the controller offers.
+
+    @property
+    def target_level(self) -> float:
+        """Level at the end of the schedule."""
+        return self._active_schedule.target
+
+    @property
+    def sparsity_level(self) -> float:
+        """Share of the weights of sparsified layers that is masked; measured."""
+        zeros, total = self._counts()
+        return zeros / total
+
+    current_sparsity_level = sparsity_level
+
+    @property
+    def compression_rate(self) -> float:
+        """The sparsity level; setting it sets the level and freezes the masks."""
+        return self.sparsity_level
+
+    @compression_rate.setter
+    def compression_rate(self, rate: float) -> None:
+        self._frozen = False
+        self.set_sparsity_level(rate)
+        self._frozen = True
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the masks stay as they are."""
+        return self._frozen
+
+    @property
+    def sparsified_module_info(self) -> list[str]:
+        """Dotted names of the weights that have a mask."""
+        return list(self._targets)
+
+    def freeze(self, freeze: bool = True) -> None:
+        """Keeps the masks as they are, or lets them change again."""
+        self._frozen = freeze
+
+    def set_sparsity_level(
+        self, level: float, module_info: str | None = None, run_batchnorm_adaptation: bool = False
+    ) -> None:
+        """Computes the masks anew.
+
+        Args:
+            level: Share of weights to mask, 0 <= level < 1.
+            module_info: Dotted name of one layer or weight to set alone; by default all together.
+            run_batchnorm_adaptation: Whether to adapt batch norm to the change.
+
+        Raises:
+            CompressionError: The level is out of range, the layer is not sparsified, or the masks are frozen.
+        """
+        if isinstance(level, bool) or not isinstance(level, (int, float)) or not 0 <= level < 1:
+            raise CompressionError(f"a sparsity level must be a number in [0, 1), got {level!r}")
+        if self._frozen:
+            raise CompressionError("the masks are frozen; call controller.freeze(False) before setting a level")
+        names = self._targets if module_info is None else self._targets_below(module_info)
+        controller = self._active_context.controller
+        assert controller is not None
+        with controller.batchnorm_adapted(run_batchnorm_adaptation):
+            self._set_masks(names, level, together=module_info is not None or self._is_global)
+        if module_info is None:
+            self._requested = level
+
+    # How it is done.
+
+    @property
+    def _active_schedule(self) -> Schedule:
+        assert self._schedule is not None, "the algorithm has not been committed"
+        return self._schedule
+
+    @property
+    def _active_context(self) -> Context:
+        assert self._context is not None, "the algorithm has not been committed"
+        return self._context
+
+    @property
+    def _is_global(self) -> bool:
+        return self.config.params.sparsity_level_setting_mode == "global"
+
+    def _apply_level(self, level: float) -> None:
+        self._requested = level
+        self._set_masks(self._targets, level, together=self._is_global)
+
+    def _set_masks(self, names: tuple[str, ...], level: float, *, together: bool) -> None:
+        for group in [names] if together else [(name,) for name in names]:
+            ranked = [self._ranked(name) for name in group]
+            count = round(level * sum(tensor.values.numel() for tensor in ranked))
+            for name, mask in zip(group, keep_masks(ranked, count), strict=True):
+                self._mask(name).mask.copy_(mask)
+
+    def _ranked(self, name: str) -> RankedTensor:
+        values = raw_parameter(self._active_model, name).detach()
+        normed = self.config.params.weight_importance == "normed_abs"
+        return RankedTensor(name, values, layer_scale(values) if normed else 1.0)
+
+    def _attainable(self, level: float) -> int:
+        """Returns how many zeros a level means: at least one weight of each layer stays."""
+        sizes = [raw_parameter(self._active_model, name).numel() for name in self._targets]
+        if self._is_global:
+            return min(round(level * sum(sizes)), sum(max(size - 1, 0) for size in sizes))
+        return sum(min(round(level * size), max(size - 1, 0)) for size in sizes)
+
+    def _counts(self) -> tuple[int, int]:
+        masks = [self._mask(name).mask for name in self._targets]
+        total = sum(mask.numel() for mask in masks)
+        return total - sum(_kept(mask) for mask in masks), total
+
+    @property
+    def _active_model(self) -> nn.Module:
+        assert self._model is not None, "the algorithm has not been committed"
+        return self._model
+
+    def _mask(self, name: str) -> WeightMask:
+        return cast("WeightMask", get_weight_transform(self._active_model, name, self.name))
+
+    def _targets_below(self, module_info: str) -> tuple[str, ...]:
+        names = tuple(n for n in self._targets if n == module_info or n.rpartition(".")[0] == module_info)
+        if not names:
+            raise CompressionError(
+                f"'{module_info}' is not sparsified; choose one of {', '.join(self._targets[:5])}"
+                + (", ..." if len(self._targets) > 5 else "")
+            )
+        return names
+
+
+def _kept(mask: torch.Tensor) -> int:
+    return int(torch.count_nonzero(mask))

@@ -1,0 +1,54 @@
+"""The section `magnitude_sparsity`: NNCF's keys and defaults."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from compress_core import AlgorithmConfig, Section
+from compress_core.config import Count
+
+Level = Annotated[float, Field(ge=0, lt=1)]
+
+ScheduleName = Literal["polynomial", "exponential", "adaptive", "multistep"]
+
+
+class MagnitudeSparsityParams(Section):
+    """Section `params`."""
+
+    schedule: ScheduleName = Field("polynomial", description="how the sparsity level grows over the epochs")
+    sparsity_target: Level = Field(0.5, description="level at the end of the schedule")
+    sparsity_target_epoch: Count = Field(90, ge=0, description="epoch at which the target is reached")
+    sparsity_freeze_epoch: Count | None = Field(
+        None,
+        ge=0,
+        description="epoch from which the masks stay; by default 100, or later where the schedule takes longer",
+    )
+    update_per_optimizer_step: bool = Field(False, description="polynomial: update the level at each optimizer step")
+    steps_per_epoch: Count | None = Field(
+        None,
+        gt=0,
+        description="optimizer steps in an epoch, for update_per_optimizer_step; by default measured in the first",
+    )
+    power: float = Field(0.9, gt=0, description="polynomial: exponent")
+    concave: bool = Field(True, description="polynomial: fast first (true) or slow first (false)")
+    multistep_steps: list[Count] = Field([90], description="multistep: epochs at which the next level is taken")
+    multistep_sparsity_levels: list[Level] = Field([0.1, 0.5], description="multistep: levels, one more than steps")
+    patience: Count = Field(1, ge=1, description="adaptive: epochs between two increases")
+    step: float = Field(0.05, gt=0, lt=1, description="adaptive: size of an increase")
+    eps: float = Field(0.03, ge=0, lt=1, description="adaptive: how near to its level sparsity counts as arrived")
+    sparsity_level_setting_mode: Literal["global", "local"] = Field(
+        "global", description="one ranking over all layers, or the level in each layer"
+    )
+    weight_importance: Literal["abs", "normed_abs"] = Field(
+        "normed_abs", description="|w|, or |w| divided by the L2 norm of its layer"
+    )
+
+
+class MagnitudeSparsityConfig(AlgorithmConfig):
+    """Section of the algorithm `magnitude_sparsity`."""
+
+    algorithm: Literal["magnitude_sparsity"] = Field(description="name of the algorithm")
+    sparsity_init: Level = Field(0.0, description="level that is applied at once, before fine-tuning")
+    params: MagnitudeSparsityParams = Field(default_factory=MagnitudeSparsityParams, description="schedule and ranking")

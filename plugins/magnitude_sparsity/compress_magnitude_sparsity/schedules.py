@@ -1,0 +1,183 @@
+"""Sparsity level as a function of time; formulas of NNCF 2.16."""
+
+from __future__ import annotations
+
+import bisect
+import logging
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from compress_core.schedules import Clock, exponential_level, polynomial_level, progress
+from compress_magnitude_sparsity.config import MagnitudeSparsityConfig
+
+logger = logging.getLogger(__name__)
+
+_DEFAULT_FREEZE_EPOCH = 100
+
+
+class Schedule(Protocol):
+    """What the algorithm asks for at each tick.
+
+    Attributes:
+        target: Level at the end.
+        freeze_epoch: Epoch from which the masks stay.
+    """
+
+    target: float
+    freeze_epoch: int
+
+    def at_epoch(self, clock: Clock, reached: float) -> float | None:
+        """Returns the level to set when an epoch begins, or None for no change; `reached` is the level there is."""
+        ...
+
+    def at_step(self, clock: Clock) -> float | None:
+        """Returns the level to set when an optimizer step begins, or None for no change."""
+        ...
+
+    def get_state(self) -> dict[str, Any]:
+        """Returns what the level depends on besides the clock; JSON-able."""
+        ...
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Takes back what `get_state` returned."""
+        ...
+
+
+class _TimeSchedule:
+    """Base of schedules that depend on the clock alone."""
+
+    def __init__(self, target: float, freeze_epoch: int) -> None:
+        self.target = target
+        self.freeze_epoch = freeze_epoch
+
+    def at_step(self, clock: Clock) -> float | None:
+        """See `Schedule`."""
+        return None
+
+    def get_state(self) -> dict[str, Any]:
+        """See `Schedule`."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """See `Schedule`."""
+
+
+class PolynomialSchedule(_TimeSchedule):
+    """From the initial level to the target along a polynomial, by epoch or by optimizer step."""
+
+    def __init__(self, config: MagnitudeSparsityConfig) -> None:
+        params = config.params
+        self._initial, self._duration = config.sparsity_init, params.sparsity_target_epoch
+        self._power, self._concave = params.power, params.concave
+        self._per_step = params.update_per_optimizer_step
+        self._steps_per_epoch = params.steps_per_epoch if self._per_step else None
+        super().__init__(params.sparsity_target, _freeze_epoch(config, self._duration))
+        self._warned = False
+
+    def at_epoch(self, clock: Clock, reached: float) -> float | None:
+        """See `Schedule`."""
+        return None if self._per_step else self._level(clock.epoch)
+
+    def at_step(self, clock: Clock) -> float | None:
+        """See `Schedule`."""
+        if not self._per_step:
+            return None
+        steps = self._steps_per_epoch or clock.steps_per_epoch
+        if steps is None:
+            # The first epoch is being measured: how far it has come is not known before it ends.
+            return self._level(max(clock.epoch, 0))
+        if clock.step_in_epoch >= steps and not self._warned:
+            self._warned = True
+            logger.warning(
+                "magnitude_sparsity: params.steps_per_epoch is %d, but epoch %d has more steps; the level waits for "
+                "the next epoch",
+                steps,
+                clock.epoch,
+            )
+        return self._level(max(clock.epoch, 0) + min(clock.step_in_epoch / steps, 1.0))
+
+    def _level(self, time: float) -> float:
+        done = progress(time, self._duration)
+        return polynomial_level(self._initial, self.target, done, power=self._power, concave=self._concave)
+
+
+class ExponentialSchedule(_TimeSchedule):
+    """The density decays geometrically."""
+
+    def __init__(self, config: MagnitudeSparsityConfig) -> None:
+        self._initial, self._duration = config.sparsity_init, config.params.sparsity_target_epoch
+        super().__init__(config.params.sparsity_target, _freeze_epoch(config, self._duration))
+
+    def at_epoch(self, clock: Clock, reached: float) -> float | None:
+        """See `Schedule`."""
+        return exponential_level(self._initial, self.target, clock.epoch, self._duration)
+
+
+class MultistepSchedule(_TimeSchedule):
+    """A level for each stretch of epochs."""
+
+    def __init__(self, config: MagnitudeSparsityConfig) -> None:
+        self._steps = sorted(config.params.multistep_steps)
+        self._levels = config.params.multistep_sparsity_levels
+        super().__init__(self._levels[-1], _freeze_epoch(config, self._steps[-1] if self._steps else 0))
+
+    def at_epoch(self, clock: Clock, reached: float) -> float | None:
+        """See `Schedule`."""
+        return self._levels[bisect.bisect_right(self._steps, clock.epoch)]
+
+
+class AdaptiveSchedule(_TimeSchedule):
+    """The level grows by a step whenever the model has held the last one for `patience` epochs."""
+
+    def __init__(self, config: MagnitudeSparsityConfig) -> None:
+        params = config.params
+        self._step, self._eps, self._patience = params.step, params.eps, params.patience
+        self._level, self._held = config.sparsity_init, 0
+        super().__init__(params.sparsity_target, _freeze_epoch(config, 0))
+
+    def at_epoch(self, clock: Clock, reached: float) -> float | None:
+        """See `Schedule`."""
+        if reached >= self._level - self._eps:
+            self._held += 1
+        if self._held >= self._patience:
+            self._held = 0
+            self._level += self._step
+        self._level = min(self._level, self.target)
+        return self._level
+
+    def get_state(self) -> dict[str, Any]:
+        """See `Schedule`."""
+        return {"level": self._level, "num_bad_epochs": self._held}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """See `Schedule`."""
+        self._level, self._held = float(state["level"]), int(state["num_bad_epochs"])
+
+
+_SCHEDULES: dict[str, type[PolynomialSchedule | ExponentialSchedule | MultistepSchedule | AdaptiveSchedule]] = {
+    "polynomial": PolynomialSchedule,
+    "exponential": ExponentialSchedule,
+    "multistep": MultistepSchedule,
+    "adaptive": AdaptiveSchedule,
+}
+
+
+def make_schedule(config: MagnitudeSparsityConfig) -> Schedule:
+    """Returns the schedule that a section asks for; it reads those parameters that it uses and no others."""
+    return _SCHEDULES[config.params.schedule](config)
+
+
+def _freeze_epoch(config: MagnitudeSparsityConfig, last_change: int) -> int:
+    """Returns the epoch from which masks stay, and warns when that is before the schedule has ended."""
+    given = config.params.sparsity_freeze_epoch
+    if given is None:
+        return max(_DEFAULT_FREEZE_EPOCH, last_change + 1)
+    if given <= last_change:
+        logger.warning(
+            "magnitude_sparsity: params.sparsity_freeze_epoch is %d, the schedule ends at epoch %d: the level will "
+            "stay where epoch %d has brought it, below the target",
+            given,
+            last_change,
+            given - 1,
+        )
+    return given

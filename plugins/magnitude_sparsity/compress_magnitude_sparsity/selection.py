@@ -1,0 +1,148 @@
+"""Which weights go: the k smallest importances of any number of tensors, exactly, without sorting and without a copy.
+
+Importances are not negative, and for such floats the order of the values is the order of their bits. So the k-th
+smallest is found digit by digit: a histogram of the upper 16 bits tells the bin that holds it, a histogram of the next
+16 bits within that bin tells the rest. The tensors are read in pieces of constant size; nothing of the size of the
+model is allocated. Unlike sorting and partitioning, this does not mind weights most of which are zero already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from compress_core import ModelError
+
+# Elements that are handled at a time: their importances (4 MiB) fit into a processor's cache.
+_PIECE = 1 << 20
+_DIGIT_BITS = 16
+
+
+@dataclass(frozen=True)
+class RankedTensor:
+    """A tensor whose elements are ranked.
+
+    Attributes:
+        name: Dotted name, for messages.
+        values: The weights, any floating dtype.
+        scale: What |w| is divided by.
+    """
+
+    name: str
+    values: torch.Tensor
+    scale: float = 1.0
+
+    def pieces(self) -> Iterator[torch.Tensor]:
+        """Yields the importances in the order of the elements, as float32 (float64 for float64), flat."""
+        flat = self.values.detach().reshape(-1)
+        for piece in torch.split(flat, _PIECE):
+            wide = piece.abs() if piece.dtype in (torch.float32, torch.float64) else piece.float().abs()
+            yield wide if self.scale == 1.0 else wide.div_(self.scale)
+
+
+def layer_scale(values: torch.Tensor) -> float:
+    """Returns the L2 norm of a tensor for `normed_abs`, or 1 where all weights are zero."""
+    norm = float(torch.linalg.vector_norm(values.detach(), dtype=torch.float64))
+    return norm if norm > 0 else 1.0
+
+
+def keep_masks(tensors: Sequence[RankedTensor], count: int) -> list[torch.Tensor]:
+    """Returns masks that drop the `count` least important elements of all tensors together.
+
+    Ties are broken by position: of equal elements those go first that come first. The most important element of each
+    tensor stays (of equal ones the last), so that no layer is emptied.
+
+    Args:
+        tensors: What is ranked together; the order counts for ties.
+        count: Number of elements to drop; what cannot be dropped because it must stay is not.
+
+    Returns:
+        A mask of zeros and ones for each tensor, in its shape and dtype.
+
+    Raises:
+        ModelError: A weight is NaN or infinite.
+    """
+    kept = [_last_largest(tensor) for tensor in tensors]
+    droppable = sum(tensor.values.numel() for tensor in tensors) - sum(index is not None for index in kept)
+    count = min(count, droppable)
+    if count <= 0:
+        return [torch.ones_like(tensor.values, requires_grad=False) for tensor in tensors]
+    threshold, ties = _kth_smallest(tensors, kept, count)
+    masks = []
+    for tensor, index in zip(tensors, kept, strict=True):
+        mask, ties = _mask(tensor, index, threshold, ties)
+        masks.append(mask)
+    return masks
+
+
+def _last_largest(tensor: RankedTensor) -> int | None:
+    """Returns the flat index of the most important element, the last of equal ones."""
+    best, index, offset = -1.0, None, 0
+    for piece in tensor.pieces():
+        largest = float(piece.max())
+        if not largest < float("inf"):
+            raise ModelError(f"the weight '{tensor.name}' holds NaN or infinity; repair it before compression")
+        if largest >= best:
+            best = largest
+            index = offset + int((piece == largest).nonzero()[-1])
+        offset += piece.numel()
+    return index
+
+
+def _digits(dtype: torch.dtype) -> tuple[torch.dtype, range]:
+    """Returns the integer type of the same width, and the shifts of its 16-bit digits, the highest first."""
+    integer, bits = (torch.int64, 64) if dtype == torch.float64 else (torch.int32, 32)
+    return integer, range(bits - _DIGIT_BITS, -1, -_DIGIT_BITS)
+
+
+def _kth_smallest(tensors: Sequence[RankedTensor], kept: Sequence[int | None], count: int) -> tuple[torch.Tensor, int]:
+    """Returns the importance of rank `count` (from 1, kept elements aside), and how many equal to it have to go."""
+    wide = torch.float64 if any(t.values.dtype == torch.float64 for t in tensors) else torch.float32
+    integer, shifts = _digits(wide)
+    device = tensors[0].values.device
+    prefix, remaining = 0, count
+    for shift in shifts:
+        histogram = torch.zeros(1 << _DIGIT_BITS, dtype=torch.int64, device=device)
+        for tensor, index in zip(tensors, kept, strict=True):
+            offset = 0
+            for piece in tensor.pieces():
+                bits = piece.to(wide).view(integer)
+                histogram += _histogram(bits, shift, prefix).to(device)
+                if index is not None and offset <= index < offset + piece.numel():
+                    histogram -= _histogram(bits[index - offset : index - offset + 1], shift, prefix).to(device)
+                offset += piece.numel()
+        below = histogram.cumsum(0)
+        digit = int(torch.searchsorted(below, remaining))
+        remaining -= int(below[digit - 1]) if digit else 0
+        prefix = (prefix << _DIGIT_BITS) | digit
+    return torch.tensor(prefix, dtype=integer).view(wide), remaining
+
+
+def _histogram(bits: torch.Tensor, shift: int, prefix: int) -> torch.Tensor:
+    """Counts the 16-bit digits at `shift` of those whose higher digits are `prefix`."""
+    mask = (1 << _DIGIT_BITS) - 1
+    upper = bits >> shift
+    if shift + _DIGIT_BITS < bits.element_size() * 8:
+        upper = upper[(upper >> _DIGIT_BITS) == prefix]
+    return torch.bincount(upper & mask, minlength=1 << _DIGIT_BITS)
+
+
+def _mask(tensor: RankedTensor, index: int | None, threshold: torch.Tensor, ties: int) -> tuple[torch.Tensor, int]:
+    """Returns the mask of one tensor, and how many ties are left for the tensors after it."""
+    limit = threshold.to(tensor.values.device)
+    # Filled in the order of the elements, then given the memory layout of the weight (channels_last).
+    flat = torch.empty(tensor.values.numel(), dtype=tensor.values.dtype, device=tensor.values.device)
+    offset = 0
+    for piece in tensor.pieces():
+        part = flat[offset : offset + piece.numel()]
+        part.copy_(piece > limit)
+        equal = (piece == limit).nonzero().flatten()
+        if index is not None and offset <= index < offset + piece.numel():
+            equal = equal[equal != index - offset]
+            part[index - offset] = 1
+        part[equal[ties:]] = 1
+        ties -= min(ties, equal.numel())
+        offset += piece.numel()
+    return torch.empty_like(tensor.values, requires_grad=False).copy_(flat.view(tensor.values.shape)), ties
