@@ -1,0 +1,351 @@
+"""Checks of the contract. Each takes a `Case` and raises AssertionError where an algorithm breaks its promise.
+
+What the plain model cannot do (some recurrent layers do not compile) is not asked of the compressed one.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import pickle
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from compress_core.api import create_compressed_model
+from compress_core.controller import CompressionController
+from compress_core.hookspecs import hookimpl
+from compress_core.testing.fingerprint import fingerprint
+from compress_core.transforms.generated import base_class
+
+
+@dataclass
+class Case:
+    """A model and a config to check.
+
+    Attributes:
+        make_model: Makes the model; the same weights at each call are not needed.
+        inputs: Example arguments of its forward.
+        config: The config; its algorithms must not need data unless `loader` gives it.
+        loader: Calibration batches.
+        tolerance: Largest difference that compilation may make, absolute and relative.
+    """
+
+    make_model: Callable[[], nn.Module]
+    inputs: tuple[Any, ...]
+    config: Mapping[str, Any]
+    loader: Iterable[Any] | None = None
+    tolerance: float = 1e-4
+    _state: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def model(self) -> nn.Module:
+        """Returns a model with the weights of this case."""
+        model = self.make_model()
+        if not self._state:
+            self._state = copy.deepcopy(model.state_dict())
+        model.load_state_dict(self._state)
+        model.zero_grad()
+        return model
+
+    def compressed(self) -> tuple[CompressionController, nn.Module]:
+        """Returns a compressed model and its controller."""
+        return create_compressed_model(self.model(), self.config, init_loader=self.loader)
+
+
+def conformance_checks() -> Sequence[Callable[[Case], None]]:
+    """Returns all checks."""
+    return (
+        check_keeps_identity,
+        check_loads_plain_state_dict,
+        check_state_dict_round_trip,
+        check_deepcopy,
+        check_pickle,
+        check_torch_save,
+        check_compile_eval,
+        check_compile_train,
+        check_export_eval,
+        check_export_train,
+        check_backward_and_autocast,
+        check_strip,
+        check_state_is_json_and_resumes,
+        check_rolls_back_from_every_hook,
+        check_rolls_back_from_every_forward,
+    )
+
+
+def check_keeps_identity(case: Case) -> None:
+    """The model is the same object of the same class, with the same parameter objects under the same names."""
+    model = case.model()
+    before = dict(model.named_parameters())
+    classes = {name: type(module) for name, module in model.named_modules()}
+    modes = {name: module.training for name, module in model.named_modules()}
+    _, compressed = create_compressed_model(model, case.config, init_loader=case.loader)
+    assert compressed is model
+    after = dict(model.named_parameters())
+    for name, parameter in before.items():
+        assert after[name] is parameter, f"{name} is another object now"
+    for name, module in model.named_modules():
+        if name in classes:
+            assert base_class(module) is classes[name], f"{name} is a {type(module)}"
+            assert isinstance(module, classes[name])
+            assert module.training is modes[name]
+    if not any(name.startswith("weight_transforms") for name, _ in model.named_modules()):
+        assert type(model) is classes[""]
+
+
+def check_loads_plain_state_dict(case: Case) -> None:
+    """The state_dict of the plain model loads strictly, and changes no helper."""
+    _, model = case.compressed()
+    helpers = {k: v.clone() for k, v in model.state_dict().items() if k not in case._state}
+    plain = {name: v * 0.5 + 0.125 if v.is_floating_point() else v for name, v in case._state.items()}
+    model.load_state_dict(plain, strict=True)
+    loaded = model.state_dict()
+    for name, value in plain.items():
+        assert torch.equal(loaded[name], value), name
+    for name, value in helpers.items():
+        assert torch.equal(loaded[name], value), name
+
+
+def check_state_dict_round_trip(case: Case) -> None:
+    """What a compressed model saves brings another one to the same outputs, through weights_only."""
+    _, model = case.compressed()
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    file.seek(0)
+    _, other = case.compressed()
+    with torch.no_grad():
+        for tensor in (*other.parameters(), *other.buffers()):
+            if tensor.is_floating_point():
+                tensor.mul_(0.5)
+    other.load_state_dict(torch.load(file, weights_only=True), strict=True)
+    _assert_same(_run(other, case), _run(model, case))
+
+
+def check_deepcopy(case: Case) -> None:
+    """A deep copy computes the same and shares nothing."""
+    _, model = case.compressed()
+    expected = _run(model, case)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    _assert_same(_run(twin, case), expected)
+    assert [type(m) for m in twin.modules()] == [type(m) for m in model.modules()]
+
+
+def check_pickle(case: Case) -> None:
+    """A pickled model comes back as it was."""
+    _, model = case.compressed()
+    twin = pickle.loads(pickle.dumps(model))
+    _assert_same(_run(twin, case), _run(model, case))
+    assert [type(m) for m in twin.modules()] == [type(m) for m in model.modules()]
+
+
+def check_torch_save(case: Case) -> None:
+    """`torch.save` of the whole model works."""
+    _, model = case.compressed()
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    _assert_same(_run(torch.load(file, weights_only=False), case), _run(model, case))
+
+
+def check_compile_eval(case: Case) -> None:
+    """`torch.compile(fullgraph=True)` works in eval mode."""
+    _check_compile(case, training=False)
+
+
+def check_compile_train(case: Case) -> None:
+    """`torch.compile(fullgraph=True)` works in training mode, with gradients."""
+    _check_compile(case, training=True)
+
+
+def check_export_eval(case: Case) -> None:
+    """`torch.export` works in eval mode."""
+    _check_export(case, training=False)
+
+
+def check_export_train(case: Case) -> None:
+    """`torch.export` works in training mode."""
+    _check_export(case, training=True)
+
+
+def check_backward_and_autocast(case: Case) -> None:
+    """Every parameter that gets a gradient in the plain model gets one, under autocast too, of its own shape."""
+    plain = case.model().train()
+    _scalar(plain(*case.inputs)).backward()
+    _, model = case.compressed()
+    model.train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = _scalar(model(*case.inputs))
+    loss.backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    for name, parameter in plain.named_parameters():
+        gradient = gradients[name]
+        assert (gradient is None) == (parameter.grad is None), name
+        assert gradient is None or (gradient.shape == parameter.shape and bool(gradient.isfinite().all())), name
+
+
+def check_strip(case: Case) -> None:
+    """`strip` gives a plain model of plain classes with the names of before, and the same outputs, bit for bit."""
+    controller, model = case.compressed()
+    expected = _run(model, case)
+    plain = controller.strip()
+    _assert_same(_run(plain, case), expected)
+    _assert_same(_run(model, case), expected)
+    assert [type(m) for m in plain.modules()] == [type(m) for m in case.model().modules()]
+    assert list(plain.state_dict()) == list(case.model().state_dict())
+
+
+def check_state_is_json_and_resumes(case: Case) -> None:
+    """State and state_dict together, through JSON and weights_only, give the same model without any data."""
+    controller, model = case.compressed()
+    controller.scheduler.epoch_step()
+    controller.scheduler.step()
+    state = json.loads(json.dumps(controller.get_compression_state()))
+    resumed_controller, resumed = create_compressed_model(case.model(), case.config, compression_state=state)
+    resumed.load_state_dict(model.state_dict(), strict=True)
+    _assert_same(_run(resumed, case), _run(model, case))
+    assert resumed_controller.get_compression_state()["algorithms"] == state["algorithms"]
+    assert resumed_controller.scheduler.get_state() == controller.scheduler.get_state()
+    assert resumed_controller.compression_stage() == controller.compression_stage()
+
+
+def check_rolls_back_from_every_hook(case: Case) -> None:
+    """An exception or Ctrl-C at any hook leaves model and random generators as they were, bit for bit."""
+    hooks = ("compress_plan", "compress_observe", "compress_commit", "compress_calibrate", "compress_initialize")
+    for hook in hooks:
+        for error in (RuntimeError("injected"), KeyboardInterrupt()):
+            _check_rollback(case, observer=_failing_observer(hook, error), error=error)
+
+
+def check_rolls_back_from_every_forward(case: Case) -> None:
+    """An exception in the n-th forward of initialization leaves everything as it was, whatever n."""
+    for count in range(1, 200):
+        for error in (ValueError("injected"), KeyboardInterrupt()):
+            if not _check_rollback(case, failing_forward=count, error=error):
+                return
+
+
+def _failing_observer(hook: str, error: BaseException) -> object:
+    if hook in {"compress_observe", "compress_initialize"}:
+
+        def fail(self: object, model: nn.Module) -> None:
+            next(model.parameters()).data.add_(1)
+            raise error
+
+    else:
+
+        def fail(self: object, model: nn.Module, algorithm: Any) -> None:  # type: ignore[misc]
+            next(model.parameters()).data.add_(1)
+            raise error
+
+    return type("FailingObserver", (), {hook: hookimpl(fail)})()
+
+
+class _CountingForward:
+    """Fails at the n-th call of a model's forward."""
+
+    def __init__(self, limit: int, error: BaseException) -> None:
+        self.left = limit
+        self.error = error
+
+    def __call__(self, *_: Any) -> None:
+        self.left -= 1
+        if self.left == 0:
+            torch.rand(3)
+            raise self.error
+
+
+def _check_rollback(
+    case: Case, *, error: BaseException, observer: object = None, failing_forward: int = 0
+) -> bool:
+    """Returns whether the error was reached."""
+    model = case.model()
+    if failing_forward:
+        model.register_forward_pre_hook(_CountingForward(failing_forward, error))
+    before = fingerprint(model)
+    observers = [] if observer is None else [observer]
+    try:
+        create_compressed_model(model, case.config, init_loader=case.loader, observers=observers)
+    except BaseException as raised:
+        if raised is not error:
+            raise
+        after = fingerprint(model)
+        assert after == before, _differences(before, after)
+        return True
+    return False
+
+
+def _differences(before: Any, after: Any, path: str = "") -> str:
+    if isinstance(before, dict) and isinstance(after, dict):
+        keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
+        return "; ".join(_differences(before.get(key), after.get(key), f"{path}.{key}") for key in keys)
+    return f"{path[1:]} is not as it was"
+
+
+def _check_compile(case: Case, *, training: bool) -> None:
+    if not _can(lambda: torch.compile(case.model().train(training), fullgraph=True)(*case.inputs)):
+        return
+    torch.compiler.reset()
+    _, model = case.compressed()
+    model.train(training)
+    compiled = torch.compile(copy.deepcopy(model), fullgraph=True)
+    actual, expected = compiled(*case.inputs), model(*case.inputs)
+    _assert_close(actual, expected, case.tolerance)
+    if training:
+        _scalar(actual).backward()
+        _scalar(expected).backward()
+        for (name, got), wanted in zip(compiled.named_parameters(), model.parameters(), strict=True):
+            assert (got.grad is None) == (wanted.grad is None), name
+            if wanted.grad is not None and got.grad is not None:
+                torch.testing.assert_close(got.grad, wanted.grad, rtol=case.tolerance * 10, atol=case.tolerance)
+    torch.compiler.reset()
+
+
+def _check_export(case: Case, *, training: bool) -> None:
+    if not _can(lambda: torch.export.export(case.model().train(training), case.inputs)):
+        return
+    _, model = case.compressed()
+    model.train(training)
+    program = torch.export.export(model, case.inputs)
+    _assert_close(program.module()(*case.inputs), model(*case.inputs), case.tolerance)
+
+
+def _can(attempt: Callable[[], object]) -> bool:
+    try:
+        attempt()
+    except Exception:  # noqa: BLE001 - whatever the plain model fails with
+        return False
+    return True
+
+
+def _run(model: nn.Module, case: Case) -> Any:
+    model.eval()
+    with torch.no_grad():
+        return model(*case.inputs)
+
+
+def _leaves(value: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+
+
+def _scalar(output: Any) -> torch.Tensor:
+    total = torch.zeros(())
+    for leaf in _leaves(output):
+        total = total + leaf.float().square().mean()
+    return total
+
+
+def _assert_same(actual: Any, expected: Any) -> None:
+    for a, e in zip(_leaves(actual), _leaves(expected), strict=True):
+        assert torch.equal(a, e), f"outputs differ by up to {(a - e).abs().max()}"
+
+
+def _assert_close(actual: Any, expected: Any, tolerance: float) -> None:
+    for a, e in zip(_leaves(actual), _leaves(expected), strict=True):
+        torch.testing.assert_close(a, e, rtol=tolerance, atol=tolerance)

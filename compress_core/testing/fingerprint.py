@@ -1,0 +1,66 @@
+"""Everything about a model that must be the same after a failure, in a form that can be compared."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+# Attributes of nn.Module that hold hooks; a rolled-back model has the same ones in the same order.
+_HOOKS = (
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+
+
+def fingerprint(model: nn.Module) -> dict[str, Any]:
+    """Returns classes, flags, hooks and the bits of all tensors of a model, and of the random generators.
+
+    Args:
+        model: The model; it is not changed.
+    """
+    modules: dict[str, Any] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        modules[name] = {
+            "identity": id(module),
+            "class": type(module),
+            "training": module.training,
+            "attributes": sorted(module.__dict__),
+            "children": list(module._modules),
+            "parameters": {key: _tensor(value) for key, value in module._parameters.items()},
+            "buffers": {key: _tensor(value) for key, value in module._buffers.items()},
+            "hooks": {key: [id(hook) for hook in module.__dict__.get(key, {}).values()] for key in _HOOKS},
+            "simple": {k: v for k, v in module.__dict__.items() if isinstance(v, (int, float, str, tuple))},
+        }
+    return {
+        "modules": modules,
+        "torch rng": torch.get_rng_state().numpy().tobytes(),
+        "python rng": random.getstate(),
+        "numpy rng": [str(part) for part in np.random.get_state()],  # noqa: NPY002 - the global one is meant
+    }
+
+
+def _tensor(tensor: torch.Tensor | None) -> Any:
+    if tensor is None:
+        return None
+    bits = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    gradient = None if tensor.grad is None else tensor.grad.detach().cpu().numpy().tobytes()
+    return (
+        id(tensor),
+        tensor.data_ptr(),
+        tuple(tensor.shape),
+        tensor.stride(),
+        tensor.dtype,
+        tensor.requires_grad,
+        bits,
+        gradient,
+    )

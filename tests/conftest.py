@@ -1,0 +1,40 @@
+"""Fixtures for all tests. They work in a checkout that was never installed."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+
+from compress_core.hookspecs import ENTRY_POINT_GROUP
+from compress_core.registry import Registry, use_registry
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def declared_entry_points() -> list[importlib.metadata.EntryPoint]:
+    table = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"][ENTRY_POINT_GROUP]
+    return [importlib.metadata.EntryPoint(name, value, ENTRY_POINT_GROUP) for name, value in table.items()]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def two_threads():
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True)
+def registry():
+    """The built-in plugins, from the table in pyproject.toml, and nothing that happens to be installed."""
+    fresh = Registry()
+    fresh.load_entry_points(declared_entry_points())
+    assert not fresh.failures
+    with use_registry(fresh):
+        yield fresh
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
