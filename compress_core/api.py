@@ -148,6 +148,7 @@ def _close_ledger(lifecycle: Lifecycle) -> None:
     for algorithm in lifecycle.algorithms:
         path, config = context.section(algorithm)
         context.ledger.close_section(path, config, lifecycle.plans[algorithm.name].targets, strict=strict)
+    context.ledger.close_root(context.config.root)
 
 
 def register_default_init_args(

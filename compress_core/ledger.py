@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from compress_core.config.errors import shown
-from compress_core.config.model import AlgorithmConfig
+from compress_core.config.model import AlgorithmConfig, Section
 from compress_core.errors import ConfigError, Problem
 from compress_core.statistics import Statistics, Table
 
@@ -81,6 +81,18 @@ class Ledger(Statistics):
             raise ConfigError(problems)
         for problem in problems:
             logger.warning("config: %s", problem)
+
+    def close_root(self, root: Section) -> None:
+        """Records the keys at the top of the document, which describe model and hardware for whoever asks.
+
+        Args:
+            root: That part of the document.
+        """
+        for path, value, was_read in root.given_leaves():
+            if path not in self._entries and not any(entry.startswith(f"{path}.") for entry in self._entries):
+                self.record(path, value, "used" if was_read else "no algorithm of this config uses it")
+                if not was_read:
+                    logger.info("config: no algorithm of this config uses '%s'", path)
 
     def tables(self) -> list[Table]:
         """Returns one table with a row for each value."""

@@ -25,8 +25,17 @@ class Table:
 
     def to_str(self) -> str:
         """Returns the table as plain text."""
-        body = tabulate(self.rows, headers=self.headers, tablefmt="simple_outline", floatfmt=".4g")
+        cells = [[_shown(cell) for cell in row] for row in self.rows]
+        columns = list(zip(*self.rows, strict=True)) or [()] * len(self.headers)
+        align = ["right" if all(isinstance(cell, (int, float)) for cell in column) else "left" for column in columns]
+        body = tabulate(cells, self.headers, "simple_outline", colalign=align if cells else None, disable_numparse=True)
         return f"{self.title}\n{body}"
+
+
+def _shown(cell: Any) -> str:
+    if isinstance(cell, float):
+        return f"{cell:.0f}" if abs(cell) >= 1000 else f"{cell:.4g}"
+    return str(cell)
 
 
 class Statistics:

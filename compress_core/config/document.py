@@ -33,7 +33,7 @@ class InputInfo(Section):
     keyword: str | None = Field(None, description="name of the argument, when it is passed by keyword")
 
 
-class _Root(Section):
+class RootSection(Section):
     """The keys that the core knows at the top of a document, `compression` aside."""
 
     input_info: Annotated[list[InputInfo], BeforeValidator(_as_list_of_objects)] = Field(
@@ -75,7 +75,7 @@ class CompressionConfig:
         source: The document as it was given.
     """
 
-    root: _Root
+    root: RootSection
     sections: tuple[AlgorithmConfig | UnresolvedSection, ...]
     source: dict[str, Any]
 
@@ -189,8 +189,8 @@ def _raw_sections(source: Mapping[str, Any], problems: list[Problem]) -> list[An
     return []
 
 
-def _validated_root(source: Mapping[str, Any], problems: list[Problem]) -> _Root:
-    known = {**_Root.model_fields, "compression": None, **_REFUSED}
+def _validated_root(source: Mapping[str, Any], problems: list[Problem]) -> RootSection:
+    known = {**RootSection.model_fields, "compression": None, **_REFUSED}
     strangers = []
     for key in source:
         if key in _REFUSED:
@@ -205,7 +205,7 @@ def _validated_root(source: Mapping[str, Any], problems: list[Problem]) -> _Root
             "config: the top-level keys %s mean nothing to compress-core and are left to you", ", ".join(strangers)
         )
     try:
-        return _Root.model_validate({key: source[key] for key in source if key in _Root.model_fields})
+        return RootSection.model_validate({key: source[key] for key in source if key in RootSection.model_fields})
     except ValidationError as error:
-        problems.extend(problems_of(error, _Root, ""))
-        return _Root()
+        problems.extend(problems_of(error, RootSection, ""))
+        return RootSection()

@@ -261,9 +261,7 @@ class _CountingForward:
             raise self.error
 
 
-def _check_rollback(
-    case: Case, *, error: BaseException, observer: object = None, failing_forward: int = 0
-) -> bool:
+def _check_rollback(case: Case, *, error: BaseException, observer: object = None, failing_forward: int = 0) -> bool:
     """Returns whether the error was reached."""
     model = case.model()
     if failing_forward:

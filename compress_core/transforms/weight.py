@@ -29,7 +29,8 @@ class TransformChain(nn.Module):
 
     def add(self, key: str, transform: nn.Module, stage: int) -> None:
         """Inserts `transform` behind everything of the same or an earlier stage."""
-        self.add_module(key, transform)
+        # Not add_module: it refuses names that the chain has as attributes, such as "add" or "training".
+        self._modules[key] = transform
         self._stages[key] = stage
         in_order = sorted(self._modules, key=lambda name: self._stages[name])  # sorted() is stable
         for name in in_order:
@@ -110,9 +111,13 @@ def add_weight_transform(
 
     Raises:
         TransformError: There is no such parameter, it is computed by somebody else already (`parametrize`,
-            `weight_norm`), or the key is taken.
+            `weight_norm`), or the key is taken or unusable.
     """
-    key = key or type(transform).__name__.lower()
+    key = type(transform).__name__.lower() if key is None else key
+    if not key or "." in key:
+        raise TransformError(
+            f"a transform's key becomes part of names in state_dict: {key!r} must not be empty or dotted"
+        )
     owner, parameter_name = resolve_parameter(module, name)
     chain = chain_of(owner, parameter_name)
     if chain is not None and key in chain._modules:
@@ -120,8 +125,10 @@ def add_weight_transform(
     if chain is None:
         chain = TransformChain()
         chain.train(owner.training)
-        parameter = owner._parameters[parameter_name]
-        for place, place_name in _places_of(module, parameter):
+        places = _places_of(module, owner._parameters[parameter_name])
+        for place, _ in places:
+            _check_name_is_free(place)
+        for place, place_name in places:
             _attach_chain(place, place_name, chain)
     transform.train(owner.training)
     chain.add(key, transform, int(stage))
@@ -219,14 +226,17 @@ def chain_of(owner: nn.Module, parameter_name: str) -> TransformChain | None:
     return None if container is None else cast("TransformChain | None", container._modules.get(parameter_name))
 
 
+def _check_name_is_free(owner: nn.Module) -> None:
+    if transforms_of(owner) is None and hasattr(owner, TRANSFORMS_ATTRIBUTE):
+        raise TransformError(
+            f"{type(owner).__name__} has an attribute '{TRANSFORMS_ATTRIBUTE}' of its own; rename it, compress-core "
+            "keeps its transforms under that name"
+        )
+
+
 def _attach_chain(owner: nn.Module, parameter_name: str, chain: TransformChain) -> None:
     container = transforms_of(owner)
     if container is None:
-        if hasattr(owner, TRANSFORMS_ATTRIBUTE):
-            raise TransformError(
-                f"{type(owner).__name__} has an attribute '{TRANSFORMS_ATTRIBUTE}' of its own; rename it, "
-                "compress-core keeps its transforms under that name"
-            )
         container = WeightTransforms()
         container.train(owner.training)
         owner.add_module(TRANSFORMS_ATTRIBUTE, container)

@@ -1,0 +1,79 @@
+"""Command line: compress-core algorithms | schema | check CONFIG."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from compress_core.api import check_config
+from compress_core.config.schema import json_schema
+from compress_core.errors import CompressionError, ConfigError
+from compress_core.registry import default_registry
+from compress_core.statistics import Table
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status: 0, 1 where something is wrong with what was asked about."""
+    parser = argparse.ArgumentParser(prog="compress-core", description="Model compression for PyTorch training loops.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("algorithms", help="what is installed, from which plugin, and what could not be loaded")
+    commands.add_parser("schema", help="print the JSON schema of configs")
+    check = commands.add_parser("check", help="say whether a config is valid, and if not, what is wrong and where")
+    check.add_argument("config", type=Path, help="path of a JSON file")
+    options = parser.parse_args(arguments)
+    if options.command == "algorithms":
+        # Plugins that could not be loaded are part of the answer; the log line would only repeat it.
+        log = logging.getLogger("compress_core.registry")
+        level = log.level
+        try:
+            log.setLevel(logging.ERROR)
+            return _algorithms()
+        finally:
+            log.setLevel(level)
+    if options.command == "schema":
+        print(json.dumps(json_schema(default_registry()), indent=2))
+        return 0
+    return _check(options.config)
+
+
+def _algorithms() -> int:
+    registry = default_registry()
+    rows = [
+        (kind, name, c.plugin.name, c.plugin.distribution or "-", c.plugin.version or "-")
+        for kind, found in (
+            ("algorithm", registry.algorithms()),
+            ("initializer", {name: [c] for name, c in registry.initializers().items()}),
+        )
+        for name, contributions in found.items()
+        for c in contributions
+    ]
+    print(Table("Installed", ("kind", "name", "plugin", "distribution", "version"), rows).to_str())
+    conflicts = [name for name, found in registry.algorithms().items() if len(found) > 1]
+    if conflicts:
+        print(f"\nContributed more than once, and so unusable: {', '.join(conflicts)}", file=sys.stderr)
+    for failure in registry.failures:
+        print(f"\n{failure.plugin} could not be loaded: {failure.error!r}", file=sys.stderr)
+    return 1 if conflicts or registry.failures else 0
+
+
+def _check(config: Path) -> int:
+    try:
+        check_config(config)
+    except ConfigError as error:
+        print(f"{config}: {len(error.problems)} problem(s)", file=sys.stderr)
+        for problem in error.problems:
+            print(f"  {problem}", file=sys.stderr)
+        return 1
+    except CompressionError as error:
+        print(f"{config}: {error}", file=sys.stderr)
+        return 1
+    print(f"{config}: valid")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
