@@ -83,7 +83,7 @@ class Context:
         if source is None:
             raise DataError(
                 f"{path}: needs calibration data, and there is none. Call register_default_init_args(config, loader), "
-                f"pass init_loader= to create_compressed_model, or register {kind.__name__}(loader); or remove the section"
+                f"pass init_loader= to create_compressed_model, or register {kind.__name__}(loader); or remove this"
             )
         return CalibrationData(source if isinstance(source, InitArgs) else InitArgs(source), path)
 

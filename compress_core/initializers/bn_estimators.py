@@ -10,6 +10,7 @@ inputs in the reference (uncompressed) model and (m_c, v_c) in the compressed on
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Any, ClassVar
 
 import torch
@@ -42,7 +43,11 @@ class Estimator:
         # not tell: checkpoints older than torch 0.4.1 have none, and load as zero.
         self.is_fresh = not bool(self.mean.any()) and bool((self.var == 1).all())
         self.reference = Moments.empty(layer.num_features, self.mean.device)
+        # What the reference model's calls have seen, until the compressed model makes the same call: at each point both
+        # estimates must rest on the same calls, or a model without any change would seem to have one.
+        self._waiting: deque[Moments] = deque()
         self.compressed = Moments.empty(layer.num_features, self.mean.device)
+        self._fresh_reference = Moments.empty(layer.num_features, self.mean.device)
         self.in_reference = False
 
     def attach(self) -> list[RemovableHandle]:
@@ -92,13 +97,17 @@ class Estimator:
         values = args[0] if args else kwargs["input"]
         if values.numel() == 0:
             return
-        pooled = self.reference if self.in_reference else self.compressed
-        pooled.merge(Moments.of(values))
+        seen = Moments.of(values)
         if self.in_reference:
+            self._waiting.append(seen)
             if self.is_fresh:
-                self.write(pooled.mean, pooled.variance)
-        else:
-            self.write(*self.estimate())
+                self._fresh_reference.merge(seen)
+                self.write(self._fresh_reference.mean, self._fresh_reference.variance)
+            return
+        self.compressed.merge(seen)
+        if self._waiting:
+            self.reference.merge(self._waiting.popleft())
+        self.write(*self.estimate())
 
     def estimate(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the running mean and variance that follow from what has been seen; shape (channels,) each."""

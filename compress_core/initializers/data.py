@@ -68,21 +68,20 @@ class CalibrationData:
     def batches(self, num_samples: int) -> Iterator[tuple[Any, int]]:
         """Yields (batch, number of samples in it) until `num_samples` is reached as nearly as whole batches allow.
 
-        At least one batch is yielded, and no batch is fetched that would not be used (batches of one size assumed).
+        At least one batch is yielded. At most one batch is fetched and not used: only its size tells whether it brings
+        the count nearer, and the last batch of a loader is often smaller than the others.
 
         Raises:
             DataError: The loader is empty, or a batch holds no tensor.
         """
-        seen, expected = 0, 0
+        seen = 0
         for batch in self._args.data_loader:
             size = self._size(batch)
-            expected = max(expected, size)
             if seen and 2 * (num_samples - seen) < size:
                 return
             yield batch, size
             seen += size
-            # One more batch is worth having if it brings the count nearer to what was asked for.
-            if 2 * (num_samples - seen) < expected:
+            if seen >= num_samples:
                 return
         if not seen:
             raise DataError(
@@ -134,7 +133,9 @@ class CalibrationData:
 
 
 def _inputs_of(model: nn.Module, batch: Sequence[Any]) -> Sequence[Any]:
-    """Splits off the target: a pair is (inputs, target) unless forward needs both; longer, the arguments it needs."""
+    """Splits off the target: (inputs, target), or as many arguments as forward needs and then targets."""
+    if isinstance(batch[0], (tuple, list, Mapping)):
+        return batch[:1]
     required = sum(
         parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
         for parameter in inspect.signature(model.forward).parameters.values()

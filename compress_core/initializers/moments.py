@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-# Rows of a channels_last tensor that are summed in float32 at a time, and the |mean| / std from which on that is not
-# exact enough: together they keep the variance within 1e-6 of float64.
+# Rows of a channels_last tensor that are summed in float32 at a time, and the |mean| / std from which on a mean in
+# float32 is not exact enough: together they keep the variance within 1e-6 of float64.
 _ROWS = 256
-_LARGEST_OFFSET = 50.0
+_LARGEST_OFFSET = 4.0
 
 
 @dataclass
@@ -51,21 +51,14 @@ class Moments:
 
     @classmethod
     def _by_kernel(cls, values: torch.Tensor, count: int) -> Moments:
-        if not _is_channels_last(values):
-            mean, variance = torch.batch_norm_update_stats(values, None, None, 0.0)
-            return cls(count, mean.double(), variance.double() * count)
-        # In this layout the kernel adds up in float32: short pieces keep its error small, float64 merges them.
-        rows = values.movedim(1, -1).reshape(-1, values.shape[1])
-        pieces = [torch.batch_norm_update_stats(piece, None, None, 0.0) for piece in torch.split(rows, _ROWS)]
-        means = torch.stack([mean for mean, _ in pieces]).double()
-        variances = torch.stack([variance for _, variance in pieces]).double()
-        counts = torch.full((len(pieces), 1), float(_ROWS), dtype=torch.float64)
-        counts[-1] = count - _ROWS * (len(pieces) - 1)
-        mean = (counts * means).sum(0) / count
-        result = cls(count, mean, (counts * (variances + (means - mean).square())).sum(0))
-        if bool((mean.square() > _LARGEST_OFFSET**2 * result.variance).any()):
-            return cls._in_float64(values, count)
-        return result
+        mean, variance = _kernel(values)
+        if bool((mean.square() > _LARGEST_OFFSET**2 * variance).any()):
+            # The kernel returns the mean in float32: far from zero that is not exact enough to pool with. Once the bulk
+            # of it is subtracted, what is left is small, and exact.
+            bulk = mean.to(values.dtype)
+            rest, variance = _kernel(values - bulk.view(1, -1, *[1] * (values.ndim - 2)))
+            mean = bulk.double() + rest
+        return cls(count, mean, variance * count)
 
     @classmethod
     def _in_float64(cls, values: torch.Tensor, count: int) -> Moments:
@@ -92,6 +85,23 @@ class Moments:
     def is_finite(self) -> bool:
         """Tells whether no channel has seen NaN or infinity."""
         return bool(torch.isfinite(self.mean).all() and torch.isfinite(self.m2).all())
+
+
+def _kernel(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns mean and variance of each channel by torch's batch-norm kernel; float64 that holds float32 precision."""
+    if not _is_channels_last(values):
+        mean, variance = torch.batch_norm_update_stats(values, None, None, 0.0)
+        return mean.double(), variance.double()
+    # In this layout the kernel adds up in float32: short pieces keep its error small, float64 merges them.
+    rows = values.movedim(1, -1).reshape(-1, values.shape[1])
+    pieces = [torch.batch_norm_update_stats(piece, None, None, 0.0) for piece in torch.split(rows, _ROWS)]
+    means = torch.stack([mean for mean, _ in pieces]).double()
+    variances = torch.stack([variance for _, variance in pieces]).double()
+    weights = torch.full((len(pieces), 1), float(_ROWS), dtype=torch.float64)
+    weights[-1] = len(rows) - _ROWS * (len(pieces) - 1)
+    weights /= len(rows)
+    mean = (weights * means).sum(0)
+    return mean, (weights * (variances + (means - mean).square())).sum(0)
 
 
 def _is_channels_last(values: torch.Tensor) -> bool:

@@ -7,7 +7,8 @@ Example:
 
     @pytest.mark.parametrize("check", conformance_checks(), ids=lambda check: check.__name__)
     def test_contract(check):
-        check(Case(make_model=MyModel, inputs=(torch.randn(2, 3, 8, 8),), config={"compression": {"algorithm": "mine"}}))
+        config = {"compression": {"algorithm": "mine"}}
+        check(Case(make_model=MyModel, inputs=(torch.randn(2, 3, 8, 8),), config=config))
     ```
 """
 

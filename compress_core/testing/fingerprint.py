@@ -45,7 +45,7 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
         "modules": modules,
         "torch rng": torch.get_rng_state().numpy().tobytes(),
         "python rng": random.getstate(),
-        "numpy rng": [str(part) for part in np.random.get_state()],  # noqa: NPY002 - the global one is meant
+        "numpy rng": [str(part) for part in np.random.get_state()],
     }
 
 

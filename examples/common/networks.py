@@ -83,15 +83,8 @@ def demo_network(name: str) -> nn.Module:
     return ResNet(1, (32, 64, 128), blocks=1, stem_kernel=5, stem_stride=2)
 
 
-def resnet56_cifar10() -> ResNet:
-    """ResNet-56 (He et al. 2016, shortcuts with convolutions) with public weights, 93.2 % on CIFAR-10."""
-    model = ResNet(3, (16, 32, 64), blocks=9)
-    model.load_state_dict(_pickled_state("resnet56_cifar10_0.9320_45k.pth"))
-    return model.eval()
-
-
 class Vgg16(nn.Module):
-    """VGG16 with batch norm for images of 32x32 pixels (Simonyan & Zisserman 2015; dropout as in the public weights)."""
+    """VGG16 with batch norm for images of 32x32 pixels (Simonyan & Zisserman 2015), with dropout."""
 
     def __init__(self, classes: int = 10) -> None:
         super().__init__()

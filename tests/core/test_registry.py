@@ -132,7 +132,7 @@ def test_two_plugins_for_one_name_are_an_error_for_who_uses_it(registry):
 
 def test_algorithm_without_targets_is_an_error(registry):
     registry.register(contributing(Nothing), "demo")
-    with pytest.raises(ConfigError, match="compression.nothing: finds nothing to compress"):
+    with pytest.raises(ConfigError, match=r"compression\.nothing: finds nothing to compress"):
         create_compressed_model(ResidualNet(), {"compression": {"algorithm": "nothing"}})
 
 

@@ -152,7 +152,7 @@ def test_incomplete_checkpoint_of_a_transform_is_refused():
     layer.load_state_dict(plain)
     layer.load_state_dict(full)
     del full["weight_transforms.weight.two.b"]
-    with pytest.raises(RuntimeError, match="weight_transforms.weight.two.b"):
+    with pytest.raises(RuntimeError, match=r"weight_transforms\.weight\.two\.b"):
         layer.load_state_dict(full)
 
 
