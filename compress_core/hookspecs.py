@@ -161,7 +161,7 @@ def compress_commit(model: nn.Module, algorithm: Algorithm, plan: Plan, context:
         @hookimpl
         def compress_commit(self, model, plan):
             for name in plan.targets:
-                mask_weight(model, name, self.mask_of(model.get_parameter(name)), key=self.name)
+                mask_weight(model, name, self.mask_of(raw_parameter(model, name)), key=self.name)
         ```
     """
 

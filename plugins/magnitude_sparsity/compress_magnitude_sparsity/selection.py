@@ -37,7 +37,7 @@ class RankedTensor:
     def pieces(self) -> Iterator[torch.Tensor]:
         """Yields the importances in the order of the elements, as float32 (float64 for float64), flat."""
         flat = self.values.detach().reshape(-1)
-        for piece in torch.split(flat, _PIECE):
+        for piece in torch.split(flat, _PIECE) if flat.numel() else ():
             wide = piece.abs() if piece.dtype in (torch.float32, torch.float64) else piece.float().abs()
             yield wide if self.scale == 1.0 else wide.div_(self.scale)
 
