@@ -87,6 +87,53 @@ class Moments:
         return bool(torch.isfinite(self.mean).all() and torch.isfinite(self.m2).all())
 
 
+class Correlation:
+    """Correlation of two versions of the same values, channel by channel; gathered in pieces.
+
+    Pieces are merged as in `Moments` (Pebay 2008, equation 3.11 for the co-moment).
+
+    Args:
+        channels: Number of channels.
+        device: Where the sums are kept.
+    """
+
+    def __init__(self, channels: int, device: torch.device | None = None) -> None:
+        self._left = Moments.empty(channels, device)
+        self._right = Moments.empty(channels, device)
+        self._comoment = torch.zeros(channels, dtype=torch.float64, device=device)
+
+    def add(self, left: torch.Tensor, right: torch.Tensor) -> None:
+        """Adds paired values, each of shape (values, channels)."""
+        left, right = left.double(), right.double()
+        mean_left, mean_right = left.mean(0), right.mean(0)
+        apart_left, apart_right = left - mean_left, right - mean_right
+        count, before = len(left), self._left.count
+        shift = (mean_left - self._left.mean) * (mean_right - self._right.mean)
+        self._comoment += (apart_left * apart_right).sum(0) + shift * (before * count / (before + count))
+        self._left.merge(Moments(count, mean_left, apart_left.square().sum(0)))
+        self._right.merge(Moments(count, mean_right, apart_right.square().sum(0)))
+
+    def value(self) -> torch.Tensor:
+        """Returns Pearson's correlation of each channel; 1 where neither varies, 0 where only one does."""
+        scale = self._left.m2.sqrt() * self._right.m2.sqrt()
+        constant = ((self._left.m2 == 0) & (self._right.m2 == 0)).double()
+        return torch.where(scale > 0, self._comoment / scale, constant).clamp(-1.0, 1.0)
+
+
+def sampled_rows(values: torch.Tensor, limit: int) -> torch.Tensor:
+    """Returns up to `limit` of the values of each channel, evenly spread, as a copy of shape (values, channels).
+
+    The choice depends on the shape alone: tensors of one shape are sampled at the same places.
+    """
+    positions = values.numel() // (values.shape[0] * values.shape[1])
+    total = values.shape[0] * positions
+    # An odd stride does not fall into step with the width of an image.
+    stride = max(total // limit, 1)
+    stride -= 1 - stride % 2
+    index = torch.arange(min(limit, total), device=values.device) * max(stride, 1)
+    return values.reshape(*values.shape[:2], positions)[index // positions, :, index % positions]
+
+
 def _kernel(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns mean and variance of each channel by torch's batch-norm kernel; float64 that holds float32 precision."""
     if not _is_channels_last(values):

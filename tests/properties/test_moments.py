@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compress_core.initializers.moments import Moments
+from compress_core.initializers.moments import Correlation, Moments, sampled_rows
 
 shapes = st.sampled_from([(), (1,), (7,), (3, 5), (2, 3, 2)])
 
@@ -90,3 +90,43 @@ def test_nan_is_noticed():
         values = torch.randn(4, 3)
         values[2, 1] = bad
         assert not Moments.of(values).is_finite()
+
+
+@settings(deadline=None, max_examples=60)
+@given(splits(), st.floats(-2, 2))
+def test_correlation_pools_to_numpys(case, slope):
+    values, sizes = case
+    noise = torch.randn(values.shape, generator=torch.Generator().manual_seed(1))
+    other = values * slope + noise * values.std(correction=0)
+    pooled = Correlation(values.shape[1])
+    pairs = [
+        (x.movedim(1, -1).flatten(0, -2), y.movedim(1, -1).flatten(0, -2))
+        for x, y in zip(values.split(sizes), other.split(sizes), strict=True)
+    ]
+    for left, right in pairs:
+        pooled.add(left, right)
+    left, right = (torch.cat(side).double().numpy() for side in zip(*pairs, strict=True))
+    for channel in range(values.shape[1]):
+        if min(left[:, channel].std(), right[:, channel].std()) > 1e-6 * abs(left[:, channel]).max() > 0:
+            expected = np.corrcoef(left[:, channel], right[:, channel])[0, 1]
+            assert abs(float(pooled.value()[channel]) - expected) < 1e-6
+
+
+def test_correlation_of_constants():
+    pooled = Correlation(3)
+    varying = torch.randn(10)
+    pooled.add(
+        torch.stack([torch.ones(10), varying, varying], 1), torch.stack([torch.ones(10), torch.ones(10), varying], 1)
+    )
+    assert pooled.value().tolist() == [1.0, 0.0, 1.0]
+
+
+def test_sampled_rows_are_spread_and_the_same_for_one_shape():
+    values = torch.arange(8 * 3 * 12 * 12.0).view(8, 3, 12, 12)
+    rows = sampled_rows(values, 100)
+    assert rows.shape == (100, 3)
+    assert len(set(rows[:, 0].tolist())) == 100
+    assert {int(v) // (3 * 144) for v in rows[:, 0]} == set(range(8))  # every sample
+    assert len({int(v) % 12 for v in rows[:, 0]}) == 12  # every column
+    assert torch.equal(sampled_rows(values[:1, :, :1, :1], 100), values[:1, :, 0, 0])
+    assert sampled_rows(torch.randn(5, 4), 100).shape == (5, 4)

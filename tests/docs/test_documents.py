@@ -1,0 +1,112 @@
+"""README and docs say what is so: their code runs, their tables are complete, their links lead somewhere."""
+
+import inspect
+import json
+import re
+import sys
+import types
+
+import pytest
+
+from compress_core import create_compressed_model, hookspecs
+from compress_core.plugin_checks import hook_names
+from tests.conftest import ROOT
+
+README = (ROOT / "README.md").read_text()
+PLUGINS = (ROOT / "docs" / "plugins.md").read_text()
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(text, language):
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+def test_quickstart_runs(tmp_path, monkeypatch, capsys):
+    quickstart = blocks(README, "python")[0]
+    assert "create_compressed_model" in quickstart
+    (tmp_path / "config.json").write_text(blocks(README, "json")[0])
+    monkeypatch.chdir(tmp_path)
+    space = {}
+    exec(quickstart, space)
+    out = capsys.readouterr().out
+    assert "level of the sparsified layers" in out
+    assert space["controller"].sparsity_level == pytest.approx(0.5, abs=1e-3)
+    weights = [p for p in space["plain_model"].parameters() if p.ndim > 1]
+    assert sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights) == pytest.approx(0.5, abs=1e-3)
+
+
+def readme_plugin(monkeypatch):
+    source = next(block for block in blocks(README, "python") if "RandomSparsity" in block)
+    assert len([line for line in source.splitlines() if line.strip()]) <= 30
+    module = types.ModuleType("random_sparsity")
+    monkeypatch.setitem(sys.modules, "random_sparsity", module)
+    exec(source, module.__dict__)
+    return module
+
+
+def test_plugin_of_the_readme_keeps_every_promise(registry, monkeypatch):
+    from compress_core.testing import Case, conformance_checks
+    from tests.zoo import ResidualNet, images
+
+    registry.register(readme_plugin(monkeypatch), "random_sparsity")
+    section = {"algorithm": "random_sparsity", "level": 0.7, "initializer": {"batchnorm_adaptation": {}}}
+    config = {"compression": section}
+    for check in conformance_checks():
+        if "compile" not in check.__name__:
+            check(Case(ResidualNet, (images(),), config, loader=[images(16)] * 2))
+    controller, model = create_compressed_model(ResidualNet(), config, init_loader=[images(16)])
+    assert 0.6 < float((model.conv2.weight == 0).float().mean()) < 0.8
+    assert controller.statistics().batchnorm_adaptation.report.samples == 16
+
+
+def test_conformance_example_of_the_docs_runs(registry, monkeypatch):
+    registry.register(readme_plugin(monkeypatch), "random_sparsity")
+    space = {}
+    exec(blocks(PLUGINS, "python")[0], space)
+    for check in space["conformance_checks"]():
+        if "compile" not in check.__name__:
+            space["test_contract"](check)
+
+
+def test_table_of_hooks_is_the_contract():
+    rows = re.findall(r"^\| `(compress_\w+)` \| (.*?) \|", PLUGINS, re.MULTILINE)
+    documented = {name: tuple(re.findall(r"`(\w+)`", arguments)) for name, arguments in rows}
+    assert documented == hook_names()
+
+
+def test_contract_is_the_committed_snapshot():
+    """Whoever changes the contract changes this file too, and sees that third parties are affected."""
+    snapshot = json.loads((ROOT / "tests" / "docs" / "hooks.json").read_text())
+    assert {name: list(arguments) for name, arguments in hook_names().items()} == snapshot
+
+
+def test_every_argument_of_a_hook_is_documented():
+    for name, arguments in hook_names().items():
+        doc = inspect.getdoc(getattr(hookspecs, name))
+        for argument in arguments:
+            assert f"    {argument}: " in doc, f"{name}: {argument}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(document):
+    for target in re.findall(r"\]\(([^)#]+)", document.read_text()):
+        assert (document.parent / target).exists(), target
+
+
+def test_readme_is_short():
+    assert len(README.splitlines()) < 150
+
+
+def test_public_names_are_importable_and_documented():
+    import compress_core
+
+    for name in compress_core.__all__:
+        value = getattr(compress_core, name)
+        assert name == "hookimpl" or inspect.getdoc(value), name
+
+
+def test_keys_of_the_docs_are_the_keys_of_the_schema(registry):
+    text = (ROOT / "docs" / "magnitude_sparsity.md").read_text()
+    fields = registry.section_class("magnitude_sparsity").model_fields["params"].annotation.model_fields
+    documented = set(re.findall(r"`params\.(\w+)`", text))
+    assert documented == set(fields)
