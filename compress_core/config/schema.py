@@ -22,7 +22,9 @@ def json_schema(registry: Registry) -> dict[str, Any]:
     classes = {name: registry.section_class(name) for name in names}
     roots: list[Any] = [(RootSection, "validation"), *((cls, "validation") for cls in classes.values())]
     references, definitions = models_json_schema(roots, ref_template=_TEMPLATE)
-    schema = definitions["$defs"].pop(references[(RootSection, "validation")]["$ref"].rpartition("/")[2])
+    schema: dict[str, Any] = definitions["$defs"].pop(
+        references[(RootSection, "validation")]["$ref"].rpartition("/")[2]
+    )
     one = {"anyOf": [references[(cls, "validation")] for cls in classes.values()]}
     schema["properties"]["compression"] = {
         "description": "an algorithm's section, or a list of them",

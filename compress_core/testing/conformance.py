@@ -177,12 +177,12 @@ def check_export_train(case: Case) -> None:
 def check_backward_and_autocast(case: Case) -> None:
     """Every parameter that gets a gradient in the plain model gets one, under autocast too, of its own shape."""
     plain = case.model().train()
-    _scalar(plain(*case.inputs)).backward()
+    torch.autograd.backward(_scalar(plain(*case.inputs)))
     _, model = case.compressed()
     model.train()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = _scalar(model(*case.inputs))
-    loss.backward()
+    torch.autograd.backward(loss)
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     for name, parameter in plain.named_parameters():
         gradient = gradients[name]
@@ -292,13 +292,14 @@ def _check_compile(case: Case, *, training: bool) -> None:
     torch.compiler.reset()
     _, model = case.compressed()
     model.train(training)
-    compiled = torch.compile(copy.deepcopy(model), fullgraph=True)
+    twin = copy.deepcopy(model)
+    compiled = torch.compile(twin, fullgraph=True)
     actual, expected = compiled(*case.inputs), model(*case.inputs)
     _assert_close(actual, expected, case.tolerance)
     if training:
-        _scalar(actual).backward()
-        _scalar(expected).backward()
-        for (name, got), wanted in zip(compiled.named_parameters(), model.parameters(), strict=True):
+        torch.autograd.backward(_scalar(actual))
+        torch.autograd.backward(_scalar(expected))
+        for (name, got), wanted in zip(twin.named_parameters(), model.parameters(), strict=True):
             assert (got.grad is None) == (wanted.grad is None), name
             if wanted.grad is not None and got.grad is not None:
                 torch.testing.assert_close(got.grad, wanted.grad, rtol=case.tolerance * 10, atol=case.tolerance)
