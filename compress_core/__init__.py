@@ -14,7 +14,12 @@ from compress_core.errors import (
     TransformError,
 )
 from compress_core.hookspecs import hookimpl
-from compress_core.initializers import BNAdaptationInitArgs, Initializer, QuantizationRangeInitArgs
+from compress_core.initializers import (
+    BNAdaptationInitArgs,
+    Initializer,
+    ModelEvaluationArgs,
+    QuantizationRangeInitArgs,
+)
 from compress_core.layers import register_module
 from compress_core.stages import CompressionStage, Stage
 from compress_core.statistics import Statistics, Table, TableStatistics
@@ -33,6 +38,7 @@ __all__ = [
     "Initializer",
     "InitializerConfig",
     "ModelError",
+    "ModelEvaluationArgs",
     "Plan",
     "PluginError",
     "QuantizationRangeInitArgs",

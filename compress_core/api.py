@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
@@ -14,7 +15,13 @@ from compress_core.config import AlgorithmConfig, CompressionConfig
 from compress_core.context import Context
 from compress_core.controller import CompressionController
 from compress_core.errors import ConfigError, ModelError, PluginError
-from compress_core.initializers.data import BNAdaptationInitArgs, InitArgs, QuantizationRangeInitArgs
+from compress_core.initializers.data import (
+    BNAdaptationInitArgs,
+    ForwardFn,
+    InitArgs,
+    ModelEvaluationArgs,
+    QuantizationRangeInitArgs,
+)
 from compress_core.lifecycle import Lifecycle
 from compress_core.registry import Registry, default_registry
 from compress_core.rng import RngState, generators_of
@@ -155,8 +162,9 @@ def register_default_init_args(
     config: CompressionConfig | Mapping[str, Any] | str | Path,
     train_loader: Any,
     *,
-    device: Any = None,
-    forward_fn: Any = None,
+    device: torch.device | str | None = None,
+    forward_fn: ForwardFn | None = None,
+    model_eval_fn: Callable[[nn.Module], Any] | None = None,
 ) -> CompressionConfig:
     """Attaches the data that initializers work with: batch-norm adaptation, quantizer ranges.
 
@@ -165,13 +173,15 @@ def register_default_init_args(
         train_loader: Batches, mostly the training loader; see `BNAdaptationInitArgs`.
         device: Where batches are moved; by default to where the model is.
         forward_fn: `forward_fn(model, batch)`, where it is not obvious how the model takes a batch.
+        model_eval_fn: The metric, for `"guard": true`; takes the model and returns a number, larger is better.
 
     Returns:
         The config. Calling this again replaces the data.
     """
     loaded = CompressionConfig.load(config)
     kinds: tuple[type[InitArgs], ...] = (BNAdaptationInitArgs, QuantizationRangeInitArgs)
-    return loaded.register_extra_structs([kind(train_loader, device, forward_fn) for kind in kinds])
+    loaded.register_extra_structs([kind(train_loader, device, forward_fn) for kind in kinds])
+    return loaded.register_extra_structs([] if model_eval_fn is None else [ModelEvaluationArgs(model_eval_fn)])
 
 
 def check_config(config: CompressionConfig | Mapping[str, Any] | str | Path, registry: Registry | None = None) -> None:

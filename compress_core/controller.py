@@ -16,7 +16,7 @@ from compress_core.algorithm import Algorithm
 from compress_core.context import Context
 from compress_core.errors import CompressionError
 from compress_core.initializers.batchnorm_adaptation import BatchNormAdaptation
-from compress_core.initializers.bn_pass import AdaptationReport
+from compress_core.initializers.bn_report import AdaptationReport
 from compress_core.initializers.data import BNAdaptationInitArgs
 from compress_core.ledger import Ledger
 from compress_core.lifecycle import Lifecycle

@@ -37,11 +37,18 @@ def dump_state(
             "plugin": origin.name,
             "distribution": origin.distribution,
             "version": origin.version,
-            "config": algorithm.config.model_dump(mode="json", exclude_unset=True),
+            "config": _plain_config(algorithm.config),
             "plan": lifecycle.plans[algorithm.name].to_dict(),
             "state": _through_json(algorithm.name, states[algorithm.name]),
         }
     return {"format": FORMAT, "algorithms": algorithms, **rest}
+
+
+def _plain_config(config: AlgorithmConfig) -> dict[str, Any]:
+    # Functions (a guard) are saved by name: enough to see that there was one.
+    return config.model_dump(
+        mode="json", exclude_unset=True, fallback=lambda value: getattr(value, "__qualname__", type(value).__name__)
+    )
 
 
 def _through_json(name: str, state: Mapping[str, Any]) -> Any:
@@ -83,7 +90,7 @@ def check_state(state: Any, lifecycle: Lifecycle, registry: Registry) -> None:
 
 
 def _report_changes(config: AlgorithmConfig, saved: Mapping[str, Any]) -> None:
-    current = config.model_dump(mode="json", exclude_unset=True)
+    current = _plain_config(config)
     changed = sorted(key for key in current.keys() | saved.keys() if current.get(key) != saved.get(key))
     if changed:
         logger.warning("%s: resumed with another config than the state's; changed: %s", config.algorithm, changed)

@@ -7,14 +7,15 @@ pass over a few calibration samples corrects them. It runs once, after every alg
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import logging
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field
+from pydantic.json_schema import SkipJsonSchema
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -26,15 +27,20 @@ from compress_core.errors import ConfigError, DataError, ModelError, Problem
 from compress_core.hookspecs import hookimpl
 from compress_core.initializers.base import Initializer
 from compress_core.initializers.bn_estimators import ESTIMATORS
-from compress_core.initializers.bn_pass import AdaptationPass, AdaptationReport, Reference
-from compress_core.initializers.data import BNAdaptationInitArgs, CalibrationData
+from compress_core.initializers.bn_guard import MetricGuard
+from compress_core.initializers.bn_pass import AdaptationPass, Reference
+from compress_core.initializers.bn_report import AdaptationReport, BatchNormAdaptationStatistics
+from compress_core.initializers.data import BNAdaptationInitArgs, CalibrationData, ModelEvaluationArgs
 from compress_core.scopes import ScopeFilter
-from compress_core.statistics import Statistics, Table
+from compress_core.statistics import Statistics
 from compress_core.transforms.model_wide import bypass_transforms
 
 logger = logging.getLogger(__name__)
 
 Method = Literal["paired", "exact", "momentum"]
+
+# Dotted name of a layer -> running mean, running variance, number of batches tracked.
+SavedStatistics = dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
 
 class BatchNormAdaptationConfig(InitializerConfig):
@@ -42,6 +48,11 @@ class BatchNormAdaptationConfig(InitializerConfig):
 
     num_bn_adaptation_samples: Count = Field(
         2000, ge=0, description="samples to adapt with, rounded to the nearest whole number of batches; 0 = off"
+    )
+    guard: bool | SkipJsonSchema[Callable[[nn.Module], Any]] = Field(
+        False,
+        description="evaluate_fn(model) -> number, larger is better; true takes that of ModelEvaluationArgs. Statistics "
+        "that make it worse are rolled back",
     )
     method: Method = Field(
         "paired",
@@ -64,12 +75,14 @@ class BatchNormAdaptation(Initializer):
         self.method: Method = "paired"
         self.ignored: dict[str, str] = {}
         self.report: AdaptationReport | None = None
+        self.guard: Callable[[nn.Module], Any] | bool = False
         # The statistics that training left, and those that we left last: while the layers still hold one of these,
         # adaptation starts from the former and not from its own earlier result.
-        self._origin: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._last: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._origin: SavedStatistics = {}
+        self._last: SavedStatistics = {}
         self._observed: tuple[AdaptationPass, list[tuple[Any, int]]] | None = None
         self._bypassable = True
+        self._chosen: frozenset[str] | None = None
 
     @classmethod
     def from_requests(cls, requests: Mapping[str, InitializerConfig]) -> Self:
@@ -87,6 +100,7 @@ class BatchNormAdaptation(Initializer):
             )
         adaptation.method = next(iter(named.values()), adaptation.method)
         for path, config in configs.items():
+            adaptation.guard = adaptation.guard or config.guard
             adaptation.num_samples = max(adaptation.num_samples, config.num_bn_adaptation_samples)
             adaptation.ignored |= {f"{path}.ignored_scopes.{i}": s for i, s in enumerate(config.ignored_scopes)}
         return adaptation
@@ -109,6 +123,7 @@ class BatchNormAdaptation(Initializer):
         """
         layers = self._layers(model, context)
         self._origin = _statistics_of(layers)
+        self._chosen = frozenset(layers)
         self._bypassable = context.bypassable
         if not self.num_samples:
             if layers and not self.paths:
@@ -137,8 +152,9 @@ class BatchNormAdaptation(Initializer):
         adaptation, batches = self._observed
         self._observed = None
         with adaptation:
+            guard = self._armed_guard(model, context)
             adaptation.run(data, batches)
-            self._finish(adaptation, layers, self.num_samples)
+            self._finish(adaptation, layers, self.num_samples, guard, self._origin)
 
     def adapt(
         self,
@@ -174,13 +190,14 @@ class BatchNormAdaptation(Initializer):
         if method == "paired" and reference is None:
             logger.info("batch-norm adaptation: the uncompressed model cannot be had back, using 'exact' for 'paired'")
             method = "exact"
+        guard = self._armed_guard(model, context)
         try:
             if from_origin:
                 _set_statistics(layers, self._origin)
             with AdaptationPass(model, layers, method) as adaptation:
                 reference = reference if adaptation.needs_reference else None
                 adaptation.run(data, data.batches(num_samples), reference=reference, total=num_samples)
-                return self._finish(adaptation, layers, num_samples)
+                return self._finish(adaptation, layers, num_samples, guard, before)
         except BaseException:
             _set_statistics(layers, before)
             raise
@@ -200,8 +217,34 @@ class BatchNormAdaptation(Initializer):
         adaptation.rest()
         self._observed = (adaptation, batches)
 
-    def _finish(self, adaptation: AdaptationPass, layers: dict[str, _BatchNorm], num_samples: int) -> AdaptationReport:
+    def _armed_guard(self, model: nn.Module, context: Context) -> MetricGuard | None:
+        if self.guard is False:
+            return None
+        evaluate = self.guard
+        if evaluate is True:
+            registered = context.config.get_extra_struct(ModelEvaluationArgs)
+            if registered is None:
+                raise DataError(
+                    f"{self.paths[0]}.guard: is true, but no function is registered. Call register_default_init_args("
+                    "..., model_eval_fn=...), register ModelEvaluationArgs(eval_fn), or give the function itself"
+                )
+            evaluate = registered.eval_fn
+        return MetricGuard(evaluate, model, f"{self.paths[0]}.guard")
+
+    def _finish(
+        self,
+        adaptation: AdaptationPass,
+        layers: dict[str, _BatchNorm],
+        num_samples: int,
+        guard: MetricGuard | None,
+        before: SavedStatistics,
+    ) -> AdaptationReport:
         report = adaptation.finish(num_samples)
+        if guard is not None:
+            verdict = guard.verdict()
+            report = dataclasses.replace(report, guard=verdict)
+            if not verdict.kept:
+                _set_statistics(layers, before)
         if 2 * report.samples < num_samples:
             logger.warning(
                 "batch-norm adaptation: %d samples were asked for, the data loader gave %d",
@@ -212,12 +255,15 @@ class BatchNormAdaptation(Initializer):
         self.report = report
         return report
 
-    def _untouched(self, now: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> bool:
+    def _untouched(self, now: SavedStatistics) -> bool:
         """Tells whether the layers hold the trained statistics, or those that we have put there."""
         return bool(self._origin) and (_same(now, self._last) or _same(now, self._origin))
 
     def _layers(self, model: nn.Module, context: Context) -> dict[str, _BatchNorm]:
-        """Returns the batch norms to adapt: with running statistics, not frozen, not in an ignored scope."""
+        """Returns the batch norms to adapt: with running statistics, not frozen, not in an ignored scope.
+
+        Those that were frozen when the model was created stay frozen: `model.eval()` must not make them adaptable.
+        """
         root = context.config.root
         ignored = {f"ignored_scopes.{i}": scope for i, scope in enumerate(root.ignored_scopes)} | self.ignored
         scopes = ScopeFilter(model, ignored)
@@ -228,6 +274,7 @@ class BatchNormAdaptation(Initializer):
             and module.running_mean is not None
             and module.running_var is not None
             and not _is_frozen(module, model)
+            and (self._chosen is None or name in self._chosen)
             and scopes.reason_to_skip([name]) is None
         }
 
@@ -243,52 +290,27 @@ def _is_frozen(layer: _BatchNorm, model: nn.Module) -> bool:
     return (model.training and not layer.training) or layer.momentum == 0.0
 
 
-def _statistics_of(layers: Mapping[str, _BatchNorm]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    return {
-        name: (layer.running_mean.clone(), layer.running_var.clone())
-        for name, layer in layers.items()
-        if layer.running_mean is not None and layer.running_var is not None
-    }
-
-
-def _set_statistics(
-    layers: Mapping[str, _BatchNorm], statistics: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
-) -> None:
+def _statistics_of(layers: Mapping[str, _BatchNorm]) -> SavedStatistics:
+    found: SavedStatistics = {}
     for name, layer in layers.items():
         assert layer.running_mean is not None and layer.running_var is not None
-        layer.running_mean.copy_(statistics[name][0])
-        layer.running_var.copy_(statistics[name][1])
+        tracked = layer.num_batches_tracked
+        counter = torch.zeros(()) if tracked is None else tracked.clone()
+        found[name] = (layer.running_mean.clone(), layer.running_var.clone(), counter)
+    return found
 
 
-def _same(left: Mapping[str, tuple[torch.Tensor, ...]], right: Mapping[str, tuple[torch.Tensor, ...]]) -> bool:
+def _set_statistics(layers: Mapping[str, _BatchNorm], statistics: SavedStatistics) -> None:
+    for name, layer in layers.items():
+        assert layer.running_mean is not None and layer.running_var is not None
+        mean, var, counter = statistics[name]
+        layer.running_mean.copy_(mean)
+        layer.running_var.copy_(var)
+        if layer.num_batches_tracked is not None:
+            layer.num_batches_tracked.copy_(counter)
+
+
+def _same(left: SavedStatistics, right: SavedStatistics) -> bool:
     return left.keys() == right.keys() and all(
         torch.equal(a, b) for name in left for a, b in zip(left[name], right[name], strict=True)
     )
-
-
-class BatchNormAdaptationStatistics(Statistics):
-    """The last adaptation: how it ran, and the drift of each layer."""
-
-    def __init__(self, report: AdaptationReport) -> None:
-        self.report = report
-
-    def tables(self) -> list[Table]:
-        """Returns the run, and the layers."""
-        report = self.report
-        rows = [
-            ("method", report.method),
-            ("samples asked for", report.requested_samples),
-            ("samples used", report.samples),
-            ("batches", report.batches),
-            ("seconds", report.seconds),
-        ]
-        layers = [(d.name, d.values, d.mean_shift, d.variance_ratio[0], d.variance_ratio[1]) for d in report.layers]
-        headers = ("layer", "values per channel", "largest mean shift / std", "var ratio min", "var ratio max")
-        return [
-            Table("Batch-norm adaptation", ("figure", "value"), rows),
-            Table("Drift of the running statistics", headers, layers),
-        ]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns the report as JSON-able values."""
-        return asdict(self.report)

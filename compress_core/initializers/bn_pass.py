@@ -6,7 +6,6 @@ import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,49 +14,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
 from compress_core.initializers.bn_estimators import ESTIMATORS, Estimator
+from compress_core.initializers.bn_report import AdaptationReport, LayerDrift
 from compress_core.initializers.data import CalibrationData
 from compress_core.rng import preserved_rng
 from compress_core.transforms.weight import WeightTransforms
 
 Reference = Callable[[], AbstractContextManager[Any]]
-
-
-@dataclass(frozen=True)
-class LayerDrift:
-    """What adaptation did to a layer.
-
-    Attributes:
-        name: Dotted name.
-        values: Number of values per channel that the estimate rests on; 0 when the layer was not reached.
-        mean_shift: Largest |change of the running mean| over channels, in standard deviations of before.
-        variance_ratio: Smallest and largest (variance now + eps) / (variance before + eps) over channels.
-    """
-
-    name: str
-    values: int
-    mean_shift: float
-    variance_ratio: tuple[float, float]
-
-
-@dataclass(frozen=True)
-class AdaptationReport:
-    """What one adaptation pass did.
-
-    Attributes:
-        method: Name of the estimator.
-        requested_samples: What was asked for.
-        samples: How many were used: whole batches.
-        batches: In how many batches.
-        seconds: Wall time.
-        layers: By layer.
-    """
-
-    method: str
-    requested_samples: int
-    samples: int
-    batches: int
-    seconds: float
-    layers: tuple[LayerDrift, ...]
 
 
 class AdaptationPass:

@@ -39,6 +39,17 @@ class QuantizationRangeInitArgs(InitArgs):
     """Data for the ranges of quantizers."""
 
 
+@dataclass(frozen=True)
+class ModelEvaluationArgs:
+    """The metric of the model.
+
+    Attributes:
+        eval_fn: Takes the model and returns a number, larger is better.
+    """
+
+    eval_fn: Callable[[nn.Module], Any]
+
+
 class CalibrationData:
     """Batches for one purpose, together with how the model is called with one.
 

@@ -1,4 +1,5 @@
 import copy
+import json
 import logging
 
 import numpy as np
@@ -539,3 +540,60 @@ def test_statistics_show_the_drift():
     assert drift.mean_shift == pytest.approx(float(((model.bn1.running_mean - old).abs() / scale).max()), rel=1e-6)
     text = controller.statistics().to_str()
     assert "Drift of the running statistics" in text
+
+
+class Metric:
+    """A metric that says what it is told, and behaves badly otherwise."""
+
+    def __init__(self, *values):
+        self.values = list(values)
+
+    def __call__(self, model):
+        assert not model.training
+        model.train()
+        torch.rand(3)
+        return self.values.pop(0)
+
+
+@pytest.mark.parametrize(
+    ("metric", "kept"), [((0.5, 0.6), True), ((0.5, 0.5), True), ((0.6, 0.5), False), ((0.5, float("nan")), False)]
+)
+@pytest.mark.parametrize("registered", [True, False])
+def test_guard_rolls_back_what_made_the_metric_worse(metric, kept, registered):
+    model = trained(ResidualNet(), (images(),))
+    before = fingerprint(model)
+    evaluate = Metric(*metric)
+    document = config(guard=True if registered else evaluate)
+    if registered:
+        document = register_default_init_args(document, data(), model_eval_fn=evaluate)
+    controller, _ = create_compressed_model(model, document, init_loader=None if registered else data())
+    changed = {name.rpartition(".")[2] for name in _changed_tensors(before, fingerprint(model))}
+    assert changed == ({"running_mean", "running_var"} if kept else set())
+    verdict = controller.statistics().batchnorm_adaptation.report.guard
+    assert (verdict.before, verdict.kept) == (metric[0], kept)
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), torch.frombuffer(bytearray(before["torch rng"]), dtype=torch.uint8))
+    assert ("no: rolled back" in controller.statistics().to_str()) is not kept
+    json.dumps(controller.get_compression_state())
+
+
+def test_guard_without_a_function_or_a_number_is_an_error_and_undone():
+    model = trained(ResidualNet(), (images(),))
+    before = fingerprint(model)
+    with pytest.raises(
+        DataError, match=r"batchnorm_adaptation\.guard: is true, but no function is registered.*model_eval_fn="
+    ):
+        create_compressed_model(model, config(guard=True), init_loader=data())
+    with pytest.raises(DataError, match=r"guard: the function must return one number, larger is better, got tuple"):
+        create_compressed_model(model, config(guard=lambda m: (1, 2)), init_loader=data())
+    assert fingerprint(model) == before
+
+
+def test_layer_frozen_at_creation_stays_frozen_in_eval_mode():
+    model = trained(ResidualNet(), (images(),))
+    model.bn1.eval()
+    controller, _ = create_compressed_model(model, config(), init_loader=data())
+    before = model.bn1.running_mean.clone()
+    model.eval()
+    controller.adapt_batchnorm()
+    assert torch.equal(model.bn1.running_mean, before)
