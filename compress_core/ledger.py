@@ -101,4 +101,9 @@ class Ledger(Statistics):
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the entries by path."""
-        return {e.path: {"value": e.value, "effect": e.effect, "modules": list(e.modules)} for e in self}
+        return {e.path: {"value": _json_able(e.value), "effect": e.effect, "modules": list(e.modules)} for e in self}
+
+
+def _json_able(value: Any) -> Any:
+    # Functions, such as a guard, stand in configs that are dicts; their name says enough.
+    return getattr(value, "__qualname__", type(value).__name__) if callable(value) else value

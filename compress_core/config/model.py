@@ -54,6 +54,10 @@ class Section(BaseModel):
             value, path = fields[name], f"{prefix}{name}"
             if isinstance(value, Section):
                 yield from value.given_leaves(f"{path}.")
+            elif isinstance(value, list) and any(isinstance(item, Section) for item in value):
+                was_read = name in self._reads
+                for index, item in enumerate(value):
+                    yield from ((p, v, was_read) for p, v, _ in item.given_leaves(f"{path}.{index}."))
             else:
                 yield path, value, name in self._reads
 

@@ -51,8 +51,8 @@ class BatchNormAdaptationConfig(InitializerConfig):
     )
     guard: bool | SkipJsonSchema[Callable[[nn.Module], Any]] = Field(
         False,
-        description="evaluate_fn(model) -> number, larger is better; true takes that of ModelEvaluationArgs. Statistics "
-        "that make it worse are rolled back",
+        description="evaluate_fn(model) -> number, larger is better; true takes that of ModelEvaluationArgs. "
+        "Statistics that make it worse are rolled back",
     )
     method: Method = Field(
         "paired",

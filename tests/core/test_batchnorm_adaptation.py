@@ -574,7 +574,7 @@ def test_guard_rolls_back_what_made_the_metric_worse(metric, kept, registered):
     assert model.training
     assert torch.equal(torch.get_rng_state(), torch.frombuffer(bytearray(before["torch rng"]), dtype=torch.uint8))
     assert ("no: rolled back" in controller.statistics().to_str()) is not kept
-    json.dumps(controller.get_compression_state())
+    json.dumps([controller.get_compression_state(), controller.statistics().to_dict()])
 
 
 def test_guard_without_a_function_or_a_number_is_an_error_and_undone():

@@ -259,7 +259,13 @@ def test_ledger_tells_for_each_value_what_it_did():
     entry = controller.ledger["compression.magnitude_sparsity.sparsity_init"]
     assert entry.modules == ("conv1.weight", "conv2.weight")
     assert controller.ledger["compression.magnitude_sparsity.ignored_scopes.0"].modules == ("fc",)
-    assert controller.ledger["input_info"].effect == "no algorithm of this config uses it"
+    assert controller.ledger["input_info.0.sample_size"].effect == "no algorithm of this config uses it"
+    assert json.loads(json.dumps(controller.statistics().to_dict()))["ledger"]["input_info.0.sample_size"]["value"] == [
+        1,
+        3,
+        8,
+        8,
+    ]
     assert "compression.magnitude_sparsity.sparsity_init" in controller.statistics().to_str()
 
 

@@ -124,3 +124,21 @@ def test_ema_and_swa_see_the_same_names(trained_digits):
     assert [n for n, _ in average.module.named_parameters()] == [n for n, _ in fp32.named_parameters()]
     zeros = (average.module.layer2[0].conv2.weight == 0).float().mean()
     assert zeros > 0.5
+
+
+def test_demo_prints_its_table_and_leaves_its_results(tmp_path, monkeypatch, capsys):
+    from examples import demo
+
+    monkeypatch.setitem(demo.RECIPES, "digits", (6, 3, False))
+    for expected in ("FP32, 6 epochs of training", "FP32 (trained by an earlier run)"):
+        monkeypatch.setattr("sys.argv", ["demo", "--runs", str(tmp_path)])
+        demo.main()
+        out = capsys.readouterr().out
+        for part in (expected, "compressed, no adaptation", "32 samples", "2048 samples", "fine-tuned", "conv1.weight"):
+            assert part in out
+    report = json.loads((tmp_path / "digits" / "statistics.json").read_text())
+    rows = {row["step"]: row["accuracy"] for row in report["steps"]}
+    assert rows["compressed and adapted, 32 samples"] > rows["compressed, no adaptation"] + 20
+    checkpoint = torch.load(tmp_path / "digits" / "compressed.pt", weights_only=True)
+    assert set(checkpoint) == {"state_dict", "compression_state"}
+    assert (tmp_path / "digits" / "demo.png").read_bytes().startswith(b"\x89PNG")
