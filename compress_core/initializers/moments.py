@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
 
-# Rows of a channels_last tensor that are summed in float32 at a time, and the |mean| / std from which on a mean in
-# float32 is not exact enough: together they keep the variance within 1e-6 of float64.
+# Rows of a channels_last tensor that are summed in float32 at a time.
 _ROWS = 256
-_LARGEST_OFFSET = 4.0
+# Positions from which on summing row by row is faster than torch's kernel.
+_SHORTEST_ROW = 9
+# |mean| / std from which on squares in float32 are not exact enough to keep the variance within 1e-6 of float64.
+_LARGEST_OFFSET = 2.0
 
 
 @dataclass
@@ -39,25 +42,27 @@ class Moments:
     def of(cls, values: torch.Tensor) -> Moments:
         """Returns the moments of a tensor of shape (batch, channels, ...), over all dimensions but the second.
 
-        The sums run in float64, inside torch's own batch-norm kernel where there is one, on a wide copy elsewhere.
+        float32 on the CPU is summed in short pieces that float64 merges, everything else on a float64 copy: within 1e-6
+        of the population moments either way.
         """
         channels = values.shape[1]
         count = values.numel() // channels if channels else 0
         if count == 0:
             return cls.empty(channels, values.device)
         if values.dtype == torch.float32 and values.device.type == "cpu":
-            return cls._by_kernel(values, count)
+            return cls._in_float32(values, count)
         return cls._in_float64(values, count)
 
     @classmethod
-    def _by_kernel(cls, values: torch.Tensor, count: int) -> Moments:
-        mean, variance = _kernel(values)
-        if bool((mean.square() > _LARGEST_OFFSET**2 * variance).any()):
-            # The kernel returns the mean in float32: far from zero that is not exact enough to pool with. Once the bulk
-            # of it is subtracted, what is left is small, and exact.
-            bulk = mean.to(values.dtype)
-            rest, variance = _kernel(values - bulk.view(1, -1, *[1] * (values.ndim - 2)))
-            mean = bulk.double() + rest
+    def _in_float32(cls, values: torch.Tensor, count: int) -> Moments:
+        mean, variance = _sums(values)
+        far = (mean.square() > _LARGEST_OFFSET**2 * variance).nonzero().flatten()
+        if len(far):
+            # Far from zero, squares cancel and float32 is not exact enough. Once the bulk of the mean is subtracted,
+            # what is left of these channels is small, and exact.
+            bulk = mean[far].to(values.dtype)
+            rest, variance[far] = _sums(values[:, far] - bulk.view(1, -1, *[1] * (values.ndim - 2)))
+            mean[far] = bulk.double() + rest
         return cls(count, mean, variance * count)
 
     @classmethod
@@ -103,15 +108,14 @@ class Correlation:
         self._comoment = torch.zeros(channels, dtype=torch.float64, device=device)
 
     def add(self, left: torch.Tensor, right: torch.Tensor) -> None:
-        """Adds paired values, each of shape (values, channels)."""
-        left, right = left.double(), right.double()
-        mean_left, mean_right = left.mean(0), right.mean(0)
-        apart_left, apart_right = left - mean_left, right - mean_right
-        count, before = len(left), self._left.count
-        shift = (mean_left - self._left.mean) * (mean_right - self._right.mean)
-        self._comoment += (apart_left * apart_right).sum(0) + shift * (before * count / (before + count))
-        self._left.merge(Moments(count, mean_left, apart_left.square().sum(0)))
-        self._right.merge(Moments(count, mean_right, apart_right.square().sum(0)))
+        """Adds paired values, each of shape (values, channels), float32 or float64."""
+        left_part, left_apart = _centred(left)
+        right_part, right_apart = _centred(right)
+        before, count = self._left.count, left_part.count
+        shift = (left_part.mean - self._left.mean) * (right_part.mean - self._right.mean)
+        self._comoment += (left_apart * right_apart).sum(0).double() + shift * (before * count / (before + count))
+        self._left.merge(left_part)
+        self._right.merge(right_part)
 
     def value(self) -> torch.Tensor:
         """Returns Pearson's correlation of each channel; 1 where neither varies, 0 where only one does."""
@@ -120,33 +124,74 @@ class Correlation:
         return torch.where(scale > 0, self._comoment / scale, constant).clamp(-1.0, 1.0)
 
 
-def sampled_rows(values: torch.Tensor, limit: int) -> torch.Tensor:
-    """Returns up to `limit` of the values of each channel, evenly spread, as a copy of shape (values, channels).
+def _centred(rows: torch.Tensor) -> tuple[Moments, torch.Tensor]:
+    """Returns the moments of (values, channels), and the values less their mean."""
+    first = rows[:1]
+    apart = rows - first  # small even where the values are far from zero, so that float32 holds them
+    mean = apart.mean(0)
+    apart = apart - mean
+    return Moments(len(rows), mean.double() + first[0].double(), (apart * apart).sum(0).double()), apart
 
-    The choice depends on the shape alone: tensors of one shape are sampled at the same places.
+
+def sampled_rows(values: torch.Tensor, positions: int) -> torch.Tensor:
+    """Returns some of the values of each channel: for each sample those at the same few positions.
+
+    Every sample gives the same number of values, so that what is gathered does not depend on how samples are batched.
+
+    Args:
+        values: Shape (batch, channels, ...).
+        positions: How many of the positions of a sample are taken, where it has as many.
+
+    Returns:
+        A copy of shape (values, channels), float32 or float64.
     """
-    positions = values.numel() // (values.shape[0] * values.shape[1])
-    total = values.shape[0] * positions
-    # An odd stride does not fall into step with the width of an image.
-    stride = max(total // limit, 1)
-    stride -= 1 - stride % 2
-    index = torch.arange(min(limit, total), device=values.device) * max(stride, 1)
-    return values.reshape(*values.shape[:2], positions)[index // positions, :, index % positions]
+    batch, channels = values.shape[:2]
+    available = values[0, 0].numel()
+    index = _spread(available, positions).to(values.device)
+    if _is_channels_last(values):
+        rows = values.movedim(1, -1).reshape(batch, available, channels)[:, index].reshape(-1, channels)
+    else:
+        rows = values.reshape(batch, channels, available)[:, :, index].transpose(1, 2).reshape(-1, channels)
+    return rows if rows.dtype in (torch.float32, torch.float64) else rows.float()
 
 
-def _kernel(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns mean and variance of each channel by torch's batch-norm kernel; float64 that holds float32 precision."""
-    if not _is_channels_last(values):
+@functools.cache
+def _spread(available: int, wanted: int) -> torch.Tensor:
+    """Returns up to `wanted` of the indices below `available`, spread over rows and columns of whatever image it is."""
+    if available <= wanted:
+        return torch.arange(available)
+    # Multiples of the golden ratio fall into step with no width.
+    fractions = (torch.arange(1, wanted + 1, dtype=torch.float64) * ((5**0.5 - 1) / 2)) % 1.0
+    chosen: torch.Tensor = torch.unique((fractions * available).long())
+    return chosen
+
+
+def _sums(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns mean and variance of each channel in float64, computed in float32 in short pieces that float64 merges.
+
+    A row of a contiguous tensor, or a few hundred rows of a channels_last one, are short enough for float32; torch's
+    batch-norm kernel, which adds up in float64, takes ten times as long.
+    """
+    if _is_channels_last(values):
+        rows = values.movedim(1, -1).reshape(-1, values.shape[1])
+        return _merged([torch.batch_norm_update_stats(p, None, None, 0.0) for p in torch.split(rows, _ROWS)], len(rows))
+    rows = values.reshape(*values.shape[:2], -1)
+    if rows.shape[-1] < _SHORTEST_ROW:
         mean, variance = torch.batch_norm_update_stats(values, None, None, 0.0)
         return mean.double(), variance.double()
-    # In this layout the kernel adds up in float32: short pieces keep its error small, float64 merges them.
-    rows = values.movedim(1, -1).reshape(-1, values.shape[1])
-    pieces = [torch.batch_norm_update_stats(piece, None, None, 0.0) for piece in torch.split(rows, _ROWS)]
+    count = rows.shape[0] * rows.shape[-1]
+    mean = rows.sum(-1).double().sum(0) / count
+    squares = torch.linalg.vector_norm(rows, dim=-1).double().square().sum(0) / count
+    return mean, (squares - mean.square()).clamp_min(0)
+
+
+def _merged(pieces: list[tuple[torch.Tensor, torch.Tensor]], count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Merges (mean, variance) of pieces of `_ROWS` values each; the last may be shorter."""
     means = torch.stack([mean for mean, _ in pieces]).double()
     variances = torch.stack([variance for _, variance in pieces]).double()
     weights = torch.full((len(pieces), 1), float(_ROWS), dtype=torch.float64)
-    weights[-1] = len(rows) - _ROWS * (len(pieces) - 1)
-    weights /= len(rows)
+    weights[-1] = count - _ROWS * (len(pieces) - 1)
+    weights /= count
     mean = (weights * means).sum(0)
     return mean, (weights * (variances + (means - mean).square())).sum(0)
 

@@ -134,3 +134,41 @@ def _pickled_state(file: str) -> dict[str, torch.Tensor]:
     with torch.serialization.safe_globals([*stand_ins, *layers, nn.Sequential, nn.Identity]):
         network = torch.load(fetched("cifar10-networks") / file, weights_only=True)
     return network.state_dict()
+
+
+class InvertedResidual(nn.Module):
+    """The block of MobileNetV2 (Sandler et al. 2018): expand, depthwise, project."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int, expansion: int) -> None:
+        super().__init__()
+        hidden = inputs * expansion
+        self.is_residual = stride == 1 and inputs == outputs
+        self.layers = nn.Sequential(
+            *(conv_bn(inputs, hidden, 1), nn.ReLU6()) if expansion > 1 else (),
+            nn.Conv2d(hidden, hidden, 3, stride, 1, groups=hidden, bias=False),
+            nn.BatchNorm2d(hidden),
+            nn.ReLU6(),
+            *conv_bn(hidden, outputs, 1),
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.layers(x) if self.is_residual else self.layers(x)
+
+
+def mobilenet_v2(classes: int = 10) -> nn.Sequential:
+    """MobileNetV2 with the paper's widths."""
+    layers: list[nn.Module] = [*conv_bn(3, 32, 3, 2), nn.ReLU6()]
+    inputs = 32
+    for expansion, outputs, count, stride in (
+        (1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1),
+    ):  # fmt: skip
+        for index in range(count):
+            layers.append(InvertedResidual(inputs, outputs, stride if index == 0 else 1, expansion))
+            inputs = outputs
+    layers += [*conv_bn(320, 1280, 1), nn.ReLU6(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(1280, classes)]
+    return nn.Sequential(*layers)
+
+
+def resnet18(classes: int = 10) -> ResNet:
+    """A network of ResNet-18's blocks and widths, with a 3x3 stem."""
+    return ResNet(3, (64, 128, 256, 512), blocks=2, classes=classes, stem_stride=2)

@@ -71,7 +71,7 @@ def test_exact_leaves_the_population_moments_of_the_compressed_model(batch):
 def test_paired_follows_its_formula():
     model = trained(OneNorm(), (images(),))
     old_mean, old_var = model.norm.running_mean.double().numpy().copy(), model.norm.running_var.double().numpy().copy()
-    batches = data(28, 7)  # 7 * 36 values for each channel and call: all of them are paired
+    batches = list(torch.cat(data(28))[:, :, :5, :4].split(7))  # 3 x 2 positions after the convolution: all are paired
     original = copy.deepcopy(model)
     create_compressed_model(model, config(), init_loader=batches)
     with torch.no_grad():
@@ -85,6 +85,20 @@ def test_paired_follows_its_formula():
     expected_var = var_c + rho**2 * (old_var * ratio - var_c)
     np.testing.assert_allclose(model.norm.running_var, expected_var, rtol=1e-5)
     np.testing.assert_allclose(model.norm.running_mean, expected_mean, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["paired", "exact"])
+@pytest.mark.parametrize("batch", [1, 8, 13])
+def test_one_batch_norm_does_not_depend_on_the_split(method, batch):
+    start, whole = trained(OneNorm(), (images(),)), torch.cat(data(48))
+    results = []
+    for batches in ([whole], list(whole.split(batch))):
+        model = copy.deepcopy(start)
+        create_compressed_model(model, config(48, method), init_loader=batches)
+        results.append(model.norm)
+    torch.testing.assert_close(results[0].running_var, results[1].running_var, rtol=1e-6, atol=0)
+    scale = float(results[0].running_var.sqrt().max())
+    torch.testing.assert_close(results[0].running_mean, results[1].running_mean, rtol=1e-6, atol=1e-6 * scale)
 
 
 def test_momentum_is_what_batch_norm_does_in_training_mode():

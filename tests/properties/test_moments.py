@@ -121,12 +121,16 @@ def test_correlation_of_constants():
     assert pooled.value().tolist() == [1.0, 0.0, 1.0]
 
 
-def test_sampled_rows_are_spread_and_the_same_for_one_shape():
-    values = torch.arange(8 * 3 * 12 * 12.0).view(8, 3, 12, 12)
-    rows = sampled_rows(values, 100)
-    assert rows.shape == (100, 3)
-    assert len(set(rows[:, 0].tolist())) == 100
-    assert {int(v) // (3 * 144) for v in rows[:, 0]} == set(range(8))  # every sample
-    assert len({int(v) % 12 for v in rows[:, 0]}) == 12  # every column
+def test_sampled_rows_are_spread_and_the_same_for_every_sample():
+    values = torch.arange(8 * 3 * 32 * 32.0).view(8, 3, 32, 32)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        rows = sampled_rows(values.contiguous(memory_format=layout), 16)
+        assert rows.shape == (8 * 16, 3)
+        positions = {int(v) % 1024 for v in rows[:, 0]}
+        assert len(positions) == 16
+        assert len({p // 32 for p in positions}) > 8 < len({p % 32 for p in positions})  # rows and columns
+        assert torch.equal(rows[:16] % 1024, rows[16:32] % 1024)
+        assert torch.equal(rows[:, 1] - rows[:, 0], torch.full((128,), 1024.0))
     assert torch.equal(sampled_rows(values[:1, :, :1, :1], 100), values[:1, :, 0, 0])
-    assert sampled_rows(torch.randn(5, 4), 100).shape == (5, 4)
+    assert torch.equal(sampled_rows(values[:, :, 0, 0], 4), values[:, :, 0, 0])
+    assert sampled_rows(values.half(), 4).dtype is torch.float32
