@@ -12,6 +12,7 @@ from compress_core.errors import (
     PluginError,
     StateError,
     TransformError,
+    UsageError,
 )
 from compress_core.hookspecs import hookimpl
 from compress_core.initializers import (
@@ -49,6 +50,7 @@ __all__ = [
     "Table",
     "TableStatistics",
     "TransformError",
+    "UsageError",
     "check_config",
     "create_compressed_model",
     "hookimpl",

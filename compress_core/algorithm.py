@@ -42,6 +42,8 @@ class Algorithm:
         changes_in_place: Whether commit or calibration write to parameters and buffers or replace modules, instead of
             adding transforms. Such changes cannot be bypassed, so data-driven initializers need a pass over the model
             before them.
+        reads_later: Values of the section (dotted, as `params.rate`) that are first read in training, such as in
+            `compress_loss`: they count as having an effect although nothing has read them when the model is created.
         controller_api: Names of public methods and attributes that the controller offers as its own.
     """
 
@@ -49,6 +51,7 @@ class Algorithm:
     Config: ClassVar[type[AlgorithmConfig]] = AlgorithmConfig
     stage: ClassVar[Stage]
     changes_in_place: ClassVar[bool] = False
+    reads_later: ClassVar[tuple[str, ...]] = ()
     controller_api: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config: AlgorithmConfig) -> None:

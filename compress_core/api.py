@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from compress_core.config import AlgorithmConfig, CompressionConfig
+from compress_core.config import CompressionConfig
 from compress_core.context import Context
 from compress_core.controller import CompressionController
-from compress_core.errors import ConfigError, ModelError, PluginError
+from compress_core.errors import ModelError, PluginError
 from compress_core.initializers.data import (
     BNAdaptationInitArgs,
     ForwardFn,
@@ -23,10 +23,10 @@ from compress_core.initializers.data import (
     QuantizationRangeInitArgs,
 )
 from compress_core.lifecycle import Lifecycle
-from compress_core.registry import Registry, default_registry
-from compress_core.rng import RngState, generators_of
+from compress_core.registry import default_registry
+from compress_core.rng import RngState
 from compress_core.snapshot import ModelSnapshot
-from compress_core.state import check_plans, check_state
+from compress_core.state import SavedState, check_plans, checked_state
 from compress_core.transforms.model_wide import has_transforms
 
 logger = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ def create_compressed_model(
         model: The model, with the weights that compression starts from.
         config: A config, a dict, or the path of a JSON file.
         compression_state: What `controller.get_compression_state()` returned: builds the same structure without data.
-            The model's `state_dict` is loaded by you, before this or after it.
+            Load the `state_dict` of the compressed model afterwards: it holds the masks.
         init_loader: Batches for initialization (`BNAdaptationInitArgs` describes what is understood), unless they were
             registered with the config.
         observers: Plugin objects that are active for this model alone and see the hooks of every algorithm.
@@ -73,20 +73,19 @@ def create_compressed_model(
         logger.warning("the config names no algorithm in 'compression': the model stays uncompressed")
     lifecycle.configure()
     _check_data(lifecycle)
-    if compression_state is not None:
-        check_state(compression_state, lifecycle, registry)
+    state = None if compression_state is None else checked_state(compression_state, lifecycle, registry)
 
     snapshot = ModelSnapshot(model)
-    rng = RngState(generators_of(init_loader))
+    rng = RngState(context.generators())
     try:
         controller = CompressionController(model, lifecycle)
-        _compress(model, lifecycle, snapshot, compression_state, controller)
-    except BaseException:
-        snapshot.restore()
-        raise
-    finally:
+        _compress(model, lifecycle, snapshot, state, controller)
         # Whatever initialization drew: the training that follows is the one that would have followed without it.
         rng.restore()
+    except BaseException:
+        snapshot.restore()
+        rng.restore()
+        raise
     return controller, model
 
 
@@ -94,7 +93,7 @@ def _compress(
     model: nn.Module,
     lifecycle: Lifecycle,
     snapshot: ModelSnapshot,
-    state: Mapping[str, Any] | None,
+    state: SavedState | None,
     controller: CompressionController,
 ) -> None:
     context = lifecycle.context
@@ -107,8 +106,10 @@ def _compress(
         lifecycle.observe(model)
     lifecycle.commit(model)
     if state is not None:
-        controller.scheduler.load_state(state["scheduler"])
-        lifecycle.load_state(model, {name: entry["state"] for name, entry in state["algorithms"].items()})
+        controller.scheduler.load_state(state.scheduler)
+        lifecycle.load_state(model, {name: entry.state for name, entry in state.algorithms.items()})
+        for name, initializer in lifecycle.initializers.items():
+            initializer.load_state(state.initializers.get(name, {}), model, context)
     else:
         lifecycle.calibrate(model)
     if context.bypassable and state is None:
@@ -126,6 +127,8 @@ def _check_model(model: nn.Module) -> None:
             f"the model is wrapped in {type(model).__name__}; call create_compressed_model(model.module, ...) and wrap "
             "the result"
         )
+    if torch.is_inference_mode_enabled():
+        raise ModelError("create_compressed_model was called within torch.inference_mode(); call it outside")
     if has_transforms(model):
         raise ModelError(
             "the model is compressed already. Put all algorithms into one config; to start again, use the model that "
@@ -138,6 +141,7 @@ def _check_data(lifecycle: Lifecycle) -> None:
     if lifecycle.context.resuming:
         return
     for initializer in lifecycle.initializers.values():
+        initializer.check(lifecycle.context)
         if initializer.struct is not None and initializer.needs_data():
             for path in initializer.paths:
                 lifecycle.context.calibration_data(path, initializer.struct)
@@ -154,7 +158,8 @@ def _close_ledger(lifecycle: Lifecycle) -> None:
     strict = context.config.root.unused_values == "error"
     for algorithm in lifecycle.algorithms:
         path, config = context.section(algorithm)
-        context.ledger.close_section(path, config, lifecycle.plans[algorithm.name].targets, strict=strict)
+        targets = lifecycle.plans[algorithm.name].targets
+        context.ledger.close_section(path, config, targets, read_later=algorithm.reads_later, strict=strict)
     context.ledger.close_root(context.config.root)
 
 
@@ -184,15 +189,10 @@ def register_default_init_args(
     return loaded.register_extra_structs([] if model_eval_fn is None else [ModelEvaluationArgs(model_eval_fn)])
 
 
-def check_config(config: CompressionConfig | Mapping[str, Any] | str | Path, registry: Registry | None = None) -> None:
+def check_config(config: CompressionConfig | Mapping[str, Any] | str | Path) -> None:
     """Checks everything about a config that can be checked without a model.
 
     Raises:
         ConfigError: With all problems, their paths and remedies.
     """
-    loaded = CompressionConfig.load(config)
-    lifecycle = Lifecycle(registry or default_registry(), Context(loaded))
-    lifecycle.configure()
-    for section in loaded.sections:
-        if not isinstance(section, AlgorithmConfig):
-            raise ConfigError(section.problem)
+    Lifecycle(default_registry(), Context(CompressionConfig.load(config))).configure()

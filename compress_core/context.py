@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from compress_core.algorithm import Algorithm, Plan
 from compress_core.config import AlgorithmConfig, CompressionConfig, InitializerConfig
@@ -13,10 +15,15 @@ from compress_core.errors import ConfigError, DataError, ModelError
 from compress_core.initializers.data import CalibrationData, InitArgs
 from compress_core.layers import WeightTensor, weight_tensors
 from compress_core.ledger import Ledger
+from compress_core.rng import generators_of
 from compress_core.scopes import ScopeFilter
 
 if TYPE_CHECKING:
     from compress_core.controller import CompressionController
+
+
+# Parts of a section that the core reads, later than `compress_configure`.
+_READ_BY_THE_CORE = ("initializer.", "ignored_scopes", "target_scopes")
 
 
 class Context:
@@ -36,12 +43,14 @@ class Context:
         self.resuming = resuming
         self.bypassable = True
         self.controller: CompressionController | None = None
+        # Copies: that this model's algorithms read a value must not be mixed up with others who have read it.
+        self.sections = tuple(s.unread() if isinstance(s, AlgorithmConfig) else s for s in config.sections)
         self._init_loader = init_loader
         self._requests: dict[str, InitializerConfig] = {}
 
     def section(self, algorithm: Algorithm) -> tuple[str, AlgorithmConfig]:
         """Returns the path and the content of an algorithm's section."""
-        for index, section in enumerate(self.config.sections):
+        for index, section in enumerate(self.sections):
             if section is algorithm.config:
                 return self.config.algorithm_path(index), algorithm.config
         raise KeyError(algorithm.name)
@@ -49,7 +58,7 @@ class Context:
     def requests(self, initializer: str) -> dict[str, InitializerConfig]:
         """Returns who asked for a shared initializer: path -> section."""
         found = {}
-        for index, section in enumerate(self.config.sections):
+        for index, section in enumerate(self.sections):
             if (
                 isinstance(section, AlgorithmConfig)
                 and (request := section.initializer.shared(initializer)) is not None
@@ -62,9 +71,24 @@ class Context:
         """Returns the section that stands at a path of `requests`."""
         return self._requests[path]
 
-    def has_data(self, kind: type[InitArgs] = InitArgs) -> bool:
-        """Tells whether `calibration_data` would find a loader."""
-        return self._init_loader is not None or self.config.get_extra_struct(kind) is not None
+    def generators(self) -> list[torch.Generator]:
+        """Returns the random generators of all data loaders that were given."""
+        structs = [s for s in self.config.extra_structs() if isinstance(s, InitArgs)]
+        loaders = [self._init_loader, *(struct.data_loader for struct in structs)]
+        return [generator for loader in loaders for generator in generators_of(loader)]
+
+    def refuse_unread(self, algorithm: Algorithm) -> None:
+        """For the end of `compress_configure`: refuses values that the algorithm has not read and never will.
+
+        An algorithm that reads its whole section before this lets `compress-core check` find such values.
+
+        Raises:
+            ConfigError: There are some, and the config does not say `"unused_values": "warn"`.
+        """
+        path, config = self.section(algorithm)
+        strict = self.config.root.unused_values == "error"
+        shared = [leaf for leaf, _, _ in config.given_leaves() if leaf.startswith(_READ_BY_THE_CORE)]
+        self.ledger.refuse_unread(path, config, read_later=[*algorithm.reads_later, *shared], strict=strict)
 
     def calibration_data(self, path: str, kind: type[InitArgs] = InitArgs, loader: Any = None) -> CalibrationData:
         """Returns the batches for an initializer or a calibration.
@@ -113,7 +137,9 @@ class Context:
         scopes = self.scope_filter(model, algorithm)
         candidates = [name for tensor in tensors for name in tensor.module_names]
         if config.validate_scopes:
-            scopes.check(candidates)
+            # A scope for everybody may also mean a batch norm, which adaptation then leaves alone.
+            norms = [name for name, module in model.named_modules() if isinstance(module, _BatchNorm)]
+            scopes.check(candidates, [*candidates, *norms], own_prefix=path)
         targets, skipped = [], {}
         for tensor in tensors:
             reason = scopes.reason_to_skip(tensor.module_names)

@@ -14,8 +14,7 @@ from torch import nn
 
 from compress_core.algorithm import Algorithm
 from compress_core.context import Context
-from compress_core.errors import CompressionError
-from compress_core.initializers.batchnorm_adaptation import BatchNormAdaptation
+from compress_core.errors import CompressionError, UsageError
 from compress_core.initializers.bn_report import AdaptationReport
 from compress_core.initializers.data import BNAdaptationInitArgs
 from compress_core.ledger import Ledger
@@ -42,11 +41,12 @@ class CompressionController:
     """
 
     def __init__(self, model: nn.Module, lifecycle: Lifecycle) -> None:
+        self._stripped = False
         self.model = model
         self._lifecycle = lifecycle
         self.algorithms: Mapping[str, Algorithm] = {a.name: a for a in lifecycle.algorithms}
         self.scheduler = CompressionScheduler(
-            lambda clock: lifecycle.step(model, clock), lambda clock: lifecycle.epoch_step(model, clock)
+            lambda clock: self._active.step(model, clock), lambda clock: self._active.epoch_step(model, clock)
         )
         lifecycle.context.controller = self
 
@@ -54,7 +54,7 @@ class CompressionController:
         # Only called for names that the controller lacks.
         algorithms = self.__dict__.get("algorithms", {})
         owners = [algorithm for algorithm in algorithms.values() if name in algorithm.controller_api]
-        if len(owners) == 1:
+        if len(owners) == 1 and self._active:
             return getattr(owners[0], name)
         if owners:
             names = " and ".join(f"algorithms['{owner.name}']" for owner in owners)
@@ -62,8 +62,24 @@ class CompressionController:
         offered = sorted(api for algorithm in algorithms.values() for api in algorithm.controller_api)
         raise AttributeError(f"the controller has no '{name}'; its algorithms offer {offered}")
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Without this, `controller.sparsity_level = 0.9` would hide the measured level behind a number.
+        for algorithm in self.__dict__.get("algorithms", {}).values():
+            if name in algorithm.controller_api:
+                raise AttributeError(f"'{name}' belongs to {algorithm.name} and cannot be set; call its methods")
+        super().__setattr__(name, value)
+
     def __repr__(self) -> str:
-        return f"CompressionController({', '.join(self.algorithms)}; {self.compression_stage().name})"
+        stage = "stripped" if self._stripped else self.compression_stage().name
+        return f"CompressionController({', '.join(self.algorithms)}; {stage})"
+
+    @property
+    def _active(self) -> Lifecycle:
+        if self._stripped:
+            raise UsageError(
+                "the model was stripped in place and is compressed no more; strip(do_copy=True) leaves it as it is"
+            )
+        return self._lifecycle
 
     @property
     def name(self) -> str:
@@ -82,7 +98,7 @@ class CompressionController:
 
     def loss(self) -> torch.Tensor:
         """Returns what the algorithms add to the task's loss: a scalar on the model's device."""
-        losses = self._lifecycle.losses(self.model)
+        losses = self._active.losses(self.model)
         if not losses:
             device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
             return torch.zeros((), device=device)
@@ -90,7 +106,7 @@ class CompressionController:
 
     def compression_stage(self) -> CompressionStage:
         """Returns how far compression has come, measured on the model."""
-        return self._lifecycle.stage(self.model)
+        return self._active.stage(self.model)
 
     @property
     def compression_rate(self) -> float:
@@ -98,6 +114,7 @@ class CompressionController:
 
         With several algorithms the shares that they leave are multiplied. Setting it is for a single algorithm.
         """
+        _ = self._active
         rates = [rate for a in self.algorithms.values() if (rate := a.compression_rate) is not None]
         return 1.0 - math.prod(1.0 - rate for rate in rates)
 
@@ -117,7 +134,7 @@ class CompressionController:
         Args:
             quickly_collected_only: For NNCF's sake; all figures are collected quickly here.
         """
-        parts: dict[str, Statistics] = dict(self._lifecycle.statistics(self.model))
+        parts: dict[str, Statistics] = dict(self._active.statistics(self.model))
         for name, initializer in self._lifecycle.initializers.items():
             if (statistics := initializer.statistics()) is not None:
                 parts[name] = statistics
@@ -132,7 +149,7 @@ class CompressionController:
         reports = {n: s.to_dict() for n, i in self._lifecycle.initializers.items() if (s := i.statistics()) is not None}
         return dump_state(
             self._lifecycle,
-            self._lifecycle.state(self.model),
+            self._active.state(self.model),
             {"scheduler": self.scheduler.get_state(), "initializers": reports},
         )
 
@@ -142,9 +159,11 @@ class CompressionController:
         Args:
             do_copy: Whether to work on a copy. Otherwise this model itself becomes plain, and the controller is done.
         """
+        lifecycle = self._active
         model = copy.deepcopy(self.model) if do_copy else self.model
-        self._lifecycle.strip(model)
+        lifecycle.strip(model)
         bake_transforms(model)
+        self._stripped = not do_copy
         return model
 
     def adapt_batchnorm(
@@ -184,10 +203,10 @@ class CompressionController:
             self._adapt(None, None, None, as_before)
 
     def _adapt(self, loader: Any, num_samples: int | None, method: Any, reference: Any = None) -> AdaptationReport:
-        adaptation = self._lifecycle.initializers.get(BatchNormAdaptation.name)
-        if not isinstance(adaptation, BatchNormAdaptation):
-            raise CompressionError("batch-norm adaptation is not installed: the plugin 'initializers' was not loaded")
-        return adaptation.adapt(
+        adaptation: Any = self._active.initializers.get("batchnorm_adaptation")
+        if adaptation is None:
+            raise UsageError("batch-norm adaptation is not installed: the plugin 'initializers' was not loaded")
+        report: AdaptationReport = adaptation.adapt(
             self.model,
             self.context,
             self.context.calibration_data("adapt_batchnorm()", BNAdaptationInitArgs, loader),
@@ -195,3 +214,4 @@ class CompressionController:
             adaptation.method if method is None else method,
             reference,
         )
+        return report

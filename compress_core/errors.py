@@ -68,6 +68,10 @@ class DataError(CompressionError, ValueError):
     """Calibration data is missing, empty, or not what the model takes."""
 
 
+class UsageError(CompressionError, ValueError):
+    """A method was called with a value that it cannot take, or at a time when it cannot work."""
+
+
 class StateError(CompressionError, ValueError):
     """A compression state does not fit the model, the config or the installed plugins."""
 

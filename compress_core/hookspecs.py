@@ -264,7 +264,7 @@ def compress_load_state(model: nn.Module, algorithm: Algorithm, state: Mapping[s
     """Takes back what `compress_state` returned; called on the committed model instead of calibration.
 
     Args:
-        model: The committed model; its `state_dict` may be loaded before this or after it.
+        model: The committed model; its `state_dict` is loaded by the user, mostly afterwards.
         algorithm: The algorithm.
         state: What `compress_state` returned, through JSON.
         context: The context.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,10 @@ from compress_core.errors import ConfigError, Problem
 from compress_core.statistics import Statistics, Table
 
 logger = logging.getLogger(__name__)
+
+_NO_EFFECT = "no effect"
+# Keys of every section that the core itself reads.
+_ALWAYS_USED = ("algorithm", "validate_scopes")
 
 
 @dataclass(frozen=True)
@@ -48,39 +52,60 @@ class Ledger(Statistics):
         """Writes down what a value did; a second entry for a path replaces the first."""
         self._entries[path] = LedgerEntry(path, value, effect, tuple(modules))
 
-    def close_section(self, path: str, config: AlgorithmConfig, targets: Iterable[str], *, strict: bool) -> None:
+    def close_section(
+        self,
+        path: str,
+        config: AlgorithmConfig,
+        targets: Iterable[str],
+        *,
+        read_later: Sequence[str] = (),
+        strict: bool,
+    ) -> None:
         """Records every value of an algorithm's section that has no entry yet, and finds those that nobody read.
 
         Args:
             path: Path of the section.
             config: The section.
             targets: What the algorithm changed.
+            read_later: Values that will be read in training.
             strict: Whether a value without effect is an error; otherwise it is a warning.
 
         Raises:
             ConfigError: Values were given that nothing has read: they cannot have had an effect.
         """
-        problems = []
         modules = tuple(targets)
         for leaf, value, was_read in config.given_leaves():
             full = f"{path}.{leaf}"
-            if full in self._entries:
-                continue
-            if was_read or leaf in {"algorithm", "validate_scopes"}:
-                self.record(full, value, f"used by {config.algorithm}", modules)
-            else:
-                self.record(full, value, "no effect")
-                problems.append(
-                    Problem(
-                        full,
-                        f"the value {shown(value)} can have no effect with the other settings of this section. Remove "
-                        'it, or set "unused_values": "warn" at the top of the config.',
-                    )
-                )
+            if full not in self._entries:
+                used = was_read or leaf in read_later or leaf in _ALWAYS_USED
+                effect = f"used by {config.algorithm}" if used else _NO_EFFECT
+                self.record(full, value, effect, modules if used else ())
+        self.refuse_unread(path, config, read_later=read_later, strict=strict)
+
+    def refuse_unread(
+        self, path: str, config: AlgorithmConfig, *, read_later: Sequence[str] = (), strict: bool
+    ) -> None:
+        """Finds values of a section that were given and that nobody has read or recorded.
+
+        Raises:
+            ConfigError: There are some, and `strict`; otherwise they are warnings.
+        """
+        problems = [
+            Problem(
+                f"{path}.{leaf}",
+                f"the value {shown(value)} can have no effect with the other settings of this section. Remove it, or "
+                'set "unused_values": "warn" at the top of the config.',
+            )
+            for leaf, value, was_read in config.given_leaves()
+            if not (was_read or leaf in read_later or leaf in _ALWAYS_USED or self._has_effect(f"{path}.{leaf}"))
+        ]
         if problems and strict:
             raise ConfigError(problems)
         for problem in problems:
             logger.warning("config: %s", problem)
+
+    def _has_effect(self, path: str) -> bool:
+        return path in self._entries and self._entries[path].effect != _NO_EFFECT
 
     def close_root(self, root: Section) -> None:
         """Records the keys at the top of the document, which describe model and hardware for whoever asks.

@@ -43,6 +43,8 @@ class Lifecycle:
         self.origins: dict[str, PluginInfo] = {}
         self.plans: dict[str, Plan] = {}
         self._manager = new_manager()
+        if isinstance(observers, nn.Module) or not isinstance(observers, Iterable):
+            raise PluginError(f"observers must be a list of plugin objects, got {type(observers).__name__}")
         for observer in observers:
             check_plugin(observer, f"observer {type(observer).__name__}")
             self._manager.register(observer)
@@ -54,7 +56,7 @@ class Lifecycle:
 
     def _instances(self, registry: Registry) -> Iterator[Algorithm]:
         problems = []
-        for index, section in enumerate(self.context.config.sections):
+        for index, section in enumerate(self.context.sections):
             if not isinstance(section, AlgorithmConfig):
                 # The document may have been read before the plugin was installed, or never had one.
                 problems.append(

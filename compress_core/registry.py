@@ -15,7 +15,7 @@ from pydantic import Field, ValidationError, create_model
 from compress_core.algorithm import Algorithm
 from compress_core.config.document import UnresolvedSection
 from compress_core.config.errors import did_you_mean, problems_of, shown
-from compress_core.config.model import AlgorithmConfig, InitializerSection
+from compress_core.config.model import AlgorithmConfig, InitializerConfig, InitializerSection
 from compress_core.errors import PluginError, Problem
 from compress_core.hookspecs import ENTRY_POINT_GROUP
 from compress_core.initializers.base import Initializer
@@ -119,7 +119,11 @@ class Registry:
             for cls in algorithms:
                 _check_algorithm(cls, label)
             for cls in initializers:
-                _check_names(cls, label)
+                _check_initializer(cls, label)
+                self._check_free(cls.name, label)
+            for cls in algorithms:
+                if cls.name in self._initializers or cls.name in {i.name for i in initializers}:
+                    raise PluginError(f"{label}: the name '{cls.name}' is an initializer's; choose another")
         except BaseException:
             self._manager.unregister(plugin)
             raise
@@ -138,6 +142,15 @@ class Registry:
             if not (isinstance(cls, type) and issubclass(cls, base)):
                 raise PluginError(f"{label}: {hook}() returned {cls!r}, which is not a subclass of {base.__name__}")
         return classes
+
+    def _check_free(self, name: str, label: str) -> None:
+        if name in self._initializers:
+            owner = self._initializers[name][0].plugin
+            raise PluginError(
+                f"{label}: the initializer '{name}' is contributed by {owner} already; uninstall one of them"
+            )
+        if name in self._algorithms:
+            raise PluginError(f"{label}: the name '{name}' is an algorithm's; choose another")
 
     def algorithms(self) -> dict[str, list[Contribution[Algorithm]]]:
         """Returns the contributions by algorithm name; more than one for a name is a conflict."""
@@ -244,6 +257,16 @@ def _check_names(cls: Any, label: str) -> None:
         raise PluginError(f"{label}: {cls.__name__}.name must be an identifier such as 'my_method', got {name!r}")
 
 
+def _check_initializer(cls: type[Initializer], label: str) -> None:
+    _check_names(cls, label)
+    config = getattr(cls, "Config", None)
+    if not (isinstance(config, type) and issubclass(config, InitializerConfig)):
+        raise PluginError(f"{label}: {cls.__name__}.Config must be a subclass of compress_core.InitializerConfig")
+    if not callable(getattr(cls, "compress_initialize", None)):
+        raise PluginError(f"{label}: {cls.__name__} must implement compress_initialize()")
+    _check_implementations(cls, f"{label}: {cls.__name__}")
+
+
 def _check_algorithm(cls: type[Algorithm], label: str) -> None:
     _check_names(cls, label)
     if not isinstance(getattr(cls, "stage", None), Stage):
@@ -256,7 +279,7 @@ def _check_algorithm(cls: type[Algorithm], label: str) -> None:
     _check_implementations(cls, f"{label}: {cls.__name__}")
 
 
-def _check_implementations(cls: type[Algorithm], label: str) -> None:
+def _check_implementations(cls: type[Algorithm] | type[Initializer], label: str) -> None:
     # An instance needs a config, which there is none of yet; __init__ is not what is checked here.
     check_plugin(cls.__new__(cls), label)
 

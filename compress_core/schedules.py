@@ -5,11 +5,14 @@ The level functions are pure: a level is a function of the time, so that a resum
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from compress_core.errors import StateError
+from pydantic import TypeAdapter, ValidationError
+
+from compress_core.errors import StateError, UsageError
 
 
 @dataclass(frozen=True)
@@ -55,19 +58,21 @@ class CompressionScheduler:
         return self.clock.epoch
 
     def step(self, next_step: int | None = None) -> None:
-        """Begins the next optimizer step, or the one given."""
-        step = self.clock.step + 1 if next_step is None else next_step
+        """Begins the next optimizer step, or the one given; the clock moves once every algorithm has followed."""
+        step = self.clock.step + 1 if next_step is None else _index("step", next_step)
         in_epoch = self.clock.step_in_epoch + (step - self.clock.step)
-        self.clock = Clock(self.clock.epoch, step, max(in_epoch, 0), self.clock.steps_per_epoch)
-        self._on_step(self.clock)
+        clock = Clock(self.clock.epoch, step, max(in_epoch, 0), self.clock.steps_per_epoch)
+        self._on_step(clock)
+        self.clock = clock
 
     def epoch_step(self, next_epoch: int | None = None) -> None:
-        """Begins the next epoch, or the one given."""
+        """Begins the next epoch, or the one given; the clock moves once every algorithm has followed."""
         clock = self.clock
-        epoch = clock.epoch + 1 if next_epoch is None else next_epoch
+        epoch = clock.epoch + 1 if next_epoch is None else _index("epoch", next_epoch)
         steps = clock.step_in_epoch + 1 if clock.step_in_epoch >= 0 else clock.steps_per_epoch
-        self.clock = Clock(epoch, clock.step, -1, steps)
-        self._on_epoch(self.clock)
+        begun = Clock(epoch, clock.step, -1, steps)
+        self._on_epoch(begun)
+        self.clock = begun
 
     def get_state(self) -> dict[str, Any]:
         """Returns the clock, JSON-able."""
@@ -80,9 +85,17 @@ class CompressionScheduler:
             StateError: The state is not one of `get_state`.
         """
         try:
-            self.clock = Clock(**state)
-        except TypeError as error:
-            raise StateError(f"not a scheduler state: {dict(state)} ({error})") from error
+            self.clock = TypeAdapter(Clock).validate_json(json.dumps(dict(state)), strict=True, extra="forbid")
+        except (ValidationError, TypeError, ValueError) as error:
+            raise StateError(f"not a scheduler state: {state} ({error})") from error
+
+
+def _index(what: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise UsageError(
+            f"the index of {'an' if what == 'epoch' else 'a'} {what} is a whole number from 0 on, got {value!r}"
+        )
+    return value
 
 
 def progress(time: float, duration: float) -> float:

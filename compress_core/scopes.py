@@ -72,7 +72,7 @@ def compile_scope(entry: str) -> Callable[[ScopedModule], bool]:
             raise ValueError(f"'{entry}' is not a regular expression: {error}") from error
         return lambda module: any(pattern.search(name) for name in (module.name, *module.nncf_names))
     if "/" in entry:
-        return _below(_dotted_from_nncf(entry))
+        return _from_nncf(entry)
     if _GLOB_CHARACTERS.search(entry):
         glob = re.compile(fnmatch.translate(entry))
         return lambda module: any(glob.match(name) for name in _with_parents(module.name))
@@ -88,10 +88,16 @@ def _with_parents(name: str) -> list[str]:
     return [".".join(parts[: i + 1]) for i in range(len(parts))]
 
 
-def _dotted_from_nncf(entry: str) -> str:
-    attributes = [match.group(1) for part in entry.split("/")[1:] if (match := _NNCF_ATTRIBUTE.match(part))]
-    # An address without attributes names an operator of the model itself, which no module can match.
-    return ".".join(attributes) if attributes else entry
+def _from_nncf(entry: str) -> Callable[[ScopedModule], bool]:
+    """`Model/Class[a]/Class[b]` is the module a.b and what is below; with an operator at the end, its layer alone."""
+    parts = entry.split("/")[1:]
+    attributes = [match.group(1) for part in parts if (match := _NNCF_ATTRIBUTE.match(part))]
+    path = ".".join(attributes)
+    if not attributes:
+        return lambda module: False  # an operator of the model itself, which is no module
+    if _NNCF_ATTRIBUTE.match(parts[-1]):
+        return _below(path)
+    return lambda module: module.name == path and any(name.endswith(f"/{parts[-1]}") for name in module.nncf_names)
 
 
 @dataclass
@@ -145,11 +151,17 @@ class ScopeFilter:
                 return f"not in {_common_path(entries)}"
         return None
 
-    def dead_entries(self, candidates: Iterable[str]) -> list[Problem]:
-        """Returns a problem for each entry that means none of the `candidates` (dotted names of modules)."""
-        candidates = list(candidates)
+    def dead_entries(self, own: Sequence[str], others: Sequence[str], own_prefix: str = "") -> list[Problem]:
+        """Returns a problem for each entry without a match.
+
+        Args:
+            own: Dotted names that an entry whose path begins with `own_prefix` can mean.
+            others: Dotted names that any other entry can mean.
+            own_prefix: Path of a section.
+        """
         problems = []
         for path, entry in self.entries():
+            candidates = own if path.startswith(own_prefix) else others
             if any(self._matches(entry, name) for name in candidates):
                 continue
             close = difflib.get_close_matches(entry, candidates, n=1)
@@ -157,15 +169,15 @@ class ScopeFilter:
             problems.append(
                 Problem(
                     path,
-                    f"the scope '{entry}' matches no layer that this algorithm could compress.{hint}"
+                    f"the scope '{entry}' matches no layer that this could mean.{hint}"
                     ' Correct it, remove it, or set "validate_scopes": false in this section.',
                 )
             )
         return problems
 
-    def check(self, candidates: Iterable[str]) -> None:
-        """Raises a ConfigError that names every entry without a match."""
-        problems = self.dead_entries(candidates)
+    def check(self, own: Sequence[str], others: Sequence[str] = (), own_prefix: str = "") -> None:
+        """Raises a ConfigError that names every entry without a match; see `dead_entries`."""
+        problems = self.dead_entries(own, others, own_prefix)
         if problems:
             raise ConfigError(problems)
 

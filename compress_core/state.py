@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import BaseModel, ValidationError
 
 from compress_core.config import AlgorithmConfig
 from compress_core.errors import PluginError, StateError
@@ -60,7 +62,35 @@ def _through_json(name: str, state: Mapping[str, Any]) -> Any:
         ) from error
 
 
-def check_state(state: Any, lifecycle: Lifecycle, registry: Registry) -> None:
+class SavedPlan(BaseModel):
+    """A plan, through JSON."""
+
+    targets: list[str]
+    skipped: dict[str, str] = {}
+    details: dict[str, Any] = {}
+
+
+class SavedAlgorithm(BaseModel):
+    """One algorithm's part of a compression state."""
+
+    plugin: str = ""
+    distribution: str = ""
+    version: str = ""
+    config: dict[str, Any]
+    plan: SavedPlan
+    state: dict[str, Any]
+
+
+class SavedState(BaseModel):
+    """A compression state that has been checked."""
+
+    format: Literal[1]
+    algorithms: dict[str, SavedAlgorithm]
+    scheduler: dict[str, Any]
+    initializers: dict[str, dict[str, Any]] = {}
+
+
+def checked_state(state: Any, lifecycle: Lifecycle, registry: Registry) -> SavedState:
     """Holds a state against the config and the installed plugins.
 
     Raises:
@@ -73,20 +103,34 @@ def check_state(state: Any, lifecycle: Lifecycle, registry: Registry) -> None:
             f"compression_state has the format {state.get('format')!r}, this version reads {FORMAT}; "
             "load it with the version of compress-core that wrote it"
         )
-    saved, active = state["algorithms"], {algorithm.name for algorithm in lifecycle.algorithms}
-    for name, entry in saved.items():
-        if name not in registry.algorithms():
-            raise StateError(
-                f"compression_state needs the algorithm '{name}' of plugin '{entry['plugin']}' "
-                f"({entry['distribution']} {entry['version']}), which is not installed"
-            )
-    if saved.keys() != active:
+    _check_installed(state["algorithms"], registry)
+    try:
+        saved = SavedState.model_validate(state)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(str(part) for part in first["loc"])
         raise StateError(
-            f"compression_state is of the algorithms {sorted(saved)}, the config names {sorted(active)}; "
+            f"compression_state.{place}: {first['msg']}; it is not what get_compression_state() returned"
+        ) from error
+    active = {algorithm.name for algorithm in lifecycle.algorithms}
+    if saved.algorithms.keys() != active:
+        raise StateError(
+            f"compression_state is of the algorithms {sorted(saved.algorithms)}, the config names {sorted(active)}; "
             "resume with the config that the state was made with"
         )
     for algorithm in lifecycle.algorithms:
-        _report_changes(algorithm.config, saved[algorithm.name]["config"])
+        _report_changes(algorithm.config, saved.algorithms[algorithm.name].config)
+    return saved
+
+
+def _check_installed(algorithms: Any, registry: Registry) -> None:
+    for name, entry in algorithms.items() if isinstance(algorithms, Mapping) else ():
+        if name not in registry.algorithms():
+            origin = entry if isinstance(entry, Mapping) else {}
+            raise StateError(
+                f"compression_state needs the algorithm '{name}' of plugin '{origin.get('plugin', '?')}' "
+                f"({origin.get('distribution', '?')} {origin.get('version', '?')}), which is not installed"
+            )
 
 
 def _report_changes(config: AlgorithmConfig, saved: Mapping[str, Any]) -> None:
@@ -96,21 +140,20 @@ def _report_changes(config: AlgorithmConfig, saved: Mapping[str, Any]) -> None:
         logger.warning("%s: resumed with another config than the state's; changed: %s", config.algorithm, changed)
 
 
-def check_plans(state: Mapping[str, Any], lifecycle: Lifecycle) -> None:
+def check_plans(state: SavedState, lifecycle: Lifecycle) -> None:
     """Holds the plans for this model against those of the state.
 
     Raises:
         StateError: They differ; the message names the first targets that only one of them has.
     """
     for name, plan in lifecycle.plans.items():
-        current = plan.to_dict()
-        saved = state["algorithms"][name]["plan"]
-        if current["targets"] == saved["targets"] and _through_json(name, current["details"]) == saved["details"]:
+        current, saved = list(plan.targets), state.algorithms[name].plan
+        if current == saved.targets and _through_json(name, plan.details) == saved.details:
             continue
-        only_saved = [t for t in saved["targets"] if t not in current["targets"]][:3]
-        only_here = [t for t in current["targets"] if t not in saved["targets"]][:3]
+        only_saved = [target for target in saved.targets if target not in current][:3]
+        only_here = [target for target in current if target not in saved.targets][:3]
         raise StateError(
-            f"compression_state does not fit this model: '{name}' was made for {len(saved['targets'])} targets and "
-            f"finds {len(current['targets'])} here (only in the state: {only_saved}, only here: {only_here}). Build "
-            "the model and use the scopes as when the state was saved"
+            f"compression_state does not fit this model: '{name}' was made for {len(saved.targets)} targets and "
+            f"finds {len(current)} here (only in the state: {only_saved}, only here: {only_here}). Build the model and "
+            "use the scopes as when the state was saved"
         )

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import json5
 from pydantic import BeforeValidator, Field, ValidationError
 
-from compress_core.config.errors import did_you_mean, problems_of, shown
+from compress_core.config.errors import problems_of, shown
 from compress_core.config.model import AlgorithmConfig, Count, Scopes, Section
 from compress_core.errors import ConfigError, Problem
 
@@ -63,6 +63,10 @@ _REFUSED = {
 }
 
 
+# Keys of an algorithm's section: at the top they are in the wrong place.
+_SECTION_KEYS = ("algorithm", "params", "initializer")
+
+
 class CompressionConfig:
     """A validated config document.
 
@@ -85,7 +89,7 @@ class CompressionConfig:
 
         if not isinstance(document, Mapping):
             raise ConfigError(f"a config is an object with a key 'compression', got {shown(document)}", path=origin)
-        self.source = {str(key): value for key, value in document.items()}
+        self.source = {str(key): _copied(value) for key, value in document.items()}
         self._structs: dict[type, Any] = {}
         problems: list[Problem] = []
         self.root = _validated_root(self.source, problems)
@@ -121,7 +125,7 @@ class CompressionConfig:
 
     @classmethod
     def from_dict(cls, document: Mapping[str, Any]) -> CompressionConfig:
-        """Validates a document that is in memory; it is not changed and not kept.
+        """Validates a document that is in memory; it is not changed, and later changes of it have no effect.
 
         Raises:
             ConfigError: It is not a valid config.
@@ -153,6 +157,10 @@ class CompressionConfig:
         """Returns the attached object of a type, or None."""
         return self._structs.get(kind)
 
+    def extra_structs(self) -> list[Any]:
+        """Returns all attached objects."""
+        return list(self._structs.values())
+
     def section_path(self, index: int) -> str:
         """Returns the path of an algorithm's section without the algorithm's name: `compression` or `compression.1`."""
         return "compression" if self._single else f"compression.{index}"
@@ -168,6 +176,13 @@ class CompressionConfig:
             for i, name in enumerate(names)
             if name in names[:i]
         ]
+
+
+def _copied(value: Any) -> Any:
+    """Copies the containers of a document, and nothing that stands in them, such as functions."""
+    if isinstance(value, Mapping):
+        return {key: _copied(item) for key, item in value.items()}
+    return [_copied(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 class UnresolvedSection:
@@ -196,8 +211,11 @@ def _validated_root(source: Mapping[str, Any], problems: list[Problem]) -> RootS
         if key in _REFUSED:
             problems.append(Problem(key, f"{_REFUSED[key]} (value {shown(source[key])})"))
         elif key not in known:
-            if difflib.get_close_matches(key, known, n=1, cutoff=0.85):
-                problems.append(Problem(key, f"unknown key (value {shown(source[key])}).{did_you_mean(key, known)}"))
+            # Case aside: COMPRESSION is a misspelling as well.
+            close = difflib.get_close_matches(key.lower(), known, n=1, cutoff=0.8)
+            if close or key in _SECTION_KEYS:
+                hint = f" Did you mean '{close[0]}'?" if close else " It belongs into 'compression'."
+                problems.append(Problem(key, f"unknown key (value {shown(source[key])}).{hint}"))
             else:
                 strangers.append(key)
     if strangers:

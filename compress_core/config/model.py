@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr
 
@@ -44,6 +44,15 @@ class Section(BaseModel):
             if private is not None:
                 private["_reads"].add(name)
         return value
+
+    def unread(self) -> Self:
+        """Returns a copy of this section that nobody has read yet."""
+        copy = self.model_copy()
+        object.__setattr__(copy, "__pydantic_private__", {"_reads": set()})
+        for name, value in self.__dict__.items():
+            if isinstance(value, Section):
+                copy.__dict__[name] = value.unread()
+        return copy
 
     def given_leaves(self, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:
         """Yields (path, value, was it read) for every value that the user wrote, nested sections included."""

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from torch import nn
 
 from compress_core.config.model import InitializerConfig
 from compress_core.errors import ConfigError, Problem
 from compress_core.statistics import Statistics
+
+if TYPE_CHECKING:
+    from compress_core.context import Context
 
 
 class Initializer:
@@ -36,7 +41,7 @@ class Initializer:
         """Merges what the algorithms asked for.
 
         Args:
-            requests: Path of the request -> the section; at least one.
+            requests: Path of the request -> the section; may be empty.
 
         Returns:
             The initializer, or None when there is nothing to do.
@@ -44,6 +49,8 @@ class Initializer:
         Raises:
             ConfigError: The requests contradict one another. Here: they are not all the same.
         """
+        if not requests:
+            return None
         first_path, first = next(iter(requests.items()))
         problems = [
             Problem(path, f"differs from {first_path}, but runs once for both; make them the same")
@@ -57,6 +64,18 @@ class Initializer:
     def needs_data(self) -> bool:
         """Tells whether it has to be given batches."""
         return self.struct is not None
+
+    def check(self, context: Context) -> None:
+        """Raises what can be known to be wrong before anything is touched; data is checked by the core."""
+
+    def load_state(self, state: Mapping[str, Any], model: nn.Module, context: Context) -> None:
+        """Takes back, on a model that is being resumed, what `statistics().to_dict()` was when the state was saved.
+
+        Args:
+            state: That dict, through JSON; empty when it had not run.
+            model: The committed model.
+            context: The context.
+        """
 
     def statistics(self) -> Statistics | None:
         """Returns what it did, or None when it has not run."""

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.json_schema import SkipJsonSchema
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -23,7 +23,7 @@ from compress_core.config.model import Count, InitializerConfig, Scopes
 
 if TYPE_CHECKING:
     from compress_core.context import Context
-from compress_core.errors import ConfigError, DataError, ModelError, Problem
+from compress_core.errors import ConfigError, DataError, ModelError, Problem, StateError
 from compress_core.hookspecs import hookimpl
 from compress_core.initializers.base import Initializer
 from compress_core.initializers.bn_estimators import ESTIMATORS
@@ -31,6 +31,7 @@ from compress_core.initializers.bn_guard import MetricGuard
 from compress_core.initializers.bn_pass import AdaptationPass, Reference
 from compress_core.initializers.bn_report import AdaptationReport, BatchNormAdaptationStatistics
 from compress_core.initializers.data import BNAdaptationInitArgs, CalibrationData, ModelEvaluationArgs
+from compress_core.rng import preserved_rng
 from compress_core.scopes import ScopeFilter
 from compress_core.statistics import Statistics
 from compress_core.transforms.model_wide import bypass_transforms
@@ -89,7 +90,7 @@ class BatchNormAdaptation(Initializer):
         """Merges the requests: the largest number of samples, one method.
 
         Raises:
-            ConfigError: Two sections name different methods.
+            ConfigError: Two sections name different methods or guards.
         """
         configs = {p: config for p, config in requests.items() if isinstance(config, BatchNormAdaptationConfig)}
         adaptation = cls(BatchNormAdaptationConfig(), tuple(configs))
@@ -98,9 +99,12 @@ class BatchNormAdaptation(Initializer):
             raise ConfigError(
                 [Problem(f"{p}.method", f"'{m}': adaptation runs once for all, choose one") for p, m in named.items()]
             )
+        guards = {p: config.guard for p, config in configs.items() if config.guard is not False}
+        if len(set(map(id, guards.values()))) > 1:
+            raise ConfigError([Problem(f"{p}.guard", "adaptation runs once for all, choose one guard") for p in guards])
+        adaptation.guard = next(iter(guards.values()), False)
         adaptation.method = next(iter(named.values()), adaptation.method)
         for path, config in configs.items():
-            adaptation.guard = adaptation.guard or config.guard
             adaptation.num_samples = max(adaptation.num_samples, config.num_bn_adaptation_samples)
             adaptation.ignored |= {f"{path}.ignored_scopes.{i}": s for i, s in enumerate(config.ignored_scopes)}
         return adaptation
@@ -114,6 +118,28 @@ class BatchNormAdaptation(Initializer):
         """Tells whether anybody asked for adaptation."""
         return self.num_samples > 0
 
+    def check(self, context: Context) -> None:
+        """Raises DataError when a guard is asked for and there is no function for it."""
+        self._metric(context)
+
+    def load_state(self, state: Mapping[str, Any], model: nn.Module, context: Context) -> None:
+        """Takes the report back, and which layers were frozen when the model was created.
+
+        Raises:
+            StateError: It is no report.
+        """
+        self._bypassable = False  # training may have moved weights and statistics: there is nothing to pair with
+        if not state:
+            self._chosen = frozenset(self._layers(model, context))
+            return
+        try:
+            self.report = TypeAdapter(AdaptationReport).validate_python(dict(state))
+        except ValidationError as error:
+            raise StateError(
+                f"compression_state.initializers.{self.name} is not an adaptation report: {error}"
+            ) from error
+        self._chosen = frozenset(layer.name for layer in self.report.layers)
+
     @hookimpl
     def compress_observe(self, model: nn.Module, context: Context) -> None:
         """Remembers the trained statistics; sees the uncompressed model where it cannot be had back later.
@@ -122,6 +148,7 @@ class BatchNormAdaptation(Initializer):
             ConfigError: Adaptation was asked for, and there is nothing that it could adapt.
         """
         layers = self._layers(model, context)
+        self._check_scopes(model)
         self._origin = _statistics_of(layers)
         self._chosen = frozenset(layers)
         self._bypassable = context.bypassable
@@ -151,6 +178,7 @@ class BatchNormAdaptation(Initializer):
             return
         adaptation, batches = self._observed
         self._observed = None
+        adaptation.follow(layers)
         with adaptation:
             guard = self._armed_guard(model, context)
             adaptation.run(data, batches)
@@ -178,7 +206,7 @@ class BatchNormAdaptation(Initializer):
         """
         if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
             raise DataError(f"{data.path}: num_samples must be a whole number of at least 1, got {num_samples!r}")
-        if method not in ESTIMATORS:
+        if not isinstance(method, str) or method not in ESTIMATORS:
             raise DataError(f"{data.path}: method must be one of {', '.join(ESTIMATORS)}, got {method!r}")
         layers = self._layers(model, context)
         if not layers:
@@ -194,7 +222,7 @@ class BatchNormAdaptation(Initializer):
         try:
             if from_origin:
                 _set_statistics(layers, self._origin)
-            with AdaptationPass(model, layers, method) as adaptation:
+            with AdaptationPass(model, layers, method, data.path) as adaptation:
                 reference = reference if adaptation.needs_reference else None
                 adaptation.run(data, data.batches(num_samples), reference=reference, total=num_samples)
                 return self._finish(adaptation, layers, num_samples, guard, before)
@@ -207,29 +235,33 @@ class BatchNormAdaptation(Initializer):
         return None if self.report is None else BatchNormAdaptationStatistics(self.report)
 
     def _observe_reference(self, model: nn.Module, layers: dict[str, _BatchNorm], context: Context) -> None:
-        adaptation = AdaptationPass(model, layers, self.method)
+        adaptation = AdaptationPass(model, layers, self.method, self.paths[0])
         if not adaptation.needs_reference:
             return
         data = context.calibration_data(self.paths[0], BNAdaptationInitArgs)
-        batches = list(data.batches(self.num_samples))  # the second pass must see the same samples
+        with preserved_rng(data.loader):
+            batches = list(data.batches(self.num_samples))  # the second pass must see the same samples
         with adaptation:
             adaptation.run(data, batches, reference=contextlib.nullcontext, compressed=False)
         adaptation.rest()
         self._observed = (adaptation, batches)
 
     def _armed_guard(self, model: nn.Module, context: Context) -> MetricGuard | None:
+        evaluate = self._metric(context)
+        return None if evaluate is None else MetricGuard(evaluate, model, f"{self.paths[0]}.guard")
+
+    def _metric(self, context: Context) -> Callable[[nn.Module], Any] | None:
         if self.guard is False:
             return None
-        evaluate = self.guard
-        if evaluate is True:
+        if self.guard is True:
             registered = context.config.get_extra_struct(ModelEvaluationArgs)
             if registered is None:
                 raise DataError(
                     f"{self.paths[0]}.guard: is true, but no function is registered. Call register_default_init_args("
                     "..., model_eval_fn=...), register ModelEvaluationArgs(eval_fn), or give the function itself"
                 )
-            evaluate = registered.eval_fn
-        return MetricGuard(evaluate, model, f"{self.paths[0]}.guard")
+            return registered.eval_fn
+        return self.guard
 
     def _finish(
         self,
@@ -278,11 +310,16 @@ class BatchNormAdaptation(Initializer):
             and scopes.reason_to_skip([name]) is None
         }
 
+    def _check_scopes(self, model: nn.Module) -> None:
+        norms = [name for name, module in model.named_modules() if isinstance(module, _BatchNorm)]
+        ScopeFilter(model, self.ignored).check(norms)
+
     def _record(self, context: Context, layers: Iterable[str]) -> None:
+        effect = f"adapts with {self.num_samples} samples, {self.method}" if self.num_samples else "adaptation is off"
+        modules = layers if self.num_samples else ()
         for path in self.paths:
-            request = context.request(path)
-            for leaf, value, _ in request.given_leaves(f"{path}."):
-                context.ledger.record(leaf, value, f"adapts with {self.num_samples} samples, {self.method}", layers)
+            for leaf, value, _ in context.request(path).given_leaves(f"{path}."):
+                context.ledger.record(leaf, value, effect, modules)
 
 
 def _is_frozen(layer: _BatchNorm, model: nn.Module) -> bool:

@@ -73,22 +73,32 @@ class Estimator:
         if self.tracked is not None and self.layer.num_batches_tracked is not None:
             self.layer.num_batches_tracked.copy_(self.tracked)
 
-    def finish(self, batches: int) -> None:
+    def finish(self, batches: int, path: str) -> None:
         """Leaves the final estimate in the layer.
 
         Args:
             batches: How many batches have passed; a fresh layer counts them as those it has seen.
+            path: Where adaptation was asked for, for messages.
 
         Raises:
-            DataError: The inputs of the layer held NaN or infinity.
+            DataError: The inputs of the layer held NaN or infinity, or one value, which has no variance.
         """
         if not (self.reference.is_finite() and self.compressed.is_finite()):
             raise DataError(
-                f"the inputs of the batch norm '{self.name}' hold NaN or infinity on the calibration data; check the "
-                "data and the model. All statistics are as they were"
+                f"{path}: the inputs of the batch norm '{self.name}' hold NaN or infinity on the calibration data; "
+                "check the data and the model. All statistics are as they were"
             )
-        if self.is_fresh and self.compressed.count and self.layer.num_batches_tracked is not None:
+        if self.compressed.count == 1 and not self.keeps_variance_of_one_value():
+            raise DataError(
+                f"{path}: the batch norm '{self.name}' has seen one value for each channel, which has no variance; use "
+                "more calibration samples"
+            )
+        if self.is_fresh and self.layer.num_batches_tracked is not None:
             self.layer.num_batches_tracked.fill_(batches)
+
+    def keeps_variance_of_one_value(self) -> bool:
+        """Tells whether the estimate from a single value is usable all the same."""
+        return False
 
     def write(self, mean: torch.Tensor, variance: torch.Tensor) -> None:
         """Sets the layer's running statistics, in their own dtype."""
@@ -163,6 +173,10 @@ class PairedEstimator(Estimator):
         elif self._waiting_rows and self._waiting_rows[0].shape == rows.shape:
             self._correlation.add(self._waiting_rows.popleft(), rows)
 
+    def keeps_variance_of_one_value(self) -> bool:
+        """A trained layer keeps the variance that it has."""
+        return not self.is_fresh
+
     def estimate(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the transported statistics; for a layer that was never trained, (m_c, v_c)."""
         if self.is_fresh:
@@ -182,6 +196,10 @@ class MomentumEstimator(Estimator):
 
     What it leaves depends on the batch size and keeps (1 - momentum)^batches of the old statistics.
     """
+
+    def keeps_variance_of_one_value(self) -> bool:
+        """One value is passed over."""
+        return True
 
     def attach(self) -> list[RemovableHandle]:
         """Puts the layer into training mode for the time of its forward."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -13,11 +14,15 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
+from compress_core.errors import DataError, ModelError
 from compress_core.initializers.bn_estimators import ESTIMATORS, Estimator
 from compress_core.initializers.bn_report import AdaptationReport, LayerDrift
 from compress_core.initializers.data import CalibrationData
+from compress_core.interrupts import interrupts_held
 from compress_core.rng import preserved_rng
 from compress_core.transforms.weight import WeightTransforms
+
+logger = logging.getLogger(__name__)
 
 Reference = Callable[[], AbstractContextManager[Any]]
 
@@ -31,9 +36,13 @@ class AdaptationPass:
         model: The model.
         layers: Dotted name -> batch norm to adapt; all others stay as they are.
         method: Name of the estimator.
+        path: Where it was asked for, for messages.
     """
 
-    def __init__(self, model: nn.Module, layers: dict[str, _BatchNorm], method: str) -> None:
+    def __init__(
+        self, model: nn.Module, layers: dict[str, _BatchNorm], method: str, path: str = "batch-norm adaptation"
+    ) -> None:
+        self._path = path
         self._model = model
         self._method = method
         self._estimators: Sequence[Estimator] = [ESTIMATORS[method](name, layer) for name, layer in layers.items()]
@@ -51,8 +60,8 @@ class AdaptationPass:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:
-            for estimator in self._estimators:
-                estimator.restore()
+            with interrupts_held():
+                self.rest()
 
     def run(
         self,
@@ -93,9 +102,19 @@ class AdaptationPass:
 
     def finish(self, requested: int) -> AdaptationReport:
         """Leaves the estimates in the layers and says what has changed."""
+        unreached = [e.name for e in self._estimators if not e.compressed.count]
+        if len(unreached) == len(self._estimators):
+            raise DataError(
+                f"{self._path}: no batch norm was reached by the calibration batches; does forward_fn call the model?"
+            )
+        if unreached:
+            logger.warning(
+                "batch-norm adaptation: %d layers were not reached and stay as they are: %s", len(unreached), unreached
+            )
         for estimator in self._estimators:
-            estimator.finish(self.batches)
-            if not estimator.compressed.count:
+            if estimator.compressed.count:
+                estimator.finish(self.batches, self._path)
+            else:
                 estimator.restore()
         return AdaptationReport(
             self._method,
@@ -105,6 +124,21 @@ class AdaptationPass:
             time.perf_counter() - self._started,
             tuple(_drift(estimator) for estimator in self._estimators),
         )
+
+    def follow(self, layers: dict[str, _BatchNorm]) -> None:
+        """Goes on with the layers that now stand under the names, where a commit has replaced some.
+
+        Raises:
+            ModelError: A layer is gone, or has another number of channels.
+        """
+        for estimator in self._estimators:
+            layer = layers.get(estimator.name)
+            if layer is None or layer.num_features != estimator.layer.num_features:
+                raise ModelError(
+                    f"the batch norm '{estimator.name}' was replaced by one that cannot be paired with it; use "
+                    '"method": "exact" in batchnorm_adaptation'
+                )
+            estimator.layer = layer
 
     def rest(self) -> None:
         """Gives the layers their old statistics for as long as the pass is interrupted."""
@@ -133,8 +167,9 @@ def _watched(estimators: Iterable[Estimator]) -> Iterator[None]:
             handles.extend(estimator.attach())
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        with interrupts_held():
+            for handle in handles:
+                handle.remove()
 
 
 @contextlib.contextmanager
@@ -148,10 +183,12 @@ def _quiet(model: nn.Module, loader: Any, adapted: set[int]) -> Iterator[None]:
                 module.training = False
             yield
         finally:
-            for module, mode in modes:
-                module.training = mode
-            for buffer, values in buffers:
-                buffer.copy_(values)
+            with interrupts_held():
+                for module, mode in modes:
+                    module.training = mode
+                for buffer, values in buffers:
+                    if not torch.equal(buffer, values):
+                        buffer.copy_(values)
 
 
 def _foreign_buffers(model: nn.Module, adapted: set[int]) -> Iterator[torch.Tensor]:
@@ -159,4 +196,4 @@ def _foreign_buffers(model: nn.Module, adapted: set[int]) -> Iterator[torch.Tens
     helpers = {id(m) for module in model.modules() if isinstance(module, WeightTransforms) for m in module.modules()}
     for module in model.modules():
         if id(module) not in adapted and id(module) not in helpers:
-            yield from (buffer for buffer in module._buffers.values() if buffer is not None)
+            yield from (b for b in module._buffers.values() if b is not None and b.layout == torch.strided)

@@ -59,10 +59,17 @@ class CalibrationData:
     """
 
     def __init__(self, args: InitArgs, path: str) -> None:
-        if not hasattr(args.data_loader, "__iter__"):
-            raise DataError(
-                f"{path}: needs an iterable of batches, such as a DataLoader, got {type(args.data_loader).__name__}"
-            )
+        loader = args.data_loader
+        if isinstance(loader, (type, str)) or not hasattr(loader, "__iter__"):
+            kind = f"the class {loader.__name__}" if isinstance(loader, type) else type(loader).__name__
+            raise DataError(f"{path}: needs an iterable of batches, such as a DataLoader, got {kind}")
+        if args.forward_fn is not None and not callable(args.forward_fn):
+            raise DataError(f"{path}: forward_fn must be a function (model, batch), got {args.forward_fn!r}")
+        if args.device is not None:
+            try:
+                torch.empty(0, device=args.device)
+            except (RuntimeError, AssertionError, TypeError) as error:
+                raise DataError(f"{path}: the device {args.device!r} cannot be used here: {error}") from error
         self._args = args
         self._path = path
 
@@ -86,34 +93,53 @@ class CalibrationData:
             DataError: The loader is empty, or a batch holds no tensor.
         """
         seen = 0
-        for batch in self._args.data_loader:
+        for batch in self._iterate():
             size = self._size(batch)
             if seen and 2 * (num_samples - seen) < size:
                 return
-            yield batch, size
+            if size:
+                yield batch, size
             seen += size
             if seen >= num_samples:
                 return
         if not seen:
             raise DataError(
                 f"{self._path}: the data loader gave no sample; a generator that was read before is empty, give a "
-                "fresh one or a DataLoader"
+                "fresh one or a DataLoader whose batches hold samples"
             )
+
+    def _iterate(self) -> Iterator[Any]:
+        try:
+            batches = iter(self._args.data_loader)
+        except TypeError as error:
+            raise DataError(f"{self._path}: the data loader cannot be iterated over: {error}") from error
+        for batch in batches:
+            # Such as transformers' BatchEncoding, which looks like a dict and is none.
+            yield dict(batch) if isinstance(batch, Mapping) else batch
 
     def call(self, model: nn.Module, batch: Any) -> None:
         """Runs the model's forward on a batch.
 
         Raises:
-            DataError: It is not clear how the model takes such a batch.
+            DataError: It is not clear how the model takes such a batch, or it does not take it.
         """
         device = self._args.device or _device_of(model)
-        batch = tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf, batch)
-        if self._args.forward_fn is not None:
-            self._args.forward_fn(model, batch)
-            return
-        get_inputs = getattr(self._args.data_loader, "get_inputs", None)  # NNCF's PTInitializingDataLoader
-        args, kwargs = get_inputs(batch) if callable(get_inputs) else self._arguments(model, batch)
-        model(*args, **kwargs)
+        try:
+            moved = tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf, batch)
+            if self._args.forward_fn is not None:
+                self._args.forward_fn(model, moved)
+                return
+            get_inputs = getattr(self._args.data_loader, "get_inputs", None)  # NNCF's PTInitializingDataLoader
+            args, kwargs = get_inputs(moved) if callable(get_inputs) else self._arguments(model, moved)
+            model(*args, **kwargs)
+        except torch.OutOfMemoryError:
+            raise
+        except (TypeError, RuntimeError, IndexError, NotImplementedError) as error:
+            # What torch and Python raise when arguments do not fit; anything else is the model's own and stays.
+            raise DataError(
+                f"{self._path}: the model failed on a calibration batch of {_described(batch)}: {error}. Give batches "
+                "that the model takes, or say how it takes them: forward_fn=lambda model, batch: model(...)"
+            ) from error
 
     def _size(self, batch: Any) -> int:
         for leaf in tree_leaves(batch):
@@ -159,6 +185,12 @@ def _accepted(model: nn.Module, batch: Mapping[Any, Any]) -> dict[str, Any]:
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         return {str(key): value for key, value in batch.items()}
     return {str(key): value for key, value in batch.items() if key in parameters}
+
+
+def _described(batch: Any) -> str:
+    shapes = [f"{tuple(leaf.shape)} {leaf.dtype}" for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor)]
+    keys = f" with the keys {list(batch)}" if isinstance(batch, Mapping) else ""
+    return f"{type(batch).__name__}{keys}, tensors {', '.join(shapes)}"
 
 
 def _device_of(model: nn.Module) -> torch.device:

@@ -66,16 +66,30 @@ def _generate(base: type[nn.Module], names: frozenset[str]) -> type[nn.Module]:
         namespace["_flat_weights"] = property(_flat_weights, _set_flat_weights)
         # Computed weights are new objects at each read: torch would rebuild its cache before every forward.
         namespace["_weights_have_changed"] = lambda self: False
-    return type(base.__name__, (base,), namespace)
+    try:
+        return type(base.__name__, (base,), namespace)
+    except Exception as error:
+        raise TransformError(
+            f"the layer class {base.__name__} cannot be subclassed ({error}), which weight transforms need; name the "
+            "layer in ignored_scopes"
+        ) from error
 
 
 def _weight_property(name: str) -> property:
     def get(self: nn.Module) -> torch.Tensor | None:
+        container = self._modules.get(TRANSFORMS_ATTRIBUTE)
+        if name not in self._parameters:
+            if container is None:  # a layer that is being constructed
+                raise AttributeError(name)
+            raise TransformError(
+                f"the parameter '{name}' of a compressed {type(self).__name__} was taken away; apply parametrize, "
+                "weight_norm or prune before compression, or to the model that controller.strip() returns"
+            )
         raw = self._parameters[name]
-        if raw is None:
-            return None
+        if raw is None or container is None or name not in container._modules:
+            return raw
         try:
-            return self._modules[TRANSFORMS_ATTRIBUTE]._modules[name](raw)  # type: ignore[no-any-return, union-attr, misc]
+            return container._modules[name](raw)  # type: ignore[no-any-return, misc]
         except AttributeError as error:
             # An AttributeError leaving a property makes Python fall back to `nn.Module.__getattr__`, which would
             # return the untransformed parameter without a word.

@@ -204,6 +204,8 @@ def parameter_places(model: nn.Module) -> Mapping[int, list[tuple[str, nn.Module
     """
     places: dict[int, list[tuple[str, nn.Module, str]]] = {}
     for module_name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            continue
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 places.setdefault(id(parameter), []).append((module_name, module, name))
@@ -214,8 +216,15 @@ def _places_of(module: nn.Module, parameter: torch.Tensor | None) -> list[tuple[
     return [(owner, name) for _, owner, name in parameter_places(module)[id(parameter)]]
 
 
+def _set_class(owner: nn.Module, cls: type[nn.Module]) -> None:
+    # Not by assignment: a module may have a __setattr__ of its own.
+    object.__setattr__(owner, "__class__", cls)
+
+
 def transforms_of(owner: nn.Module) -> WeightTransforms | None:
     """Returns the container of a layer's chains, or None when the layer is not transformed."""
+    if isinstance(owner, torch.jit.ScriptModule):  # compiled elsewhere, out of reach
+        return None
     child = owner._modules.get(TRANSFORMS_ATTRIBUTE)
     return child if isinstance(child, WeightTransforms) else None
 
@@ -239,15 +248,17 @@ def _attach_chain(owner: nn.Module, parameter_name: str, chain: TransformChain) 
     if container is None:
         container = WeightTransforms()
         container.train(owner.training)
-        owner.add_module(TRANSFORMS_ATTRIBUTE, container)
+    cls = transformed_class(base_class(owner), frozenset([*container.keys(), parameter_name]))
+    if TRANSFORMS_ATTRIBUTE not in owner._modules:
+        owner._modules[TRANSFORMS_ATTRIBUTE] = container
     container[parameter_name] = chain
-    owner.__class__ = transformed_class(base_class(owner), frozenset(container.keys()))
+    _set_class(owner, cls)
 
 
 def detach_chain(owner: nn.Module, parameter_name: str) -> None:
     """Removes the chain of one parameter from one layer; the last one gives the layer its class back."""
     container = cast("WeightTransforms", transforms_of(owner))
     del container[parameter_name]
-    owner.__class__ = transformed_class(base_class(owner), frozenset(container.keys()))
+    _set_class(owner, transformed_class(base_class(owner), frozenset(container.keys())))
     if not container:
         del owner._modules[TRANSFORMS_ATTRIBUTE]

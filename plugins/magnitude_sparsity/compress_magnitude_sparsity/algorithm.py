@@ -6,16 +6,19 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, cast
 
 import torch
+from pydantic import BaseModel, Field, ValidationError
 from torch import nn
 
 from compress_core import (
     Algorithm,
     AlgorithmConfig,
-    CompressionError,
     CompressionStage,
     ConfigError,
+    ModelError,
     Plan,
     Stage,
+    StateError,
+    UsageError,
     hookimpl,
     mask_weight,
 )
@@ -25,8 +28,18 @@ from compress_core.transforms import get_weight_transform, raw_parameter
 from compress_core.transforms.mask import WeightMask
 from compress_magnitude_sparsity.config import MagnitudeSparsityConfig
 from compress_magnitude_sparsity.schedules import Schedule, make_schedule
-from compress_magnitude_sparsity.selection import RankedTensor, keep_masks, layer_scale
+from compress_magnitude_sparsity.selection import RankedTensor, layer_scale, select
 from compress_magnitude_sparsity.statistics import LayerSparsity, MagnitudeSparsityStatistics
+
+_RANKED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class SavedSparsity(BaseModel):
+    """What `compress_state` saves."""
+
+    level: float = Field(ge=0, lt=1)
+    frozen: bool
+    schedule: dict[str, float]
 
 
 class MagnitudeSparsity(Algorithm):
@@ -63,7 +76,7 @@ class MagnitudeSparsity(Algorithm):
     # Lifecycle.
 
     @hookimpl
-    def compress_configure(self, config: AlgorithmConfig) -> None:
+    def compress_configure(self, context: Context) -> None:
         """Refuses settings that contradict one another."""
         params = self.config.params
         if params.schedule == "multistep":
@@ -73,6 +86,16 @@ class MagnitudeSparsity(Algorithm):
                     f"has {len(levels)} levels for {len(steps)} steps {steps}; there must be one level more than steps",
                     path="params.multistep_sparsity_levels",
                 )
+            if len(set(steps)) < len(steps):
+                raise ConfigError(
+                    f"names an epoch twice: {steps}; one level would never apply", path="params.multistep_steps"
+                )
+            if levels[-1] < self.config.sparsity_init:
+                raise ConfigError(
+                    f"ends at {levels[-1]}, below sparsity_init {self.config.sparsity_init}; raise it or lower the "
+                    "initial level",
+                    path="params.multistep_sparsity_levels",
+                )
         elif params.sparsity_target < self.config.sparsity_init:
             raise ConfigError(
                 f"sparsity_target {params.sparsity_target} is below sparsity_init {self.config.sparsity_init}; "
@@ -80,16 +103,32 @@ class MagnitudeSparsity(Algorithm):
                 path="params.sparsity_target",
             )
 
+        # From here on every value that counts has been read.
+        self._schedule = make_schedule(self.config)
+        _ = (self._is_global, params.weight_importance, self.config.sparsity_init)
+        context.refuse_unread(self)
+
     @hookimpl
     def compress_plan(self, model: nn.Module, context: Context) -> Plan:
-        """Plans to mask every weight that the scopes leave."""
-        return context.plan_weights(model, self)
+        """Plans to mask every weight that the scopes leave.
+
+        Raises:
+            ModelError: A weight has no floating dtype that can be ranked.
+        """
+        plan = context.plan_weights(model, self)
+        for name in plan.targets:
+            dtype = raw_parameter(model, name).dtype
+            if dtype not in _RANKED_DTYPES:
+                raise ModelError(
+                    f"the weight '{name}' has the dtype {dtype}; magnitude sparsity ranks float16, bfloat16, float32 "
+                    "and float64: convert the model, or name the layer in ignored_scopes"
+                )
+        return plan
 
     @hookimpl
     def compress_commit(self, model: nn.Module, plan: Plan, context: Context) -> None:
         """Adds the masks, at the initial level."""
         self._model, self._context, self._targets = model, context, plan.targets
-        self._schedule = make_schedule(self.config)
         for name in self._targets:
             mask_weight(model, name, key=self.name)
         self._apply_level(self.config.sparsity_init)
@@ -136,9 +175,13 @@ class MagnitudeSparsity(Algorithm):
     @hookimpl
     def compress_load_state(self, state: Mapping[str, Any]) -> None:
         """Takes the state back, with masks from the present weights until a state_dict brings the saved ones."""
-        self._apply_level(float(state["level"]))
-        self._frozen = bool(state["frozen"])
-        self._active_schedule.load_state(state["schedule"])
+        try:
+            saved = SavedSparsity.model_validate(dict(state))
+            self._active_schedule.load_state(saved.schedule)
+        except (ValidationError, KeyError, TypeError, ValueError) as error:
+            raise StateError(f"compression_state.algorithms.{self.name}.state is not one of ours: {error}") from error
+        self._apply_level(saved.level)
+        self._frozen = saved.frozen
 
     # What the controller offers.
 
@@ -151,7 +194,7 @@ class MagnitudeSparsity(Algorithm):
     def sparsity_level(self) -> float:
         """Share of the weights of sparsified layers that is masked; measured."""
         zeros, total = self._counts()
-        return zeros / total
+        return zeros / total if total else 0.0
 
     current_sparsity_level = sparsity_level
 
@@ -162,8 +205,12 @@ class MagnitudeSparsity(Algorithm):
 
     @compression_rate.setter
     def compression_rate(self, rate: float) -> None:
-        self._frozen = False
-        self.set_sparsity_level(rate)
+        was_frozen, self._frozen = self._frozen, False
+        try:
+            self.set_sparsity_level(rate)
+        except BaseException:
+            self._frozen = was_frozen
+            raise
         self._frozen = True
 
     @property
@@ -177,7 +224,13 @@ class MagnitudeSparsity(Algorithm):
         return list(self._targets)
 
     def freeze(self, freeze: bool = True) -> None:
-        """Keeps the masks as they are, or lets them change again."""
+        """Keeps the masks as they are, or lets them change again.
+
+        Raises:
+            UsageError: `freeze` is neither True nor False.
+        """
+        if not isinstance(freeze, bool):
+            raise UsageError(f"freeze takes True or False, got {freeze!r}")
         self._frozen = freeze
 
     def set_sparsity_level(
@@ -191,12 +244,12 @@ class MagnitudeSparsity(Algorithm):
             run_batchnorm_adaptation: Whether to adapt batch norm to the change.
 
         Raises:
-            CompressionError: The level is out of range, the layer is not sparsified, or the masks are frozen.
+            UsageError: The level is out of range, the layer is not sparsified, or the masks are frozen.
         """
         if isinstance(level, bool) or not isinstance(level, (int, float)) or not 0 <= level < 1:
-            raise CompressionError(f"a sparsity level must be a number in [0, 1), got {level!r}")
+            raise UsageError(f"a sparsity level must be a number in [0, 1), got {level!r}")
         if self._frozen:
-            raise CompressionError("the masks are frozen; call controller.freeze(False) before setting a level")
+            raise UsageError("the masks are frozen; call controller.freeze(False) before setting a level")
         names = self._targets if module_info is None else self._targets_below(module_info)
         controller = self._active_context.controller
         assert controller is not None
@@ -222,15 +275,18 @@ class MagnitudeSparsity(Algorithm):
         return self.config.params.sparsity_level_setting_mode == "global"
 
     def _apply_level(self, level: float) -> None:
-        self._requested = level
         self._set_masks(self._targets, level, together=self._is_global)
+        self._requested = level
 
     def _set_masks(self, names: tuple[str, ...], level: float, *, together: bool) -> None:
+        # Everything that can fail comes before the first mask is touched.
+        selections = []
         for group in [names] if together else [(name,) for name in names]:
             ranked = [self._ranked(name) for name in group]
             count = round(level * sum(tensor.values.numel() for tensor in ranked))
-            for name, mask in zip(group, keep_masks(ranked, count), strict=True):
-                self._mask(name).mask.copy_(mask)
+            selections.append((select(ranked, count), [self._mask(name).mask for name in group]))
+        for selection, masks in selections:
+            selection.write(masks)
 
     def _ranked(self, name: str) -> RankedTensor:
         values = raw_parameter(self._active_model, name).detach()
@@ -260,7 +316,7 @@ class MagnitudeSparsity(Algorithm):
     def _targets_below(self, module_info: str) -> tuple[str, ...]:
         names = tuple(n for n in self._targets if n == module_info or n.rpartition(".")[0] == module_info)
         if not names:
-            raise CompressionError(
+            raise UsageError(
                 f"'{module_info}' is not sparsified; choose one of {', '.join(self._targets[:5])}"
                 + (", ..." if len(self._targets) > 5 else "")
             )

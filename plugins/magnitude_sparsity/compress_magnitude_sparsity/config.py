@@ -33,7 +33,9 @@ class MagnitudeSparsityParams(Section):
     )
     power: float = Field(0.9, gt=0, description="polynomial: exponent")
     concave: bool = Field(True, description="polynomial: fast first (true) or slow first (false)")
-    multistep_steps: list[Count] = Field([90], description="multistep: epochs at which the next level is taken")
+    multistep_steps: list[Annotated[Count, Field(ge=0)]] = Field(
+        [90], description="multistep: epochs at which the next level is taken"
+    )
     multistep_sparsity_levels: list[Level] = Field([0.1, 0.5], description="multistep: levels, one more than steps")
     patience: Count = Field(1, ge=1, description="adaptive: epochs between two increases")
     step: float = Field(0.05, gt=0, lt=1, description="adaptive: size of an increase")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import logging
+import math
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -133,7 +134,9 @@ class AdaptiveSchedule(_TimeSchedule):
         params = config.params
         self._step, self._eps, self._patience = params.step, params.eps, params.patience
         self._level, self._held = config.sparsity_init, 0
-        super().__init__(params.sparsity_target, _freeze_epoch(config, 0))
+        # The first increase comes after `patience` epochs, and so does each one after it.
+        increases = math.ceil(max(params.sparsity_target - config.sparsity_init, 0.0) / params.step)
+        super().__init__(params.sparsity_target, _freeze_epoch(config, increases * params.patience))
 
     def at_epoch(self, clock: Clock, reached: float) -> float | None:
         """See `Schedule`."""

@@ -2,8 +2,9 @@
 
 Importances are not negative, and for such floats the order of the values is the order of their bits. So the k-th
 smallest is found digit by digit: a histogram of the upper 16 bits tells the bin that holds it, a histogram of the next
-16 bits within that bin tells the rest. The tensors are read in pieces of constant size; nothing of the size of the
-model is allocated. Unlike sorting and partitioning, this does not mind weights most of which are zero already.
+16 bits within that bin tells the rest. The tensors are read in pieces of constant size, and masks are overwritten in
+place: nothing of the size of the model is allocated. Unlike sorting and partitioning, this does not mind weights most of
+which are zero already.
 """
 
 from __future__ import annotations
@@ -48,8 +49,34 @@ def layer_scale(values: torch.Tensor) -> float:
     return norm if norm > 0 else 1.0
 
 
-def keep_masks(tensors: Sequence[RankedTensor], count: int) -> list[torch.Tensor]:
-    """Returns masks that drop the `count` least important elements of all tensors together.
+@dataclass(frozen=True)
+class Selection:
+    """What goes: everything below a threshold, and the first few that equal it.
+
+    Attributes:
+        tensors: What was ranked together.
+        kept: Flat index of the element of each tensor that stays in any case.
+        threshold: Importance of the last element to go; None when nothing goes.
+        ties: How many elements that equal the threshold go, counted through the tensors in order.
+    """
+
+    tensors: Sequence[RankedTensor]
+    kept: Sequence[int | None]
+    threshold: torch.Tensor | None
+    ties: int
+
+    def write(self, masks: Sequence[torch.Tensor]) -> None:
+        """Overwrites a mask of zeros and ones for each tensor, in its shape, in place."""
+        ties = self.ties
+        for tensor, index, mask in zip(self.tensors, self.kept, masks, strict=True):
+            if self.threshold is None:
+                mask.fill_(1)
+            else:
+                ties = _write_mask(mask, tensor, index, self.threshold, ties)
+
+
+def select(tensors: Sequence[RankedTensor], count: int) -> Selection:
+    """Finds the `count` least important elements of all tensors together.
 
     Ties are broken by position: of equal elements those go first that come first. The most important element of each
     tensor stays (of equal ones the last), so that no layer is emptied.
@@ -58,23 +85,16 @@ def keep_masks(tensors: Sequence[RankedTensor], count: int) -> list[torch.Tensor
         tensors: What is ranked together; the order counts for ties.
         count: Number of elements to drop; what cannot be dropped because it must stay is not.
 
-    Returns:
-        A mask of zeros and ones for each tensor, in its shape and dtype.
-
     Raises:
-        ModelError: A weight is NaN or infinite.
+        ModelError: A weight is NaN or infinite. Nothing has been written then.
     """
     kept = [_last_largest(tensor) for tensor in tensors]
     droppable = sum(tensor.values.numel() for tensor in tensors) - sum(index is not None for index in kept)
     count = min(count, droppable)
     if count <= 0:
-        return [torch.ones_like(tensor.values, requires_grad=False) for tensor in tensors]
+        return Selection(tensors, kept, None, 0)
     threshold, ties = _kth_smallest(tensors, kept, count)
-    masks = []
-    for tensor, index in zip(tensors, kept, strict=True):
-        mask, ties = _mask(tensor, index, threshold, ties)
-        masks.append(mask)
-    return masks
+    return Selection(tensors, kept, threshold, ties)
 
 
 def _last_largest(tensor: RankedTensor) -> int | None:
@@ -129,20 +149,23 @@ def _histogram(bits: torch.Tensor, shift: int, prefix: int) -> torch.Tensor:
     return torch.bincount(upper & mask, minlength=1 << _DIGIT_BITS)
 
 
-def _mask(tensor: RankedTensor, index: int | None, threshold: torch.Tensor, ties: int) -> tuple[torch.Tensor, int]:
-    """Returns the mask of one tensor, and how many ties are left for the tensors after it."""
+def _write_mask(mask: torch.Tensor, tensor: RankedTensor, index: int | None, threshold: torch.Tensor, ties: int) -> int:
+    """Writes the mask of one tensor; returns how many ties are left for the tensors after it."""
     limit = threshold.to(tensor.values.device)
-    # Filled in the order of the elements, then given the memory layout of the weight (channels_last).
-    flat = torch.empty(tensor.values.numel(), dtype=tensor.values.dtype, device=tensor.values.device)
+    # In the order of the elements; a mask in another memory layout (channels_last) is filled through a copy.
+    flat = mask.view(-1) if mask.is_contiguous() else torch.empty(mask.numel(), dtype=mask.dtype, device=mask.device)
     offset = 0
     for piece in tensor.pieces():
+        wide = piece.to(limit.dtype)
         part = flat[offset : offset + piece.numel()]
-        part.copy_(piece > limit)
-        equal = (piece == limit).nonzero().flatten()
+        part.copy_(wide > limit)
+        equal = (wide == limit).nonzero().flatten()
         if index is not None and offset <= index < offset + piece.numel():
             equal = equal[equal != index - offset]
             part[index - offset] = 1
         part[equal[ties:]] = 1
         ties -= min(ties, equal.numel())
         offset += piece.numel()
-    return torch.empty_like(tensor.values, requires_grad=False).copy_(flat.view(tensor.values.shape)), ties
+    if not mask.is_contiguous():
+        mask.copy_(flat.view(mask.shape))
+    return ties

@@ -7,7 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compress_core import ModelError
-from compress_magnitude_sparsity.selection import RankedTensor, keep_masks, layer_scale
+from compress_magnitude_sparsity.selection import RankedTensor, layer_scale, select
+
+
+def keep_masks(ranked, count):
+    masks = [torch.full_like(tensor.values, 7) for tensor in ranked]  # whatever was there before
+    select(ranked, count).write(masks)
+    return masks
 
 
 def independent(tensors, scales, count):
@@ -119,3 +125,9 @@ def test_scale_is_the_l2_norm_in_float64():
     values = torch.randn(1000) * 1e20
     assert layer_scale(values) == pytest.approx(float(np.linalg.norm(values.double().numpy())), rel=1e-12)
     assert layer_scale(torch.zeros(3)) == 1.0
+
+
+def test_float32_and_float64_are_compared_without_rounding():
+    narrow, wide = torch.full((10,), 0.1), torch.full((10,), 0.1, dtype=torch.float64)  # float32's 0.1 is larger
+    masks = keep_masks([RankedTensor("", narrow), RankedTensor("", wide)], 9)
+    assert [int((m == 0).sum()) for m in masks] == [0, 9]
