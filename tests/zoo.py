@@ -36,7 +36,7 @@ class MobileNet(nn.Module):
         super().__init__()
         self.features = nn.Sequential(
             self.MyConv(3, 8, 3, stride=2, padding=1, bias=False),
-            nn.BatchNorm2d(8, momentum=None),
+            nn.BatchNorm2d(8, momentum=0.2),
             nn.ReLU6(),
             nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False),
             nn.BatchNorm2d(8, affine=False),

@@ -5,6 +5,7 @@ import json
 import re
 import sys
 import types
+import unittest
 
 import pytest
 
@@ -63,9 +64,14 @@ def test_conformance_example_of_the_docs_runs(registry, monkeypatch):
     registry.register(readme_plugin(monkeypatch), "random_sparsity")
     space = {}
     exec(blocks(PLUGINS, "python")[0], space)
+    skipped = []
     for check in space["conformance_checks"]():
         if "compile" not in check.__name__:
-            space["test_contract"](check)
+            try:
+                space["test_contract"](check)
+            except unittest.SkipTest:
+                skipped.append(check.__name__)
+    assert skipped == ["check_rolls_back_from_every_forward", "check_rolls_back_from_the_loader"]  # it needs no data
 
 
 def test_table_of_hooks_is_the_contract():

@@ -3,8 +3,8 @@
 Importances are not negative, and for such floats the order of the values is the order of their bits. So the k-th
 smallest is found digit by digit: a histogram of the upper 16 bits tells the bin that holds it, a histogram of the next
 16 bits within that bin tells the rest. The tensors are read in pieces of constant size, and masks are overwritten in
-place: nothing of the size of the model is allocated. Unlike sorting and partitioning, this does not mind weights most of
-which are zero already.
+place: nothing of the size of the model is allocated. Unlike sorting and partitioning, this does not mind weights most
+of which are zero already.
 """
 
 from __future__ import annotations
