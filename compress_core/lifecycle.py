@@ -45,7 +45,8 @@ class Lifecycle:
         self._manager = new_manager()
         if isinstance(observers, nn.Module) or not isinstance(observers, Iterable):
             raise PluginError(f"observers must be a list of plugin objects, got {type(observers).__name__}")
-        for observer in observers:
+        self._observers = list(observers)
+        for observer in self._observers:
             check_plugin(observer, f"observer {type(observer).__name__}")
             self._manager.register(observer)
         self.algorithms: list[Algorithm] = sorted(self._instances(registry), key=lambda a: a.stage)  # stable
@@ -78,6 +79,9 @@ class Lifecycle:
             with self._attributed("from_requests", name):
                 initializer = contribution.cls.from_requests(requests)
             if initializer is not None:
+                for path, request in requests.items():
+                    for leaf, value, _ in request.given_leaves(f"{path}."):
+                        self.context.ledger.record(leaf, value, f"used by {name}")
                 yield name, initializer
 
     # The hooks, in the order in which they are called.
@@ -105,8 +109,7 @@ class Lifecycle:
 
     def observe(self, model: nn.Module) -> None:
         """Shows the untouched model to the initializers."""
-        with self._attributed("compress_observe", ", ".join(self.initializers)):
-            self._manager.hook.compress_observe(model=model, context=self.context)
+        self._call_initializers("compress_observe", model)
 
     def commit(self, model: nn.Module) -> None:
         """Lets every algorithm change the model."""
@@ -120,8 +123,7 @@ class Lifecycle:
 
     def initialize(self, model: nn.Module) -> None:
         """Runs the shared initializers, once."""
-        with self._attributed("compress_initialize", ", ".join(self.initializers)):
-            self._manager.hook.compress_initialize(model=model, context=self.context)
+        self._call_initializers("compress_initialize", model)
 
     def step(self, model: nn.Module, clock: Clock) -> None:
         """Begins an optimizer step."""
@@ -170,6 +172,15 @@ class Lifecycle:
         with self._attributed(hook, algorithm.name):
             result: Sequence[Any] = caller(algorithm=algorithm, context=self.context, **arguments)
         return result
+
+    def _call_initializers(self, hook: str, model: nn.Module) -> None:
+        """Calls the observers once, then one initializer after the other."""
+        groups: dict[str, object] = {"an observer": None, **self.initializers}
+        for name, member in groups.items():
+            active = self._observers if member is None else [member]
+            others = [plugin for plugin in self._manager.get_plugins() if not any(plugin is a for a in active)]
+            with self._attributed(hook, name):
+                self._manager.subset_hook_caller(hook, remove_plugins=others)(model=model, context=self.context)
 
     def _optional(self, hook: str, algorithm: Algorithm, kind: type[Any], **arguments: Any) -> Any:
         results = self._call(hook, algorithm, **arguments)

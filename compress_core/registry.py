@@ -193,11 +193,10 @@ class Registry:
         """
         name = raw.get("algorithm") if isinstance(raw, Mapping) else None
         if not isinstance(name, str):
-            what = (
-                "must be an object with a key 'algorithm'"
-                if not isinstance(raw, Mapping)
-                else "'algorithm' is required"
-            )
+            what = "must be an object with a key 'algorithm'"
+            if isinstance(raw, Mapping):
+                misspelt = [str(key) for key in raw if did_you_mean("algorithm", [str(key)])]
+                what = "'algorithm' is required" + (f", is it misspelt as '{misspelt[0]}'?" if misspelt else "")
             problems.append(Problem(path, f"{what}, got {shown(raw)}. Installed: {', '.join(self.algorithms())}."))
             return None
         full = f"{path}.{name}"

@@ -43,7 +43,8 @@ def dump_state(
             "plan": lifecycle.plans[algorithm.name].to_dict(),
             "state": _through_json(algorithm.name, states[algorithm.name]),
         }
-    return {"format": FORMAT, "algorithms": algorithms, **rest}
+    plain: dict[str, Any] = json.loads(json.dumps({"format": FORMAT, "algorithms": algorithms, **rest}))
+    return plain
 
 
 def _plain_config(config: AlgorithmConfig) -> dict[str, Any]:

@@ -110,7 +110,7 @@ def _set_flat_weights(self: nn.RNNBase, value: list[Any]) -> None:
 def _rebuild(names: tuple[str, ...], make: Callable[..., nn.Module], args: tuple[Any, ...]) -> nn.Module:
     """Makes the module as its original class would, then gives it the subclass back (called by pickle and deepcopy)."""
     module = make(*args)
-    module.__class__ = transformed_class(base_class(module), frozenset(names))
+    object.__setattr__(module, "__class__", transformed_class(base_class(module), frozenset(names)))
     return module
 
 
