@@ -7,7 +7,7 @@ DATA ?= digits
 # Two threads: what CI has, and what keeps results comparable between machines.
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test lint types tests install clean
+.PHONY: demo test lint types tests install bench-data bench clean
 
 install: $(STAMP)
 
@@ -34,6 +34,16 @@ types: $(STAMP)
 
 tests: $(STAMP)
 	$(BIN)/python -m pytest
+
+# Public data and trained networks for the benchmarks: fetched by name and version, checked, kept in a cache.
+bench-data: $(STAMP)
+	$(BIN)/python -m examples.common.fetch
+
+# The claims, measured. bn_adaptation alone takes hours on two cores; see its --help for a part of it.
+bench: bench-data
+	$(BIN)/python -m benchmarks.bn_cost
+	$(BIN)/python -m benchmarks.sparsity_cost
+	$(BIN)/python -m benchmarks.bn_adaptation
 
 clean:
 	rm -rf $(VENV) runs dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis

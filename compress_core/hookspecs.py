@@ -139,6 +139,13 @@ def compress_observe(model: nn.Module, context: Context) -> None:
     Args:
         model: The model, untouched; must be left as it is.
         context: The context.
+
+    Example:
+        ```python
+        @hookimpl
+        def compress_observe(self, model):
+            self.trained = {name: bn.running_mean.clone() for name, bn in batch_norms(model)}
+        ```
     """
 
 
@@ -176,6 +183,16 @@ def compress_calibrate(model: nn.Module, algorithm: Algorithm, context: Context)
         model: The committed model.
         algorithm: The algorithm that calibrates.
         context: `context.calibration_data(path)` gives the batches, or an error that names `path`.
+
+    Example:
+        ```python
+        @hookimpl
+        def compress_calibrate(self, model, context):
+            path, _ = context.section(self)
+            data = context.calibration_data(path)
+            for batch, size in data.batches(256):
+                data.call(model, batch)
+        ```
     """
 
 
@@ -186,6 +203,13 @@ def compress_initialize(model: nn.Module, context: Context) -> None:
     Args:
         model: The compressed model, all algorithms committed and calibrated.
         context: The context.
+
+    Example:
+        ```python
+        @hookimpl
+        def compress_initialize(self, model):
+            self.warm_up(model, self.config.steps)
+        ```
     """
 
 
@@ -198,6 +222,13 @@ def compress_step(model: nn.Module, algorithm: Algorithm, clock: Clock, context:
         algorithm: The algorithm.
         clock: Epoch and step that begin now.
         context: The context.
+
+    Example:
+        ```python
+        @hookimpl
+        def compress_step(self, model, clock):
+            self.set_level(model, self.level_at(clock.epoch, clock.step_in_epoch))
+        ```
     """
 
 
@@ -210,6 +241,13 @@ def compress_epoch_step(model: nn.Module, algorithm: Algorithm, clock: Clock, co
         algorithm: The algorithm.
         clock: The epoch that begins now; its first step has not begun.
         context: The context.
+
+    Example:
+        ```python
+        @hookimpl
+        def compress_epoch_step(self, model, clock):
+            self.set_level(model, self.level_at(clock.epoch))
+        ```
     """
 
 
@@ -221,6 +259,13 @@ def compress_loss(model: nn.Module, algorithm: Algorithm, context: Context) -> t
         model: The compressed model.
         algorithm: The algorithm.
         context: The context.
+
+    Example:
+        ```python
+        @hookimpl
+        def compress_loss(self, model):
+            return self.config.weight * sum(gate.abs().sum() for gate in self.gates)
+        ```
     """
 
 
@@ -232,6 +277,13 @@ def compress_statistics(model: nn.Module, algorithm: Algorithm, context: Context
         model: The compressed model.
         algorithm: The algorithm.
         context: The context.
+
+    Example:
+        ```python
+        @hookimpl
+        def compress_statistics(self, model):
+            return TableStatistics({"zeros": self.count_zeros(model)}, title="Random sparsity")
+        ```
     """
 
 
@@ -243,6 +295,14 @@ def compress_stage(model: nn.Module, algorithm: Algorithm, context: Context) -> 
         model: The compressed model.
         algorithm: The algorithm.
         context: The context.
+
+    Example:
+        ```python
+        @hookimpl
+        def compress_stage(self):
+            done = self.level >= self.config.target
+            return CompressionStage.FULLY_COMPRESSED if done else CompressionStage.PARTIALLY_COMPRESSED
+        ```
     """
 
 
@@ -256,6 +316,13 @@ def compress_state(model: nn.Module, algorithm: Algorithm, context: Context) -> 
         model: The compressed model.
         algorithm: The algorithm.
         context: The context.
+
+    Example:
+        ```python
+        @hookimpl
+        def compress_state(self):
+            return {"level": self.level}
+        ```
     """
 
 
@@ -268,6 +335,13 @@ def compress_load_state(model: nn.Module, algorithm: Algorithm, state: Mapping[s
         algorithm: The algorithm.
         state: What `compress_state` returned, through JSON.
         context: The context.
+
+    Example:
+        ```python
+        @hookimpl
+        def compress_load_state(self, state):
+            self.level = state["level"]
+        ```
     """
 
 
@@ -282,4 +356,12 @@ def compress_strip(model: nn.Module, algorithm: Algorithm, context: Context) -> 
         model: The model to strip.
         algorithm: The algorithm.
         context: The context.
+
+    Example:
+        ```python
+        @hookimpl
+        def compress_strip(self, model):
+            for name in self.targets:
+                replace_by_standard_operators(model, name)
+        ```
     """

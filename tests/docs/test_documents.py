@@ -8,6 +8,8 @@ import types
 import unittest
 
 import pytest
+import torch
+from torch import nn
 
 from compress_core import create_compressed_model, hookspecs
 from compress_core.plugin_checks import hook_names
@@ -24,15 +26,19 @@ def blocks(text, language):
 
 def test_quickstart_runs(tmp_path, monkeypatch, capsys):
     quickstart = blocks(README, "python")[0]
-    assert "create_compressed_model" in quickstart
+    assert len([line for line in quickstart.splitlines() if line.strip()]) == 15
+    project = types.ModuleType("my_project")
+    project.model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 10))
+    project.loader = [(torch.randn(32, 1, 8, 8), torch.randint(0, 10, (32,))) for _ in range(8)]
+    monkeypatch.setitem(sys.modules, "my_project", project)
     (tmp_path / "config.json").write_text(blocks(README, "json")[0])
     monkeypatch.chdir(tmp_path)
     space = {}
     exec(quickstart, space)
-    out = capsys.readouterr().out
-    assert "level of the sparsified layers" in out
+    assert "level of the sparsified layers" in capsys.readouterr().out
     assert space["controller"].sparsity_level == pytest.approx(0.5, abs=1e-3)
-    weights = [p for p in space["plain_model"].parameters() if p.ndim > 1]
+    assert space["controller"].statistics().batchnorm_adaptation.report.samples == 256
+    weights = [p for p in space["controller"].strip().parameters() if p.ndim > 1]
     assert sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights) == pytest.approx(0.5, abs=1e-3)
 
 
@@ -116,3 +122,15 @@ def test_keys_of_the_docs_are_the_keys_of_the_schema(registry):
     fields = registry.section_class("magnitude_sparsity").model_fields["params"].annotation.model_fields
     documented = set(re.findall(r"`params\.(\w+)`", text))
     assert documented == set(fields)
+
+
+def test_every_hook_has_an_example_that_parses():
+    import ast
+    import textwrap
+
+    for name in hook_names():
+        example = blocks(inspect.getdoc(getattr(hookspecs, name)), "python")
+        assert len(example) == 1, name
+        (function,) = ast.parse(textwrap.dedent(example[0])).body
+        assert function.name == name
+        assert {argument.arg for argument in function.args.args} <= {"self", *hook_names()[name]}
