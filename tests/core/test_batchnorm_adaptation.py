@@ -1,8 +1,9 @@
+"""Batch-norm adaptation as a user meets it: what it touches, when it runs, how it is repeated."""
+
 import copy
 import json
 import logging
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -11,128 +12,15 @@ from compress_core import (
     BNAdaptationInitArgs,
     ConfigError,
     DataError,
+    ModelError,
     Stage,
     create_compressed_model,
     register_default_init_args,
 )
 from compress_core.testing import fingerprint
 from compress_core.transforms import add_weight_transform
+from tests.bn_helpers import OneNorm, changed_tensors, config, data
 from tests.zoo import MobileNet, ResidualNet, images, trained
-
-
-def config(samples=32, method="paired", level=0.7, **adaptation):
-    section = {"num_bn_adaptation_samples": samples, "method": method, **adaptation}
-    return {
-        "compression": {
-            "algorithm": "magnitude_sparsity",
-            "sparsity_init": level,
-            "params": {"sparsity_target": max(level, 0.5)},
-            "initializer": {"batchnorm_adaptation": section},
-        }
-    }
-
-
-def data(n=32, batch=8, seed=5, scale=1.0, shift=0.3):
-    generator = torch.Generator().manual_seed(seed)
-    return list((torch.randn(n, 3, 8, 8, generator=generator) * scale + shift).split(batch))
-
-
-class OneNorm(nn.Module):
-    """One batch norm: what it sees does not depend on any other."""
-
-    def __init__(self, norm=None):
-        super().__init__()
-        self.conv = nn.Conv2d(3, 6, 3)
-        self.norm = norm or nn.BatchNorm2d(6)
-        self.fc = nn.Linear(6, 2)
-
-    def forward(self, x):
-        return self.fc(self.norm(self.conv(x)).mean((2, 3)))
-
-
-def population_moments(model, batches):
-    """Independent: float64 convolution of everything at once, numpy's moments."""
-    twin = copy.deepcopy(model).double()
-    with torch.no_grad():
-        seen = twin.conv(torch.cat(batches).double()).numpy()
-    return seen.mean((0, 2, 3)), seen.var((0, 2, 3))
-
-
-@pytest.mark.parametrize("batch", [1, 3, 8, 32])
-def test_exact_leaves_the_population_moments_of_the_compressed_model(batch):
-    model = trained(OneNorm(), (images(),))
-    batches = data(32, batch)
-    create_compressed_model(model, config(method="exact"), init_loader=batches)
-    mean, var = population_moments(model, batches)
-    np.testing.assert_allclose(model.norm.running_mean, mean, rtol=1e-6, atol=1e-6 * np.sqrt(var).max())
-    np.testing.assert_allclose(model.norm.running_var, var, rtol=1e-6)
-
-
-def test_paired_follows_its_formula():
-    model = trained(OneNorm(), (images(),))
-    old_mean, old_var = model.norm.running_mean.double().numpy().copy(), model.norm.running_var.double().numpy().copy()
-    batches = list(torch.cat(data(28))[:, :, :5, :4].split(7))  # 3 x 2 positions after the convolution: all are paired
-    original = copy.deepcopy(model)
-    create_compressed_model(model, config(), init_loader=batches)
-    with torch.no_grad():
-        x = torch.cat(batches).double()
-        seen = [copy.deepcopy(m).double().conv(x).movedim(1, 0).flatten(1).numpy() for m in (original, model)]
-    (mean_o, var_o), (mean_c, var_c) = ((s.mean(1), s.var(1)) for s in seen)
-    rho = np.array([np.corrcoef(o, c)[0, 1] for o, c in zip(*seen, strict=True)])
-    assert rho.min() < 0.99  # the correlation matters here
-    ratio = (var_c + model.norm.eps) / (var_o + model.norm.eps)
-    expected_mean = mean_c + rho * (old_mean - mean_o) * np.sqrt(ratio)
-    expected_var = var_c + rho**2 * (old_var * ratio - var_c)
-    np.testing.assert_allclose(model.norm.running_var, expected_var, rtol=1e-5)
-    np.testing.assert_allclose(model.norm.running_mean, expected_mean, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("method", ["paired", "exact"])
-@pytest.mark.parametrize("batch", [1, 8, 13])
-def test_one_batch_norm_does_not_depend_on_the_split(method, batch):
-    start, whole = trained(OneNorm(), (images(),)), torch.cat(data(48))
-    results = []
-    for batches in ([whole], list(whole.split(batch))):
-        model = copy.deepcopy(start)
-        create_compressed_model(model, config(48, method), init_loader=batches)
-        results.append(model.norm)
-    torch.testing.assert_close(results[0].running_var, results[1].running_var, rtol=1e-6, atol=0)
-    scale = float(results[0].running_var.sqrt().max())
-    torch.testing.assert_close(results[0].running_mean, results[1].running_mean, rtol=1e-6, atol=1e-6 * scale)
-
-
-def test_momentum_is_what_batch_norm_does_in_training_mode():
-    model = MobileNet()
-    model.features[1].momentum = None  # the cumulative average
-    trained(model, (images(),))
-    reference = copy.deepcopy(model).eval()
-    batches = data(32, 8)
-    controller, _ = create_compressed_model(model, config(level=0.0, method="momentum"), init_loader=batches)
-    for module in reference.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.train()
-    with torch.no_grad():
-        for batch in batches:
-            reference(batch)
-    for ours, theirs in zip(_norms(model), _norms(reference), strict=True):
-        assert torch.equal(ours.running_mean, theirs.running_mean)
-        assert torch.equal(ours.running_var, theirs.running_var)
-        assert torch.equal(ours.num_batches_tracked, theirs.num_batches_tracked)
-    assert controller.statistics().batchnorm_adaptation.report.method == "momentum"
-
-
-def _norms(model):
-    return [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-
-
-@pytest.mark.parametrize("make", [ResidualNet, MobileNet])
-@pytest.mark.parametrize("batch", [1, 5, 32])
-def test_paired_changes_nothing_where_compression_changed_nothing(make, batch):
-    model = trained(make(), (images(),))
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    create_compressed_model(model, config(level=0.0), init_loader=data(32, batch))
-    for key, value in before.items():
-        torch.testing.assert_close(model.state_dict()[key], value, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("method", ["paired", "exact", "momentum"])
@@ -145,7 +33,7 @@ def test_nothing_but_the_statistics_moves(method):
     before = fingerprint(model)
     create_compressed_model(model, config(level=0.0, method=method), init_loader=data())
     # Level 0 on the plain model: apart from classes and transforms, only statistics of two layers may differ.
-    changed = _changed_tensors(before, fingerprint(model))
+    changed = changed_tensors(before, fingerprint(model))
     allowed = {"running_mean", "running_var", "num_batches_tracked"}
     assert {name.rpartition(".")[2] for name in changed} <= allowed
     assert {name.rpartition(".")[0] for name in changed} <= {"features.1", "features.7"}
@@ -159,179 +47,6 @@ def test_nothing_but_the_statistics_moves(method):
         assert after["modules"][name]["hooks"] == record["hooks"], name
         simple = {k: v for k, v in after["modules"][name]["simple"].items() if k in record["simple"]}
         assert simple == record["simple"], name
-
-
-def _changed_tensors(before, after):
-    changed = []
-    for name, record in before["modules"].items():
-        for kind in ("parameters", "buffers"):
-            for key, value in record[kind].items():
-                if after["modules"][name][kind][key] != value:
-                    changed.append(f"{name}.{key}")
-    return changed
-
-
-@pytest.mark.parametrize(
-    ("requested", "batch", "batches", "used"),
-    [
-        (32, 8, 20, 32),
-        (36, 8, 20, 40),
-        (35, 8, 20, 32),
-        (1, 8, 20, 8),
-        (1000, 8, 4, 32),
-        (5, 1, 20, 5),
-        (12, 8, 20, 16),
-    ],
-)
-def test_samples_are_rounded_to_whole_batches(requested, batch, batches, used):
-    fetched = []
-
-    def loader():
-        for item in data(batch * batches, batch):
-            fetched.append(len(item))
-            yield item
-
-    controller, _ = create_compressed_model(OneNorm(), config(requested), init_loader=loader())
-    assert controller.statistics().batchnorm_adaptation.report.samples == used
-    assert used <= sum(fetched) <= used + batch
-    assert requested != used or sum(fetched) == used  # nothing is fetched once the number is reached
-
-
-def test_uneven_batches_are_normal():
-    whole = torch.cat(data(32))
-    uneven = [whole[:7], whole[7:8], whole[8:30], whole[30:]]  # the last is smaller, as a DataLoader's
-    results = []
-    for batches in ([whole], uneven):
-        torch.manual_seed(1)
-        model = OneNorm()
-        create_compressed_model(model, config(32, "exact"), init_loader=batches)
-        results.append(model.norm.running_var.double())
-    torch.testing.assert_close(results[0], results[1], rtol=1e-6, atol=0)
-
-
-class Dicts(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.inner = OneNorm()
-
-    def forward(self, pixels, scale=1.0):
-        return self.inner(pixels * scale)
-
-
-class TwoInputs(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.inner = OneNorm()
-
-    def forward(self, left, right):
-        return self.inner(left + right)
-
-
-class NNCFLoader(list):
-    def get_inputs(self, item):
-        return (item["image"],), {}
-
-
-X = torch.cat(data(16))
-
-
-@pytest.mark.parametrize(
-    ("make", "loader", "forward_fn"),
-    [
-        (OneNorm, [X[:8], X[8:]], None),
-        (OneNorm, [(X, torch.zeros(16))], None),
-        (OneNorm, [[X, torch.zeros(16)]], None),
-        (OneNorm, [(X,)], None),
-        (OneNorm, [((X,), torch.zeros(16))], None),
-        (Dicts, [{"pixels": X, "labels": torch.zeros(16)}], None),
-        (Dicts, [({"pixels": X}, torch.zeros(16))], None),
-        (TwoInputs, [(X, torch.zeros_like(X))], None),
-        (TwoInputs, [(X, torch.zeros_like(X), torch.zeros(16))], None),
-        (TwoInputs, [((X, torch.zeros_like(X)), torch.zeros(16))], None),
-        (OneNorm, NNCFLoader([{"image": X}]), None),
-        (TwoInputs, [{"a": X}], lambda model, batch: model(batch["a"], 0.0)),
-    ],
-    ids=str,
-)
-def test_forms_of_batches(make, loader, forward_fn):
-    torch.manual_seed(1)
-    model = make()
-    document = register_default_init_args(config(16, "exact"), loader, forward_fn=forward_fn)
-    create_compressed_model(model, document)
-    inner = model if make is OneNorm else model.inner
-    mean, var = population_moments(inner, [X])
-    np.testing.assert_allclose(inner.norm.running_var, var, rtol=1e-6)
-    np.testing.assert_allclose(inner.norm.running_mean, mean, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    "norm", [nn.SyncBatchNorm(6), type("Mine", (nn.BatchNorm2d,), {})(6)], ids=["sync", "subclass"]
-)
-def test_other_kinds_of_batch_norm(norm):
-    model = OneNorm(norm)
-    batches = data()
-    create_compressed_model(model, config(method="exact"), init_loader=batches)
-    _, var = population_moments(model, batches)
-    np.testing.assert_allclose(model.norm.running_var, var, rtol=1e-6)
-
-
-class OneDimensional(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.fc, self.norm = nn.Linear(3, 4), nn.BatchNorm1d(4)
-        self.conv, self.norm3 = nn.Conv3d(1, 2, 1), nn.BatchNorm3d(2)
-
-    def forward(self, x):
-        x = self.norm(self.fc(x))
-        return self.norm3(self.conv(x.view(-1, 1, 1, 2, 2)))
-
-
-@pytest.mark.parametrize("method", ["paired", "exact", "momentum"])
-def test_batches_of_one_sample_with_one_position_are_legal(method):
-    model = OneDimensional()
-    with torch.no_grad():
-        model.norm.running_mean.add_(0.1)
-    create_compressed_model(model, config(16, method), init_loader=list(torch.randn(16, 1, 3)))
-    assert all(norm.running_var.isfinite().all() and (norm.running_var >= 0).all() for norm in _norms(model))
-
-
-def test_layer_called_twice_pools_its_calls():
-    class Twice(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.fc, self.norm = nn.Linear(3, 3), nn.BatchNorm1d(3)
-
-        def forward(self, x):
-            self.norm(x + 5)
-            return self.norm(self.fc(x))
-
-    model, x = Twice(), torch.randn(64, 3)
-    create_compressed_model(model, config(64, "exact"), init_loader=[x[:16], x[16:]])
-    with torch.no_grad():
-        seen = torch.cat([x + 5, model.fc(x)]).double()
-    torch.testing.assert_close(model.norm.running_var.double(), seen.var(0, correction=0), rtol=1e-6, atol=0)
-
-
-def test_never_trained_layer_gets_exact_moments_and_counts_its_batches():
-    model, batches = OneNorm(), data(32, 8)
-    create_compressed_model(model, config(), init_loader=batches)
-    _, var = population_moments(model, batches)
-    np.testing.assert_allclose(model.norm.running_var, var, rtol=1e-6)
-    assert model.norm.num_batches_tracked == 4
-
-
-def test_old_checkpoint_without_counter_is_not_taken_for_untrained():
-    model = trained(OneNorm(), (images(),))
-    state = {k: v for k, v in model.state_dict().items() if "num_batches" not in k}
-    old = OneNorm()
-    metadata = {name: {"version": 1} for name, _ in old.named_modules()}
-    state = type(model.state_dict())(state)
-    state._metadata = metadata
-    old.load_state_dict(state)
-    assert old.norm.num_batches_tracked == 0
-    before = old.norm.running_var.clone()
-    create_compressed_model(old, config(level=0.0), init_loader=data())
-    torch.testing.assert_close(old.norm.running_var, before, rtol=1e-6, atol=0)
 
 
 def test_frozen_and_ignored_layers_stay():
@@ -366,32 +81,6 @@ def test_layer_that_is_not_reached_stays_and_is_reported():
     layers = {layer.name: layer for layer in controller.statistics().batchnorm_adaptation.report.layers}
     assert layers["other"].values == 0
     assert torch.equal(model.other.running_mean, torch.ones(3))
-
-
-@pytest.mark.parametrize("method", ["paired", "exact"])
-def test_non_finite_data_is_an_error_and_undone(method):
-    batches = data(32, 8)
-    batches[2][0, 0, 0, 0] = float("nan")
-    model = trained(OneNorm(), (images(),))
-    before = fingerprint(model)
-    with pytest.raises(DataError, match="batch norm 'norm' hold NaN or infinity"):
-        create_compressed_model(model, config(method=method), init_loader=batches)
-    assert fingerprint(model) == before
-
-
-@pytest.mark.parametrize(
-    ("loader", "message"),
-    [
-        ([], "gave no sample"),
-        (5, "iterable of batches, such as a DataLoader, got int"),
-        (["text"], "holds no tensor"),
-        ([{1, 2}], "holds no tensor"),
-    ],
-)
-def test_unusable_loaders(loader, message):
-    with pytest.raises(DataError, match=message) as caught:
-        create_compressed_model(OneNorm(), config(), init_loader=loader)
-    assert "compression.magnitude_sparsity.initializer.batchnorm_adaptation" in str(caught.value)
 
 
 def test_section_without_batch_norm_in_the_model():
@@ -534,17 +223,6 @@ def test_pairing_with_an_algorithm_that_changes_weights_in_place(registry):
         assert not torch.allclose(ours.running_var, getattr(start, key).running_var, rtol=1e-2)
 
 
-def test_shuffled_loader_is_as_before():
-    dataset = torch.utils.data.TensorDataset(torch.cat(data(32)))
-    for generator in (None, torch.Generator().manual_seed(3)):
-        loader = torch.utils.data.DataLoader(dataset, 8, shuffle=True, generator=generator)
-        state = (torch.get_rng_state(), None if generator is None else generator.get_state())
-        create_compressed_model(OneNorm(), config(), init_loader=loader)
-        create_compressed_model(OneNorm(), register_default_init_args(config(), loader))
-        torch.manual_seed(0)
-        assert generator is None or torch.equal(generator.get_state(), state[1])
-
-
 def test_statistics_show_the_drift():
     model = trained(ResidualNet(), (images(),))
     old = model.bn1.running_mean.double().clone()
@@ -583,7 +261,7 @@ def test_guard_rolls_back_what_made_the_metric_worse(metric, kept, registered):
     if registered:
         document = register_default_init_args(document, data(), model_eval_fn=evaluate)
     controller, _ = create_compressed_model(model, document, init_loader=None if registered else data())
-    changed = {name.rpartition(".")[2] for name in _changed_tensors(before, fingerprint(model))}
+    changed = {name.rpartition(".")[2] for name in changed_tensors(before, fingerprint(model))}
     assert changed == ({"running_mean", "running_var"} if kept else set())
     verdict = controller.statistics().batchnorm_adaptation.report.guard
     assert (verdict.before, verdict.kept) == (metric[0], kept)
@@ -613,3 +291,29 @@ def test_layer_frozen_at_creation_stays_frozen_in_eval_mode():
     model.eval()
     controller.adapt_batchnorm()
     assert torch.equal(model.bn1.running_mean, before)
+
+
+@pytest.mark.parametrize("width", [8, 4])
+def test_batch_norm_that_a_commit_replaces_is_paired_by_name(registry, width):
+    from compress_core import Plan, hookimpl
+    from tests.core.test_registry import algorithm, contributing
+
+    def commit(self, model):
+        replacement = nn.BatchNorm2d(width)
+        if width == 8:
+            replacement.load_state_dict(model.bn1.state_dict())
+        model.bn1 = replacement
+        with torch.no_grad():
+            model.conv1.weight.mul_(0.5)
+
+    members = {"compress_plan": hookimpl(lambda self: Plan(("bn1",))), "compress_commit": hookimpl(commit)}
+    registry.register(contributing(algorithm(changes_in_place=True, **members)), "demo")
+    model = trained(ResidualNet(), (images(),))
+    old = model.bn1.running_var.clone()
+    document = {"compression": {"algorithm": "mine", "initializer": {"batchnorm_adaptation": {}}}}
+    if width == 4:
+        with pytest.raises(ModelError, match="batch norm 'bn1' was replaced by one that cannot be paired"):
+            create_compressed_model(model, document, init_loader=data())
+        return
+    create_compressed_model(model, document, init_loader=data())
+    torch.testing.assert_close(model.bn1.running_var, old / 4, rtol=1e-3, atol=1e-5)  # half the input, a quarter of it
