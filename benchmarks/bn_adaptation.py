@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
+import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -154,6 +155,24 @@ def goals(name: str, results: dict[str, Any]) -> Table:
     return Table(f"{name}: paired with 64 samples", ("compression", *keys), rows)
 
 
+def render(names: list[str]) -> None:
+    """Prints what docs/adaptation.md quotes: for each network the numbers of samples 64 and 2048, and the goals."""
+    for name in names:
+        path = report.RESULTS / f"bn_adaptation-{name}.json"
+        if not path.exists():
+            continue
+        content = json.loads(path.read_text())
+        results, settings = content["results"], content["settings"]
+        kept = {
+            case: {**r, "rows": [row for row in r["rows"] if row["samples"] in (64, 2048)]}
+            for case, r in results.items()
+        }
+        print(f"### {name}: FP32 {content['fp32']:.2f} %, {settings['test_images']} test images\n")
+        for part in (table(name, kept), goals(name, results)):
+            print("| " + " | ".join(part.headers) + " |\n|" + " --- |" * len(part.headers))
+            print("\n".join("| " + " | ".join(str(cell) for cell in row) + " |" for row in part.rows), end="\n\n")
+
+
 def main() -> None:
     """Measures, prints, and writes results/bn_adaptation-NET.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -165,7 +184,11 @@ def main() -> None:
     parser.add_argument("--large-draws", type=int, default=3, help="the same for more than 1000 samples")
     parser.add_argument("--test-images", type=int, default=2000)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--render", action="store_true", help="print the tables of earlier results as Markdown")
     options = parser.parse_args()
+    if options.render:
+        render(options.nets)
+        return
     torch.set_num_threads(options.threads)
     draws = lambda samples: options.large_draws if samples > 1000 else options.draws  # noqa: E731
     grid = [pair for pair in GRIDS[options.grid] if pair[0] <= options.largest]
@@ -181,7 +204,8 @@ def main() -> None:
             rows = list(measure(measurement, grid, draws))
             results[str(case)] = {"rows": rows, "summary": summary(rows, none)}
             print(f"{name}, {case}: {time.perf_counter() - started:.0f} s", flush=True)
-            settings = {k: v for k, v in vars(options).items() if k not in {"nets", "cases"}}
+            settings = {k: v for k, v in vars(options).items() if k not in {"nets", "cases", "render"}}
+            settings["test_images"] = len(measurement.test[1])
             report.write(f"bn_adaptation-{name}", {"settings": settings, "fp32": fp32, "results": results})
         report.show(table(name, results), goals(name, results))
 
