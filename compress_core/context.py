@@ -142,7 +142,7 @@ class Context:
             scopes.check(candidates, [*candidates, *norms], own_prefix=path)
         targets, skipped = [], {}
         for tensor in tensors:
-            reason = scopes.reason_to_skip(tensor.module_names)
+            reason = scopes.reason_to_skip(tensor.module_names) or tensor.untouchable or None
             if reason is None and tensor.parameter is None:
                 raise ModelError(
                     f"{path}: the weight '{tensor.name}' is computed by a parametrization or a hook (weight_norm, "

@@ -102,18 +102,26 @@ class WeightTensor:
         module_names: Dotted names of all layers that hold it.
         layer: What is known of the first layer's class.
         parameter: The stored parameter; None where the layer computes it by a hook or a parametrization.
+        untouchable: Why no algorithm can transform it, if so.
     """
 
     name: str
     module_names: tuple[str, ...]
     layer: WeightedLayer
     parameter: nn.Parameter | None
+    untouchable: str = ""
 
     @property
     def shape(self) -> torch.Size:
         """Shape of the stored parameter."""
         assert self.parameter is not None
         return self.parameter.shape
+
+
+def _untouchable(module: nn.Module) -> str:
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
+        return "its max_norm rewrites the weight in every forward"
+    return ""
 
 
 def weight_tensors(model: nn.Module, algorithm: str) -> list[WeightTensor]:
@@ -138,7 +146,7 @@ def weight_tensors(model: nn.Module, algorithm: str) -> list[WeightTensor]:
                 if id(parameter) not in seen:
                     seen.add(id(parameter))
                     owners = tuple(owner for owner, _, _ in places[id(parameter)])
-                    tensors.append(WeightTensor(name, owners, layer, parameter))
+                    tensors.append(WeightTensor(name, owners, layer, parameter, _untouchable(module)))
             elif parameter_name not in module._parameters and hasattr(module, parameter_name):
                 tensors.append(WeightTensor(name, (module_name,), layer, None))
     return tensors

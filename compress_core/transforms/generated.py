@@ -14,6 +14,7 @@ Invariants:
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -61,6 +62,8 @@ def _generate(base: type[nn.Module], names: frozenset[str]) -> type[nn.Module]:
     }
     for name in names:
         namespace[name] = _weight_property(name)
+    if hasattr(base, "__deepcopy__"):
+        namespace["__deepcopy__"] = _deepcopy
     if issubclass(base, nn.RNNBase):
         # Recurrent layers hand a cached list of parameters to their kernels and never read them by name.
         namespace["_flat_weights"] = property(_flat_weights, _set_flat_weights)
@@ -112,6 +115,22 @@ def _rebuild(names: tuple[str, ...], make: Callable[..., nn.Module], args: tuple
     module = make(*args)
     object.__setattr__(module, "__class__", transformed_class(base_class(module), frozenset(names)))
     return module
+
+
+def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """Lets the user's own __deepcopy__ copy the plain layer, and gives the copy its transforms."""
+    cls: Any = type(self)
+    plain = object.__new__(cls._compress_base_class)
+    plain.__dict__.update(self.__dict__)
+    modules = dict(self._modules)
+    container = modules.pop(TRANSFORMS_ATTRIBUTE, None)
+    plain.__dict__["_modules"] = modules
+    twin: nn.Module = plain.__deepcopy__(memo)
+    memo[id(self)] = twin
+    if container is not None:
+        twin._modules[TRANSFORMS_ATTRIBUTE] = copy.deepcopy(container, memo)
+        object.__setattr__(twin, "__class__", transformed_class(base_class(twin), frozenset(cls._compress_names)))
+    return twin
 
 
 def _reduce_ex(self: nn.Module, protocol: Any) -> Any:

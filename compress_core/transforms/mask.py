@@ -16,8 +16,8 @@ class WeightMask(nn.Module):
     The gradient that reaches the stored parameter is masked as well; its value is kept, so a masked weight can come
     back when the mask is computed anew.
 
-    The mask has the weight's dtype: the training step of a ResNet-18 is faster with it than with a boolean mask,
-    for which torch has to convert in each forward and backward (`benchmarks/sparsity_cost.py`).
+    The mask has the weight's dtype: training steps were measured no slower with it than with a boolean mask, for which
+    torch has to convert in each forward and backward (`benchmarks/sparsity_cost.py`).
 
     Attributes:
         mask: Zeros and ones, in the weight's shape (or one that broadcasts to it), dtype and device.

@@ -31,7 +31,7 @@ def config(samples=16, **section):
     return {"compression": {"algorithm": "magnitude_sparsity", "sparsity_init": 0.3, **section}}
 
 
-def refused(error, parts, document=None, model=None, **keywords):
+def assert_refused(error, parts, document=None, model=None, **keywords):
     model = model or trained(ResidualNet(), (images(),))
     before = fingerprint(model)
     with pytest.raises(error) as caught:
@@ -53,7 +53,7 @@ def refused(error, parts, document=None, model=None, **keywords):
     ],
 )
 def test_batch_that_the_model_cannot_take(batch, parts):
-    refused(DataError, [PATH, "forward_fn=lambda model, batch", *parts], init_loader=[batch])
+    assert_refused(DataError, [PATH, "forward_fn=lambda model, batch", *parts], init_loader=[batch])
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_batch_that_the_model_cannot_take(batch, parts):
     ],
 )
 def test_loader_that_is_none(loader, part):
-    refused(DataError, [PATH, part], init_loader=loader)
+    assert_refused(DataError, [PATH, part], init_loader=loader)
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_loader_that_is_none(loader, part):
 def test_init_args_that_cannot_work(keywords, part):
     if "cuda" in part and torch.cuda.is_available():
         pytest.skip("there is a CUDA device here")
-    refused(DataError, [PATH, part], register_default_init_args(config(), [images()], **keywords))
+    assert_refused(DataError, [PATH, part], register_default_init_args(config(), [images()], **keywords))
 
 
 def test_error_of_the_models_own_keeps_its_type_and_says_where():
@@ -105,7 +105,9 @@ def test_short_loader_is_a_warning_with_both_numbers(caplog):
 
 def test_single_value_has_no_variance():
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
-    refused(DataError, [PATH, "'1' has seen one value for each channel"], model=model, init_loader=[torch.randn(1, 3)])
+    assert_refused(
+        DataError, [PATH, "'1' has seen one value for each channel"], model=model, init_loader=[torch.randn(1, 3)]
+    )
 
 
 def test_dict_like_batches_are_dicts():
@@ -125,7 +127,7 @@ def test_unreached_layers_are_named(caplog):
 def test_weights_that_cannot_be_ranked(dtype):
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     model[1].weight = nn.Parameter(torch.ones(3, 3, dtype=dtype), requires_grad=False)
-    refused(ModelError, ["'1.weight' has the dtype", "ignored_scopes"], config(0), model)
+    assert_refused(ModelError, ["'1.weight' has the dtype", "ignored_scopes"], config(0), model)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -169,7 +171,7 @@ def test_damaged_state(damage):
     controller, _ = create_compressed_model(ResidualNet(), config(), init_loader=[images(16)])
     state = json.loads(json.dumps(controller.get_compression_state()))
     STATE_DAMAGE[damage](state)
-    refused(StateError, [], config(), compression_state=state)
+    assert_refused(StateError, [], config(), compression_state=state)
 
 
 def test_adaptation_is_remembered_across_resuming():
@@ -274,7 +276,7 @@ def test_class_of_a_compressed_layer_makes_plain_layers():
     ],
 )  # fmt: skip
 def test_documents(document, parts):
-    refused(ConfigError, parts, document, init_loader=[images()])
+    assert_refused(ConfigError, parts, document, init_loader=[images()])
 
 
 def test_root_scope_may_mean_a_batch_norm():
@@ -310,7 +312,7 @@ def test_check_finds_values_without_effect():
 
 @pytest.mark.parametrize("observers", [5, nn.Linear(1, 1), [object()]])
 def test_observers_that_are_none(observers):
-    refused(CompressionError, [], config(0), observers=observers)
+    assert_refused(CompressionError, [], config(0), observers=observers)
 
 
 def test_adaptive_schedule_is_not_frozen_before_its_end(caplog):
@@ -321,3 +323,11 @@ def test_adaptive_schedule_is_not_frozen_before_its_end(caplog):
         for _ in range(230):
             controller.scheduler.epoch_step()
     assert controller.sparsity_level == pytest.approx(0.5)
+
+
+def test_embedding_that_rewrites_its_weight_is_left_alone_and_said_so():
+    model = nn.Sequential(nn.Embedding(5, 4, max_norm=1.0), nn.Linear(4, 4))
+    controller, _ = create_compressed_model(model, config(0))
+    assert controller.sparsified_module_info == ["1.weight"]
+    plan = controller.get_compression_state()["algorithms"]["magnitude_sparsity"]["plan"]
+    assert plan["skipped"] == {"0.weight": "its max_norm rewrites the weight in every forward"}

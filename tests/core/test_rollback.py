@@ -25,7 +25,7 @@ class Failing:
         raise RuntimeError("injected")
 
 
-def fails_and_rolls_back(model, config=SPARSE):
+def assert_rolls_back(model, config=SPARSE):
     before = fingerprint(model)
     with pytest.raises(RuntimeError, match="injected"):
         create_compressed_model(model, config, observers=[Failing()])
@@ -40,7 +40,7 @@ def test_module_with_a_setattr_of_its_own():
             super().__setattr__(name, value)
 
     model = nn.Sequential(ReadOnly(6, 3))
-    fails_and_rolls_back(model)
+    assert_rolls_back(model)
     controller, _ = create_compressed_model(model, SPARSE)
     assert controller.sparsity_level == pytest.approx(0.3, abs=0.05)
     assert type(controller.strip()[0]) is ReadOnly
@@ -75,7 +75,7 @@ def test_parameters_made_in_inference_mode():
         model = nn.Sequential(nn.Linear(6, 3))
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    fails_and_rolls_back(model)
+    assert_rolls_back(model)
 
 
 def test_overwritten_expanded_parameter_comes_back(registry):

@@ -236,3 +236,19 @@ def test_mask_follows_the_dtype_of_the_weight():
     layer.to(torch.float64)
     assert layer.weight.dtype is torch.float64
     assert isinstance(get_weight_transform(layer, "weight", "mask"), WeightMask)
+
+
+def test_user_class_with_its_own_deepcopy_is_copied():
+    class Copied(nn.Linear):
+        def __deepcopy__(self, memo):
+            twin = type(self)(self.in_features, self.out_features)
+            twin.load_state_dict(self.state_dict())
+            return twin
+
+    model = nn.Sequential(Copied(3, 2))
+    mask_weight(model, "0.weight", half_mask((2, 3)))
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin[0].weight, model[0].weight)
+    assert type(twin[0]) is type(model[0])
+    assert raw_parameter(twin, "0.weight") is not raw_parameter(model, "0.weight")
+    assert get_weight_transform(twin, "0.weight", "mask") is not get_weight_transform(model, "0.weight", "mask")
