@@ -117,6 +117,8 @@ class CompressionConfig:
             raise ConfigError(f"cannot read the config '{path}': {error.strerror or error}") from error
         except UnicodeDecodeError as error:
             raise ConfigError(f"the config '{path}' is not UTF-8 text: {error}") from error
+        except ValueError as error:  # a path that no file can have
+            raise ConfigError(f"cannot read the config {str(path)!r}: {error}") from error
         try:
             document = json5.loads(text, allow_duplicate_keys=False)
         except (ValueError, RecursionError) as error:

@@ -328,3 +328,27 @@ def test_command_algorithms_tells_of_broken_plugins(capsys, registry):
     registry.load_entry_points([importlib.metadata.EntryPoint("broken", "no_such_module", "compress_core.plugins")])
     assert main(["algorithms"]) == 1
     assert "broken could not be loaded: ModuleNotFoundError" in capsys.readouterr().err
+
+
+def test_command_whose_reader_stops_reading():
+    import subprocess
+    import sys
+
+    from tests.conftest import ROOT
+
+    command = f"{sys.executable} -m compress_core schema | head -1; exit ${{PIPESTATUS[0]}}"
+    paths = f"{ROOT}:{ROOT}/plugins/magnitude_sparsity"
+    result = subprocess.run(
+        ["bash", "-c", command],
+        env={"PYTHONPATH": paths, "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.stdout == "{\n"
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_path_that_no_file_can_have():
+    with pytest.raises(ConfigError, match="cannot read the config"):
+        CompressionConfig.from_json("\0")
