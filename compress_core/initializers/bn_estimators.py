@@ -57,11 +57,22 @@ class Estimator:
         """Starts watching; the caller removes the handles."""
         return [self.layer.register_forward_pre_hook(self._before, with_kwargs=True)]
 
-    def begin_reference(self) -> None:
-        """The next forward is the reference model's: with the statistics that training has left."""
+    def begin_reference(self, *, alternating: bool) -> None:
+        """The next forward is the reference model's: with the statistics that training has left.
+
+        Args:
+            alternating: Whether the compressed model has had its turn with the batch before this one: calls that only
+                the reference model has made of it are then forgotten.
+        """
         self.in_reference = True
+        if alternating:
+            self.forget_waiting()
         if not self.is_fresh:
             self.write(self.mean, self.var)
+
+    def forget_waiting(self) -> None:
+        """Drops what waits for a call of the compressed model that has not come."""
+        self._waiting.clear()
 
     def begin_compressed(self) -> None:
         """The next forward is the compressed model's."""
@@ -163,6 +174,11 @@ class PairedEstimator(Estimator):
         super().__init__(name, layer)
         self._correlation = Correlation(layer.num_features, self.mean.device)
         self._waiting_rows: deque[torch.Tensor] = deque()
+
+    def forget_waiting(self) -> None:
+        """Drops the values, too."""
+        super().forget_waiting()
+        self._waiting_rows.clear()
 
     def observe(self, values: torch.Tensor) -> None:
         """Pairs each call's values with those of the same call of the reference model."""

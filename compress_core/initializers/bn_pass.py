@@ -89,7 +89,7 @@ class AdaptationPass:
             for batch, size in batches:
                 if reference is not None:
                     for estimator in self._estimators:
-                        estimator.begin_reference()
+                        estimator.begin_reference(alternating=compressed)
                     with reference():
                         data.call(self._model, batch)
                 if compressed:

@@ -155,3 +155,22 @@ def test_old_checkpoint_without_counter_is_not_taken_for_untrained():
     before = old.norm.running_var.clone()
     create_compressed_model(old, config(level=0.0), init_loader=data())
     torch.testing.assert_close(old.norm.running_var, before, rtol=1e-6, atol=0)
+
+
+def test_calls_that_only_the_uncompressed_model_makes_are_not_paired_with_the_next_batch():
+    class Dense(OneNorm):
+        def forward(self, x):
+            out = super().forward(x)
+            if bool((self.conv.weight != 0).all()):
+                self.norm(self.conv(x) * 5 + 3)
+            return out
+
+    start = trained(OneNorm(), (images(),))
+    results = []
+    for make in (OneNorm, Dense):
+        model = make()
+        model.load_state_dict(start.state_dict())
+        create_compressed_model(model, config(32), init_loader=data(32, 8))
+        results.append(model.norm)
+    torch.testing.assert_close(results[1].running_var, results[0].running_var, rtol=1e-6, atol=0)
+    torch.testing.assert_close(results[1].running_mean, results[0].running_mean, rtol=1e-5, atol=1e-6)
