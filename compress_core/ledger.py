@@ -14,7 +14,6 @@ from compress_core.statistics import Statistics, Table
 
 logger = logging.getLogger(__name__)
 
-_NO_EFFECT = "no effect"
 # Keys of every section that the core itself reads.
 _ALWAYS_USED = ("algorithm", "validate_scopes")
 
@@ -73,14 +72,11 @@ class Ledger(Statistics):
         Raises:
             ConfigError: Values were given that nothing has read: they cannot have had an effect.
         """
-        modules = tuple(targets)
-        for leaf, value, was_read in config.given_leaves():
-            full = f"{path}.{leaf}"
-            if full not in self._entries:
-                used = was_read or leaf in read_later or leaf in _ALWAYS_USED
-                effect = f"used by {config.algorithm}" if used else _NO_EFFECT
-                self.record(full, value, effect, modules if used else ())
         self.refuse_unread(path, config, read_later=read_later, strict=strict)
+        modules = tuple(targets)
+        for leaf, value, _ in config.given_leaves():
+            if f"{path}.{leaf}" not in self._entries:
+                self.record(f"{path}.{leaf}", value, f"used by {config.algorithm}", modules)
 
     def refuse_unread(
         self, path: str, config: AlgorithmConfig, *, read_later: Sequence[str] = (), strict: bool
@@ -90,22 +86,23 @@ class Ledger(Statistics):
         Raises:
             ConfigError: There are some, and `strict`; otherwise they are warnings.
         """
-        problems = [
-            Problem(
-                f"{path}.{leaf}",
-                f"the value {shown(value)} can have no effect with the other settings of this section. Remove it, or "
-                'set "unused_values": "warn" at the top of the config.',
+        problems = []
+        for leaf, value, was_read in config.given_leaves():
+            full = f"{path}.{leaf}"
+            if was_read or leaf in read_later or leaf in _ALWAYS_USED or full in self._entries:
+                continue
+            self.record(full, value, "no effect")
+            problems.append(
+                Problem(
+                    full,
+                    f"the value {shown(value)} can have no effect with the other settings of this section. Remove it, "
+                    'or set "unused_values": "warn" at the top of the config.',
+                )
             )
-            for leaf, value, was_read in config.given_leaves()
-            if not (was_read or leaf in read_later or leaf in _ALWAYS_USED or self._has_effect(f"{path}.{leaf}"))
-        ]
         if problems and strict:
             raise ConfigError(problems)
         for problem in problems:
             logger.warning("config: %s", problem)
-
-    def _has_effect(self, path: str) -> bool:
-        return path in self._entries and self._entries[path].effect != _NO_EFFECT
 
     def close_root(self, root: Section) -> None:
         """Records the keys at the top of the document, which describe model and hardware for whoever asks.
