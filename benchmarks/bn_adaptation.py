@@ -31,8 +31,12 @@ from compress_core.transforms import bypass_transforms
 from examples.common.datasets import DATASETS, Dataset
 from examples.common.fetch import cache_folder
 from examples.common.networks import demo_network, resnet56_cifar10, vgg16_bn_cifar10
-from examples.common.training import accuracy, train
+from examples.common.training import accuracy, augmented, train
 
+SETTLE = (
+    "what the running statistics before compression describe: what training has left, or exact moments over augmented "
+    "or over clean training images (to find out what the estimators owe to them)"
+)
 METHODS = ("momentum", "exact", "paired")
 GRIDS = {
     "full": [(n, b) for n in (32, 64, 256, 2048) for b in (8, 32, 128, 512) if b <= n],
@@ -69,6 +73,26 @@ NETWORKS = {
     "resnet56": Network("cifar10", resnet56_cifar10),
     "vgg16-bn": Network("cifar10", vgg16_bn_cifar10),
 }
+
+
+def settle(model: nn.Module, data: Dataset, statistics_of: str, *, flip: bool) -> None:
+    """Replaces the running statistics that training has left by exact ones; see the option `--statistics`."""
+    if statistics_of == "training":
+        return
+    layers = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    before = [layer.momentum for layer in layers]
+    for layer in layers:
+        layer.reset_running_stats()
+        layer.momentum = None  # the plain average over batches
+    torch.manual_seed(3)
+    model.train()
+    with torch.no_grad():
+        for _ in range(20 if statistics_of == "augmented" else 1):
+            for batch in data.train[0][:4096].split(512):
+                model(augmented(batch, flip=flip) if statistics_of == "augmented" else batch)
+    model.eval()
+    for layer, momentum in zip(layers, before, strict=True):
+        layer.momentum = momentum
 
 
 class Measurement:
@@ -155,10 +179,28 @@ def goals(name: str, results: dict[str, Any]) -> Table:
     return Table(f"{name}: paired with 64 samples", ("compression", *keys), rows)
 
 
-def render(names: list[str]) -> None:
+def file_name(net: str, statistics_of: str) -> str:
+    """Returns the name of the results of a network."""
+    return f"bn_adaptation-{net}" + ("" if statistics_of == "training" else f"-{statistics_of}")
+
+
+def in_order(results: dict[str, Any]) -> dict[str, Any]:
+    """Returns results in the order of the cases."""
+    return {str(case): results[str(case)] for case in CASES if str(case) in results}
+
+
+def earlier_results(net: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Returns the cases measured in earlier runs with the same settings, so that hours need not be spent at once."""
+    path = report.RESULTS / f"{file_name(net, settings['statistics'])}.json"
+    content = json.loads(path.read_text()) if path.exists() else {}
+    results: dict[str, Any] = content["results"] if content.get("settings") == settings else {}
+    return results
+
+
+def render(names: list[str], statistics_of: str) -> None:
     """Prints what docs/adaptation.md quotes: for each network the numbers of samples 64 and 2048, and the goals."""
     for name in names:
-        path = report.RESULTS / f"bn_adaptation-{name}.json"
+        path = report.RESULTS / f"{file_name(name, statistics_of)}.json"
         if not path.exists():
             continue
         content = json.loads(path.read_text())
@@ -184,17 +226,23 @@ def main() -> None:
     parser.add_argument("--large-draws", type=int, default=3, help="the same for more than 1000 samples")
     parser.add_argument("--test-images", type=int, default=2000)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--statistics", choices=("training", "augmented", "clean"), default="training", help=SETTLE)
     parser.add_argument("--render", action="store_true", help="print the tables of earlier results as Markdown")
     options = parser.parse_args()
     if options.render:
-        render(options.nets)
+        render(options.nets, options.statistics)
         return
     torch.set_num_threads(options.threads)
     draws = lambda samples: options.large_draws if samples > 1000 else options.draws  # noqa: E731
     grid = [pair for pair in GRIDS[options.grid] if pair[0] <= options.largest]
     for name in options.nets:
         network = NETWORKS[name]
-        data, base, results = DATASETS[network.data](), network.make(), {}
+        data, base = DATASETS[network.data](), network.make()
+        settle(base, data, options.statistics, flip=network.data != "digits")
+        images = min(options.test_images, len(data.test[1]))
+        settings = {key: getattr(options, key) for key in ("grid", "largest", "draws", "large_draws")}
+        settings |= {"test_images": images, "statistics": options.statistics}
+        results = earlier_results(name, settings)
         started = time.perf_counter()
         fp32 = accuracy(base, (data.test[0][: options.test_images], data.test[1][: options.test_images]))
         print(f"{name}: FP32 {fp32:.2f} %", flush=True)
@@ -202,11 +250,9 @@ def main() -> None:
             measurement = Measurement(base, case, data, options.test_images)
             none = accuracy(measurement.model, measurement.test)
             rows = list(measure(measurement, grid, draws))
-            results[str(case)] = {"rows": rows, "summary": summary(rows, none)}
+            results = in_order(results | {str(case): {"rows": rows, "summary": summary(rows, none)}})
             print(f"{name}, {case}: {time.perf_counter() - started:.0f} s", flush=True)
-            settings = {k: v for k, v in vars(options).items() if k not in {"nets", "cases", "render"}}
-            settings["test_images"] = len(measurement.test[1])
-            report.write(f"bn_adaptation-{name}", {"settings": settings, "fp32": fp32, "results": results})
+            report.write(file_name(name, options.statistics), {"settings": settings, "fp32": fp32, "results": results})
         report.show(table(name, results), goals(name, results))
 
 
