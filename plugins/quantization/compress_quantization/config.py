@@ -1,0 +1,233 @@
+"""The section `quantization`: NNCF's keys and defaults.
+
+What the keys may not say together is checked in `compress_quantization.config_checks`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
+
+from compress_core import AlgorithmConfig, Section
+from compress_core.config import Count, InitializerSection, Scopes
+
+Bits = Annotated[Count, Field(ge=2, le=8)]
+Percentile = Annotated[float, Field(ge=0, le=100)]
+Epoch = Annotated[Count, Field(ge=0)]
+
+Mode = Literal["symmetric", "asymmetric"]
+QuantizerGroup = Literal["weights", "activations"]
+RangeType = Literal["min_max", "mixed_min_max", "mean_min_max", "threesigma", "percentile", "mean_percentile"]
+
+
+class RangeParams(Section):
+    """Section `initializer.range.params`."""
+
+    min_percentile: Percentile = Field(0.1, description="percentile types: percentile that becomes the minimum")
+    max_percentile: Percentile = Field(99.9, description="percentile types: percentile that becomes the maximum")
+
+
+class RangeConfig(Section):
+    """Section `initializer.range` as one object, for all quantizers."""
+
+    type: RangeType = Field("mixed_min_max", description="statistic that the range of a quantizer starts from")
+    num_init_samples: Count = Field(256, ge=0, description="samples to collect statistics on; 0 for no initialization")
+    params: RangeParams = Field(default_factory=RangeParams, description="parameters of the percentile types")
+
+
+class ScopedRangeConfig(RangeConfig):
+    """Entry of `initializer.range` as a list; each quantizer belongs to exactly one."""
+
+    target_scopes: Scopes = Field(default_factory=list, description="quantizers that this entry is for")
+    ignored_scopes: Scopes = Field(default_factory=list, description="quantizers that this entry is not for")
+    validate_scopes: bool = Field(True, description="whether a scope that matches nothing is an error")
+    target_quantizer_group: QuantizerGroup | None = Field(
+        None, description="whether the entry is for weights or for activations; by default for both"
+    )
+
+
+def _object_or_list(value: Any) -> str:
+    # The names are those of containers because such parts of a location are left out of the paths of messages.
+    return "list" if isinstance(value, list) else "dict"
+
+
+Ranges = Annotated[
+    Annotated[RangeConfig, Tag("dict")] | Annotated[list[ScopedRangeConfig], Tag("list")],
+    Discriminator(_object_or_list),
+]
+
+
+def _bits_and_scope(value: Any) -> Any:
+    is_pair = isinstance(value, (list, tuple)) and len(value) == 2
+    if not is_pair or not isinstance(value[1], str) or isinstance(value[0], (str, bool)):
+        raise ValueError('must be a pair [bits, scope] such as [4, "layer1.0.conv1|WEIGHT"]')
+    return tuple(value)
+
+
+BitsAndScope = Annotated[tuple[Bits, str], BeforeValidator(_bits_and_scope)]
+
+
+class PrecisionConfig(Section):
+    """Section `initializer.precision`: how the quantizers get different numbers of bits."""
+
+    type: Literal["manual", "hawq", "autoq"] = Field(
+        "manual", description="manual: as bitwidth_per_scope says; hawq and autoq are not available yet"
+    )
+    bits: list[Bits] = Field([2, 4, 8], description="numbers of bits to choose from", min_length=1)
+    bitwidth_per_scope: list[BitsAndScope] = Field(
+        default_factory=list,
+        description="manual: pairs of bits and a quantizer, named by a scope followed by |WEIGHT, |OUTPUT or |INPUT<n>",
+    )
+    bitwidth_assignment_mode: Literal["strict", "liberal"] = Field(
+        "liberal", description="strict: all quantizers that feed one operator must have the same number of bits"
+    )
+    num_data_points: Count = Field(100, gt=0, description="hawq: samples for the Hessian")
+    iter_number: Count | None = Field(None, ge=0, description="hawq: most iterations for a trace; autoq: episodes")
+    tolerance: float = Field(1e-4, gt=0, description="hawq: relative tolerance of a trace")
+    compression_ratio: float | None = Field(None, gt=0, description="hawq: bit complexity; autoq: size ratio")
+    eval_subset_ratio: float = Field(1.0, gt=0, le=1, description="autoq: share of the data for an evaluation")
+    warmup_iter_number: Count = Field(20, ge=0, description="autoq: episodes with a random policy")
+    traces_per_layer_path: str | None = Field(None, description="hawq: file of traces computed before")
+    dump_init_precision_data: bool = Field(False, description="hawq, autoq: write intermediate data")
+
+
+class QuantizationInitializer(InitializerSection):
+    """Section `initializer`."""
+
+    range: Ranges | None = Field(
+        None,
+        description="statistics for the initial ranges: an object for all quantizers, or a list of objects with scopes; "
+        "by default mixed_min_max over 256 samples",
+    )
+    precision: PrecisionConfig | None = Field(None, description="different numbers of bits for different quantizers")
+
+
+class _QuantizerOptions(Section):
+    mode: Mode | None = Field(
+        None, description="symmetric: the scale is learned; asymmetric: both ends of the range; by default the preset's"
+    )
+    bits: Bits | None = Field(None, description="number of bits; by default the first that the device offers: 8")
+    signed: bool | None = Field(
+        None, description="symmetric: whether values below zero are represented; by default as the statistics show"
+    )
+    per_channel: bool | None = Field(
+        None, description="one range for each channel instead of one for the tensor; by default as the device prefers"
+    )
+
+
+class _GroupConfig(_QuantizerOptions):
+    logarithm_scale: bool = Field(False, description="learn the logarithm of the scale")
+    ignored_scopes: Scopes = Field(default_factory=list, description="parts of the model to leave alone")
+    target_scopes: Scopes = Field(default_factory=list, description="if given, the only parts to quantize")
+    validate_scopes: bool = Field(True, description="whether a scope that matches nothing is an error")
+
+
+class WeightsConfig(_GroupConfig):
+    """Section `weights`."""
+
+
+class ActivationsConfig(_GroupConfig):
+    """Section `activations`."""
+
+    unified_scale_ops: list[list[str]] = Field(
+        default_factory=list, description="groups of operators whose inputs share one quantizer"
+    )
+
+
+class OverrideInitializer(Section):
+    """Section `scope_overrides.<group>.<scope>.initializer`."""
+
+    range: RangeConfig | None = Field(None, description="statistics for the initial ranges of these quantizers")
+
+
+class ScopeOverride(_QuantizerOptions):
+    """Section `scope_overrides.<group>.<scope>`."""
+
+    initializer: OverrideInitializer = Field(
+        default_factory=OverrideInitializer, description="data-driven set-up of these quantizers"
+    )
+
+
+class ScopeOverrides(Section):
+    """Section `scope_overrides`; where several scopes match a quantizer, the later entry wins, value by value."""
+
+    weights: dict[str, ScopeOverride] = Field(default_factory=dict, description="scope -> settings of weights")
+    activations: dict[str, ScopeOverride] = Field(default_factory=dict, description="scope -> settings of activations")
+
+    def unread(self) -> Self:
+        """See `Section`."""
+        copy = super().unread()
+        for group in ("weights", "activations"):
+            copy.__dict__[group] = {scope: override.unread() for scope, override in self.__dict__[group].items()}
+        return copy
+
+    def given_leaves(self, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:
+        """See `Section`."""
+        for group in ("weights", "activations"):
+            for scope, override in self.__dict__[group].items():
+                yield from override.given_leaves(f"{prefix}{group}.{scope}.")
+
+
+class StagedParams(Section):
+    """Section `params`: with anything in it, weights and activations are quantized from some epoch on.
+
+    The other keys are those of NNCF's example scripts; no library has ever read them.
+    """
+
+    activations_quant_start_epoch: Epoch = Field(1, description="epoch, from 0, at which activations are quantized")
+    weights_quant_start_epoch: Epoch = Field(1, description="epoch, from 0, at which weights are quantized")
+    batch_multiplier: float | None = Field(None, description="has no effect")
+    lr_poly_drop_start_epoch: float | None = Field(None, description="has no effect")
+    lr_poly_drop_duration_epochs: float | None = Field(None, description="has no effect")
+    disable_wd_start_epoch: float | None = Field(None, description="has no effect")
+    base_lr: float | None = Field(None, description="has no effect")
+    base_wd: float | None = Field(None, description="has no effect")
+
+    @property
+    def staged(self) -> bool:
+        """Whether quantization begins by and by: as soon as anything stands in the section."""
+        return bool(self.model_fields_set)
+
+
+class QuantizationConfig(AlgorithmConfig):
+    """Section of the algorithm `quantization`."""
+
+    algorithm: Literal["quantization"] = Field(description="name of the algorithm")
+    initializer: QuantizationInitializer = Field(
+        default_factory=QuantizationInitializer, description="data-driven set-up before training"
+    )
+    preset: Literal["performance", "mixed"] | None = Field(
+        None,
+        description="performance: symmetric weights and activations, the default; mixed: symmetric weights, asymmetric "
+        "activations",
+    )
+    quantize_inputs: bool = Field(True, description="whether inputs of the model are quantized")
+    quantize_outputs: bool = Field(False, description="whether outputs of the model are quantized")
+    weights: WeightsConfig = Field(default_factory=WeightsConfig, description="settings of all weights")
+    activations: ActivationsConfig = Field(default_factory=ActivationsConfig, description="settings of all activations")
+    scope_overrides: ScopeOverrides = Field(
+        default_factory=ScopeOverrides, description="settings of single quantizers, over those of their group"
+    )
+    overflow_fix: Literal["enable", "disable", "first_layer_only"] = Field(
+        "enable",
+        description="half-range grids for 8-bit weights, against overflow in 16-bit accumulators of older CPUs: in all "
+        "layers, in none, or in the first convolution; for target_device ANY and CPU",
+    )
+    export_to_onnx_standard_ops: bool | None = Field(
+        None, description="true says what is done anyway: export writes QuantizeLinear and DequantizeLinear"
+    )
+    compression_lr_multiplier: float | None = Field(
+        None, gt=0, description="factor on the gradients of what the quantizers learn; by default the document's"
+    )
+    params: StagedParams = Field(default_factory=StagedParams, description="epochs from which quantization is on")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _hint_at_groups(cls, values: Any) -> Any:
+        # The documentation of NNCF shows them in this place, where NNCF refuses them too.
+        misplaced = [key for key in ("mode", "bits", "signed", "per_channel") if key in values]
+        if misplaced:
+            raise ValueError(f'{", ".join(misplaced)}: belongs into "weights" or "activations", or into both')
+        return values
