@@ -37,6 +37,22 @@ class _TensorRecord:
     gradient_values: torch.Tensor | None
 
 
+class StructureSnapshot:
+    """Classes, attributes, modes and hooks of a model's modules; no values of tensors.
+
+    Args:
+        model: The model; it is not changed.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = [_record_module(module) for module in model.modules()]
+
+    def restore(self) -> None:
+        """Puts everything back."""
+        for record in self._modules:
+            _attempt(lambda record=record: _restore_module(record))  # type: ignore[misc]
+
+
 class ModelSnapshot:
     """Classes, attributes, hooks, flags and tensor contents of a model and its modules.
 

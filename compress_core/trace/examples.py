@@ -1,0 +1,94 @@
+"""Example inputs: what a model is traced with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from compress_core.errors import ConfigError
+from compress_core.initializers.data import CalibrationData
+
+if TYPE_CHECKING:
+    from compress_core.config.document import InputInfo
+
+
+@dataclass(frozen=True)
+class Example:
+    """One set of inputs, and how the model takes it.
+
+    Attributes:
+        batch: Tensors in any nesting.
+        run: Calls the model with a batch.
+        source: Where it comes from, for messages.
+    """
+
+    batch: Any
+    run: Callable[[nn.Module, Any], Any]
+    source: str = "the given example"
+
+    @classmethod
+    def of(cls, *args: Any, **kwargs: Any) -> Example:
+        """Returns an example from the arguments of the model's forward."""
+        return cls((args, kwargs), lambda model, batch: model(*batch[0], **batch[1]))
+
+    @classmethod
+    def from_batch(cls, data: CalibrationData, batch: Any) -> Example:
+        """Returns an example from a batch of a data loader."""
+        return cls(batch, data.call, "a batch of the data loader")
+
+    @classmethod
+    def from_input_info(cls, infos: Sequence[InputInfo], device: torch.device | None = None) -> Example:
+        """Returns an example as `input_info` of a config describes it.
+
+        Args:
+            infos: The entries, one for each argument of forward.
+            device: Where the tensors are made.
+
+        Raises:
+            ConfigError: A shape or a dtype is missing or unusable.
+        """
+        args, kwargs = [], {}
+        for index, info in enumerate(infos):
+            tensor = _filled(info, f"input_info.{index}", device)
+            if info.keyword is None:
+                args.append(tensor)
+            else:
+                kwargs[info.keyword] = tensor
+        return cls((tuple(args), kwargs), lambda model, batch: model(*batch[0], **batch[1]), "input_info")
+
+
+def _filled(info: InputInfo, path: str, device: torch.device | None) -> torch.Tensor:
+    if info.sample_size is None:
+        raise ConfigError("is missing; give the full shape, batch dimension included", path=f"{path}.sample_size")
+    dtype = getattr(torch, info.type, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ConfigError(f"{info.type!r} is not the name of a torch dtype, such as float or long", path=f"{path}.type")
+    shape = tuple(info.sample_size)
+    if info.filler == "random":
+        # A generator of its own: tracing must not advance the user's random numbers.
+        generator = torch.Generator().manual_seed(0)
+        if dtype.is_floating_point or dtype.is_complex:
+            return torch.rand(shape, generator=generator).to(device=device, dtype=dtype)
+        return torch.randint(0, 2, shape, generator=generator).to(device=device, dtype=dtype)
+    return torch.full(shape, 0 if info.filler == "zeros" else 1, dtype=dtype, device=device)
+
+
+def examples_of(given: Any) -> list[Example]:
+    """Returns examples from one, a tensor, a tuple of arguments, a dict of keyword arguments, or a list of these.
+
+    Args:
+        given: One of these, or a list of several: each element of a list is an example of its own.
+    """
+    if isinstance(given, list):
+        return [example for entry in given for example in examples_of(entry)]
+    if isinstance(given, Example):
+        return [given]
+    if isinstance(given, Mapping):
+        return [Example.of(**given)]
+    if isinstance(given, tuple):
+        return [Example.of(*given)]
+    return [Example.of(given)]

@@ -1,0 +1,222 @@
+"""What a trace holds: values, the function calls that make them, and the ATen operators inside each call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+
+from compress_core.transforms.places import Path
+
+# A value of a trace: an index into `Trace.values`.
+ValueId: TypeAlias = int
+
+
+@dataclass(frozen=True)
+class Ref:
+    """Stands for a tensor in the recorded arguments of an operator.
+
+    Attributes:
+        value: Which value it is.
+    """
+
+    value: ValueId
+
+    def __repr__(self) -> str:
+        return f"%{self.value}"
+
+
+@dataclass
+class Value:
+    """A tensor of the forward, as it was between two writes to it.
+
+    Attributes:
+        index: Its number.
+        shape: Its shape in the example forward.
+        dtype: Its dtype.
+        parameter: Dotted name, where it is a parameter or buffer of the model.
+        call: Number of the function call that made it; None for inputs, parameters and constants.
+        operator: Number of the ATen operator that made it; None likewise.
+        inputs: Under which paths of the forward's arguments it was given.
+        outputs: Under which paths of the forward's result it was returned.
+    """
+
+    index: ValueId
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    parameter: str = ""
+    call: int | None = None
+    operator: int | None = None
+    inputs: list[Path] = field(default_factory=list)
+    outputs: list[Path] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        kind = str(self.dtype).removeprefix("torch.")
+        return f"%{self.index}: {kind}[{', '.join(map(str, self.shape))}]"
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A module whose forward is running when something is called.
+
+    Attributes:
+        module: Dotted name.
+        invocation: Which call of the module this is in the forward, from 0.
+        depth: How many stack frames lie above the module's own code.
+        turn: Number of the call within the container that runs it (`nn.Sequential` calls all children in one line).
+    """
+
+    module: str
+    invocation: int
+    depth: int
+    turn: int
+
+
+@dataclass
+class Call:
+    """A function call that took or returned tensors; the level at which activations can be transformed.
+
+    Attributes:
+        index: Its number, in the order of the forward.
+        function: The function's name, e.g. `torch.nn.functional.relu`; see `torch.overrides.resolve_name`.
+        frames: The running modules, the model itself first; the last one makes the call.
+        location: Code positions from the model's forward down to the call: equal for the turns of a loop.
+        arguments: The arguments, tensors replaced by `Ref`.
+        keywords: The keyword arguments, likewise.
+        inputs: The tensors among the arguments, with their paths.
+        outputs: The tensors of the result, with their paths. A call that returns its argument as it is has it here.
+        operators: Numbers of the ATen operators that it ran.
+        writes: Values that it has overwritten: they go on as one of `outputs`, or under `overwritten`.
+        overwritten: For in-place calls that do not return what they have written (`x[i] = y`): the new values.
+        result_used: Whether the code that calls does something with what is returned.
+    """
+
+    index: int
+    function: str
+    frames: tuple[Frame, ...]
+    location: tuple[tuple[int, int], ...]
+    arguments: tuple[Any, ...] = ()
+    keywords: dict[str, Any] = field(default_factory=dict)
+    inputs: list[tuple[Path, ValueId]] = field(default_factory=list)
+    outputs: list[tuple[Path, ValueId]] = field(default_factory=list)
+    operators: list[int] = field(default_factory=list)
+    writes: list[ValueId] = field(default_factory=list)
+    overwritten: list[ValueId] = field(default_factory=list)
+    result_used: bool = True
+
+    @property
+    def module(self) -> str:
+        """Dotted name of the module that makes the call."""
+        return self.frames[-1].module
+
+    @property
+    def results(self) -> list[ValueId]:
+        """Values that this call has made: new ones, not arguments passed through."""
+        given = {value for _, value in self.inputs}
+        return [v for v in dict.fromkeys([v for _, v in self.outputs] + self.overwritten) if v not in given]
+
+
+@dataclass
+class Operator:
+    """An ATen operator; the level at which channels can be followed.
+
+    Attributes:
+        index: Its number, in the order of the forward.
+        function: The overload, e.g. `torch.ops.aten.convolution.default`.
+        arguments: The arguments, tensors replaced by `Ref`.
+        keywords: The keyword arguments, likewise.
+        inputs: The tensors among the arguments.
+        outputs: The tensors of the result, with their paths.
+        call: Number of the function call in which it ran; None when torch ran it by itself.
+        module: Dotted name of the innermost module whose forward was running.
+    """
+
+    index: int
+    function: Any
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
+    inputs: list[ValueId]
+    outputs: list[tuple[Path, ValueId]]
+    call: int | None
+    module: str
+
+    @property
+    def name(self) -> str:
+        """Name of the overload, e.g. `aten.convolution.default`."""
+        return str(self.function)
+
+
+@dataclass
+class ModuleCall:
+    """One run of a module's forward.
+
+    Attributes:
+        module: Dotted name.
+        cls: Name of its class.
+        invocation: Which call of the module this is in the forward, from 0.
+        inputs: The tensors among the arguments, with their paths.
+        outputs: The tensors of the result, with their paths.
+    """
+
+    module: str
+    cls: str
+    invocation: int
+    inputs: list[tuple[Path, ValueId]] = field(default_factory=list)
+    outputs: list[tuple[Path, ValueId]] = field(default_factory=list)
+
+
+@dataclass
+class ForwardTrace:
+    """One forward of the model on one example.
+
+    Attributes:
+        training: Whether the model was in training mode.
+        values: All tensors, by number.
+        calls: The function calls, in order.
+        operators: The ATen operators, in order.
+        module_calls: Runs of modules, in the order in which they began.
+        sequences: (module, invocation) -> function -> numbers of its calls while the module ran, modules below it
+            included. Calls without any tensor result are not counted.
+        real: Whether real tensors had to be used, because the forward needs values.
+    """
+
+    training: bool = False
+    values: list[Value] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
+    operators: list[Operator] = field(default_factory=list)
+    module_calls: list[ModuleCall] = field(default_factory=list)
+    sequences: dict[tuple[str, int], dict[str, list[int]]] = field(default_factory=dict)
+    real: bool = False
+
+    @property
+    def inputs(self) -> list[Value]:
+        """The tensors that the model was given."""
+        return [value for value in self.values if value.inputs]
+
+    @property
+    def outputs(self) -> list[Value]:
+        """The tensors that the model returned."""
+        return [value for value in self.values if value.outputs]
+
+    def consumers(self) -> dict[ValueId, list[tuple[int, Path]]]:
+        """Returns, for each value, the calls that take it: (number of the call, path of the argument)."""
+        found: dict[ValueId, list[tuple[int, Path]]] = {value.index: [] for value in self.values}
+        for call in self.calls:
+            for path, value in call.inputs:
+                found[value].append((call.index, path))
+        return found
+
+
+def tensors_with_paths(structure: Any, path: Path = ()) -> Iterator[tuple[Path, torch.Tensor]]:
+    """Yields the tensors in nested tuples, lists and dicts (and dataclass-like outputs), with how to reach them."""
+    if isinstance(structure, torch.Tensor):
+        yield path, structure
+    elif isinstance(structure, dict):
+        for key, item in structure.items():
+            if isinstance(key, (int, str)):
+                yield from tensors_with_paths(item, (*path, key))
+    elif isinstance(structure, (tuple, list)):
+        for position, item in enumerate(structure):
+            yield from tensors_with_paths(item, (*path, position))
