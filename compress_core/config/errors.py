@@ -46,11 +46,11 @@ def join_path(prefix: str, location: Sequence[int | str]) -> str:
 
 
 def _problem(details: Any, model: type[BaseModel], prefix: str) -> Problem:
-    location = [part for part in details["loc"] if not _is_internal(part)]
+    location = _location(details["loc"], model)
     path = join_path(prefix, location)
     kind, value = details["type"], details["input"]
     if kind == "extra_forbidden":
-        known = _fields_at(model, location[:-1])
+        known = dict.fromkeys(_fields_at(model, location[:-1]))
         return Problem(
             path,
             f"unknown key (value {shown(value)}).{did_you_mean(str(location[-1]), known)} "
@@ -68,6 +68,15 @@ def _problem(details: Any, model: type[BaseModel], prefix: str) -> Problem:
     return Problem(path, f"{text}, got {shown(value)}.{hint}{_meaning(model, location)}")
 
 
+def _location(parts: Sequence[int | str], model: type[BaseModel]) -> list[int | str]:
+    """Leaves out what pydantic adds to a location; the keys of a dict, such as scopes, may look like that."""
+    kept: list[int | str] = []
+    for part in parts:
+        if not _is_internal(part) or _values_of_dict(_annotation_at(model, kept)[1]) is not None:
+            kept.append(part)
+    return kept
+
+
 def _is_internal(part: int | str) -> bool:
     # pydantic adds the names of union members and validators to a location.
     return isinstance(part, str) and ("[" in part or part in {"str", "int", "float", "bool", "list", "dict"})
@@ -82,12 +91,19 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
     return found
 
 
+def _values_of_dict(annotation: Any) -> Any:
+    return typing.get_args(annotation)[1] if typing.get_origin(annotation) is dict else None
+
+
 def _annotation_at(model: type[BaseModel], location: Sequence[int | str]) -> tuple[list[type[BaseModel]], Any]:
     """Walks down the fields; returns the model classes that can stand at a location, and its annotation."""
     models: list[type[BaseModel]] = [model]
     annotation: Any = model
     for part in location:
         if isinstance(part, int):
+            continue
+        if (values := _values_of_dict(annotation)) is not None:
+            annotation, models = values, _models_in(values)
             continue
         field = next((m.model_fields[part] for m in models if part in m.model_fields), None)
         if field is None:

@@ -352,3 +352,22 @@ def test_command_whose_reader_stops_reading():
 def test_path_that_no_file_can_have():
     with pytest.raises(ConfigError, match="cannot read the config"):
         CompressionConfig.from_json("\0")
+
+
+def test_errors_below_a_key_name_the_key_whatever_it_looks_like(registry):
+    from pydantic import BaseModel, ValidationError
+
+    from compress_core.config.errors import problems_of
+
+    class Leaf(BaseModel, extra="forbid"):
+        bits: int = 8
+
+    class Overrides(BaseModel):
+        weights: dict[str, Leaf] = {}
+
+    for scope in ("Model/Conv2d[conv]/conv2d_0", "{re}fc", "list", "bits"):
+        with pytest.raises(ValidationError) as caught:
+            Overrides.model_validate({"weights": {scope: {"bitz": 4}}})
+        (problem,) = problems_of(caught.value, Overrides, "section")
+        assert problem.path == f"section.weights.{scope}.bitz"
+        assert problem.message == "unknown key (value 4). Did you mean 'bits'? Known here: bits."

@@ -98,8 +98,8 @@ class QuantizationInitializer(InitializerSection):
 
     range: Ranges | None = Field(
         None,
-        description="statistics for the initial ranges: an object for all quantizers, or a list of objects with scopes; "
-        "by default mixed_min_max over 256 samples",
+        description="statistics for the initial ranges: an object for all quantizers, or a list of objects with "
+        "scopes; by default mixed_min_max over 256 samples",
     )
     precision: PrecisionConfig | None = Field(None, description="different numbers of bits for different quantizers")
 
