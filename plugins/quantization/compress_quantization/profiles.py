@@ -1,0 +1,197 @@
+"""What the hardware that a model is meant for can do, read from the JSON files in `profiles/`.
+
+Operators go by these kinds, whatever module or function of torch computes them:
+
+    conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d linear matmul embedding rnn
+    add sub mul div min max (of two tensors) compare pow mean sum norm (L2) round
+    avg_pool interpolate (linear, cubic, area) interpolate_nearest pixel_shuffle
+    batch_norm group_norm layer_norm scaled_dot_product_attention concat
+
+A kind that a profile does not list is not quantized there. The order in a file is an order of preference: the first
+scheme, and the first number of bits, mode and granularity in it, is what a quantizer gets unless the config says
+otherwise. Facts: the hardware profiles of NNCF 2.16; TRIAL is its table of quantizable operators together with
+one-dimensional convolutions, whose weights NNCF quantizes and whose inputs it forgets.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from typing import Any, Literal
+
+from compress_core import ConfigError
+from compress_quantization.config import Mode, QuantizerGroup
+
+_FILES = {"ANY": "cpu", "CPU": "cpu", "GPU": "gpu", "NPU": "npu", "TRIAL": "trial"}
+
+_PER_CHANNEL = {"per_channel": True, "per_tensor": False}
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """A set of ways to quantize a tensor; any of its bits goes with any of its modes and granularities.
+
+    Attributes:
+        bits: Numbers of bits.
+        modes: Modes.
+        per_channel: Granularities: whether each channel has its own range.
+        signed: The sign of symmetric grids where the device leaves no choice.
+    """
+
+    bits: tuple[int, ...]
+    modes: tuple[Mode, ...]
+    per_channel: tuple[bool, ...]
+    signed: bool | None = None
+
+    def fits(self, *, bits: int | None = None, mode: Mode | None = None, per_channel: bool | None = None) -> bool:
+        """Returns whether it offers what is asked for; None asks for nothing."""
+        return (
+            (bits is None or bits in self.bits)
+            and (mode is None or mode in self.modes)
+            and (per_channel is None or per_channel in self.per_channel)
+        )
+
+    def __str__(self) -> str:
+        bits = _listed(str(bits) for bits in sorted(self.bits))
+        granularity = _listed("per channel" if per_channel else "per tensor" for per_channel in self.per_channel)
+        return f"{bits} bits {_listed(self.modes)} {granularity}"
+
+
+@dataclass(frozen=True)
+class Operator:
+    """What a device offers for one kind of operator.
+
+    Attributes:
+        activations: Schemes for its inputs; without any they are not quantized for its sake.
+        depthwise_activations: The same for depthwise convolutions.
+        weights: Schemes for its weights.
+        inputs: Indices of the inputs that are quantized; None for all.
+    """
+
+    activations: tuple[Scheme, ...] = ()
+    depthwise_activations: tuple[Scheme, ...] = ()
+    weights: tuple[Scheme, ...] = ()
+    inputs: tuple[int, ...] | None = None
+
+
+_NOTHING = Operator()
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What a device offers.
+
+    Attributes:
+        device: Its name, as `target_device` has it.
+        presets: Whether `preset` sets the modes: always, only where the config names one, or never.
+        half_range_weights: Whether 8-bit weights may overflow there, so that `overflow_fix` applies.
+        unified_scales: Kinds of operators whose inputs must share one quantizer.
+        operators: What it offers for each kind of operator.
+    """
+
+    device: str
+    presets: Literal["always", "if_given", "never"]
+    half_range_weights: bool
+    unified_scales: frozenset[str] = frozenset()
+    operators: Mapping[str, Operator] = field(default_factory=dict)
+
+    def schemes(self, group: QuantizerGroup, operator: str, *, depthwise: bool = False) -> tuple[Scheme, ...]:
+        """Returns what is offered for the weights or the inputs of an operator, in order of preference."""
+        offered = self.operators.get(operator, _NOTHING)
+        if group == "weights":
+            return offered.weights
+        return offered.depthwise_activations if depthwise else offered.activations
+
+    def all_schemes(self, group: QuantizerGroup) -> tuple[Scheme, ...]:
+        """Returns what is offered for the weights or the activations of any operator."""
+        found = [
+            scheme
+            for offered in self.operators.values()
+            for scheme in (
+                offered.weights if group == "weights" else (*offered.activations, *offered.depthwise_activations)
+            )
+        ]
+        return tuple(dict.fromkeys(found))
+
+    def quantizes_inputs(self, operator: str) -> bool:
+        """Returns whether inputs of such operators are quantized."""
+        return bool(self.operators.get(operator, _NOTHING).activations)
+
+    def quantizes_input(self, operator: str, index: int) -> bool:
+        """Returns whether one input of such operators is quantized."""
+        offered = self.operators.get(operator, _NOTHING)
+        return bool(offered.activations) and (offered.inputs is None or index in offered.inputs)
+
+    def quantizes_weights(self, operator: str) -> bool:
+        """Returns whether weights of such operators are quantized."""
+        return bool(self.operators.get(operator, _NOTHING).weights)
+
+    def unifies_inputs(self, operator: str) -> bool:
+        """Returns whether the inputs of such operators share one quantizer."""
+        return operator in self.unified_scales
+
+
+@functools.cache
+def load_profile(target_device: str) -> Profile:
+    """Returns the profile of a device; ANY is CPU.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    if target_device not in _FILES:
+        raise ConfigError(
+            f"there is no quantization profile for the target_device '{target_device}'; choose one of "
+            f'{", ".join(_FILES)} ("CPU" is right for Sapphire Rapids unless it is to compute in bfloat16)'
+        )
+    file = resources.files("compress_quantization") / "profiles" / f"{_FILES[target_device]}.json"
+    return parse_profile(json.loads(file.read_text(encoding="utf-8")))
+
+
+def parse_profile(document: Mapping[str, Any]) -> Profile:
+    """Returns the profile that a JSON document describes.
+
+    Raises:
+        KeyError: A scheme is named and not described, or a key is missing.
+        ValueError: A kind of operator occurs twice.
+    """
+    schemes = {name: _scheme(entry) for name, entry in document["schemes"].items()}
+    operators: dict[str, Operator] = {}
+    for entry in document["operators"]:
+        activations, depthwise, weights = (
+            tuple(schemes[name] for name in entry.get(key, ()))
+            for key in ("activations", "depthwise_activations", "weights")
+        )
+        inputs = tuple(entry["inputs"]) if "inputs" in entry else None
+        for kind in entry["kinds"]:
+            if kind in operators:
+                raise ValueError(f"the profile {document['device']} describes the operator '{kind}' twice")
+            operators[kind] = Operator(activations, depthwise or activations, weights, inputs)
+    return Profile(
+        device=document["device"],
+        presets=document["presets"],
+        half_range_weights=document["half_range_weights"],
+        unified_scales=frozenset(document["unified_scales"]),
+        operators=operators,
+    )
+
+
+def described(schemes: Iterable[Scheme]) -> str:
+    """Returns what schemes offer, for a message."""
+    return "; ".join(str(scheme) for scheme in schemes) or "nothing"
+
+
+def _scheme(entry: Mapping[str, Any]) -> Scheme:
+    return Scheme(
+        bits=tuple(entry["bits"]),
+        modes=tuple(entry["modes"]),
+        per_channel=tuple(_PER_CHANNEL[name] for name in entry["granularities"]),
+        signed=entry.get("signed"),
+    )
+
+
+def _listed(words: Iterable[str]) -> str:
+    *most, last = words
+    return f"{', '.join(most)} or {last}" if most else last

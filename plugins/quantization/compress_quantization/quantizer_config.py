@@ -1,0 +1,383 @@
+"""Which settings a quantizer gets: the device's preferences, then preset, group, overrides, bits by scope."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from pydantic import TypeAdapter, ValidationError
+
+from compress_core import ConfigError, StateError
+from compress_core.errors import Problem
+from compress_core.scopes import ScopedModule, compile_scope
+from compress_quantization.config import (
+    Mode,
+    QuantizationConfig,
+    QuantizerGroup,
+    RangeConfig,
+    ScopedRangeConfig,
+    ScopeOverride,
+)
+from compress_quantization.profiles import Profile, Scheme, described
+
+_QUANTIZER = re.compile(r"^(?P<scope>.+)\|(?P<port>WEIGHT|OUTPUT|INPUT\d*)$")
+_REGEX_PREFIX = "{re}"
+
+_PRESETS: dict[str, dict[QuantizerGroup, Mode]] = {
+    "performance": {"weights": "symmetric", "activations": "symmetric"},
+    "mixed": {"weights": "symmetric", "activations": "asymmetric"},
+}
+
+
+@dataclass(frozen=True)
+class QuantizerSpec:
+    """What a quantizer is.
+
+    Attributes:
+        bits: Number of bits, 2 to 8.
+        mode: `symmetric`: the scale is learned; `asymmetric`: both ends of the range are.
+        signed: symmetric: whether the grid has values below zero; None: as the statistics show.
+        per_channel: Whether each channel has its own range.
+        narrow_range: symmetric: whether the grid has no value for -2^(bits-1), which makes it symmetric in fact.
+        half_range: Whether the grid has one bit less than `bits`, so that sums of products cannot overflow 16 bits.
+        logarithm_scale: Whether the logarithm of the scale is learned.
+    """
+
+    bits: int = 8
+    mode: Literal["symmetric", "asymmetric"] = "symmetric"
+    signed: bool | None = None
+    per_channel: bool = False
+    narrow_range: bool = False
+    half_range: bool = False
+    logarithm_scale: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns JSON-able values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> QuantizerSpec:
+        """Takes back what `to_dict` returned.
+
+        Raises:
+            StateError: It is not that.
+        """
+        try:
+            return TypeAdapter(cls).validate_json(json.dumps(dict(values)), strict=True, extra="forbid")
+        except (ValidationError, TypeError, ValueError) as error:
+            raise StateError(f"not the settings of a quantizer: {values} ({error})") from error
+
+
+@dataclass(frozen=True)
+class QuantizerPlace:
+    """Where a quantizer stands, as far as its settings depend on that.
+
+    Attributes:
+        names: What scopes can call it: the modules that share the weight; the modules and calls at an activation. A
+            call that is no module has a name of its own below that of its module, and NNCF's name of it.
+        group: Whether it is for weights or for activations.
+        operator: Kind of the operator that it is for (`compress_quantization.profiles`).
+        port: `WEIGHT`, `OUTPUT` or `INPUT<n>`, as NNCF names it.
+        depthwise: Whether the operator is a depthwise convolution.
+        first_layer: Whether the operator is the first convolution that an input of the model reaches.
+    """
+
+    names: tuple[ScopedModule, ...]
+    group: QuantizerGroup
+    operator: str
+    port: str
+    depthwise: bool = False
+    first_layer: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.names[0].name if self.names else self.operator}|{self.port}"
+
+
+@dataclass
+class _Request:
+    """What is asked of one quantizer, and by which path of the section."""
+
+    bits: int | None = None
+    mode: Mode | None = None
+    signed: bool | None = None
+    per_channel: bool | None = None
+    logarithm_scale: bool = False
+    paths: dict[str, str] = field(default_factory=dict)
+
+    def take(self, name: str, value: Any, path: str) -> None:
+        if value is not None:
+            setattr(self, name, value)
+            self.paths[name] = path
+
+    def said(self) -> str:
+        shown = {"mode": "{}", "bits": "{} bits", "per_channel": "per_channel {}", "signed": "signed {}"}
+        return ", ".join(
+            f"{text.format(json.dumps(getattr(self, name)) if name != 'mode' else self.mode)} ({self.paths[name]})"
+            for name, text in shown.items()
+            if name in self.paths
+        )
+
+
+class Resolver:
+    """Gives quantizers their settings, and remembers which entries of the section have been of use.
+
+    Paths are relative to the section.
+
+    Args:
+        config: The section.
+        profile: The device.
+
+    Raises:
+        ConfigError: A scope is empty or not a regular expression, or `bitwidth_per_scope` names no quantizer.
+    """
+
+    def __init__(self, config: QuantizationConfig, profile: Profile) -> None:
+        self._config = config
+        self._profile = profile
+        self._matchers: dict[str, Callable[[QuantizerPlace], bool]] = {}
+        self._validated: list[tuple[str, str]] = []
+        self._used: dict[str, list[str]] = {}
+        problems = [problem for path, entry, strict in self._entries() if (problem := self._add(path, entry, strict))]
+        if problems:
+            raise ConfigError(problems)
+
+    @property
+    def used(self) -> dict[str, list[str]]:
+        """Path of an override, scope or entry -> the quantizers that it has matched so far, for the ledger."""
+        return self._used
+
+    def resolve(self, place: QuantizerPlace) -> QuantizerSpec:
+        """Returns the settings of a quantizer.
+
+        Raises:
+            ConfigError: The device does not offer them for this operator.
+        """
+        request = self._request(place)
+        scheme = self._scheme(request, place)
+        bits = request.bits or scheme.bits[0]
+        mode = request.mode or scheme.modes[0]
+        symmetric = mode == "symmetric"
+        half_range = self._half_range(place, bits)
+        if symmetric and scheme.signed is not None and request.signed not in (None, scheme.signed):
+            raise self._refusal(request, place, "signed", [scheme])
+        return QuantizerSpec(
+            bits=bits,
+            mode=mode,
+            signed=(scheme.signed if scheme.signed is not None else request.signed) if symmetric else None,
+            per_channel=scheme.per_channel[0] if request.per_channel is None else request.per_channel,
+            narrow_range=place.group == "weights" and symmetric and bits == 8 and not half_range,
+            half_range=half_range,
+            logarithm_scale=request.logarithm_scale,
+        )
+
+    def range_for(self, place: QuantizerPlace) -> tuple[RangeConfig, str]:
+        """Returns how the range of a quantizer is initialized, and the path that says so (empty for the default).
+
+        Raises:
+            ConfigError: No entry, or more than one, of the list `initializer.range` is for this quantizer.
+        """
+        chosen: tuple[RangeConfig, str] | None = None
+        for path, override in self._overrides(place):
+            if override.initializer.range is not None:
+                chosen = override.initializer.range, f"{path}.initializer.range"
+        ranges = self._config.initializer.range
+        if chosen is not None:
+            return chosen
+        if ranges is None:
+            return RangeConfig(), ""
+        if isinstance(ranges, RangeConfig):
+            return ranges, "initializer.range"
+        found = [index for index, entry in enumerate(ranges) if self._in_range(place, index, entry)]
+        if len(found) != 1:
+            which = f"the entries {found}" if found else f"none of the {len(ranges)} entries"
+            raise ConfigError(
+                f"the quantizer '{place}' ({place.group}) is matched by {which}; each quantizer must match exactly "
+                "one: change target_scopes, ignored_scopes or target_quantizer_group",
+                path="initializer.range",
+            )
+        self._note(f"initializer.range.{found[0]}", place)
+        return ranges[found[0]], f"initializer.range.{found[0]}"
+
+    def reason_to_skip(self, place: QuantizerPlace) -> str | None:
+        """Returns why the scopes of `weights` or `activations` leave a place alone, or None when they do not.
+
+        The scopes of the section and of the document are not looked at.
+        """
+        group = getattr(self._config, place.group)
+        ignored = self._matching(f"{place.group}.ignored_scopes", group.ignored_scopes, place)
+        targets = self._matching(f"{place.group}.target_scopes", group.target_scopes, place)
+        if ignored:
+            return f"ignored by {ignored[0]}"
+        return f"not in {place.group}.target_scopes" if group.target_scopes and not targets else None
+
+    def dead_entries(self) -> list[Problem]:
+        """Returns a problem for each scope that has matched no quantizer, after all have been resolved."""
+        return [
+            Problem(path, f"the scope '{entry}' matches no quantizer of {path.split('.')[0]}. Correct or remove it")
+            for path, entry in self._validated
+            if path not in self._used
+        ]
+
+    # What the section says about a place.
+
+    def _request(self, place: QuantizerPlace) -> _Request:
+        request = _Request()
+        if (preset := effective_preset(self._config, self._profile)) is not None:
+            # Without a path: a preset is a preference, which gives way where an operator does not offer its mode.
+            request.mode = _PRESETS[preset][place.group]
+        group = getattr(self._config, place.group)
+        request.logarithm_scale = group.logarithm_scale
+        for path, options in [(place.group, group), *self._overrides(place)]:
+            for name in ("bits", "mode", "signed", "per_channel"):
+                request.take(name, getattr(options, name), f"{path}.{name}")
+        precision = self._config.initializer.precision
+        for index, (bits, entry) in enumerate(precision.bitwidth_per_scope if precision else ()):
+            path = f"initializer.precision.bitwidth_per_scope.{index}"
+            if self._matches(path, entry, place):
+                request.take("bits", bits, path)
+        return request
+
+    def _overrides(self, place: QuantizerPlace) -> Iterator[tuple[str, ScopeOverride]]:
+        overrides: dict[str, ScopeOverride] = getattr(self._config.scope_overrides, place.group)
+        for scope, override in overrides.items():
+            path = f"scope_overrides.{place.group}.{scope}"
+            if self._matches(path, scope, place):
+                yield path, override
+
+    def _scheme(self, request: _Request, place: QuantizerPlace) -> Scheme:
+        schemes = self._profile.schemes(place.group, place.operator, depthwise=place.depthwise)
+        modes = [request.mode] if "mode" in request.paths or request.mode is None else [request.mode, None]
+        for mode in modes:
+            for scheme in schemes:
+                if scheme.fits(bits=request.bits, mode=mode, per_channel=request.per_channel):
+                    request.mode = mode
+                    return scheme
+        culprit = next((name for name in ("bits", "mode", "per_channel") if name in request.paths), "mode")
+        raise self._refusal(request, place, culprit, schemes)
+
+    def _refusal(
+        self, request: _Request, place: QuantizerPlace, culprit: str, schemes: Sequence[Scheme]
+    ) -> ConfigError:
+        sign = "" if not schemes or schemes[0].signed is None or culprit != "signed" else ", always signed"
+        return ConfigError(
+            f"the quantizer '{place}' is asked to be {request.said() or request.mode}, and the device "
+            f"{self._profile.device} offers for {place.group} of '{place.operator}': {described(schemes)}{sign}. "
+            'Change this, ignore the layer, or set target_device "TRIAL", which offers everything',
+            path=request.paths.get(culprit, ""),
+        )
+
+    def _half_range(self, place: QuantizerPlace, bits: int) -> bool:
+        if place.group != "weights" or bits != 8 or not self._profile.half_range_weights:
+            return False
+        fix = self._config.overflow_fix
+        return fix == "enable" or (fix == "first_layer_only" and place.first_layer)
+
+    def _in_range(self, place: QuantizerPlace, index: int, entry: ScopedRangeConfig) -> bool:
+        path = f"initializer.range.{index}"
+        if entry.target_quantizer_group not in (None, place.group):
+            return False
+        ignored = self._matching(f"{path}.ignored_scopes", entry.ignored_scopes, place)
+        targets = self._matching(f"{path}.target_scopes", entry.target_scopes, place)
+        return not ignored and (not entry.target_scopes or bool(targets))
+
+    # Matching.
+
+    def _entries(self) -> Iterator[tuple[str, str, bool]]:
+        """Yields (path, scope, whether it must match something) for every scope that is matched here."""
+        config = self._config
+        for group in ("weights", "activations"):
+            section = getattr(config, group)
+            for key in ("ignored_scopes", "target_scopes"):
+                for index, entry in enumerate(getattr(section, key)):
+                    yield f"{group}.{key}.{index}", entry, section.validate_scopes
+            for scope in getattr(config.scope_overrides, group):
+                yield f"scope_overrides.{group}.{scope}", scope, config.validate_scopes
+        precision = config.initializer.precision
+        for index, (_, entry) in enumerate(precision.bitwidth_per_scope if precision else ()):
+            yield f"initializer.precision.bitwidth_per_scope.{index}", entry, config.validate_scopes
+        ranges = config.initializer.range
+        for index, item in enumerate(ranges if isinstance(ranges, list) else ()):
+            for key in ("ignored_scopes", "target_scopes"):
+                for position, entry in enumerate(getattr(item, key)):
+                    yield f"initializer.range.{index}.{key}.{position}", entry, item.validate_scopes
+
+    def _add(self, path: str, entry: str, strict: bool) -> Problem | None:
+        compile_entry = _quantizer_matcher if ".bitwidth_per_scope." in path else _scope_matcher
+        try:
+            self._matchers[path] = compile_entry(entry)
+        except ValueError as error:
+            return Problem(path, str(error))
+        if strict:
+            self._validated.append((path, entry))
+        return None
+
+    def _matches(self, path: str, entry: str, place: QuantizerPlace) -> bool:
+        matched = self._matchers[path](place)
+        if matched:
+            self._note(path, place)
+        return matched
+
+    def _matching(self, path: str, entries: Sequence[str], place: QuantizerPlace) -> list[str]:
+        """Returns the paths of the entries of a list that match."""
+        return [p for i, entry in enumerate(entries) if self._matches(p := f"{path}.{i}", entry, place)]
+
+    def _note(self, path: str, place: QuantizerPlace) -> None:
+        names = self._used.setdefault(path, [])
+        if str(place) not in names:
+            names.append(str(place))
+
+
+def effective_preset(config: QuantizationConfig, profile: Profile) -> str | None:
+    """Returns the preset that sets the modes on a device, or None."""
+    if profile.presets == "never":
+        return None
+    return config.preset or ("performance" if profile.presets == "always" else None)
+
+
+def check_strict_bits(config: QuantizationConfig, groups: Sequence[Sequence[tuple[str, QuantizerSpec]]]) -> None:
+    """Holds `bitwidth_assignment_mode: strict` against a finished placement.
+
+    Args:
+        config: The section.
+        groups: For each operator the quantizers that feed it, its weight's included: (name, settings).
+
+    Raises:
+        ConfigError: The mode is strict, and quantizers of one operator differ in bits.
+    """
+    precision = config.initializer.precision
+    if precision is None or precision.bitwidth_assignment_mode != "strict":
+        return
+    for group in groups:
+        if len({spec.bits for _, spec in group}) > 1:
+            shown = ", ".join(f"{name} with {spec.bits} bits" for name, spec in group)
+            raise ConfigError(
+                f"the mode is strict, and one operator is fed by {shown}; give them the same bits in "
+                'bitwidth_per_scope, or set "liberal"',
+                path="initializer.precision.bitwidth_assignment_mode",
+            )
+
+
+def _scope_matcher(entry: str) -> Callable[[QuantizerPlace], bool]:
+    predicate = compile_scope(entry)
+    # Calls that are no modules have names of NNCF that only equality can mean.
+    return lambda place: any(predicate(name) or entry in name.nncf_names for name in place.names)
+
+
+def _quantizer_matcher(entry: str) -> Callable[[QuantizerPlace], bool]:
+    """Returns the predicate for a scope with a port; a regular expression is searched in names with their port."""
+    if entry.startswith(_REGEX_PREFIX):
+        compile_scope(entry)
+        pattern = re.compile(entry[len(_REGEX_PREFIX) :])
+        return lambda place: any(
+            pattern.search(f"{name}|{place.port}")
+            for scoped in place.names
+            for name in (scoped.name, *scoped.nncf_names)
+        )
+    parts = _QUANTIZER.match(entry)
+    if parts is None:
+        raise ValueError(f"'{entry}' names no quantizer: it must end with |WEIGHT, |OUTPUT or |INPUT<n>")
+    matches = _scope_matcher(parts["scope"])
+    return lambda place: place.port == parts["port"] and matches(place)
