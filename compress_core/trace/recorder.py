@@ -85,8 +85,10 @@ class Recorder:
         return index
 
     def _new(self, tensor: torch.Tensor) -> ValueId:
+        with torch._C.DisableTorchFunction():  # asking for a shape in a hook is a call that the mode would record
+            shape, dtype = tuple(tensor.shape), tensor.dtype
         index = len(self.trace.values)
-        self.trace.values.append(Value(index, tuple(tensor.shape), tensor.dtype))
+        self.trace.values.append(Value(index, shape, dtype))
         self._known[id(tensor)] = index
         self._keep.append(tensor)
         return index

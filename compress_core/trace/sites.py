@@ -1,8 +1,8 @@
 """From calls of one traced forward to places that hold for every forward.
 
-The same call can be described from the point of view of each module that is running: "the second `relu` of `layer1.0`",
-"the fifth of `layer1`". The innermost module that can tell a call apart from all others is the best one: its forward has
-the fewest calls to count, and changes elsewhere in the model do not disturb it.
+The same call can be described from the point of view of each module that is running: "the second `relu` of
+`layer1.0`", "the fifth of `layer1`". The innermost module that can tell a call apart from all others is the best: its
+forward has the fewest calls to count, and changes elsewhere in the model do not disturb it.
 
 Calls are the same *site* when they stand at the same code positions below the model: the turns of a loop.
 """

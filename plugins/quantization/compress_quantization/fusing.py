@@ -1,0 +1,101 @@
+"""Chains of operators that a runtime computes as one: between them nothing is quantized."""
+
+from __future__ import annotations
+
+from compress_core.trace import Call, ForwardTrace
+from compress_core.trace.graph import ValueId
+from compress_quantization.operators import (
+    ARITHMETIC_KINDS,
+    LINEAR_KINDS,
+    is_activation,
+    is_data_argument,
+    kind_of,
+)
+
+# A self-gated activation (x * sigmoid(x), hard swish) is at most this many calls long.
+_LONGEST_GATE = 5
+
+
+def fused_calls(forward: ForwardTrace) -> set[int]:
+    """Returns the numbers of the calls that go on with what the call before them has computed.
+
+    These are batch norms behind a weighted or arithmetic operator, arithmetic with constants (scale and shift) behind
+    one of these or at an input of the model, each also behind an activation function; and activation functions that
+    are written out, such as x * sigmoid(x) or x * relu6(x + 3) / 6.
+    """
+    return _Fusing(forward).run()
+
+
+class _Fusing:
+    def __init__(self, forward: ForwardTrace) -> None:
+        self._forward = forward
+        self._readers = {
+            value: {index for index, _ in found if forward.calls[index].results}
+            for value, found in forward.consumers().items()
+        }
+        self._fused: set[int] = set()
+
+    def run(self) -> set[int]:
+        for call in self._forward.calls:
+            if kind_of(call.function) == "mul":
+                self._fused |= self._gate(call)
+        for call in self._forward.calls:
+            data = self._data(call)
+            kind = kind_of(call.function)
+            is_shift = kind in ARITHMETIC_KINDS and len(data) == 1
+            if (is_shift or kind == "batch_norm") and len(data) == 1 and self._continues(data[0], is_shift):
+                self._fused.add(call.index)
+        return self._fused
+
+    def _data(self, call: Call) -> list[ValueId]:
+        """Returns the activations among a call's arguments: no parameters, no constants."""
+        values = self._forward.values
+        return [
+            value
+            for path, value in call.inputs
+            if is_data_argument(call, path)
+            and not values[value].parameter
+            and (values[value].call is not None or values[value].inputs)
+        ]
+
+    def _continues(self, value: ValueId, is_shift: bool) -> bool:
+        known = self._forward.values[value]
+        if known.outputs or len(self._readers[value]) != 1:
+            return False
+        if known.call is None:
+            return is_shift and bool(known.inputs)
+        producer = self._forward.calls[known.call]
+        if producer.index in self._fused:
+            return True
+        kind = kind_of(producer.function)
+        if kind in LINEAR_KINDS or kind in ARITHMETIC_KINDS or (is_shift and kind == "batch_norm"):
+            return True
+        data = self._data(producer)
+        return is_activation(producer.function) and len(data) == 1 and self._continues(data[0], is_shift)
+
+    def _gate(self, call: Call) -> set[int]:
+        """Returns the calls of a self-gated activation that ends in the product `call`; empty if it is none."""
+        data = self._data(call)
+        if len(data) != 2:
+            return set()
+        for start, gate in (data, reversed(data)):
+            chain = self._chain(gate, start)
+            if chain:
+                return chain | {call.index}
+        return set()
+
+    def _chain(self, end: ValueId, start: ValueId) -> set[int]:
+        """Returns the element-wise calls that lead from `start` to `end`; empty if others are in between."""
+        chain: set[int] = set()
+        while end != start and len(chain) < _LONGEST_GATE:
+            made_by = self._forward.values[end].call
+            if made_by is None:
+                return set()
+            call = self._forward.calls[made_by]
+            data = self._data(call)
+            element_wise = is_activation(call.function) or kind_of(call.function) in ARITHMETIC_KINDS
+            if not element_wise or len(data) != 1:
+                return set()
+            chain.add(made_by)
+            end = data[0]
+        return chain if end == start else set()

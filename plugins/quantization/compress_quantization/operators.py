@@ -1,0 +1,135 @@
+"""What functions of torch mean to quantization: which kind of operator each one is.
+
+A function is known by the last part of its name, without the underscore of in-place variants: `torch.add`,
+`torch.Tensor.add`, `torch.Tensor.add_` and `+` are all `add`.
+"""
+
+from __future__ import annotations
+
+from compress_core.trace import Call
+from compress_core.transforms.places import Path
+
+# Function -> kind, as the profiles list kinds.
+_KINDS: dict[str, str] = {
+    **{f"{name}{n}d": f"{name}{n}d" for name in ("conv", "conv_transpose") for n in (1, 2, 3)},
+    "linear": "linear",
+    "bilinear": "linear",
+    "embedding": "embedding",
+    "embedding_bag": "embedding",
+    **dict.fromkeys(("matmul", "mm", "bmm", "baddbmm", "addmm", "addbmm", "einsum", "mv", "__rmatmul__"), "matmul"),
+    **dict.fromkeys(("add", "__radd__"), "add"),
+    **dict.fromkeys(("sub", "subtract", "rsub", "__rsub__"), "sub"),
+    **dict.fromkeys(("mul", "multiply", "__rmul__"), "mul"),
+    **dict.fromkeys(("div", "divide", "true_divide", "__rdiv__", "__rtruediv__"), "div"),
+    **dict.fromkeys(("min", "minimum", "fmin"), "min"),
+    **dict.fromkeys(("max", "maximum", "fmax"), "max"),
+    **dict.fromkeys(("pow", "square", "__rpow__"), "pow"),
+    **dict.fromkeys(("eq", "ne", "lt", "le", "gt", "ge"), "compare"),
+    "mean": "mean",
+    "sum": "sum",
+    **dict.fromkeys(("norm", "vector_norm", "normalize"), "norm"),
+    **{f"{prefix}avg_pool{n}d": "avg_pool" for prefix in ("", "adaptive_") for n in (1, 2, 3)},
+    **dict.fromkeys(("interpolate", "upsample", "grid_sample"), "interpolate"),
+    "layer_norm": "layer_norm",
+    "rms_norm": "layer_norm",
+    **dict.fromkeys(("group_norm", "instance_norm"), "group_norm"),
+    "batch_norm": "batch_norm",
+    "scaled_dot_product_attention": "scaled_dot_product_attention",
+    "multi_head_attention_forward": "scaled_dot_product_attention",
+    **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell"), "rnn"),
+    **dict.fromkeys(("rnn_tanh_cell", "rnn_relu_cell"), "rnn"),
+    "round": "round",
+    **dict.fromkeys(("cat", "concat", "concatenate", "hstack", "vstack", "stack"), "concat"),
+}
+
+# Values pass through these unchanged, in another shape or order: a quantizer before does as well as one behind.
+_TRANSPARENT = frozenset(
+    [f"{prefix}max_pool{n}d" for prefix in ("", "adaptive_") for n in (1, 2, 3)]
+    + [f"{prefix}dropout{n}" for prefix in ("", "alpha_", "feature_", "feature_alpha_") for n in ("", "1d", "2d", "3d")]
+    + ["max_unpool1d", "max_unpool2d", "max_unpool3d"]
+    # shapes
+    + ["reshape", "reshape_as", "view", "view_as", "flatten", "unflatten", "ravel", "squeeze", "unsqueeze"]
+    # orders
+    + ["transpose", "swapaxes", "swapdims", "permute", "movedim", "moveaxis", "t", "T", "mT", "H", "roll", "flip"]
+    + ["rot90", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle"]
+    # parts
+    + ["split", "split_with_sizes", "tensor_split", "chunk", "unbind", "select", "narrow", "index_select", "gather"]
+    + ["take", "take_along_dim", "diagonal", "__getitem__", "unfold"]
+    # copies
+    + ["expand", "expand_as", "broadcast_to", "repeat", "tile", "repeat_interleave", "contiguous", "clone", "detach"]
+    + ["alias", "zero_pad2d"]
+)
+
+# Applied to each value by itself; with a weighted or arithmetic operator before them they run as one in a runtime.
+_ACTIVATIONS = frozenset(
+    ["relu", "relu6", "leaky_relu", "prelu", "rrelu", "elu", "selu", "celu", "gelu", "silu", "mish", "sigmoid"]
+    + ["logsigmoid", "tanh", "hardtanh", "hardsigmoid", "hardswish", "hardshrink", "softplus", "softsign", "threshold"]
+    + ["clamp", "clip", "clamp_min", "clamp_max"]
+)
+
+LINEAR_KINDS = frozenset(
+    [f"{name}{n}d" for name in ("conv", "conv_transpose") for n in (1, 2, 3)] + ["linear", "matmul", "rnn", "embedding"]
+)
+ARITHMETIC_KINDS = frozenset(["add", "sub", "mul", "div"])
+
+# Where the activations of an operator are, if not in all its tensor arguments.
+_DATA_ARGUMENTS: dict[str, tuple[int | str, ...]] = {
+    **dict.fromkeys(LINEAR_KINDS - {"matmul"}, (0, "input")),
+    **dict.fromkeys(("layer_norm", "group_norm", "batch_norm", "interpolate"), (0, "input")),
+    "scaled_dot_product_attention": (0, 1, 2, "query", "key", "value"),
+}
+
+# Where the weight of an operator is.
+_WEIGHT_ARGUMENTS = (1, "weight")
+
+
+def base_name(function: str) -> str:
+    """Returns the last part of a function's name, in-place variants like the others."""
+    parts = function.split(".")
+    name = parts[-2] if parts[-1] == "__get__" else parts[-1]
+    return name if name.startswith("__") else name.rstrip("_")
+
+
+def kind_of(function: str) -> str:
+    """Returns the kind of an operator, or the empty string when it is none that profiles list."""
+    return _KINDS.get(base_name(function), "")
+
+
+def is_transparent(call: Call) -> bool:
+    """Tells whether a call only moves values about."""
+    name = base_name(call.function)
+    if name == "pad":
+        return _pads_with_zeros(call)
+    # A change of device or memory format, but not of dtype.
+    if name in ("to", "type_as", "cpu", "cuda", "float", "type"):
+        return bool(call.outputs) and not call.results
+    return name in _TRANSPARENT
+
+
+def _pads_with_zeros(call: Call) -> bool:
+    mode = call.keywords.get("mode", call.arguments[2] if len(call.arguments) > 2 else "constant")
+    value = call.keywords.get("value", call.arguments[3] if len(call.arguments) > 3 else 0)
+    # Zero is on every grid, and the other modes repeat values that are there.
+    return mode != "constant" or not value
+
+
+def is_activation(function: str) -> bool:
+    """Tells whether a function is an element-wise activation function."""
+    return base_name(function) in _ACTIVATIONS
+
+
+def is_data_argument(call: Call, path: Path) -> bool:
+    """Tells whether a tensor argument of a call is an activation (and not a weight, a bias or a statistic)."""
+    wanted = _DATA_ARGUMENTS.get(kind_of(call.function))
+    if base_name(call.function) == "einsum":
+        return True
+    return wanted is None or path[0] in wanted
+
+
+def is_weight_argument(call: Call, path: Path) -> bool:
+    """Tells whether a tensor argument of a call is the weight of a convolution, a linear layer or an embedding."""
+    kind = kind_of(call.function)
+    if kind == "embedding":
+        # F.embedding(input, weight), but torch.embedding(weight, input).
+        return path[0] in ((1, "weight") if call.function.startswith("torch.nn.functional") else (0, "weight"))
+    return kind in LINEAR_KINDS - {"matmul", "rnn"} and path[0] in _WEIGHT_ARGUMENTS

@@ -1,0 +1,268 @@
+"""Where activations are quantized: by propagation over the trace.
+
+Operators that a runtime computes with integers *demand* quantized inputs. From there a quantizer moves up towards where
+the tensor is produced: through operators that only move values about, and over a branching point when all branches
+want the same. So one quantizer serves all who read the tensor, and it stands behind the activation function that a
+runtime fuses with the convolution before it. It stays below tensors that the model also returns.
+
+Quantizers that meet at a concatenation become one, because a runtime concatenates integers of one scale only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+
+from compress_core.trace import Call, ForwardTrace, Trace
+from compress_core.trace.graph import ValueId
+from compress_core.trace.sites import CallRef, Sites
+from compress_core.transforms.places import ActivationPlace, Path
+from compress_quantization.fusing import fused_calls
+from compress_quantization.operators import is_data_argument, is_transparent, kind_of
+from compress_quantization.quantizer_config import QuantizerSpec
+
+# What an operator demands of one of its inputs, or None.
+Demand = Callable[[Call, Path], QuantizerSpec | None]
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What placement depends on besides the trace.
+
+    Attributes:
+        demand: What an operator wants of an input.
+        quantize_inputs: Whether inputs of the model are quantized.
+        output_spec: How outputs of the model are quantized; None leaves them alone.
+        unify_concat: Whether quantizers that meet at a concatenation become one.
+    """
+
+    demand: Demand
+    quantize_inputs: bool = True
+    output_spec: QuantizerSpec | None = None
+    unify_concat: bool = True
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A quantizer of activations.
+
+    Attributes:
+        spec: What it is like.
+        places: Where it stands; several when tensors that meet at a concatenation share it.
+        modules: Dotted names of the modules that make the quantized tensor, and of those that demand it.
+        shape: Shape of the first of its tensors in the example.
+    """
+
+    spec: QuantizerSpec
+    places: tuple[ActivationPlace, ...]
+    modules: tuple[str, ...]
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """All quantizers of activations of a model.
+
+    Attributes:
+        quantizers: In the order of the forward.
+        unplaced: Description of each tensor that should be quantized and that no place names -> why.
+    """
+
+    quantizers: tuple[Placed, ...]
+    unplaced: dict[str, str] = field(default_factory=dict)
+
+
+def place_quantizers(trace: Trace, rules: Rules) -> Placement:
+    """Returns the quantizers of activations that a model needs."""
+    sites = Sites(trace)
+    wishes: dict[ActivationPlace, _Wish] = {}
+    unplaced: dict[str, str] = {}
+    groups = _Groups()
+    for number, forward in enumerate(trace.forwards):
+        propagation = _Propagation(forward, rules, groups, number)
+        for wish in propagation.wishes():
+            for place, description in _places(wish, number, forward, sites):
+                if place is None:
+                    unplaced[description] = "the example inputs disagree about which call this is"
+                    continue
+                wishes.setdefault(place, wish)
+                groups.join(place, wish.group)
+    return Placement(tuple(_merged(wishes, groups)), unplaced)
+
+
+@dataclass
+class _Wish:
+    """A quantizer that is wanted.
+
+    Attributes:
+        value: The tensor.
+        spec: What the quantizer is to be like.
+        group: Wishes with joined groups become one quantizer.
+        readers: None when the tensor is quantized for everybody; else the calls that get it quantized.
+        modules: Names of the modules that demand it.
+        shape: The tensor's shape.
+    """
+
+    value: ValueId
+    spec: QuantizerSpec
+    group: Hashable
+    readers: list[tuple[int, Path]] | None
+    modules: list[str]
+    shape: tuple[int, ...]
+
+
+@dataclass
+class _Ask:
+    """What one reader of a tensor wants: nothing special (None), or a quantizer, instead of those further down."""
+
+    spec: QuantizerSpec | None
+    reader: tuple[int, Path]
+    instead_of: list[ValueId] = field(default_factory=list)
+    modules: list[str] = field(default_factory=list)
+    # Readers that would rather keep the quantizers further down than have one of their own.
+    only_together: bool = False
+    # Whether this quantizer and the others that take the place of those further down have to be one.
+    unified: bool = True
+
+
+class _Propagation:
+    """Moves the quantizers of one forward up as far as they go."""
+
+    def __init__(self, forward: ForwardTrace, rules: Rules, groups: _Groups, number: int) -> None:
+        self._forward = forward
+        self._rules = rules
+        self._groups = groups
+        self._number = number
+        self._consumers = forward.consumers()
+        self._fused = fused_calls(forward)
+        # Values that are quantized for everybody, and the others that some reader wants quantized.
+        self._whole: dict[ValueId, _Wish] = {}
+        self._partial: list[_Wish] = []
+        # Quantizers behind concatenations that the inputs have taken over.
+        self._lifted: dict[int, _Wish] = {}
+
+    def wishes(self) -> list[_Wish]:
+        """Returns all wishes in the order of the forward."""
+        for value in reversed(self._forward.values):
+            if self._is_activation(value.index):
+                self._settle(value.index)
+        return sorted([*self._whole.values(), *self._partial], key=lambda wish: wish.value)
+
+    def _is_activation(self, value: ValueId) -> bool:
+        known = self._forward.values[value]
+        if not known.dtype.is_floating_point or known.parameter:
+            return False
+        return known.call is not None or (bool(known.inputs) and self._rules.quantize_inputs)
+
+    def _settle(self, value: ValueId) -> None:
+        calls = self._forward.calls
+        asks = [self._ask(calls[index], path) for index, path in self._consumers[value] if self._reads(index)]
+        outputs = self._forward.values[value].outputs
+        specs = {ask.spec for ask in asks} | ({self._rules.output_spec} if outputs else set())
+        if len(specs) == 1 and None not in specs:
+            (wanted,) = (spec for spec in specs if spec is not None)
+            self._whole[value] = self._wish(value, wanted, asks, ("value", self._number, value))
+            return
+        for spec in dict.fromkeys(ask.spec for ask in asks):
+            own = [ask for ask in asks if ask.spec == spec and not ask.only_together]
+            if spec is not None and own:
+                wish = self._wish(value, spec, own, ("readers", self._number, value, spec))
+                wish.readers = [ask.reader for ask in own]
+                self._partial.append(wish)
+
+    def _reads(self, index: int) -> bool:
+        # A call that hands its argument on as it is (dropout in eval mode) has no opinion: its readers have.
+        call = self._forward.calls[index]
+        return bool(call.results) or not call.outputs
+
+    def _wish(self, value: ValueId, spec: QuantizerSpec, asks: list[_Ask], group: Hashable) -> _Wish:
+        modules: list[str] = []
+        for ask in asks:
+            modules.extend(name for name in ask.modules if name not in modules)
+            for replaced in ask.instead_of:
+                self._whole.pop(replaced, None)
+                if ask.unified:
+                    self._groups.join(group, ("value", self._number, replaced))
+        return _Wish(value, spec, group, None, modules, self._forward.values[value].shape)
+
+    def _ask(self, call: Call, path: Path) -> _Ask:
+        reader = (call.index, path)
+        if call.index in self._fused:
+            return _Ask(None, reader)
+        if kind_of(call.function) == "concat":
+            return self._concat(call, reader)
+        if is_transparent(call):
+            return self._transparent(call, reader) if path[0] in (0, "input", "self") else _Ask(None, reader)
+        spec = self._rules.demand(call, path) if is_data_argument(call, path) else None
+        return _Ask(spec, reader, modules=[call.module])
+
+    def _transparent(self, call: Call, reader: tuple[int, Path]) -> _Ask:
+        read = [r for r in self._float_results(call) if self._consumers[r] or self._forward.values[r].outputs]
+        below = [self._whole.get(result) for result in read]
+        specs = {None if wish is None else wish.spec for wish in below}
+        if len(specs) != 1 or None in specs:
+            return _Ask(None, reader)
+        modules = [name for wish in below if wish is not None for name in wish.modules]
+        return _Ask(specs.pop(), reader, read, modules, only_together=True)
+
+    def _concat(self, call: Call, reader: tuple[int, Path]) -> _Ask:
+        # All parts or none: a quantizer that stays behind the concatenation would requantize the others.
+        results = self._float_results(call)
+        wish = self._lifted.get(call.index) or (self._whole.get(results[0]) if len(results) == 1 else None)
+        if wish is None or not all(self._is_activation(value) for _, value in call.inputs):
+            return _Ask(None, reader)
+        self._lifted[call.index] = wish
+        return _Ask(wish.spec, reader, results, list(wish.modules), unified=self._rules.unify_concat)
+
+    def _float_results(self, call: Call) -> list[ValueId]:
+        return [value for value in call.results if self._forward.values[value].dtype.is_floating_point]
+
+
+def _places(wish: _Wish, number: int, forward: ForwardTrace, sites: Sites) -> list[tuple[ActivationPlace | None, str]]:
+    """Returns where a wish comes true: (place, description of the tensor)."""
+    value = forward.values[wish.value]
+    if wish.readers is not None:
+        calls = [(forward.calls[index], path) for index, path in wish.readers]
+        return [(sites.input_place(CallRef(number, call.index), path), _name(call)) for call, path in calls]
+    if value.call is None:
+        return [(sites.model_input(path), "input") for path in value.inputs]
+    call = forward.calls[value.call]
+    path = next((path for path, made in call.outputs if made == wish.value), None)
+    if path is not None:
+        return [(sites.output_place(CallRef(number, call.index), path), _name(call))]
+    # Written in place by a statement, such as x[:, 0] = y: there is no result that could be replaced.
+    readers = [(forward.calls[index], at) for index, at in forward.consumers()[wish.value]]
+    return [(sites.input_place(CallRef(number, reader.index), at), _name(reader)) for reader, at in readers]
+
+
+def _name(call: Call) -> str:
+    return f"{call.module or 'model'}: {call.function}"
+
+
+def _merged(wishes: dict[ActivationPlace, _Wish], groups: _Groups) -> list[Placed]:
+    members: dict[Hashable, list[ActivationPlace]] = {}
+    for place in wishes:
+        members.setdefault(groups.root(place), []).append(place)
+    found = []
+    for places in members.values():
+        first = wishes[places[0]]
+        modules = dict.fromkeys(name for place in places for name in (place.module, *wishes[place].modules))
+        found.append(Placed(first.spec, tuple(places), tuple(modules), first.shape))
+    return found
+
+
+class _Groups:
+    """Disjoint sets: things that become one quantizer."""
+
+    def __init__(self) -> None:
+        self._parents: dict[Hashable, Hashable] = {}
+
+    def root(self, item: Hashable) -> Hashable:
+        """Returns what stands for the set of `item`."""
+        while (parent := self._parents.get(item, item)) != item:
+            item = parent
+        return item
+
+    def join(self, left: Hashable, right: Hashable) -> None:
+        """Makes two sets one."""
+        self._parents[self.root(right)] = self.root(left)
