@@ -74,6 +74,8 @@ def create_compressed_model(
     lifecycle.configure()
     _check_data(lifecycle)
     state = None if compression_state is None else checked_state(compression_state, lifecycle, registry)
+    if state is not None:
+        context.saved_plans = state.plans()
 
     snapshot = ModelSnapshot(model)
     rng = RngState(context.generators())

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import logging
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,15 +13,22 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from compress_core.algorithm import Algorithm, Plan
 from compress_core.config import AlgorithmConfig, CompressionConfig, InitializerConfig
 from compress_core.errors import ConfigError, DataError, ModelError
-from compress_core.initializers.data import CalibrationData, InitArgs
+from compress_core.initializers.data import (
+    BNAdaptationInitArgs,
+    CalibrationData,
+    InitArgs,
+    QuantizationRangeInitArgs,
+)
 from compress_core.layers import WeightTensor, weight_tensors
 from compress_core.ledger import Ledger
-from compress_core.rng import generators_of
+from compress_core.rng import generators_of, preserved_rng
 from compress_core.scopes import ScopeFilter
+from compress_core.trace import Example, Trace, TraceError, trace
 
 if TYPE_CHECKING:
     from compress_core.controller import CompressionController
 
+logger = logging.getLogger(__name__)
 
 # Parts of a section that the core reads, later than `compress_configure`.
 _READ_BY_THE_CORE = ("initializer.", "ignored_scopes", "target_scopes")
@@ -35,6 +43,8 @@ class Context:
         resuming: Whether a compression state is being resumed: no data, no initialization.
         bypassable: Whether bypassing the weight transforms gives the uncompressed model back.
         controller: The controller, once there is one.
+        saved_plans: When a compression state is resumed, the plans in it by algorithm: what had to be traced or
+            measured for a plan is there and need not be done again.
     """
 
     def __init__(self, config: CompressionConfig, *, init_loader: Any = None, resuming: bool = False) -> None:
@@ -43,6 +53,7 @@ class Context:
         self.resuming = resuming
         self.bypassable = True
         self.controller: CompressionController | None = None
+        self.saved_plans: Mapping[str, Plan] = {}
         # Copies: that this model's algorithms read a value must not be mixed up with others who have read it.
         self.sections = tuple(s.unread() if isinstance(s, AlgorithmConfig) else s for s in config.sections)
         self._init_loader = init_loader
@@ -110,6 +121,48 @@ class Context:
                 f"pass init_loader= to create_compressed_model, or register {kind.__name__}(loader); or remove this"
             )
         return CalibrationData(source if isinstance(source, InitArgs) else InitArgs(source), path)
+
+    def trace(self, model: nn.Module, path: str) -> Trace:
+        """Records what the model computes on an example: `input_info`, or a batch of the data that was given.
+
+        Args:
+            model: The model; it is left as it is.
+            path: Path of the section that needs the trace, for messages.
+
+        Raises:
+            DataError: There is neither `input_info` nor data.
+            TraceError: The model fails on the example.
+        """
+        infos = [info for info in self.config.root.input_info if info.sample_size is not None]
+        batch = self._example_batch(path)
+        if not infos and batch is None:
+            raise DataError(
+                f"{path}: has to see a forward of the model, and there is no example input. Add input_info to the "
+                'config, such as "input_info": {"sample_size": [1, 3, 224, 224]}, or give a data loader: '
+                "register_default_init_args(config, loader)"
+            )
+        if not infos:
+            return trace(model, batch, training=True)
+        device = next((parameter.device for parameter in model.parameters()), None)
+        try:
+            return trace(model, Example.from_input_info(infos, device), training=True)
+        except TraceError as error:
+            if batch is None:
+                raise
+            logger.warning("input_info does not fit the model, a batch of the data loader is used instead: %s", error)
+            return trace(model, batch, training=True)
+
+    def _example_batch(self, path: str) -> Example | None:
+        kinds: tuple[type[InitArgs], ...] = (QuantizationRangeInitArgs, BNAdaptationInitArgs)
+        sources = [self._init_loader, *(self.config.get_extra_struct(kind) for kind in kinds)]
+        source = next((source for source in sources if source is not None), None)
+        if source is None:
+            return None
+        data = self.calibration_data(path, loader=source)
+        if iter(data.loader) is data.loader:
+            return None  # an iterator can be read once: its batches are for those who need the values
+        with preserved_rng(data.loader):
+            return Example.from_batch(data, next(iter(data.batches(1)))[0])
 
     def scope_filter(self, model: nn.Module, algorithm: Algorithm) -> ScopeFilter:
         """Returns what the scopes of the document and of the algorithm's section leave of a model."""

@@ -202,6 +202,20 @@ class CompressionController:
             yield
             self._adapt(None, None, None, as_before)
 
+    @contextlib.contextmanager
+    def batchnorm_as_it_will_be(self) -> Iterator[None]:
+        """Within the context, batch norm has the statistics that the coming adaptation is going to give it.
+
+        For `compress_calibrate` of algorithms that measure activations. Where no adaptation is asked for, or none is
+        installed, batch norm stays as it is.
+        """
+        adaptation: Any = self._active.initializers.get("batchnorm_adaptation")
+        if adaptation is None or self.context.resuming:
+            yield
+            return
+        with adaptation.provisional(self.model, self.context):
+            yield
+
     def _adapt(self, loader: Any, num_samples: int | None, method: Any, reference: Any = None) -> AdaptationReport:
         adaptation: Any = self._active.initializers.get("batchnorm_adaptation")
         if adaptation is None:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ValidationError
 
+from compress_core.algorithm import Plan
 from compress_core.config import AlgorithmConfig
 from compress_core.errors import PluginError, StateError
 from compress_core.lifecycle import Lifecycle
@@ -89,6 +90,13 @@ class SavedState(BaseModel):
     algorithms: dict[str, SavedAlgorithm]
     scheduler: dict[str, Any]
     initializers: dict[str, dict[str, Any]] = {}
+
+    def plans(self) -> dict[str, Plan]:
+        """Returns the plans by algorithm."""
+        return {
+            name: Plan(tuple(entry.plan.targets), entry.plan.skipped, entry.plan.details)
+            for name, entry in self.algorithms.items()
+        }
 
 
 def checked_state(state: Any, lifecycle: Lifecycle, registry: Registry) -> SavedState:

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import torch
@@ -39,6 +39,9 @@ from compress_core.transforms.model_wide import bypass_transforms
 logger = logging.getLogger(__name__)
 
 Method = Literal["paired", "exact", "momentum"]
+
+# How many samples the statistics that calibration sees are made from; 64 are within 0.5 points of 2048 in accuracy.
+_PROVISIONAL_SAMPLES = 256
 
 # Dotted name of a layer -> running mean, running variance, number of batches tracked.
 SavedStatistics = dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
@@ -229,6 +232,36 @@ class BatchNormAdaptation(Initializer):
         except BaseException:
             _set_statistics(layers, before)
             raise
+
+    @contextlib.contextmanager
+    def provisional(self, model: nn.Module, context: Context) -> Iterator[None]:
+        """Within the context, batch norm has the statistics that adaptation is going to give it.
+
+        For calibration: ranges that are measured behind statistics that do not fit the compressed model are wrong as
+        soon as these have been adapted. Fewer samples do, and the statistics are afterwards as before. Without a
+        request for adaptation nothing happens.
+        """
+        layers = self._layers(model, context)
+        if not self.num_samples or not layers:
+            yield
+            return
+        before = _statistics_of(layers)
+        data = context.calibration_data(self.paths[0], BNAdaptationInitArgs)
+        if iter(data.loader) is data.loader:  # can be read once, and adaptation itself is still to come
+            yield
+            return
+        samples = min(self.num_samples, _PROVISIONAL_SAMPLES)
+        # Without the uncompressed model there is nothing to pair with.
+        method = self.method if self._bypassable or self.method != "paired" else "exact"
+        try:
+            with preserved_rng(data.loader), AdaptationPass(model, layers, method, data.path) as adaptation:
+                bypass = functools.partial(bypass_transforms, model)
+                reference = bypass if adaptation.needs_reference else None
+                adaptation.run(data, data.batches(samples), reference=reference, total=samples)
+                adaptation.finish(samples)
+            yield
+        finally:
+            _set_statistics(layers, before)
 
     def statistics(self) -> Statistics | None:
         """Returns what the last adaptation did."""

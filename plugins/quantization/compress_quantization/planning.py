@@ -1,0 +1,324 @@
+"""From config and trace to a plan: which weights and activations get which quantizer, and why others get none."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from compress_core import ConfigError
+from compress_core.layers import WeightedLayer, WeightTensor, weight_tensors
+from compress_core.scopes import ScopedModule, ScopeFilter, scoped_modules
+from compress_core.trace import Call, Trace
+from compress_core.trace.graph import ValueId
+from compress_core.transforms.places import (
+    ActivationPlace,
+    CallOutput,
+    ModuleInput,
+    ModuleOutput,
+    Path,
+    place_from_dict,
+)
+from compress_quantization.config import QuantizationConfig
+from compress_quantization.operators import LINEAR_KINDS, base_name, is_weight_argument, kind_of
+from compress_quantization.placement import Placed, Rules, place_quantizers
+from compress_quantization.profiles import Profile
+from compress_quantization.quantizer_config import QuantizerPlace, QuantizerSpec, Resolver, check_strict_bits
+
+
+@dataclass(frozen=True)
+class PlannedQuantizer:
+    """One quantizer.
+
+    Attributes:
+        name: What statistics and `bitwidth_per_scope` call it: `<where>|WEIGHT`, `|OUTPUT` or `|INPUT<n>`.
+        group: `weights` or `activations`.
+        spec: What it is like.
+        shape: Shape of its scale, which broadcasts against the tensor.
+        parameter: Dotted name of the weight; empty for activations.
+        places: Where activations are quantized; empty for weights.
+        range_path: Path of the config that says how its range is initialized, below the section; empty for the default.
+    """
+
+    name: str
+    group: str
+    spec: QuantizerSpec
+    shape: tuple[int, ...]
+    parameter: str = ""
+    places: tuple[ActivationPlace, ...] = ()
+    range_path: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns JSON-able values."""
+        return {
+            "name": self.name,
+            "group": self.group,
+            "spec": self.spec.to_dict(),
+            "shape": list(self.shape),
+            "parameter": self.parameter,
+            "places": [place.to_dict() for place in self.places],
+            "range_path": self.range_path,
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> PlannedQuantizer:
+        """Takes back what `to_dict` returned."""
+        return cls(
+            name=values["name"],
+            group=values["group"],
+            spec=QuantizerSpec.from_dict(values["spec"]),
+            shape=tuple(values["shape"]),
+            parameter=values["parameter"],
+            places=tuple(place_from_dict(place) for place in values["places"]),
+            range_path=values["range_path"],
+        )
+
+
+@dataclass
+class QuantizationPlan:
+    """All quantizers of a model.
+
+    Attributes:
+        quantizers: Weights first, then activations, each in the order of the forward.
+        skipped: What could be quantized -> why it is not.
+    """
+
+    quantizers: list[PlannedQuantizer] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+
+class Planner:
+    """Makes the plan for one model.
+
+    Args:
+        model: The model; it is only read.
+        trace: Its trace.
+        config: The section.
+        profile: The device.
+        scopes: The scopes of the document and of the section.
+    """
+
+    def __init__(
+        self, model: nn.Module, trace: Trace, config: QuantizationConfig, profile: Profile, scopes: ScopeFilter
+    ) -> None:
+        self._model = model
+        self._trace = trace
+        self._config = config
+        self._profile = profile
+        self._scopes = scopes
+        self._names = {module.name: module for module in scoped_modules(model)}
+        self.resolver = Resolver(config, profile)
+        self._plan = QuantizationPlan()
+
+    def plan(self) -> QuantizationPlan:
+        """Returns the plan.
+
+        Raises:
+            ConfigError: The device does not offer what the config asks for, or a scope matches no quantizer.
+        """
+        weights = self._weights()
+        activations = self._activations()
+        self._plan.quantizers = [*weights.values(), *activations]
+        problems = self.resolver.dead_entries()
+        if problems:
+            raise ConfigError(problems)
+        check_strict_bits(self._config, self._feeding_one_operator(weights, activations))
+        return self._plan
+
+    # Weights.
+
+    def _weights(self) -> dict[str, PlannedQuantizer]:
+        uses = weight_uses(self._trace)
+        first = first_convolutions(self._trace)
+        found = {}
+        for tensor in self._weight_tensors(uses):
+            call = uses.get(tensor.name)
+            kind = _weight_kind(tensor, call)
+            names = tuple(self._names.get(name, ScopedModule(name)) for name in tensor.module_names)
+            place = QuantizerPlace(
+                names, "weights", kind, "WEIGHT", first_layer=call is not None and call.index in first
+            )
+            reason = self._reason_to_skip_weight(tensor, call, place)
+            if reason:
+                self._plan.skipped[tensor.name] = reason
+                continue
+            spec = self.resolver.resolve(place)
+            shape = _scale_shape(tuple(tensor.shape), _output_dim(tensor, kind) if spec.per_channel else None)
+            _, range_path = self.resolver.range_for(place)
+            found[tensor.name] = PlannedQuantizer(
+                f"{tensor.module_names[0]}|WEIGHT", "weights", spec, shape, tensor.name, range_path=range_path
+            )
+        return found
+
+    def _weight_tensors(self, uses: Mapping[str, Call]) -> list[WeightTensor]:
+        """Returns the weights of layers, and parameters that are used as weights without being in a known layer."""
+        tensors = weight_tensors(self._model, self._config.algorithm)
+        known = {tensor.name for tensor in tensors}
+        parameters = dict(self._model.named_parameters())
+        for name in uses:
+            if name in parameters and name not in known:
+                tensors.append(WeightTensor(name, (name.rpartition(".")[0],), WeightedLayer(), parameters[name]))
+        return tensors
+
+    def _reason_to_skip_weight(self, tensor: WeightTensor, call: Call | None, place: QuantizerPlace) -> str | None:
+        reason = self._scopes.reason_to_skip(tensor.module_names) or tensor.untouchable
+        if reason:
+            return reason
+        if tensor.parameter is None:
+            raise ConfigError(
+                f"the weight '{tensor.name}' is computed by a parametrization or a hook (weight_norm, spectral_norm, "
+                "prune); remove that first, or name the layer in ignored_scopes"
+            )
+        if not tensor.parameter.dtype.is_floating_point:
+            return f"its dtype is {tensor.parameter.dtype}"
+        if not tensor.parameter.numel():
+            return "it is empty"
+        if call is None and not any(name in self._trace.reached for name in tensor.module_names):
+            return "no example input reaches it"
+        if not self._profile.quantizes_weights(place.operator):
+            return f"the device {self._profile.device} does not quantize weights of '{place.operator}'"
+        return self.resolver.reason_to_skip(place)
+
+    # Activations.
+
+    def _activations(self) -> list[PlannedQuantizer]:
+        output_spec = None
+        if self._config.quantize_outputs:
+            output_spec = self.resolver.resolve(QuantizerPlace((), "activations", "add", "OUTPUT"))
+        rules = Rules(
+            self._demand,
+            quantize_inputs=self._config.quantize_inputs,
+            output_spec=output_spec,
+            unify_concat=self._profile.unifies_inputs("concat"),
+        )
+        placement = place_quantizers(self._trace, rules)
+        self._plan.skipped |= placement.unplaced
+        return [self._planned(placed) for placed in placement.quantizers]
+
+    def _demand(self, call: Call, path: Path) -> QuantizerSpec | None:
+        kind = kind_of(call.function)
+        position = path[0] if isinstance(path[0], int) else 0
+        if not self._profile.quantizes_input(kind, position):
+            return None
+        place = self._place(call, kind, f"INPUT{position}")
+        if self._scopes.reason_to_skip([call.module]) or self.resolver.reason_to_skip(place):
+            return None
+        return self.resolver.resolve(place)
+
+    def _place(self, call: Call, kind: str, port: str) -> QuantizerPlace:
+        names = (self._call_name(call), *self._module_names([call.module]))
+        return QuantizerPlace(names, "activations", kind, port, depthwise=is_depthwise(call, self._trace))
+
+    def _module_names(self, modules: list[str]) -> tuple[ScopedModule, ...]:
+        return tuple(self._names.get(name, ScopedModule(name)) for name in modules)
+
+    def _call_name(self, call: Call) -> ScopedModule:
+        """Returns the names of a call that is no module: dotted, and as NNCF counts them (`Model/__add___0`)."""
+        function = base_name(call.function)
+        owner = self._names.get(call.module, ScopedModule(call.module))
+        nncf = tuple(
+            f"{name.rpartition('/')[0] if _is_operator(name) else name}/{alias}_0"
+            for name in owner.nncf_names
+            for alias in (function, f"__{function}__", f"__i{function}__")
+        )
+        return ScopedModule(f"{call.module}.{function}".strip("."), nncf)
+
+    def _planned(self, placed: Placed) -> PlannedQuantizer:
+        port = "OUTPUT" if isinstance(placed.places[0], (ModuleOutput, CallOutput, ModuleInput)) else "INPUT0"
+        names = self._module_names(list(placed.modules))
+        first = placed.places[0]
+        if isinstance(first, CallOutput):
+            names = (ScopedModule(f"{first.module}.{base_name(first.function)}".strip(".")), *names)
+        place = QuantizerPlace(names, "activations", "add", port)
+        _, range_path = self.resolver.range_for(place)
+        channel = 1 if placed.spec.per_channel and len(placed.shape) > 1 else None
+        return PlannedQuantizer(
+            f"{_where(first)}|{port}",
+            "activations",
+            placed.spec,
+            _scale_shape(placed.shape, channel),
+            places=placed.places,
+            range_path=range_path,
+        )
+
+    def _feeding_one_operator(
+        self, weights: Mapping[str, PlannedQuantizer], activations: list[PlannedQuantizer]
+    ) -> list[list[tuple[str, QuantizerSpec]]]:
+        del activations  # bits of activations follow the operators that demand them
+        uses = weight_uses(self._trace)
+        groups = []
+        for name, quantizer in weights.items():
+            call = uses.get(name)
+            spec = None if call is None else self._demand(call, (0,))
+            if call is not None and spec is not None:
+                groups.append([(quantizer.name, quantizer.spec), (f"{call.module}|INPUT0", spec)])
+        return groups
+
+
+def _where(place: ActivationPlace) -> str:
+    text = str(place)
+    return text.replace(": output", "").replace(" output", "").replace(": ", "/").replace("torch.nn.functional.", "")
+
+
+def _is_operator(nncf_name: str) -> bool:
+    return "[" not in nncf_name.rpartition("/")[2] and "/" in nncf_name
+
+
+def weight_uses(trace: Trace) -> dict[str, Call]:
+    """Returns, for each parameter that some call uses as its weight, the first such call."""
+    uses: dict[str, Call] = {}
+    for forward in trace.forwards:
+        for call in forward.calls:
+            for path, value in call.inputs:
+                name = forward.values[value].parameter
+                if name and is_weight_argument(call, path):
+                    uses.setdefault(name, call)
+    return uses
+
+
+def is_depthwise(call: Call, trace: Trace) -> bool:
+    """Tells whether a call is a convolution with one filter group for each input channel."""
+    if not kind_of(call.function).startswith("conv"):
+        return False
+    groups = call.keywords.get("groups", call.arguments[6] if len(call.arguments) > 6 else 1)
+    return isinstance(groups, int) and groups > 1 and groups == _input_channels(call, trace)
+
+
+def _input_channels(call: Call, trace: Trace) -> int:
+    for forward in trace.forwards:
+        if call.index < len(forward.calls) and forward.calls[call.index] is call:
+            return forward.values[call.inputs[0][1]].shape[1]
+    return 0
+
+
+def first_convolutions(trace: Trace) -> set[int]:
+    """Returns the calls of convolutions in 2 or 3 dimensions that an input reaches without passing another one."""
+    found: set[int] = set()
+    for forward in trace.forwards:
+        reached: set[ValueId] = {value.index for value in forward.inputs}
+        for call in forward.calls:
+            if not any(value in reached for _, value in call.inputs):
+                continue
+            if kind_of(call.function) in ("conv2d", "conv3d"):
+                found.add(call.index)
+            elif kind_of(call.function) not in LINEAR_KINDS:
+                reached.update(call.results)
+    return found
+
+
+def _weight_kind(tensor: WeightTensor, call: Call | None) -> str:
+    kind = kind_of(tensor.layer.operator if call is None else call.function)
+    # Projections of attention are linear layers; so is, for want of better, what users have registered.
+    return kind if kind in LINEAR_KINDS - {"matmul"} else "linear"
+
+
+def _output_dim(tensor: WeightTensor, kind: str) -> int:
+    return 1 if kind.startswith("conv_transpose") else tensor.layer.output_dim
+
+
+def _scale_shape(shape: tuple[int, ...], channel_dim: int | None) -> tuple[int, ...]:
+    if channel_dim is None:
+        return (1,)
+    return tuple(size if dim == channel_dim else 1 for dim, size in enumerate(shape))
