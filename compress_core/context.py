@@ -122,6 +122,10 @@ class Context:
             )
         return CalibrationData(source if isinstance(source, InitArgs) else InitArgs(source), path)
 
+    def has_data(self, kind: type[InitArgs] = InitArgs) -> bool:
+        """Tells whether `calibration_data` would find a loader."""
+        return self._init_loader is not None or self.config.get_extra_struct(kind) is not None
+
     def trace(self, model: nn.Module, path: str) -> Trace:
         """Records what the model computes on an example: `input_info`, or a batch of the data that was given.
 

@@ -43,9 +43,11 @@ class Trace:
 
     @property
     def reached(self) -> set[str]:
-        """Names of the modules whose forward ran in one of the examples."""
+        """Names of the modules whose forward ran in one of the examples, or whose parameters were used without it."""
         forwards = [*self.forwards, *(f for f in self.training if f is not None)]
-        return {run.module for forward in forwards for run in forward.module_calls}
+        ran = {run.module for forward in forwards for run in forward.module_calls}
+        used = {value.parameter for forward in forwards for value in forward.values if value.parameter}
+        return ran | {name.rpartition(".")[0] for name in used}
 
     @property
     def unreached(self) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import nn
@@ -21,11 +21,48 @@ from compress_core.transforms.places import (
     Path,
     place_from_dict,
 )
-from compress_quantization.config import QuantizationConfig
+from compress_quantization.config import QuantizationConfig, RangeConfig
 from compress_quantization.operators import LINEAR_KINDS, base_name, is_weight_argument, kind_of
 from compress_quantization.placement import Placed, Rules, place_quantizers
 from compress_quantization.profiles import Profile
 from compress_quantization.quantizer_config import QuantizerPlace, QuantizerSpec, Resolver, check_strict_bits
+
+
+@dataclass(frozen=True)
+class InitialRange:
+    """How the range of a quantizer is initialized; see `RangeConfig`.
+
+    Attributes:
+        type: The statistic.
+        num_init_samples: Samples to collect it on; 0 for none.
+        percentiles: For the percentile types: lower and upper one.
+    """
+
+    type: str = "mixed_min_max"
+    num_init_samples: int = 256
+    percentiles: tuple[float, float] | None = None
+
+    @classmethod
+    def of(cls, config: RangeConfig) -> InitialRange:
+        """Returns what a section says; percentiles are read for those types alone that have them."""
+        percentiles = None
+        if config.type in ("percentile", "mean_percentile"):
+            percentiles = (config.params.min_percentile, config.params.max_percentile)
+        return cls(config.type, config.num_init_samples, percentiles)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> InitialRange:
+        """Takes back what `dataclasses.asdict` returned."""
+        percentiles = values["percentiles"]
+        found = None if percentiles is None else (percentiles[0], percentiles[1])
+        return cls(values["type"], values["num_init_samples"], found)
+
+    def to_config(self) -> RangeConfig:
+        """Returns a section that says the same."""
+        low, high = self.percentiles or (0.1, 99.9)
+        params = {"min_percentile": low, "max_percentile": high}
+        values = {"type": self.type, "num_init_samples": self.num_init_samples, "params": params}
+        return RangeConfig.model_validate(values)
 
 
 @dataclass(frozen=True)
@@ -39,7 +76,7 @@ class PlannedQuantizer:
         shape: Shape of its scale, which broadcasts against the tensor.
         parameter: Dotted name of the weight; empty for activations.
         places: Where activations are quantized; empty for weights.
-        range_path: Path of the config that says how its range is initialized, below the section; empty for the default.
+        initial_range: How its range is initialized: type, number of samples and percentiles.
     """
 
     name: str
@@ -48,7 +85,7 @@ class PlannedQuantizer:
     shape: tuple[int, ...]
     parameter: str = ""
     places: tuple[ActivationPlace, ...] = ()
-    range_path: str = ""
+    initial_range: InitialRange = InitialRange()
 
     def to_dict(self) -> dict[str, Any]:
         """Returns JSON-able values."""
@@ -59,7 +96,7 @@ class PlannedQuantizer:
             "shape": list(self.shape),
             "parameter": self.parameter,
             "places": [place.to_dict() for place in self.places],
-            "range_path": self.range_path,
+            "initial_range": asdict(self.initial_range),
         }
 
     @classmethod
@@ -72,7 +109,7 @@ class PlannedQuantizer:
             shape=tuple(values["shape"]),
             parameter=values["parameter"],
             places=tuple(place_from_dict(place) for place in values["places"]),
-            range_path=values["range_path"],
+            initial_range=InitialRange.from_dict(values["initial_range"]),
         )
 
 
@@ -109,6 +146,7 @@ class Planner:
         self._profile = profile
         self._scopes = scopes
         self._names = {module.name: module for module in scoped_modules(model)}
+        self._reached = trace.reached
         self.resolver = Resolver(config, profile)
         self._plan = QuantizationPlan()
 
@@ -146,9 +184,9 @@ class Planner:
                 continue
             spec = self.resolver.resolve(place)
             shape = _scale_shape(tuple(tensor.shape), _output_dim(tensor, kind) if spec.per_channel else None)
-            _, range_path = self.resolver.range_for(place)
+            initial_range = InitialRange.of(self.resolver.range_for(place)[0])
             found[tensor.name] = PlannedQuantizer(
-                f"{tensor.module_names[0]}|WEIGHT", "weights", spec, shape, tensor.name, range_path=range_path
+                f"{tensor.module_names[0]}|WEIGHT", "weights", spec, shape, tensor.name, initial_range=initial_range
             )
         return found
 
@@ -175,7 +213,7 @@ class Planner:
             return f"its dtype is {tensor.parameter.dtype}"
         if not tensor.parameter.numel():
             return "it is empty"
-        if call is None and not any(name in self._trace.reached for name in tensor.module_names):
+        if call is None and not self._reached.intersection(tensor.module_names):
             return "no example input reaches it"
         if not self._profile.quantizes_weights(place.operator):
             return f"the device {self._profile.device} does not quantize weights of '{place.operator}'"
@@ -232,7 +270,6 @@ class Planner:
         if isinstance(first, CallOutput):
             names = (ScopedModule(f"{first.module}.{base_name(first.function)}".strip(".")), *names)
         place = QuantizerPlace(names, "activations", "add", port)
-        _, range_path = self.resolver.range_for(place)
         channel = 1 if placed.spec.per_channel and len(placed.shape) > 1 else None
         return PlannedQuantizer(
             f"{_where(first)}|{port}",
@@ -240,7 +277,7 @@ class Planner:
             placed.spec,
             _scale_shape(placed.shape, channel),
             places=placed.places,
-            range_path=range_path,
+            initial_range=InitialRange.of(self.resolver.range_for(place)[0]),
         )
 
     def _feeding_one_operator(
