@@ -1,0 +1,357 @@
+"""The statistics behind the range initializers: mergeable, and bounded in memory."""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Self
+
+import torch
+
+from compress_core import DataError, ModelError
+from compress_quantization.ranges.quantiles import QuantileSketch, weighted_quantile
+
+# Median absolute deviation -> standard deviation of a normal distribution, as NNCF writes it.
+_MAD_TO_SIGMA = 1.4826230
+
+_IGNORE = "or name the layer in ignored_scopes"
+
+
+class Range(NamedTuple):
+    """Where the values of a tensor lie.
+
+    Attributes:
+        min: Shape () or (channels,); float32, or float64 for float64 tensors.
+        max: The same.
+    """
+
+    min: torch.Tensor
+    max: torch.Tensor
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """The tensor that statistics are about.
+
+    Attributes:
+        name: What messages call it.
+        channel_dim: Dimension of the channels, for statistics by channel; None for the tensor as a whole.
+        is_weight: Whether it is a weight, which is shown once.
+    """
+
+    name: str
+    channel_dim: int | None = None
+    is_weight: bool = False
+
+    def rows(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns the values by channel, shape (channels, n) or (1, n)."""
+        return x.reshape(1, -1) if self.channel_dim is None else x.movedim(self.channel_dim, 0).flatten(1)
+
+    def bounds(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the smallest and the largest values, shape (channels,) or (1,)."""
+        if self.channel_dim is None:
+            low, high = torch.aminmax(x)
+            return low.reshape(1), high.reshape(1)
+        dims = [dim for dim in range(x.ndim) if dim != self.channel_dim % x.ndim]
+        return (x.amin(dims), x.amax(dims)) if dims else (x, x)
+
+    def error(self, message: str) -> DataError | ModelError:
+        """Returns the exception for a tensor that has no range."""
+        if self.is_weight:
+            return ModelError(f"the weight '{self.name}' {message}")
+        return DataError(f"the activation '{self.name}' {message}")
+
+
+class RangeStatistics(ABC):
+    """Collects what a range is computed from.
+
+    `update` takes tensors one after the other; `merge` takes what another instance, such as that of another process,
+    has collected.
+
+    Args:
+        tensor: What the statistics are about.
+        settings: What a subclass needs besides.
+    """
+
+    def __init__(self, tensor: TensorInfo, *settings: Any) -> None:
+        self._tensor = tensor
+        self._settings = settings
+        self._channels: int | None = None
+        self._dtype = torch.float32
+
+    def empty(self) -> Self:
+        """Returns statistics of the same kind that have seen nothing."""
+        return type(self)(self._tensor, *self._settings)
+
+    @torch.no_grad()
+    def update(self, x: torch.Tensor) -> None:
+        """Adds a tensor: floating point, on any device. The first dimension of an activation counts samples.
+
+        A tensor without elements is skipped.
+
+        Raises:
+            DataError: An activation holds values that are not finite, or its number of channels has changed.
+            ModelError: The same of a weight; or there is no dimension of channels.
+        """
+        if x.numel() == 0:
+            return
+        x = self._checked(x)
+        low, high = self._tensor.bounds(x)
+        if not bool(torch.isfinite(low).all() & torch.isfinite(high).all()):
+            bad = int((~torch.isfinite(x)).sum())
+            raise self._tensor.error(
+                f"has {bad} values of {x.numel()} that are not finite (NaN or infinite); check the model"
+                f"{'' if self._tensor.is_weight else ' and the calibration data'}, {_IGNORE}"
+            )
+        self._take_channels(low.numel())
+        self._dtype = x.dtype
+        self._add(x, low, high)
+
+    def merge(self, other: Self) -> None:
+        """Adds what `other`, of the same kind, has collected; `other` stays as it is.
+
+        Raises:
+            DataError: The numbers of channels differ.
+        """
+        if other._channels is None:
+            return
+        if self._channels is None:
+            self.__dict__.update(copy.deepcopy(other.__dict__))
+            return
+        self._take_channels(other._channels)
+        self._merge(other)
+
+    def finalize(self) -> Range:
+        """Returns the range.
+
+        Raises:
+            DataError: No value of an activation has been seen.
+            ModelError: A weight has no values.
+        """
+        if self._channels is None:
+            if self._tensor.is_weight:
+                raise self._tensor.error(f"has no elements; remove the layer, {_IGNORE}")
+            raise self._tensor.error(
+                f"was never computed in calibration: no sample reaches this place. Give data that does, {_IGNORE}"
+            )
+        low, high = (bound.to(self._dtype) for bound in self._range())
+        return Range(low, high) if self._tensor.channel_dim is not None else Range(low.reshape(()), high.reshape(()))
+
+    def _checked(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns the tensor in float32 or float64."""
+        if not x.is_floating_point():
+            raise self._tensor.error(
+                f"has the dtype {x.dtype}, and only floating-point tensors are quantized; {_IGNORE}"
+            )
+        dim = self._tensor.channel_dim
+        if dim is not None and not -x.ndim <= dim < x.ndim:
+            raise ModelError(
+                f"'{self._tensor.name}' has the shape {tuple(x.shape)} and so no dimension {dim} for channels; set "
+                '"per_channel": false for its quantizer'
+            )
+        return x.detach().to(torch.promote_types(x.dtype, torch.float32))
+
+    def _take_channels(self, channels: int) -> None:
+        if self._channels not in (None, channels):
+            raise self._tensor.error(
+                f'had {self._channels} channels and now has {channels}; set "per_channel": false for its quantizer'
+            )
+        self._channels = channels
+
+    @abstractmethod
+    def _add(self, x: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> None:
+        """Takes a finite tensor and its bounds by channel."""
+
+    @abstractmethod
+    def _merge(self, other: Self) -> None:
+        """Takes what an instance that has seen something has collected; this one has, too."""
+
+    @abstractmethod
+    def _range(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns minimum and maximum, shape (channels,) or (1,)."""
+
+
+class MinMax(RangeStatistics):
+    """Smallest and largest value over everything, exactly.
+
+    Args:
+        tensor: What the statistics are about.
+        abs_max: Whether the maximum is that of |x|.
+    """
+
+    def __init__(self, tensor: TensorInfo, abs_max: bool) -> None:
+        super().__init__(tensor, abs_max)
+        self._abs_max = abs_max
+        self._bounds: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def _add(self, x: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> None:
+        high = torch.maximum(high, -low) if self._abs_max else high
+        if self._bounds is not None:
+            low, high = torch.minimum(low, self._bounds[0].to(low)), torch.maximum(high, self._bounds[1].to(high))
+        # Copies: in a tensor of one element a bound is the tensor itself, which the model may write to.
+        self._bounds = low.clone(), high.clone()
+
+    def _merge(self, other: Self) -> None:
+        assert other._bounds is not None
+        self._add(other._bounds[0], *other._bounds)
+
+    def _range(self) -> tuple[torch.Tensor, torch.Tensor]:
+        assert self._bounds is not None
+        return self._bounds
+
+
+class _Mean(RangeStatistics):
+    """Base of means over batches or samples; sums are float64."""
+
+    def __init__(self, tensor: TensorInfo, *settings: Any) -> None:
+        super().__init__(tensor, *settings)
+        self._sum: torch.Tensor | None = None
+        self._number = 0
+
+    def _accumulate(self, sums: torch.Tensor, number: int) -> None:
+        """Adds the sums of `number` minima and maxima; float64, shape (2, channels)."""
+        self._sum = sums if self._sum is None else self._sum.to(sums.device) + sums
+        self._number += number
+
+    def _merge(self, other: Self) -> None:
+        assert other._sum is not None
+        self._accumulate(other._sum, other._number)
+
+    def _range(self) -> tuple[torch.Tensor, torch.Tensor]:
+        assert self._sum is not None
+        low, high = self._sum / self._number
+        return low, high
+
+
+class MeanMinMax(_Mean):
+    """Means over batches of the smallest and of the largest value; every batch counts the same, whatever its size.
+
+    Args:
+        tensor: What the statistics are about.
+        abs_max: Whether the maximum is that of |x|.
+    """
+
+    def __init__(self, tensor: TensorInfo, abs_max: bool) -> None:
+        super().__init__(tensor, abs_max)
+        self._abs_max = abs_max
+
+    def _add(self, x: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> None:
+        high = torch.maximum(high, -low) if self._abs_max else high
+        self._accumulate(torch.stack([low, high]).double(), 1)
+
+
+class SampleMeanMinMax(_Mean):
+    """The mean over samples of each sample's largest value, and of its smallest value or the smallest of all.
+
+    Args:
+        tensor: What the statistics are about, as a whole.
+        symmetric: Whether the maximum is that of |x| and the minimum that of all samples.
+    """
+
+    def __init__(self, tensor: TensorInfo, symmetric: bool) -> None:
+        super().__init__(tensor, symmetric)
+        self._symmetric = symmetric
+        self._lowest: torch.Tensor | None = None
+
+    def _add(self, x: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> None:
+        samples = x.reshape(x.shape[0], -1) if x.ndim else x.reshape(1, 1)
+        lows, highs = torch.aminmax(samples, dim=1)
+        highs = torch.maximum(highs, -lows) if self._symmetric else highs
+        self._lowest = low.clone() if self._lowest is None else torch.minimum(low, self._lowest.to(low))
+        sums = torch.stack([lows.sum(dtype=torch.float64), highs.sum(dtype=torch.float64)])
+        self._accumulate(sums.reshape(2, 1), lows.numel())
+
+    def _merge(self, other: Self) -> None:
+        super()._merge(other)
+        assert self._lowest is not None
+        assert other._lowest is not None
+        self._lowest = torch.minimum(self._lowest, other._lowest.to(self._lowest))
+
+    def _range(self) -> tuple[torch.Tensor, torch.Tensor]:
+        low, high = super()._range()
+        assert self._lowest is not None
+        return (self._lowest if self._symmetric else low), high
+
+
+class MeanPercentile(_Mean):
+    """Means over batches of two percentiles, which are exact in each batch.
+
+    Args:
+        tensor: What the statistics are about.
+        low: Percentile of the minimum, 0 to 100.
+        high: Percentile of the maximum, 0 to 100.
+    """
+
+    def __init__(self, tensor: TensorInfo, low: float, high: float) -> None:
+        super().__init__(tensor, low, high)
+        self._shares = low / 100, high / 100
+
+    def _add(self, x: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> None:
+        batch = QuantileSketch(low.numel(), budget=None)
+        batch.update(self._tensor.rows(x))
+        self._accumulate(batch.quantiles(self._shares), 1)
+
+
+class _Pooled(RangeStatistics):
+    """Base of statistics of all values together; see `QuantileSketch` for how exact they are.
+
+    A weight is kept whole, so that its statistics are exact.
+    """
+
+    def __init__(self, tensor: TensorInfo, *settings: Any) -> None:
+        super().__init__(tensor, *settings)
+        self._sketch: QuantileSketch | None = None
+
+    @property
+    def rank_error(self) -> float:
+        """Bound on the error of a quantile, as a share of the values: 0 means exact."""
+        return self._sketch.rank_error if self._sketch is not None else 0.0
+
+    @property
+    def _values(self) -> QuantileSketch:
+        assert self._sketch is not None
+        return self._sketch
+
+    def _add(self, x: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> None:
+        if self._sketch is None:
+            unlimited = {"budget": None} if self._tensor.is_weight else {}
+            self._sketch = QuantileSketch(low.numel(), **unlimited)
+        self._sketch.update(self._tensor.rows(x))
+
+    def _merge(self, other: Self) -> None:
+        self._values.merge(other._values)
+
+
+class Percentile(_Pooled):
+    """Two percentiles of all values.
+
+    Args:
+        tensor: What the statistics are about.
+        low: Percentile of the minimum, 0 to 100.
+        high: Percentile of the maximum, 0 to 100.
+    """
+
+    def __init__(self, tensor: TensorInfo, low: float, high: float) -> None:
+        super().__init__(tensor, low, high)
+        self._shares = low / 100, high / 100
+
+    def _range(self) -> tuple[torch.Tensor, torch.Tensor]:
+        low, high = self._values.quantiles(self._shares)
+        return low, high
+
+
+class ThreeSigma(_Pooled):
+    """The median, plus and minus three standard deviations as estimated by the median absolute deviation of all values.
+
+    Zeros do not count for the median, as in NNCF: behind a ReLU they are often the majority, and the range would be
+    empty. The deviation is that of all values.
+    """
+
+    def _range(self) -> tuple[torch.Tensor, torch.Tensor]:
+        values, weights = self._values.weighted()
+        not_zero = values.abs() >= torch.finfo(torch.float32).eps
+        median = weighted_quantile(values, weights * not_zero, 0.5)
+        deviations, order = (values.double() - median[:, None]).abs().sort(dim=1)
+        mad = weighted_quantile(deviations, weights.gather(1, order), 0.5)
+        return median - 3 * _MAD_TO_SIGMA * mad, median + 3 * _MAD_TO_SIGMA * mad
