@@ -1,0 +1,348 @@
+"""The algorithm `quantization`: weights and activations on grids of a few bits, whose scales are learned."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from compress_core import (
+    Algorithm,
+    CompressionStage,
+    ConfigError,
+    Plan,
+    QuantizationRangeInitArgs,
+    Stage,
+    StateError,
+    UsageError,
+    hookimpl,
+)
+from compress_core.context import Context
+from compress_core.initializers.data import CalibrationData
+from compress_core.schedules import Clock
+from compress_core.transforms import add_activation_transform, add_weight_transform
+from compress_quantization.calibration import Calibrated, calibrate_activations, calibrate_weights
+from compress_quantization.config import QuantizationConfig
+from compress_quantization.config_checks import check_config
+from compress_quantization.fake_quantize import FakeQuantize
+from compress_quantization.planning import PlannedQuantizer, Planner
+from compress_quantization.profiles import load_profile
+from compress_quantization.quantizers import find_quantizer, make_quantizer, replace_by_native
+from compress_quantization.ranges import collector_for
+from compress_quantization.staging import StagedQuantization
+from compress_quantization.statistics import QuantizationStatistics, QuantizerStatistics
+
+logger = logging.getLogger(__name__)
+
+
+class Quantization(Algorithm):
+    """Fake-quantizes weights and activations: they take the values that integers can stand for, in training already.
+
+    Gradients pass the rounding as if it were not there (straight-through estimator, Bengio et al., 2013,
+    arXiv:1308.3432); the scales are learned with the gradients of LSQ (Esser et al., 2020, arXiv:1902.08153).
+    """
+
+    name = "quantization"
+    Config = QuantizationConfig
+    stage = Stage.PRECISION
+    reads_later = ("params.activations_quant_start_epoch", "params.weights_quant_start_epoch")
+    controller_api = (
+        "all_quantizations",
+        "weight_quantizers",
+        "non_weight_quantizers",
+        "init_range",
+        "enable_weight_quantization",
+        "disable_weight_quantization",
+        "enable_activation_quantization",
+        "disable_activation_quantization",
+        "freeze_quantizers",
+        "export_onnx",
+    )
+    config: QuantizationConfig
+
+    def __init__(self, config: QuantizationConfig) -> None:
+        super().__init__(config)
+        self._planned: list[PlannedQuantizer] = []
+        self._skipped: dict[str, str] = {}
+        self._model: nn.Module | None = None
+        self._context: Context | None = None
+        self._staging: StagedQuantization | None = None
+
+    # Hooks.
+
+    @hookimpl
+    def compress_configure(self, config: QuantizationConfig, context: Context) -> None:
+        """Refuses what the device does not offer, and values that contradict each other."""
+        check_config(config, context.config.root.target_device)
+
+    @hookimpl
+    def compress_plan(self, model: nn.Module, context: Context) -> Plan:
+        """Places the quantizers, by what a traced forward does."""
+        if context.resuming:
+            return self._resumed_plan(model, context)
+        path, _ = context.section(self)
+        scopes = context.scope_filter(model, self)
+        profile = load_profile(context.config.root.target_device)
+        trace = context.trace(model, path)
+        if self.config.validate_scopes:
+            scopes.check([name for name, _ in model.named_modules()])
+        planner = Planner(model, trace, self.config, profile, scopes)
+        found = planner.plan()
+        if not found.quantizers:
+            raise ConfigError("finds nothing to quantize in this model; change the scopes, or remove this section")
+        self._record(planner, scopes, path, context)
+        self._planned, self._skipped = found.quantizers, found.skipped
+        return Plan(
+            tuple(quantizer.name for quantizer in self._planned),
+            found.skipped,
+            {"quantizers": [quantizer.to_dict() for quantizer in self._planned]},
+        )
+
+    @hookimpl
+    def compress_commit(self, model: nn.Module, context: Context) -> None:
+        """Adds the quantizers, with ranges that mean nothing yet."""
+        self._model, self._context = model, context
+        multiplier = self.config.compression_lr_multiplier or context.config.root.compression_lr_multiplier or 1.0
+        for planned in self._planned:
+            module = make_quantizer(planned.spec, planned.shape, lr_multiplier=multiplier)
+            module.to(device=_device_of(model))
+            if planned.parameter:
+                add_weight_transform(model, planned.parameter, module, stage=self.stage, key=self.name)
+            for place in planned.places:
+                add_activation_transform(model, place, module, stage=self.stage, key=self.name)
+        if self.config.params.staged:
+            self._staging = StagedQuantization(self.config.params)
+            self._apply_stage()
+
+    @hookimpl
+    def compress_calibrate(self, context: Context) -> None:
+        """Sets the ranges: weights from their values, activations from calibration data."""
+        weights = [self._calibrated(planned) for planned in self._planned if planned.group == "weights"]
+        calibrate_weights(self._active_model, [quantizer for quantizer in weights if quantizer.samples])
+        activations = [self._calibrated(planned) for planned in self._planned if planned.group == "activations"]
+        data = self._data(activations, context)
+        if data is None:
+            return
+        controller = context.controller
+        assert controller is not None
+        with controller.batchnorm_as_it_will_be():
+            calibrate_activations(self._active_model, activations, data)
+
+    @hookimpl
+    def compress_epoch_step(self, clock: Clock, context: Context) -> None:
+        """Turns groups of quantizers on when their epoch comes, with fresh ranges."""
+        if self._staging is None:
+            return
+        begun = self._staging.epoch_step(clock)
+        self._apply_stage()
+        if begun:
+            self._init_groups(begun, context)
+
+    @hookimpl
+    def compress_stage(self) -> CompressionStage:
+        """Tells whether none, some or all quantizers are on."""
+        enabled = [module.enabled for module in self.all_quantizations.values()]
+        if all(enabled):
+            return CompressionStage.FULLY_COMPRESSED
+        return CompressionStage.PARTIALLY_COMPRESSED if any(enabled) else CompressionStage.UNCOMPRESSED
+
+    @hookimpl
+    def compress_statistics(self) -> QuantizationStatistics:
+        """Reads the quantizers as they are now."""
+        quantizers = tuple(self._described(planned) for planned in self._planned)
+        return QuantizationStatistics(quantizers, self._skipped)
+
+    @hookimpl
+    def compress_state(self) -> dict[str, Any]:
+        """Returns what is not in the model's state_dict: signs, and what is on."""
+        modules = self.all_quantizations
+        return {
+            "signed": {name: module.signed for name, module in modules.items()},
+            "enabled": {name: module.enabled for name, module in modules.items()},
+            "staging": None if self._staging is None else self._staging.get_state(),
+        }
+
+    @hookimpl
+    def compress_load_state(self, state: Mapping[str, Any]) -> None:
+        """Takes the state back; the ranges come with the model's state_dict."""
+        modules = self.all_quantizations
+        try:
+            for name, module in modules.items():
+                module.signed, module.enabled = bool(state["signed"][name]), bool(state["enabled"][name])
+            if self._staging is not None:
+                self._staging.load_state(state["staging"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise StateError(f"compression_state.algorithms.{self.name}.state is not one of ours: {error}") from error
+
+    @hookimpl
+    def compress_strip(self, model: nn.Module) -> None:
+        """Leaves torch's own fake-quantize operators behind activations; weights are baked."""
+        for planned in self._planned:
+            if planned.group == "activations":
+                replace_by_native(model, planned, self.name)
+
+    # What the controller offers.
+
+    @property
+    def all_quantizations(self) -> dict[str, FakeQuantize]:
+        """All quantizers by name."""
+        return {planned.name: self._module(planned) for planned in self._planned}
+
+    @property
+    def weight_quantizers(self) -> dict[str, FakeQuantize]:
+        """The quantizers of weights by name."""
+        return {planned.name: self._module(planned) for planned in self._planned if planned.group == "weights"}
+
+    @property
+    def non_weight_quantizers(self) -> dict[str, FakeQuantize]:
+        """The quantizers of activations by name."""
+        return {planned.name: self._module(planned) for planned in self._planned if planned.group == "activations"}
+
+    def init_range(self) -> None:
+        """Measures all ranges anew, on the model as it is now.
+
+        Raises:
+            DataError: There is no data.
+        """
+        self._init_groups(("weights", "activations"), self._active_context)
+
+    def enable_weight_quantization(self) -> None:
+        """Turns the quantizers of weights on."""
+        _switch(self.weight_quantizers.values(), True)
+
+    def disable_weight_quantization(self) -> None:
+        """Turns the quantizers of weights off: weights are used as they are."""
+        _switch(self.weight_quantizers.values(), False)
+
+    def enable_activation_quantization(self) -> None:
+        """Turns the quantizers of activations on."""
+        _switch(self.non_weight_quantizers.values(), True)
+
+    def disable_activation_quantization(self) -> None:
+        """Turns the quantizers of activations off: activations pass as they are."""
+        _switch(self.non_weight_quantizers.values(), False)
+
+    def freeze_quantizers(self, freeze: bool = True) -> None:
+        """Keeps scales and ranges as they are, or lets them be learned again.
+
+        Raises:
+            UsageError: `freeze` is neither True nor False.
+        """
+        if not isinstance(freeze, bool):
+            raise UsageError(f"freeze_quantizers takes True or False, got {freeze!r}")
+        for module in self.all_quantizations.values():
+            module.requires_grad_(not freeze)
+
+    # How it is done.
+
+    @property
+    def _active_model(self) -> nn.Module:
+        assert self._model is not None, "the algorithm has not been committed"
+        return self._model
+
+    @property
+    def _active_context(self) -> Context:
+        assert self._context is not None, "the algorithm has not been committed"
+        return self._context
+
+    def _module(self, planned: PlannedQuantizer) -> FakeQuantize:
+        return find_quantizer(self._active_model, planned, self.name)
+
+    def _resumed_plan(self, model: nn.Module, context: Context) -> Plan:
+        plan = context.saved_plans[self.name]
+        try:
+            self._planned = [PlannedQuantizer.from_dict(entry) for entry in plan.details["quantizers"]]
+        except (KeyError, TypeError, ValueError) as error:
+            raise StateError(f"compression_state.algorithms.{self.name}.plan is not one of ours: {error}") from error
+        parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        modules = {name for name, _ in model.named_modules(remove_duplicate=False)}
+        for planned in self._planned:
+            missing = [planned.parameter] if planned.parameter and planned.parameter not in parameters else []
+            missing += [place.module for place in planned.places if place.module not in modules]
+            if missing:
+                raise StateError(
+                    f"compression_state does not fit this model: '{planned.name}' is quantized there, and the model "
+                    f"has no '{missing[0]}'. Build the model as it was when the state was saved"
+                )
+        self._skipped = dict(plan.skipped)
+        path, config = context.section(self)
+        for leaf, value, _ in config.given_leaves():
+            context.ledger.record(f"{path}.{leaf}", value, "resumed: quantizers are those of the compression state")
+        return plan
+
+    def _record(self, planner: Planner, scopes: Any, path: str, context: Context) -> None:
+        for scope_path, entry in scopes.entries():
+            context.ledger.record(scope_path, entry, "matches these modules", scopes.matches(entry))
+        given = {leaf: value for leaf, value, _ in self.config.given_leaves()}
+        for leaf, names in planner.resolver.used.items():
+            for key, value in given.items():
+                if key == leaf or key.startswith(f"{leaf}."):
+                    context.ledger.record(f"{path}.{key}", value, "applies to these quantizers", names)
+
+    def _calibrated(self, planned: PlannedQuantizer) -> Calibrated:
+        config = planned.initial_range.to_config()
+        is_weight = planned.group == "weights"
+        dims = [dim for dim, size in enumerate(planned.shape) if size > 1]
+        statistics = collector_for(
+            config,
+            planned.spec,
+            is_weight=is_weight,
+            name=planned.parameter or planned.name,
+            channel_dim=dims[0] if dims else None,
+        )
+        return Calibrated(planned, self._module(planned), statistics, config.num_init_samples)
+
+    def _data(self, quantizers: list[Calibrated], context: Context) -> CalibrationData | None:
+        path, _ = context.section(self)
+        wanted = [quantizer for quantizer in quantizers if quantizer.samples]
+        if not wanted:
+            return None
+        if self.config.initializer.range is None and not context.has_data(QuantizationRangeInitArgs):
+            logger.warning(
+                "%s: there is no data to initialize the ranges of %d activation quantizers with; they mean nothing "
+                "until they are learned or loaded. Call register_default_init_args(config, loader)",
+                path,
+                len(wanted),
+            )
+            return None
+        return context.calibration_data(f"{path}.initializer.range", QuantizationRangeInitArgs)
+
+    def _init_groups(self, groups: Iterable[str], context: Context) -> None:
+        chosen = [self._calibrated(planned) for planned in self._planned if planned.group in groups]
+        weights = [q for q in chosen if q.planned.group == "weights" and q.samples]
+        calibrate_weights(self._active_model, weights)
+        activations = [quantizer for quantizer in chosen if quantizer.planned.group == "activations"]
+        data = self._data(activations, context)
+        if data is not None:
+            calibrate_activations(self._active_model, activations, data)
+
+    def _apply_stage(self) -> None:
+        assert self._staging is not None
+        for planned in self._planned:
+            self._module(planned).enabled = self._staging.is_on(planned.group)
+
+    def _described(self, planned: PlannedQuantizer) -> QuantizerStatistics:
+        module = self._module(planned)
+        low, high = module.range()
+        return QuantizerStatistics(
+            planned.name,
+            planned.group,
+            module.bits,
+            planned.spec.mode,
+            module.signed,
+            planned.spec.per_channel,
+            module.enabled,
+            float(low.detach().min()),
+            float(high.detach().max()),
+        )
+
+
+def _switch(modules: Iterable[FakeQuantize], on: bool) -> None:
+    for module in modules:
+        module.enabled = on
+
+
+def _device_of(model: nn.Module) -> Any:
+    return next((parameter.device for parameter in model.parameters()), None)

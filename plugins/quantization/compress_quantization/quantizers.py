@@ -1,0 +1,88 @@
+"""Quantizers in a model: made from their settings, found again, and replaced by torch's own operators."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import nn
+
+from compress_core.transforms import (
+    activation_transforms,
+    add_activation_transform,
+    get_activation_transform,
+    get_weight_transform,
+)
+from compress_quantization.fake_quantize import AsymmetricFakeQuantize, FakeQuantize, SymmetricFakeQuantize
+from compress_quantization.planning import PlannedQuantizer
+from compress_quantization.quantizer_config import QuantizerSpec
+
+
+def make_quantizer(spec: QuantizerSpec, shape: tuple[int, ...], *, lr_multiplier: float = 1.0) -> FakeQuantize:
+    """Returns a quantizer that has no range yet.
+
+    Args:
+        spec: What it is like.
+        shape: Shape of its scale.
+        lr_multiplier: Factor on the gradients of what it learns.
+    """
+    cls = SymmetricFakeQuantize if spec.mode == "symmetric" else AsymmetricFakeQuantize
+    module = cls(
+        shape,
+        bits=spec.bits,
+        narrow_range=spec.narrow_range,
+        half_range=spec.half_range,
+        logarithm_scale=spec.logarithm_scale,
+    )
+    if spec.mode == "symmetric":
+        module.signed = bool(spec.signed)
+    module.lr_multiplier = lr_multiplier
+    return module
+
+
+def find_quantizer(model: nn.Module, planned: PlannedQuantizer, key: str) -> FakeQuantize:
+    """Returns the quantizer of a model (or of a copy of it) that a plan is about."""
+    if planned.parameter:
+        return cast("FakeQuantize", get_weight_transform(model, planned.parameter, key))
+    return cast("FakeQuantize", get_activation_transform(model, planned.places[0], key))
+
+
+class NativeFakeQuantize(nn.Module):
+    """torch's own fake-quantize operator with a fixed grid: what `strip` leaves behind activations.
+
+    Args:
+        quantizer: The quantizer whose grid it takes.
+    """
+
+    scale: torch.Tensor
+    zero_point: torch.Tensor
+
+    def __init__(self, quantizer: FakeQuantize) -> None:
+        super().__init__()
+        grid = quantizer.grid()
+        self.register_buffer("scale", grid.scale.detach().clone())
+        self.register_buffer("zero_point", grid.zero_point.detach().clone())
+        self.quant_min, self.quant_max, self.channel_dim = grid.quant_min, grid.quant_max, grid.channel_dim
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns `x` on the grid, in its dtype."""
+        if not x.is_floating_point():
+            return x
+        if self.channel_dim is None:
+            return torch.fake_quantize_per_tensor_affine(
+                x, self.scale, self.zero_point, self.quant_min, self.quant_max
+            ).to(x.dtype)
+        return torch.fake_quantize_per_channel_affine(
+            x, self.scale, self.zero_point, self.channel_dim, self.quant_min, self.quant_max
+        ).to(x.dtype)
+
+
+def replace_by_native(model: nn.Module, planned: PlannedQuantizer, key: str) -> None:
+    """Puts torch's own operator in the place of an activation quantizer; one that is off is taken away."""
+    quantizer = find_quantizer(model, planned, key)
+    native = NativeFakeQuantize(quantizer)
+    for handle in activation_transforms(model):
+        if handle.transform is quantizer:
+            handle.remove()
+            if quantizer.enabled:
+                add_activation_transform(model, handle.place, native, stage=handle.stage, key=key)

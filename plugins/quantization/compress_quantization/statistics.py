@@ -1,0 +1,93 @@
+"""What quantization reports."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from compress_core import Statistics, Table
+
+
+@dataclass(frozen=True)
+class QuantizerStatistics:
+    """One quantizer, as it is now.
+
+    Attributes:
+        name: Where it is.
+        group: `weights` or `activations`.
+        bits: Number of bits.
+        mode: `symmetric` or `asymmetric`.
+        signed: Whether its grid has values below zero.
+        per_channel: Whether each channel has its own range.
+        enabled: Whether it quantizes.
+        low: Smallest value of its grid (over the channels).
+        high: Largest value of its grid (over the channels).
+    """
+
+    name: str
+    group: str
+    bits: int
+    mode: str
+    signed: bool
+    per_channel: bool
+    enabled: bool
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class QuantizationStatistics(Statistics):
+    """All quantizers of a model.
+
+    Attributes:
+        quantizers: Weights first.
+        skipped: What could be quantized -> why it is not.
+    """
+
+    quantizers: tuple[QuantizerStatistics, ...]
+    skipped: Mapping[str, str]
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        """Returns how many quantizers there are of each kind: figure -> group -> number."""
+        rows: dict[str, Counter[str]] = {}
+        for quantizer in self.quantizers:
+            kinds = (
+                "all",
+                "enabled" if quantizer.enabled else "disabled",
+                quantizer.mode,
+                "signed" if quantizer.signed else "unsigned",
+                "per channel" if quantizer.per_channel else "per tensor",
+                f"{quantizer.bits} bits",
+            )
+            for kind in kinds:
+                rows.setdefault(kind, Counter())[quantizer.group] += 1
+        return {kind: {group: count[group] for group in ("weights", "activations")} for kind, count in rows.items()}
+
+    def tables(self) -> list[Table]:
+        """Returns the counts, the quantizers, and what is not quantized."""
+        counts = [(kind, found["weights"], found["activations"]) for kind, found in self.counts().items()]
+        rows = [
+            (q.name, q.bits, q.mode, "yes" if q.signed else "no", "yes" if q.per_channel else "no", q.low, q.high)
+            for q in self.quantizers
+        ]
+        tables = [
+            Table("Quantization: quantizers", ("kind", "weights", "activations"), counts),
+            Table(
+                "Quantization: by quantizer",
+                ("quantizer", "bits", "mode", "signed", "per channel", "lowest", "highest"),
+                rows,
+            ),
+        ]
+        if self.skipped:
+            tables.append(Table("Quantization: left as it is", ("tensor", "why"), list(self.skipped.items())))
+        return tables
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns everything as JSON-able values."""
+        return {
+            "counts": self.counts(),
+            "quantizers": [asdict(quantizer) for quantizer in self.quantizers],
+            "skipped": dict(self.skipped),
+        }
