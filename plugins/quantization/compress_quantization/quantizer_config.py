@@ -26,7 +26,7 @@ from compress_quantization.profiles import Profile, Scheme, described
 _QUANTIZER = re.compile(r"^(?P<scope>.+)\|(?P<port>WEIGHT|OUTPUT|INPUT\d*)$")
 _REGEX_PREFIX = "{re}"
 
-_PRESETS: dict[str, dict[QuantizerGroup, Mode]] = {
+PRESETS: dict[str, dict[QuantizerGroup, Mode]] = {
     "performance": {"weights": "symmetric", "activations": "symmetric"},
     "mixed": {"weights": "symmetric", "activations": "asymmetric"},
 }
@@ -227,7 +227,7 @@ class Resolver:
         request = _Request()
         if (preset := effective_preset(self._config, self._profile)) is not None:
             # Without a path: a preset is a preference, which gives way where an operator does not offer its mode.
-            request.mode = _PRESETS[preset][place.group]
+            request.mode = PRESETS[preset][place.group]
         group = getattr(self._config, place.group)
         request.logarithm_scale = group.logarithm_scale
         for path, options in [(place.group, group), *self._overrides(place)]:

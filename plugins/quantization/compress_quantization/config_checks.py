@@ -1,0 +1,324 @@
+"""What a section `quantization` must not say, as far as that is known without a model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from compress_core import ConfigError
+from compress_core.config import Section
+from compress_core.errors import Problem
+from compress_core.scopes import compile_scope
+from compress_quantization.config import (
+    Mode,
+    PrecisionConfig,
+    QuantizationConfig,
+    QuantizerGroup,
+    RangeConfig,
+    ScopedRangeConfig,
+    ScopeOverride,
+)
+from compress_quantization.profiles import Profile, described, load_profile
+from compress_quantization.quantizer_config import PRESETS, Resolver, effective_preset
+
+_GROUPS: tuple[QuantizerGroup, ...] = ("weights", "activations")
+
+# Keys of NNCF's example scripts, which are not read by NNCF itself.
+_WITHOUT_EFFECT = (
+    "batch_multiplier",
+    "lr_poly_drop_start_epoch",
+    "lr_poly_drop_duration_epochs",
+    "disable_wd_start_epoch",
+    "base_lr",
+    "base_wd",
+)
+
+_SEARCH_KEYS = (
+    "num_data_points",
+    "iter_number",
+    "tolerance",
+    "compression_ratio",
+    "eval_subset_ratio",
+    "warmup_iter_number",
+    "traces_per_layer_path",
+    "dump_init_precision_data",
+)
+
+
+def check_config(config: QuantizationConfig, target_device: str, *, strict: bool = True) -> Profile:
+    """Refuses what contradicts itself or the device; afterwards every value that counts has been read.
+
+    Args:
+        config: The section.
+        target_device: The document's `target_device`.
+        strict: Whether values that can have no effect are refused too, with the reason; otherwise they stay unread, and
+            the core warns about them.
+
+    Returns:
+        The profile of the device.
+
+    Raises:
+        ConfigError: With everything that is wrong; paths are relative to the section.
+    """
+    profile = load_profile(target_device)
+    problems = [
+        *_preset(config, profile),
+        *_device(config, profile),
+        *_precision(config, profile),
+        *_ranges(config),
+        *_scopes(config),
+        *_unified_scales(config),
+    ]
+    if strict:
+        problems += _dead_values(config, profile)
+    if not problems:
+        _compile(config, profile, problems)
+    if problems:
+        raise ConfigError(problems)
+    _read(config, profile)
+    return profile
+
+
+def _preset(config: QuantizationConfig, profile: Profile) -> Iterator[Problem]:
+    if config.preset is None:
+        return
+    if profile.presets == "never":
+        yield Problem(
+            "preset", f"{profile.device} has no presets; remove it, and set the modes of weights and activations"
+        )
+        return
+    modes = {group: getattr(config, group).mode for group in _GROUPS}
+    if None not in modes.values() and modes != PRESETS[config.preset]:
+        yield Problem(
+            "preset",
+            f"'{config.preset}' decides nothing: weights.mode '{modes['weights']}' and activations.mode "
+            f"'{modes['activations']}' say otherwise; remove one or the other",
+        )
+
+
+def _device(config: QuantizationConfig, profile: Profile) -> Iterator[Problem]:
+    """Finds settings of groups and overrides that no operator of the device could have."""
+    for group in _GROUPS:
+        options = getattr(config, group)
+        yield from _offered(group, options, None, config, profile, group)
+        for scope, override in getattr(config.scope_overrides, group).items():
+            path = f"scope_overrides.{group}.{scope}"
+            if not override.model_fields_set:
+                yield Problem(path, "says nothing; give mode, bits, signed, per_channel or initializer, or remove it")
+            yield from _offered(path, override, options, config, profile, group)
+
+
+def _offered(
+    path: str, options: Any, defaults: Any, config: QuantizationConfig, profile: Profile, group: QuantizerGroup
+) -> Iterator[Problem]:
+    """Yields what is wrong with the settings of a group, or of an override on top of those of its group."""
+    wanted = {
+        name: getattr(options, name) if getattr(options, name) is not None else getattr(defaults, name, None)
+        for name in ("bits", "mode", "per_channel", "signed")
+    }
+    schemes = profile.all_schemes(group)
+    said = {name: value for name in ("bits", "mode", "per_channel") if (value := getattr(options, name)) is not None}
+    fits = {name: wanted[name] for name in ("bits", "mode", "per_channel")}
+    if said and not any(scheme.fits(**fits) for scheme in schemes):
+        name = next((n for n in said if not any(scheme.fits(**{n: said[n]}) for scheme in schemes)), next(iter(said)))
+        shown = ", ".join(f"{key} {json.dumps(value)}" for key, value in fits.items() if value is not None)
+        yield Problem(
+            f"{path}.{name}",
+            f"{shown}: target_device {profile.device} offers for {group} {described(schemes)}. "
+            'Change the value, or set target_device "TRIAL", which offers everything',
+        )
+        return
+    if options.signed is None:
+        return
+    mode = wanted["mode"] or _preset_mode(config, profile, group) or "symmetric"
+    if mode == "asymmetric":
+        yield Problem(
+            f"{path}.signed",
+            f"{json.dumps(options.signed)} means nothing in asymmetric mode, where the range decides; remove it",
+        )
+    forced = {scheme.signed for scheme in schemes if scheme.fits(bits=wanted["bits"], mode=mode)}
+    if len(forced) == 1 and forced.isdisjoint({None, options.signed}):
+        yield Problem(
+            f"{path}.signed",
+            f"{json.dumps(options.signed)}, and target_device {profile.device} only has signed symmetric {group}; "
+            'remove it, or set target_device "TRIAL"',
+        )
+
+
+def _preset_mode(config: QuantizationConfig, profile: Profile, group: QuantizerGroup) -> Mode | None:
+    preset = effective_preset(config, profile)
+    return None if preset is None else PRESETS[preset][group]
+
+
+def _precision(config: QuantizationConfig, profile: Profile) -> Iterator[Problem]:
+    precision, path = config.initializer.precision, "initializer.precision"
+    if precision is None:
+        return
+    if precision.type != "manual":
+        yield Problem(
+            f"{path}.type",
+            f"'{precision.type}' is not available yet; choose the bits yourself with type 'manual' and "
+            "bitwidth_per_scope, or remove the section",
+        )
+        return
+    first: dict[str, int] = {}
+    for index, (bits, scope) in enumerate(precision.bitwidth_per_scope):
+        yield from _bits_of_scope(f"{path}.bitwidth_per_scope.{index}", bits, scope, precision, profile)
+        if scope in first:
+            yield Problem(f"{path}.bitwidth_per_scope.{index}", f"'{scope}' stands in entry {first[scope]} already")
+        first.setdefault(scope, index)
+
+
+def _bits_of_scope(path: str, bits: int, scope: str, precision: PrecisionConfig, profile: Profile) -> Iterator[Problem]:
+    if "bits" in precision.model_fields_set and bits not in precision.bits:
+        yield Problem(path, f"{bits} bits are not among initializer.precision.bits {precision.bits}; add them there")
+    groups = [group for group in _GROUPS if scope.endswith("|WEIGHT") == (group == "weights")]
+    schemes = [s for group in (_GROUPS if scope.startswith("{re}") else groups) for s in profile.all_schemes(group)]
+    if not any(scheme.fits(bits=bits) for scheme in schemes):
+        yield Problem(
+            path,
+            f"{bits} bits for '{scope}': target_device {profile.device} offers {described(dict.fromkeys(schemes))}. "
+            'Change the value, or set target_device "TRIAL", which offers everything',
+        )
+
+
+def _all_ranges(config: QuantizationConfig) -> Iterator[tuple[str, RangeConfig]]:
+    ranges = config.initializer.range
+    if isinstance(ranges, RangeConfig):
+        yield "initializer.range", ranges
+    for index, entry in enumerate(ranges if isinstance(ranges, list) else ()):
+        yield f"initializer.range.{index}", entry
+    for path, override in _all_overrides(config):
+        if override.initializer.range is not None:
+            yield f"{path}.initializer.range", override.initializer.range
+
+
+def _all_overrides(config: QuantizationConfig) -> Iterator[tuple[str, ScopeOverride]]:
+    for group in _GROUPS:
+        for scope, override in getattr(config.scope_overrides, group).items():
+            yield f"scope_overrides.{group}.{scope}", override
+
+
+def _ranges(config: QuantizationConfig) -> Iterator[Problem]:
+    if config.initializer.range == []:
+        yield Problem("initializer.range", "is an empty list, so no quantizer has an initial range; remove it")
+    for path, entry in _all_ranges(config):
+        if "percentile" in entry.type and (low := entry.params.min_percentile) >= (high := entry.params.max_percentile):
+            name = "min_percentile" if "min_percentile" in entry.params.model_fields_set else "max_percentile"
+            yield Problem(
+                f"{path}.params.{name}", f"min_percentile {low} is not below max_percentile {high}; the range is empty"
+            )
+        if isinstance(entry, ScopedRangeConfig) and not {"target_scopes", "ignored_scopes"} & entry.model_fields_set:
+            yield Problem(
+                path,
+                "an entry of a list says which quantizers it is for; give target_scopes or ignored_scopes "
+                '("ignored_scopes": [] for all quantizers), or write one object in place of the list',
+            )
+
+
+def _scope_lists(config: QuantizationConfig) -> Iterator[tuple[str, Section]]:
+    """Yields every section with target_scopes and ignored_scopes; its path ends in a dot or is empty."""
+    yield "", config
+    for group in _GROUPS:
+        yield f"{group}.", getattr(config, group)
+    for path, entry in _all_ranges(config):
+        if isinstance(entry, ScopedRangeConfig):
+            yield f"{path}.", entry
+
+
+def _scopes(config: QuantizationConfig) -> Iterator[Problem]:
+    for path, section in _scope_lists(config):
+        # Read past `Section`: the core notes for itself whether it has read the scopes of the section.
+        targets: list[str] = section.__dict__["target_scopes"]
+        ignored: list[str] = section.__dict__["ignored_scopes"]
+        if "target_scopes" in section.model_fields_set and not targets:
+            yield Problem(f"{path}target_scopes", "is empty, so nothing is a target; name something, or remove it")
+        for index, entry in enumerate(targets):
+            if entry in ignored:
+                yield Problem(
+                    f"{path}target_scopes.{index}",
+                    f"'{entry}' stands in {path}ignored_scopes as well, which counts; remove one of the two",
+                )
+
+
+def _unified_scales(config: QuantizationConfig) -> Iterator[Problem]:
+    path, seen = "activations.unified_scale_ops", dict[str, int]()
+    for index, group in enumerate(config.activations.unified_scale_ops):
+        if len(set(group)) < 2:
+            yield Problem(
+                f"{path}.{index}", f"{group} names fewer than two operators, which share a quantizer with none"
+            )
+        for entry in group:
+            try:
+                compile_scope(entry)
+            except ValueError as error:
+                yield Problem(f"{path}.{index}", str(error))
+            if seen.setdefault(entry, index) != index:
+                yield Problem(f"{path}.{index}", f"'{entry}' stands in group {seen[entry]} too; merge the two groups")
+
+
+def _dead_values(config: QuantizationConfig, profile: Profile) -> list[Problem]:
+    """Finds what can have no effect, without reading it."""
+    problems = [
+        Problem(f"params.{name}", "has no effect in NNCF either, only in an example script of it; remove it")
+        for name in _WITHOUT_EFFECT
+        if name in config.params.model_fields_set
+    ]
+    if config.__dict__["export_to_onnx_standard_ops"] is False:
+        problems.append(
+            Problem(
+                "export_to_onnx_standard_ops",
+                "false asks for OpenVINO's FakeQuantize operators, which are not written; export uses the standard "
+                "QuantizeLinear and DequantizeLinear. Remove it",
+            )
+        )
+    fix = config.__dict__["overflow_fix"]
+    if "overflow_fix" in config.model_fields_set and fix != "disable" and not profile.half_range_weights:
+        problems.append(
+            Problem("overflow_fix", f"'{fix}' has no effect with target_device {profile.device}, only with CPU and ANY")
+        )
+    for path, entry in _all_ranges(config):
+        if "percentile" not in entry.type:
+            problems += [
+                Problem(f"{path}.params.{name}", f"has no effect with the type '{entry.type}', only with percentiles")
+                for name in _given(entry.params, ("min_percentile", "max_percentile"))
+            ]
+    precision = config.initializer.precision
+    if precision is not None and precision.type == "manual":
+        problems += [
+            Problem(f"initializer.precision.{name}", "has no effect with the type 'manual'; remove it")
+            for name in _given(precision, _SEARCH_KEYS)
+        ]
+        if not precision.bitwidth_per_scope:
+            problems.append(
+                Problem("initializer.precision", "has no effect without bitwidth_per_scope; give it, or remove this")
+            )
+    return problems
+
+
+def _given(section: Section, names: Sequence[str]) -> Iterable[str]:
+    return [name for name in names if name in section.model_fields_set]
+
+
+def _compile(config: QuantizationConfig, profile: Profile, problems: list[Problem]) -> None:
+    try:
+        Resolver(config, profile)
+    except ConfigError as error:
+        problems.extend(error.problems)
+
+
+def _read(config: QuantizationConfig, profile: Profile) -> None:
+    """Reads what has its effect later, so that what is left unread can have none."""
+    for name in ("quantize_inputs", "quantize_outputs", "compression_lr_multiplier"):
+        getattr(config, name)
+    if config.__dict__["export_to_onnx_standard_ops"]:
+        _ = config.export_to_onnx_standard_ops
+    if profile.half_range_weights or config.__dict__["overflow_fix"] == "disable":
+        _ = config.overflow_fix
+    if config.params.staged:
+        _ = config.params.activations_quant_start_epoch, config.params.weights_quant_start_epoch
+    for group in _GROUPS:
+        _ = getattr(config, group).logarithm_scale
+    for _path, override in _all_overrides(config):
+        _ = override.initializer.range

@@ -1,0 +1,64 @@
+"""Staged quantization: weights and activations are quantized from epochs of their own on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from compress_core import CompressionStage, StateError
+from compress_core.schedules import Clock
+from compress_quantization.config import QuantizerGroup, StagedParams
+
+_GROUPS: tuple[QuantizerGroup, ...] = ("weights", "activations")
+
+
+class StagedQuantization:
+    """Which groups of quantizers are on.
+
+    A group is on from the epoch on that the config names, at once when that is 0, and stays on. Ranges are to be
+    initialized anew whenever a group is turned on (`epoch_step`).
+
+    Args:
+        params: The section `params`; only to be used when there is something in it (`StagedParams.staged`).
+    """
+
+    def __init__(self, params: StagedParams) -> None:
+        self._start: dict[QuantizerGroup, int] = {
+            "weights": params.weights_quant_start_epoch,
+            "activations": params.activations_quant_start_epoch,
+        }
+        self._on = {group: start == 0 for group, start in self._start.items()}
+
+    def is_on(self, group: QuantizerGroup) -> bool:
+        """Returns whether the quantizers of a group are on."""
+        return self._on[group]
+
+    def epoch_step(self, clock: Clock) -> tuple[QuantizerGroup, ...]:
+        """Begins an epoch; epochs may be skipped.
+
+        Returns:
+            The groups that are turned on now.
+        """
+        begun = tuple(group for group in _GROUPS if not self._on[group] and clock.epoch >= self._start[group])
+        self._on.update(dict.fromkeys(begun, True))
+        return begun
+
+    @property
+    def compression_stage(self) -> CompressionStage:
+        """UNCOMPRESSED with no group on, PARTIALLY_COMPRESSED with one, FULLY_COMPRESSED with both."""
+        return CompressionStage(sum(self._on.values()))
+
+    def get_state(self) -> dict[str, Any]:
+        """Returns which groups are on; JSON-able."""
+        return {"on": dict(self._on)}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Takes back what `get_state` returned.
+
+        Raises:
+            StateError: It is not that.
+        """
+        on = state.get("on") if isinstance(state, Mapping) else None
+        if not isinstance(on, Mapping) or set(on) != set(_GROUPS) or not all(isinstance(v, bool) for v in on.values()):
+            raise StateError(f"not the state of staged quantization: {state!r}")
+        self._on = {group: on[group] for group in _GROUPS}
