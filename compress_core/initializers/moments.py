@@ -7,10 +7,12 @@ from dataclasses import dataclass
 
 import torch
 
-# Rows of a channels_last tensor that are summed in float32 at a time.
+# Rows of a matrix that are summed in float32 at a time.
 _ROWS = 256
-# Positions from which on summing row by row is faster than torch's kernel.
-_SHORTEST_ROW = 9
+# Values that are squared at a time: few enough for the cache, and for memory that is at hand.
+_BLOCK = 2**18
+# Positions from which on summing row by row is faster than column by column.
+_SHORTEST_ROW = 50
 # |mean| / std from which on squares in float32 are not exact enough to keep the variance within 1e-6 of float64.
 _LARGEST_OFFSET = 2.0
 
@@ -109,28 +111,26 @@ class Correlation:
 
     def add(self, left: torch.Tensor, right: torch.Tensor) -> None:
         """Adds paired values, each of shape (values, channels), float32 or float64."""
-        left_part, left_apart = _centred(left)
-        right_part, right_apart = _centred(right)
-        before, count = self._left.count, left_part.count
-        shift = (left_part.mean - self._left.mean) * (right_part.mean - self._right.mean)
-        self._comoment += (left_apart * right_apart).sum(0).double() + shift * (before * count / (before + count))
-        self._left.merge(left_part)
-        self._right.merge(right_part)
+        count, before = len(left), self._left.count
+        # Both at once, and in place: many thin layers make the number of operations and of large buffers count.
+        apart = torch.stack([left, right])
+        first = apart[:, :1].clone()
+        apart -= first  # small even where the values are far from zero, so that float32 holds them
+        bulk = apart.mean(1, keepdim=True)
+        apart -= bulk
+        comoment = (apart[0] * apart[1]).sum(0).double()
+        m2 = apart.square_().sum(1).double()
+        mean = (bulk.double() + first.double()).squeeze(1)
+        shift = (mean[0] - self._left.mean) * (mean[1] - self._right.mean)
+        self._comoment += comoment + shift * (before * count / (before + count))
+        self._left.merge(Moments(count, mean[0], m2[0]))
+        self._right.merge(Moments(count, mean[1], m2[1]))
 
     def value(self) -> torch.Tensor:
         """Returns Pearson's correlation of each channel; 1 where neither varies, 0 where only one does."""
         scale = self._left.m2.sqrt() * self._right.m2.sqrt()
         constant = ((self._left.m2 == 0) & (self._right.m2 == 0)).double()
         return torch.where(scale > 0, self._comoment / scale, constant).clamp(-1.0, 1.0)
-
-
-def _centred(rows: torch.Tensor) -> tuple[Moments, torch.Tensor]:
-    """Returns the moments of (values, channels), and the values less their mean."""
-    first = rows[:1]
-    apart = rows - first  # small even where the values are far from zero, so that float32 holds them
-    mean = apart.mean(0)
-    apart = apart - mean
-    return Moments(len(rows), mean.double() + first[0].double(), (apart * apart).sum(0).double()), apart
 
 
 def sampled_rows(values: torch.Tensor, positions: int) -> torch.Tensor:
@@ -151,7 +151,9 @@ def sampled_rows(values: torch.Tensor, positions: int) -> torch.Tensor:
     if _is_channels_last(values):
         rows = values.movedim(1, -1).reshape(batch, available, channels)[:, index].reshape(-1, channels)
     else:
-        rows = values.reshape(batch, channels, available)[:, :, index].transpose(1, 2).reshape(-1, channels)
+        # Position by position: an index into the last dimension is several times as slow where positions are few.
+        by_position = values.reshape(batch * channels, available).t().index_select(0, index)
+        rows = by_position.view(-1, batch, channels).transpose(0, 1).reshape(-1, channels)
     return rows if rows.dtype in (torch.float32, torch.float64) else rows.float()
 
 
@@ -167,33 +169,40 @@ def _spread(available: int, wanted: int) -> torch.Tensor:
 
 
 def _sums(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns mean and variance of each channel in float64, computed in float32 in short pieces that float64 merges.
+    """Returns mean and variance of each channel in float64, summed in float32 in short pieces that float64 merges.
 
     A row of a contiguous tensor, or a few hundred rows of a channels_last one, are short enough for float32; torch's
     batch-norm kernel, which adds up in float64, takes ten times as long.
     """
+    channels = values.shape[1]
+    count = values.numel() // channels
     if _is_channels_last(values):
-        rows = values.movedim(1, -1).reshape(-1, values.shape[1])
-        return _merged([torch.batch_norm_update_stats(p, None, None, 0.0) for p in torch.split(rows, _ROWS)], len(rows))
-    rows = values.reshape(*values.shape[:2], -1)
-    if rows.shape[-1] < _SHORTEST_ROW:
-        mean, variance = torch.batch_norm_update_stats(values, None, None, 0.0)
-        return mean.double(), variance.double()
-    count = rows.shape[0] * rows.shape[-1]
-    mean = rows.sum(-1).double().sum(0) / count
-    squares = torch.linalg.vector_norm(rows, dim=-1).double().square().sum(0) / count
+        total, squares = _column_sums(values.movedim(1, -1).reshape(-1, channels))
+    elif values[0, 0].numel() < _SHORTEST_ROW:
+        total, squares = (sums.view(channels, -1).sum(-1) for sums in _column_sums(values.flatten(1)))
+    else:
+        rows = values.flatten(2)
+        total = rows.sum(-1).double().sum(0)
+        squares = torch.linalg.vector_norm(rows, dim=-1).double().square().sum(0)
+    mean, squares = total / count, squares / count
     return mean, (squares - mean.square()).clamp_min(0)
 
 
-def _merged(pieces: list[tuple[torch.Tensor, torch.Tensor]], count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Merges (mean, variance) of pieces of `_ROWS` values each; the last may be shorter."""
-    means = torch.stack([mean for mean, _ in pieces]).double()
-    variances = torch.stack([variance for _, variance in pieces]).double()
-    weights = torch.full((len(pieces), 1), float(_ROWS), dtype=torch.float64)
-    weights[-1] = count - _ROWS * (len(pieces) - 1)
-    weights /= count
-    mean = (weights * means).sum(0)
-    return mean, (weights * (variances + (means - mean).square())).sum(0)
+def _column_sums(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the sums of values and of their squares over dimension 0 in float64, piece by piece.
+
+    Down the columns torch works on whole vectors; along many short rows it takes several times as long.
+    """
+    columns = rows.shape[1]
+    total = torch.zeros(columns, dtype=torch.float64, device=rows.device)
+    squares = total.clone()
+    for block in torch.split(rows, max(_BLOCK // columns // _ROWS, 1) * _ROWS):
+        whole = len(block) - len(block) % _ROWS
+        for pieces in (block[:whole].reshape(-1, _ROWS, columns), block[whole:].unsqueeze(0)):
+            if pieces.numel():
+                total += pieces.sum(1).double().sum(0)
+                squares += (pieces * pieces).sum(1).double().sum(0)
+    return total, squares
 
 
 def _is_channels_last(values: torch.Tensor) -> bool:
