@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from compress_core.errors import DataError
 from compress_core.initializers.moments import Correlation, Moments, sampled_rows
+from compress_core.transforms.call_sites import run_quietly
 
 # Values of a channel that are paired in each sample and call, to estimate a correlation.
 _PAIRED_POSITIONS = 8
@@ -55,7 +56,7 @@ class Estimator:
 
     def attach(self) -> list[RemovableHandle]:
         """Starts watching; the caller removes the handles."""
-        return [self.layer.register_forward_pre_hook(self._before, with_kwargs=True)]
+        return [self.layer.register_forward_pre_hook(self._quietly_before, with_kwargs=True)]
 
     def begin_reference(self, *, alternating: bool) -> None:
         """The next forward is the reference model's: with the statistics that training has left.
@@ -116,6 +117,10 @@ class Estimator:
         assert self.layer.running_mean is not None and self.layer.running_var is not None
         self.layer.running_mean.copy_(mean)
         self.layer.running_var.copy_(variance)
+
+    def _quietly_before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # Transforms of activations count the calls of functions; ours are not the model's.
+        run_quietly(self._before, module, args, kwargs)
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         values = args[0] if args else kwargs["input"]

@@ -60,7 +60,7 @@ def environment_without_us(folder):
     run(sys.executable, "-m", "venv", folder)
     (site,) = (folder / "lib").glob("python*/site-packages")
     for path in Path(sysconfig.get_paths()["purelib"]).iterdir():
-        ours = re.match(r"_?compress_(core|magnitude)|__editable__|_editable_impl|.*\.pth$", path.name)
+        ours = re.match(r"_?compress_(core|magnitude|quantization)|__editable__|_editable_impl|.*\.pth$", path.name)
         if not ours and not (site / path.name).exists():
             (site / path.name).symlink_to(path)
     return folder / "bin" / "python"
@@ -78,15 +78,19 @@ def test_wheel_holds_what_is_ours_and_nothing_else(wheel):
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {
         "compress_core",
         "compress_magnitude_sparsity",
+        "compress_quantization",
     }
-    for package in ("compress_core", "compress_magnitude_sparsity"):
+    for package in ("compress_core", "compress_magnitude_sparsity", "compress_quantization"):
         assert f"{package}/py.typed" in names
+    assert "compress_quantization/profiles/cpu.json" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
 def test_wheel_alone_finds_the_built_in_plugins(environment, tmp_path):
     found = json.loads(run(environment, "-c", JOB % '["magnitude_sparsity"]', cwd=tmp_path))
-    assert found["plugins"] == {"magnitude_sparsity": "plugin 'magnitude_sparsity' (compress-core 0.1.0)"}
+    assert found["plugins"] == {
+        name: f"plugin '{name}' (compress-core 0.1.0)" for name in ("magnitude_sparsity", "quantization")
+    }
     assert found["failures"] == []
     assert found["samples"] == 32
     assert run(environment, "-c", "import compress_core; print(compress_core.__file__)", cwd=tmp_path).startswith(

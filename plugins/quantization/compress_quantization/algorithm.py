@@ -75,7 +75,8 @@ class Quantization(Algorithm):
     @hookimpl
     def compress_configure(self, config: QuantizationConfig, context: Context) -> None:
         """Refuses what the device does not offer, and values that contradict each other."""
-        check_config(config, context.config.root.target_device)
+        root = context.config.root
+        check_config(config, root.target_device, strict=root.unused_values == "error")
 
     @hookimpl
     def compress_plan(self, model: nn.Module, context: Context) -> Plan:

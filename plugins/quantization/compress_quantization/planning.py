@@ -21,7 +21,7 @@ from compress_core.transforms.places import (
     Path,
     place_from_dict,
 )
-from compress_quantization.config import QuantizationConfig, RangeConfig
+from compress_quantization.config import QuantizationConfig, QuantizerGroup, RangeConfig
 from compress_quantization.operators import LINEAR_KINDS, base_name, is_weight_argument, kind_of
 from compress_quantization.placement import Placed, Rules, place_quantizers
 from compress_quantization.profiles import Profile
@@ -80,7 +80,7 @@ class PlannedQuantizer:
     """
 
     name: str
-    group: str
+    group: QuantizerGroup
     spec: QuantizerSpec
     shape: tuple[int, ...]
     parameter: str = ""
