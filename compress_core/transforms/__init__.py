@@ -2,10 +2,29 @@
 
 A weight transform is a small `torch.nn.Module` that maps a weight to the weight that the layer computes with. The
 original parameter stays where it is, under its name; the transforms of one tensor form a chain, ordered by stage.
+
+An activation transform does the same to a tensor that a forward computes; places (`ModuleInput`, `ModuleOutput`,
+`CallInput`, `CallOutput`) say which one.
 """
 
+from compress_core.transforms.activation import (
+    ActivationTransformHandle,
+    activation_transforms,
+    add_activation_transform,
+    get_activation_transform,
+    strip_activation_transforms,
+)
 from compress_core.transforms.mask import WeightMask, mask_weight
 from compress_core.transforms.model_wide import bake_transforms, bypass_transforms, has_transforms
+from compress_core.transforms.places import (
+    ActivationPlace,
+    CallInput,
+    CallOutput,
+    CallPattern,
+    ModuleInput,
+    ModuleOutput,
+    place_from_dict,
+)
 from compress_core.transforms.weight import (
     WeightTransformHandle,
     add_weight_transform,
@@ -14,13 +33,25 @@ from compress_core.transforms.weight import (
 )
 
 __all__ = [
+    "ActivationPlace",
+    "ActivationTransformHandle",
+    "CallInput",
+    "CallOutput",
+    "CallPattern",
+    "ModuleInput",
+    "ModuleOutput",
     "WeightMask",
     "WeightTransformHandle",
+    "activation_transforms",
+    "add_activation_transform",
     "add_weight_transform",
     "bake_transforms",
     "bypass_transforms",
+    "get_activation_transform",
     "get_weight_transform",
     "has_transforms",
     "mask_weight",
+    "place_from_dict",
     "raw_parameter",
+    "strip_activation_transforms",
 ]

@@ -1,4 +1,4 @@
-"""Generated subclasses: layers whose weight is computed on access.
+"""Generated subclasses: layers whose weight is computed on access, and modules whose activations are transformed.
 
 A layer with a weight transform becomes an instance of a subclass of its own class in which `weight` is a property: the
 parameter that is stored under that name, sent through the chain of transforms. `torch.nn.utils.parametrize` works
@@ -6,10 +6,16 @@ the same way, with two differences that matter here: the parameter keeps its nam
 EMA copies do not notice), and the layer can be pickled, because pickling names the original class and rebuilds the
 subclass.
 
+A module with activation transforms gets a `forward` that applies them. Their container is an attribute that is no
+child: `nn.Sequential`, and many a user's forward, call one child after another and would call it as well. Everything
+by which a module hands something on to its children (names, state, moves, modes) is extended to it instead.
+
 Invariants:
     * `isinstance` against the original class holds, and `__name__`, `__qualname__` and `__module__` are the original's.
-    * The subclass adds no state: everything is in `module._parameters` and in the child `weight_transforms`.
-    * One subclass for each (class, set of names), so that two layers of a kind share guards under `torch.compile`.
+    * The subclass adds no state: everything is in `module._parameters`, in the child `weight_transforms` and in the
+      attribute `activation_transforms`.
+    * One subclass for each (class, set of names, whether it has activation transforms), so that two layers of a kind
+      share guards under `torch.compile`.
 """
 
 from __future__ import annotations
@@ -22,11 +28,16 @@ import torch
 from torch import nn
 
 from compress_core.errors import TransformError
+from compress_core.transforms.call_sites import run_quietly
+from compress_core.transforms.generated_forward import activation_methods
 
 # The child module of a transformed layer that holds the chains, one for each transformed parameter.
 TRANSFORMS_ATTRIBUTE = "weight_transforms"
 
-_generated: dict[tuple[type[nn.Module], frozenset[str]], type[nn.Module]] = {}
+# The attribute of a module that holds the chains of its activations.
+ACTIVATIONS_ATTRIBUTE = "activation_transforms"
+
+_generated: dict[tuple[type[nn.Module], frozenset[str], bool], type[nn.Module]] = {}
 
 
 def base_class(module: nn.Module) -> type[nn.Module]:
@@ -36,22 +47,41 @@ def base_class(module: nn.Module) -> type[nn.Module]:
     return base
 
 
-def transformed_class(base: type[nn.Module], names: frozenset[str]) -> type[nn.Module]:
+def transformed_class(base: type[nn.Module], names: frozenset[str], activations: bool = False) -> type[nn.Module]:
     """Returns the subclass of `base` in which the parameters `names` are read through their transforms.
 
     Args:
         base: The layer's original class.
-        names: Names of parameters; with an empty set the class itself is returned.
+        names: Names of parameters.
+        activations: Whether the forward applies activation transforms. Without these and without names the class
+            itself is returned.
     """
-    if not names:
+    if not names and not activations:
         return base
-    key = (base, names)
+    key = (base, names, activations)
     if key not in _generated:
-        _generated[key] = _generate(base, names)
+        _generated[key] = _generate(base, names, activations)
     return _generated[key]
 
 
-def _generate(base: type[nn.Module], names: frozenset[str]) -> type[nn.Module]:
+def update_class(module: nn.Module) -> None:
+    """Gives a module the class that goes with the transforms that it holds.
+
+    Raises:
+        TransformError: Its class cannot be subclassed.
+    """
+    chains = module._modules.get(TRANSFORMS_ATTRIBUTE)
+    names = frozenset() if chains is None else frozenset(chains._modules)
+    set_class(module, transformed_class(base_class(module), names, ACTIVATIONS_ATTRIBUTE in module.__dict__))
+
+
+def set_class(module: nn.Module, cls: type[nn.Module]) -> None:
+    """Changes a module's class."""
+    # Not by assignment: a module may have a __setattr__ of its own.
+    object.__setattr__(module, "__class__", cls)
+
+
+def _generate(base: type[nn.Module], names: frozenset[str], activations: bool) -> type[nn.Module]:
     namespace: dict[str, Any] = {
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
@@ -59,7 +89,10 @@ def _generate(base: type[nn.Module], names: frozenset[str]) -> type[nn.Module]:
         "__reduce_ex__": _reduce_ex,
         "_compress_base_class": base,
         "_compress_names": tuple(sorted(names)),
+        "_compress_activations": activations,
     }
+    if activations:
+        namespace.update(activation_methods(base, ACTIVATIONS_ATTRIBUTE))
     for name in names:
         namespace[name] = _weight_property(name)
     if hasattr(base, "__deepcopy__"):
@@ -73,8 +106,8 @@ def _generate(base: type[nn.Module], names: frozenset[str]) -> type[nn.Module]:
         return type(base.__name__, (base,), namespace)
     except Exception as error:
         raise TransformError(
-            f"the layer class {base.__name__} cannot be subclassed ({error}), which weight transforms need; name the "
-            "layer in ignored_scopes"
+            f"the layer class {base.__name__} cannot be subclassed ({error}), which transforms need; name the layer in "
+            "ignored_scopes"
         ) from error
 
 
@@ -92,7 +125,7 @@ def _weight_property(name: str) -> property:
         if raw is None or container is None or name not in container._modules:
             return raw
         try:
-            return container._modules[name](raw)  # type: ignore[no-any-return, misc]
+            return run_quietly(container._modules[name], raw)  # type: ignore[arg-type, no-any-return]
         except AttributeError as error:
             # An AttributeError leaving a property makes Python fall back to `nn.Module.__getattr__`, which would
             # return the untransformed parameter without a word.
@@ -110,10 +143,12 @@ def _set_flat_weights(self: nn.RNNBase, value: list[Any]) -> None:
     self.__dict__["_flat_weights"] = [self._parameters.get(name) for name in self._flat_weights_names]
 
 
-def _rebuild(names: tuple[str, ...], make: Callable[..., nn.Module], args: tuple[Any, ...]) -> nn.Module:
+def _rebuild(
+    names: tuple[str, ...], make: Callable[..., nn.Module], args: tuple[Any, ...], activations: bool = False
+) -> nn.Module:
     """Makes the module as its original class would, then gives it the subclass back (called by pickle and deepcopy)."""
     module = make(*args)
-    object.__setattr__(module, "__class__", transformed_class(base_class(module), frozenset(names)))
+    set_class(module, transformed_class(base_class(module), frozenset(names), activations))
     return module
 
 
@@ -125,21 +160,23 @@ def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
     modules = dict(self._modules)
     container = modules.pop(TRANSFORMS_ATTRIBUTE, None)
     plain.__dict__["_modules"] = modules
+    activations = plain.__dict__.pop(ACTIVATIONS_ATTRIBUTE, None)
     twin: nn.Module = plain.__deepcopy__(memo)
     memo[id(self)] = twin
     if container is not None:
         twin._modules[TRANSFORMS_ATTRIBUTE] = copy.deepcopy(container, memo)
-        object.__setattr__(twin, "__class__", transformed_class(base_class(twin), frozenset(cls._compress_names)))
+    if activations is not None:
+        twin.__dict__[ACTIVATIONS_ATTRIBUTE] = copy.deepcopy(activations, memo)
+    update_class(twin)
     return twin
 
 
 def _reduce_ex(self: nn.Module, protocol: Any) -> Any:
-    cls = type(self)
-    base: type[nn.Module] = cls._compress_base_class  # type: ignore[attr-defined]
+    cls: Any = type(self)
+    base: type[nn.Module] = cls._compress_base_class
     # Attributes of the MRO below the generated class decide, so a user's own __reduce__ keeps working.
     reduced: Any = super(cls, self).__reduce_ex__(max(protocol, 2))
     make, args, *rest = reduced
     # The default is `copyreg.__newobj__(cls)`: pickle cannot find the generated class by name, only the original.
     args = tuple(base if argument is cls else argument for argument in args)
-    names: tuple[str, ...] = cls._compress_names  # type: ignore[attr-defined]
-    return (_rebuild, (names, make, args), *rest)
+    return (_rebuild, (cls._compress_names, make, args, cls._compress_activations), *rest)

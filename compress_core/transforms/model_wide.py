@@ -8,17 +8,18 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 
-from compress_core.transforms.weight import TransformChain, WeightTransforms, chain_of, detach_chain, parameter_places
+from compress_core.transforms.chain import TransformChain, TransformContainer
+from compress_core.transforms.weight import chain_of, detach_chain, parameter_places
 
 
 def has_transforms(model: nn.Module) -> bool:
-    """Tells whether any layer of `model` reads a weight through transforms."""
-    return any(isinstance(module, WeightTransforms) for module in model.modules())
+    """Tells whether anything in `model` has weight or activation transforms."""
+    return any(isinstance(module, TransformContainer) for module in model.modules())
 
 
 @contextlib.contextmanager
 def bypass_transforms(model: nn.Module) -> Iterator[None]:
-    """Within the context, `model` computes with its stored parameters, as if nothing had been added."""
+    """Within the context, `model` computes as if no transform had been added."""
     chains = [module for module in model.modules() if isinstance(module, TransformChain)]
     before = [chain.bypassed for chain in chains]
     try:
@@ -31,9 +32,10 @@ def bypass_transforms(model: nn.Module) -> Iterator[None]:
 
 
 def bake_transforms(model: nn.Module) -> None:
-    """Writes what each chain computes into the stored parameter and removes the chain.
+    """Writes what each chain of a weight computes into the stored parameter and removes the chain.
 
-    The outputs of the model in eval mode stay the same, bit for bit.
+    Activation transforms have nothing to be written into: they stay, and with them the classes of their modules. The
+    outputs of the model in eval mode stay the same, bit for bit.
     """
     for places in parameter_places(model).values():
         transformed = [(owner, name) for _, owner, name in places if chain_of(owner, name) is not None]

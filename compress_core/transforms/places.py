@@ -1,12 +1,12 @@
 """Places: where in a model an activation can be transformed.
 
-A place names a tensor by how it comes about in a forward: as an argument or a result of a module, or of a function that
-is called while a module's forward runs. Places are values: they can be compared, written as JSON and read back, and they
-hold for every forward of the model, not for the one that was traced.
+A place names a tensor by how it comes about in a forward: as an argument or a result of a module, or of a function
+that is called while a module's forward runs. Places are values: they can be compared, written as JSON and read back,
+and they hold for every forward of the model, not for the one that was traced.
 
-A function may be called several times while a module runs. Calls that stand at one line of code (a loop) are one *site*;
-the sites of a function below a module are numbered in the order in which the traced forward reached them. `CallPattern`
-says which call belongs to which site.
+A function may be called several times while a module runs. Calls that stand at one line of code (a loop) are one
+*site*; the sites of a function below a module are numbered in the order in which the traced forward reached them.
+`CallPattern` says which call belongs to which site.
 """
 
 from __future__ import annotations

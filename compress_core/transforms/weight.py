@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import nn
@@ -12,59 +12,12 @@ from torch.nn.utils import parametrize
 
 from compress_core.errors import TransformError
 from compress_core.stages import Stage
-from compress_core.transforms.generated import TRANSFORMS_ATTRIBUTE, base_class, transformed_class
+from compress_core.transforms.chain import TransformChain, TransformContainer
+from compress_core.transforms.generated import TRANSFORMS_ATTRIBUTE, base_class, transformed_class, update_class
 
 
-class TransformChain(nn.Module):
-    """The transforms of one tensor, applied in the order of their stages.
-
-    Children are named by key (normally the algorithm's name), so that the names of their buffers in a checkpoint do
-    not depend on what else is in the chain.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bypassed = False
-        self._stages: dict[str, int] = {}
-
-    def add(self, key: str, transform: nn.Module, stage: int) -> None:
-        """Inserts `transform` behind everything of the same or an earlier stage."""
-        # Not add_module: it refuses names that the chain has as attributes, such as "add" or "training".
-        self._modules[key] = transform
-        self._stages[key] = stage
-        in_order = sorted(self._modules, key=lambda name: self._stages[name])  # sorted() is stable
-        for name in in_order:
-            self._modules[name] = self._modules.pop(name)
-
-    def discard(self, key: str) -> None:
-        """Takes the transform `key` out of the chain."""
-        del self._modules[key]
-        del self._stages[key]
-
-    def forward(self, weight: torch.Tensor) -> torch.Tensor:
-        """Maps the stored parameter to the tensor that the layer computes with; the shape stays."""
-        if self.bypassed:
-            return weight
-        for transform in self._modules.values():
-            weight = transform(weight)  # type: ignore[misc]
-        return weight
-
-
-class WeightTransforms(nn.ModuleDict):
-    """The child `weight_transforms` of a transformed layer: a chain for each transformed parameter.
-
-    A `state_dict` without any key of a transform (the plain FP32 model's) loads strictly and leaves the transforms as
-    they are; one that has some of the keys of a transform, but not all, is incomplete and is refused by torch as ever.
-    """
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        for name, chain in self.items():
-            for key, transform in chain.named_children():
-                own_prefix = f"{prefix}{name}.{key}."
-                if not any(entry.startswith(own_prefix) for entry in state_dict):
-                    # torch has given us a dict of this call's own: what is added here is seen by our children alone.
-                    state_dict.update(transform.state_dict(prefix=own_prefix))
-        super()._load_from_state_dict(state_dict, prefix, *args)
+class WeightTransforms(TransformContainer, nn.ModuleDict):
+    """The child `weight_transforms` of a transformed layer: a chain for each transformed parameter."""
 
 
 @dataclass(frozen=True)
@@ -216,11 +169,6 @@ def _places_of(module: nn.Module, parameter: torch.Tensor | None) -> list[tuple[
     return [(owner, name) for _, owner, name in parameter_places(module)[id(parameter)]]
 
 
-def _set_class(owner: nn.Module, cls: type[nn.Module]) -> None:
-    # Not by assignment: a module may have a __setattr__ of its own.
-    object.__setattr__(owner, "__class__", cls)
-
-
 def transforms_of(owner: nn.Module) -> WeightTransforms | None:
     """Returns the container of a layer's chains, or None when the layer is not transformed."""
     if isinstance(owner, torch.jit.ScriptModule):  # compiled elsewhere, out of reach
@@ -248,17 +196,18 @@ def _attach_chain(owner: nn.Module, parameter_name: str, chain: TransformChain) 
     if container is None:
         container = WeightTransforms()
         container.train(owner.training)
-    cls = transformed_class(base_class(owner), frozenset([*container.keys(), parameter_name]))
+    # Fails where the class cannot be subclassed, before anything is changed.
+    transformed_class(base_class(owner), frozenset([*container.keys(), parameter_name]))
     if TRANSFORMS_ATTRIBUTE not in owner._modules:
         owner._modules[TRANSFORMS_ATTRIBUTE] = container
     container[parameter_name] = chain
-    _set_class(owner, cls)
+    update_class(owner)
 
 
 def detach_chain(owner: nn.Module, parameter_name: str) -> None:
     """Removes the chain of one parameter from one layer; the last one gives the layer its class back."""
     container = cast("WeightTransforms", transforms_of(owner))
     del container[parameter_name]
-    _set_class(owner, transformed_class(base_class(owner), frozenset(container.keys())))
     if not container:
         del owner._modules[TRANSFORMS_ATTRIBUTE]
+    update_class(owner)

@@ -1,0 +1,217 @@
+"""Call sites: transforming what functions are given and return while a module's forward runs.
+
+A `TorchFunctionMode` around the forward sees each call of a torch function, made by the module itself or by modules
+below, and counts those of the functions that have a transform. What the transforms call themselves is hidden from all
+such modes (`run_quietly`), so that compressing one place never shifts the count at another.
+
+One mode object serves one forward: a module may call itself, and threads do not meet.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch.overrides import TorchFunctionMode, get_overridable_functions, resolve_name
+
+from compress_core.errors import TransformError
+from compress_core.transforms.places import CallInput, CallOutput, CallPattern, Path
+
+T = TypeVar("T")
+
+# ReLUs that a transform can take over, and where they clip.
+_RELUS: dict[str, float | None] = {
+    "torch.relu": None,
+    "torch.relu_": None,
+    "torch.Tensor.relu": None,
+    "torch.Tensor.relu_": None,
+    "torch.nn.functional.relu": None,
+    "torch.nn.functional.relu_": None,
+    "torch.nn.functional.relu6": 6.0,
+}
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place in the calls of a function: which chain, which calls, which tensor."""
+
+    chain: str
+    place: CallInput | CallOutput
+    path: Path
+
+    @property
+    def calls(self) -> CallPattern:
+        """Which calls belong to the site."""
+        return self.place.calls
+
+
+@dataclass(frozen=True)
+class TransformedFunction:
+    """A function that has sites below a module.
+
+    Attributes:
+        name: As `torch.overrides.resolve_name` gives it.
+        objects: The function objects that have this name.
+        inputs: Sites at its arguments.
+        outputs: Sites at its results.
+        in_place: Whether it writes to its first argument, so that callers may ignore what it returns.
+        is_relu: Whether it is a ReLU.
+        upper: Where this ReLU clips.
+    """
+
+    name: str
+    objects: tuple[Any, ...]
+    inputs: tuple[Site, ...]
+    outputs: tuple[Site, ...]
+    in_place: bool
+    is_relu: bool
+    upper: float | None
+
+    @property
+    def calls(self) -> CallPattern:
+        """The calls that a forward is expected to make; the same for all sites of the function."""
+        return (*self.inputs, *self.outputs)[0].calls
+
+
+def transformed_functions(sites: dict[str, CallInput | CallOutput]) -> tuple[TransformedFunction, ...]:
+    """Groups the sites below a module (chain name to place) by function."""
+    found = []
+    for name in dict.fromkeys(place.function for place in sites.values()):
+        mine = {chain: place for chain, place in sites.items() if place.function == name}
+        last = name.rpartition(".")[2]
+        found.append(
+            TransformedFunction(
+                name,
+                functions_named(name),
+                tuple(Site(c, p, p.argument) for c, p in mine.items() if isinstance(p, CallInput)),
+                tuple(Site(c, p, p.item) for c, p in mine.items() if isinstance(p, CallOutput)),
+                in_place=last.endswith("_") and not last.endswith("__"),
+                is_relu=name in _RELUS,
+                upper=_RELUS.get(name),
+            )
+        )
+    return tuple(found)
+
+
+@functools.cache
+def _overridable_functions() -> dict[str, list[Any]]:
+    index: dict[str, list[Any]] = {}
+    for functions in get_overridable_functions().values():
+        for function in functions:
+            index.setdefault(str(resolve_name(function)), []).append(function)
+    return index
+
+
+@functools.cache
+def functions_named(name: str) -> tuple[Any, ...]:
+    """Returns the function objects that `torch.overrides.resolve_name` gives this name.
+
+    Raises:
+        TransformError: There is none.
+    """
+    found = list(_overridable_functions().get(name, ()))
+    # Not all functions that a mode gets to see are listed (torch.nn.functional.hardswish is not).
+    root, _, path = name.partition(".")
+    if root == "torch" and path:
+        with contextlib.suppress(AttributeError):
+            found.append(operator.attrgetter(path)(torch))
+    unique = tuple({id(function): function for function in found}.values())
+    if not unique:
+        raise TransformError(
+            f"there is no function '{name}' that torch's function modes could see; names are those that "
+            "torch.overrides.resolve_name gives, such as 'torch.nn.functional.relu'"
+        )
+    return unique
+
+
+class CallSiteMode(TorchFunctionMode):
+    """Applies the transforms of a module's call sites during one forward.
+
+    Args:
+        functions: The functions that have sites.
+        training: Whether the module is in training mode.
+        apply: Called as `apply(function, calls so far, training, func, args, kwargs)` for each call of such a function.
+    """
+
+    def __init__(self, functions: tuple[TransformedFunction, ...], training: bool, apply: Callable[..., Any]) -> None:
+        super().__init__()
+        self.functions = functions
+        self.training = training
+        self.apply = apply
+        self.counts = [0] * len(functions)
+
+    def index_of(self, func: Any) -> int:
+        """Returns which of the functions `func` is, or -1."""
+        # Compared one by one: dynamo traces this, and cannot for every function guard its presence in a dict.
+        for index, function in enumerate(self.functions):
+            for candidate in function.objects:
+                if func is candidate:
+                    return index
+        return -1
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Runs a function call, with its transforms if it has any."""
+        kwargs = {} if kwargs is None else kwargs
+        index = self.index_of(func)
+        if index < 0:
+            return func(*args, **kwargs)
+        call = self.counts[index]
+        self.counts[index] = call + 1
+        return self.apply(self.functions[index], call, self.training, func, args, kwargs)
+
+
+def run_quietly(function: Callable[..., T], *args: Any) -> T:
+    """Calls `function` hidden from call-site modes, so that what it calls is not counted."""
+    if not torch._C._len_torch_function_stack():
+        return function(*args)
+    if torch.compiler.is_dynamo_compiling():
+        with torch._C.DisableTorchFunction():
+            return function(*args)
+    # Only our modes are taken off: those of torch.export and of the user go on seeing everything. And they are taken
+    # off rather than disabled, so that compiled kernels find the mode stack that they were compiled for.
+    stack = [torch._C._get_function_stack_at(i) for i in range(torch._C._len_torch_function_stack())]
+    others = [mode for mode in stack if not isinstance(mode, CallSiteMode)]
+    if len(others) == len(stack):
+        return function(*args)
+    _set_stack(others)
+    try:
+        return function(*args)
+    finally:
+        _set_stack(stack)
+
+
+def _set_stack(modes: list[Any]) -> None:
+    for _ in range(torch._C._len_torch_function_stack()):
+        torch._C._pop_torch_function_stack()
+    for mode in modes:
+        torch._C._push_on_torch_function_stack(mode)
+
+
+def is_counted(functions: tuple[Any, ...]) -> bool:
+    """Tells whether a mode that is active now counts the calls of one of the functions: they must be made then."""
+    for position in range(torch._C._len_torch_function_stack()):
+        mode = torch._C._get_function_stack_at(position)
+        if isinstance(mode, CallSiteMode):
+            for function in functions:
+                if mode.index_of(function) >= 0:
+                    return True
+    return False
+
+
+def explains(pattern: CallPattern, seen: int, *, training: bool) -> bool:
+    """Tells whether `seen` calls are what was traced, or the same with loops that run longer or shorter."""
+    expected = pattern.expected(training=training)
+    if seen == len(expected):
+        return True
+    for period in range(1, len(expected) // 2 + 1):
+        if expected[-period:] == expected[-2 * period : -period]:
+            turns = 2
+            while expected[-(turns + 1) * period : -turns * period] == expected[-period:]:
+                turns += 1
+            return (seen - len(expected)) % period == 0 and seen >= len(expected) - (turns - 1) * period
+    return False

@@ -1,0 +1,79 @@
+"""Chains: the transforms of one tensor, one after another."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class TransformChain(nn.Module):
+    """The transforms of one tensor, applied in the order of their stages.
+
+    Children are named by key (normally the algorithm's name), so that the names of their buffers in a checkpoint do
+    not depend on what else is in the chain.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bypassed = False
+        self._stages: dict[str, int] = {}
+
+    def add(self, key: str, transform: nn.Module, stage: int) -> None:
+        """Inserts `transform` behind everything of the same or an earlier stage."""
+        # Not add_module: it refuses names that the chain has as attributes, such as "add" or "training".
+        self._modules[key] = transform
+        self._stages[key] = stage
+        in_order = sorted(self._modules, key=lambda name: self._stages[name])  # sorted() is stable
+        for name in in_order:
+            self._modules[name] = self._modules.pop(name)
+
+    def discard(self, key: str) -> None:
+        """Takes the transform `key` out of the chain."""
+        del self._modules[key]
+        del self._stages[key]
+
+    def stage_of(self, key: str) -> int:
+        """Returns the stage of the transform `key`."""
+        return self._stages[key]
+
+    def forward(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Maps the tensor of the uncompressed model to the one that is computed with."""
+        if self.bypassed:
+            return tensor
+        for transform in self._modules.values():
+            tensor = transform(tensor)  # type: ignore[misc]
+        return tensor
+
+    def fuses_relu(self) -> bool:
+        """Tells whether the first transform can take over a ReLU that stands before it."""
+        if self.bypassed:
+            return False
+        first = next(iter(self._modules.values()), None)
+        return first is not None and not first._forward_hooks and callable(getattr(first, "relu", None))
+
+    def forward_relu(self, tensor: torch.Tensor, upper: float | None) -> torch.Tensor:
+        """Returns what `forward` would for `clamp(tensor, 0, upper)`, in one pass of the first transform."""
+        first = True
+        for transform in self._modules.values():
+            tensor = transform.relu(tensor, upper) if first else transform(tensor)  # type: ignore[misc, union-attr, operator]
+            first = False
+        return tensor
+
+
+class TransformContainer(nn.Module):
+    """Chains by name, as a part of the module whose tensors they transform.
+
+    A `state_dict` without any key of a transform (the plain FP32 model's) loads strictly and leaves the transforms as
+    they are; one that has some of the keys of a transform, but not all, is incomplete and is refused by torch as ever.
+    """
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name, chain in self.named_children():
+            for key, transform in chain.named_children():
+                own_prefix = f"{prefix}{name}.{key}."
+                if not any(entry.startswith(own_prefix) for entry in state_dict):
+                    # torch has given us a dict of this call's own: what is added here is seen by our children alone.
+                    state_dict.update(transform.state_dict(prefix=own_prefix))
+        super()._load_from_state_dict(state_dict, prefix, *args)

@@ -1,0 +1,114 @@
+"""What a generated class adds for activation transforms: a forward, and the ways on to the transforms' container."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def activation_methods(base: type[nn.Module], attribute: str) -> dict[str, Any]:
+    """Returns methods of a subclass of `base` whose instances hold a container of transforms in `attribute`."""
+    return {
+        "forward": _forward(base, attribute),
+        "named_modules": _named_modules(base, attribute),
+        "_save_to_state_dict": _save_to_state_dict(base, attribute),
+        "_load_from_state_dict": _load_from_state_dict(base, attribute),
+        "_apply": _apply(base, attribute),
+        "apply": _apply_function(base, attribute),
+        "train": _train(base, attribute),
+    }
+
+
+def _forward(base: type[nn.Module], attribute: str) -> Callable[..., Any]:
+    @functools.wraps(base.forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return self.__dict__[attribute].run(base.forward, self, args, kwargs)
+
+    return forward
+
+
+def _named_modules(base: type[nn.Module], attribute: str) -> Callable[..., Any]:
+    def named_modules(
+        self: nn.Module, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        memo = set() if memo is None else memo
+        if remove_duplicate and self in memo:
+            return
+        yield from base.named_modules(self, memo, prefix, remove_duplicate)
+        container: nn.Module | None = self.__dict__.get(attribute)
+        if container is not None:
+            own_prefix = f"{prefix}.{attribute}" if prefix else attribute
+            yield from container.named_modules(memo, own_prefix, remove_duplicate)
+
+    return named_modules
+
+
+def _save_to_state_dict(base: type[nn.Module], attribute: str) -> Callable[..., None]:
+    def _save_to_state_dict(self: nn.Module, destination: Any, prefix: str, keep_vars: bool) -> None:
+        base._save_to_state_dict(self, destination, prefix, keep_vars)
+        self.__dict__[attribute].state_dict(
+            destination=destination, prefix=f"{prefix}{attribute}.", keep_vars=keep_vars
+        )
+
+    return _save_to_state_dict
+
+
+def _load_from_state_dict(base: type[nn.Module], attribute: str) -> Callable[..., None]:
+    def _load_from_state_dict(
+        self: nn.Module,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        own_prefix = f"{prefix}{attribute}."
+        # The container is no child: its entries would be unexpected ones.
+        own = {key: state_dict.pop(key) for key in list(state_dict) if key.startswith(own_prefix)}
+        lists = (missing_keys, unexpected_keys, error_msgs)
+        base._load_from_state_dict(self, state_dict, prefix, local_metadata, strict, *lists)
+        assign = {"assign_to_params_buffers": local_metadata.get("assign_to_params_buffers", False)}
+        _load_tree(self.__dict__[attribute], dict(own), own_prefix, assign, strict, *lists)
+        state_dict.update(own)
+
+    return _load_from_state_dict
+
+
+def _load_tree(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    module._load_from_state_dict(state_dict, prefix, *args)
+    for name, child in module._modules.items():
+        if child is not None:
+            child_prefix = f"{prefix}{name}."
+            entries = {key: value for key, value in state_dict.items() if key.startswith(child_prefix)}
+            _load_tree(child, entries, child_prefix, *args)
+
+
+def _apply(base: type[nn.Module], attribute: str) -> Callable[..., nn.Module]:
+    def _apply(self: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+        if recurse:
+            self.__dict__[attribute]._apply(fn)
+        return base._apply(self, fn, recurse)  # type: ignore[no-untyped-call, no-any-return]
+
+    return _apply
+
+
+def _apply_function(base: type[nn.Module], attribute: str) -> Callable[..., nn.Module]:
+    def apply(self: nn.Module, fn: Callable[[nn.Module], None]) -> nn.Module:
+        self.__dict__[attribute].apply(fn)
+        return base.apply(self, fn)
+
+    return apply
+
+
+def _train(base: type[nn.Module], attribute: str) -> Callable[..., nn.Module]:
+    def train(self: nn.Module, mode: bool = True) -> nn.Module:
+        self.__dict__[attribute].train(mode)
+        return base.train(self, mode)
+
+    return train

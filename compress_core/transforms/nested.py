@@ -1,0 +1,99 @@
+"""Reading and replacing a tensor within nested arguments or results."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from compress_core.errors import TransformError
+from compress_core.transforms.places import Path
+
+
+def replace_at(value: Any, path: Path, replace: Callable[[torch.Tensor], torch.Tensor], where: object) -> Any:
+    """Returns `value` with the tensor at `path` replaced; containers on the way are copied, not changed.
+
+    Args:
+        value: A tensor, or tuples, lists, mappings and objects that hold it.
+        path: How to reach the tensor; empty for `value` itself.
+        replace: Maps the tensor to its replacement.
+        where: What the message names.
+
+    Raises:
+        TransformError: There is nothing at the path.
+    """
+    if not path:
+        return replace(value) if isinstance(value, torch.Tensor) else value
+    step, rest = path[0], path[1:]
+    try:
+        inner = _get(value, step)
+    except (LookupError, TypeError, AttributeError):
+        raise TransformError(
+            f"{where}: the value has no item {step!r}: it is a {type(value).__name__} where the example input gave "
+            "another structure; give an example input for each structure"
+        ) from None
+    return _with_item(value, step, replace_at(inner, rest, replace, where))
+
+
+def _get(value: Any, step: int | str) -> Any:
+    return getattr(value, step) if isinstance(step, str) and not hasattr(value, "keys") else value[step]
+
+
+def _with_item(value: Any, step: int | str, item: Any) -> Any:
+    if isinstance(value, tuple):
+        items = [item if index == step else other for index, other in enumerate(value)]
+        if type(value) is tuple:
+            return tuple(items)
+        # Named tuples take their fields one by one; torch.return_types take a sequence.
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if type(value) is list:
+        return [item if index == step else other for index, other in enumerate(value)]
+    if type(value) is dict:
+        return {key: item if key == step else other for key, other in value.items()}
+    twin = copy.copy(value)
+    if isinstance(step, str) and not hasattr(value, "keys"):
+        setattr(twin, step, item)
+    else:
+        twin[step] = item
+    return twin
+
+
+def replace_argument(
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    path: Path,
+    replace: Callable[[torch.Tensor], torch.Tensor],
+    where: object,
+    names: tuple[str, ...] = (),
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Returns the arguments of a call with the tensor at `path` replaced.
+
+    Args:
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+        path: First the position or the keyword of the argument, then how to reach the tensor within it.
+        replace: Maps the tensor to its replacement.
+        where: What the message names.
+        names: Names of the positional parameters, so that an argument is found whichever way it is passed.
+
+    Raises:
+        TransformError: The argument was not passed.
+    """
+    first = path[0]
+    if isinstance(first, int) and first >= len(args) and first < len(names):
+        first = names[first]
+    if isinstance(first, str) and first not in kwargs and first in names and names.index(first) < len(args):
+        first = names.index(first)
+    if isinstance(first, int) and first < len(args):
+        changed = replace_at(args[first], path[1:], replace, where)
+        return (*args[:first], changed, *args[first + 1 :]), kwargs
+    if isinstance(first, str) and first in kwargs:
+        return args, {**kwargs, first: replace_at(kwargs[first], path[1:], replace, where)}
+    if names and first in names:
+        return args, kwargs  # an optional argument that this call leaves out
+    raise TransformError(
+        f"{where}: this call has no argument {path[0]!r}, as the call of the example input had; give an example input "
+        "for each way of calling"
+    )
