@@ -157,9 +157,9 @@ def test_merging_leaves_the_other_as_it_is_and_shares_nothing_with_it():
 
 def test_a_model_that_writes_to_a_tensor_later_changes_nothing():
     for kind in TYPES:
-        for shape in ((4, 3), (1, 3), (1, 1)):
+        for shape, channel in (((4, 3), 1), ((1, 3), 1), ((1, 1), 1), ((3,), 0)):
             x = torch.rand(shape)
-            statistics = collector(kind, per_channel=True)
+            statistics = collector(kind, "asymmetric", per_channel=True, channel_dim=channel)
             statistics.update(x)
             before = [bound.clone() for bound in statistics.finalize()]
             x.fill_(7)
