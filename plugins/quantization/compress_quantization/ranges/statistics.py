@@ -46,7 +46,9 @@ class TensorInfo:
 
     def rows(self, x: torch.Tensor) -> torch.Tensor:
         """Returns the values by channel, shape (channels, n) or (1, n)."""
-        return x.reshape(1, -1) if self.channel_dim is None else x.movedim(self.channel_dim, 0).flatten(1)
+        if self.channel_dim is None:
+            return x.reshape(1, -1)
+        return x.movedim(self.channel_dim, 0).reshape(x.shape[self.channel_dim], -1)
 
     def bounds(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the smallest and the largest values, shape (channels,) or (1,)."""
