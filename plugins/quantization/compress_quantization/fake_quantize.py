@@ -6,152 +6,337 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from compress_core import DataError
+from compress_core.errors import DataError, UsageError
 from compress_quantization.grid import Grid
+from compress_quantization.kernels import Task, fake_quantize
 
 _EPS = 1e-16
+_MINIMUM_SCALE = 0.1
+Ranges = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class FakeQuantize(nn.Module):
-    """Base of the fake-quantizers."""
+    """Base of the fake-quantizers: rounds a tensor to a grid whose range is learned.
+
+    Values are computed in float32 (in float64 for float64 tensors) and returned in the dtype and the memory format of
+    the input. Gradients are straight-through, see `kernels.formulas`; derivatives of gradients are those of the
+    straight-through surrogate, which is linear in the input and in the range.
+
+    Attributes:
+        shape: Shape of the learned range; all ones, or one dimension with the number of channels. Dimensions count
+            from the end, as in broadcasting.
+        bits: Number of bits.
+        signed: Whether the grid reaches below zero (symmetric quantizers; an asymmetric range says so itself).
+        enabled: Whether it does anything; otherwise tensors pass as they are.
+        lr_multiplier: Factor on the gradients of the range.
+        observer: While set, called with each tensor, which passes as it is.
+        cacheable: For weights, equal inputs and an equal range give an equal output.
+    """
 
     cacheable = True
+    _logarithmic = ""  # name of the parameter that `logarithm_scale` is about
 
     def __init__(
         self,
         shape: tuple[int, ...],
-        *,
         bits: int = 8,
+        *,
         signed: bool = False,
         narrow_range: bool = False,
         half_range: bool = False,
         logarithm_scale: bool = False,
     ) -> None:
+        """Makes a quantizer without a calibrated range.
+
+        Args:
+            shape: Shape of the learned range, e.g. `(1,)`, `(64, 1, 1, 1)`, `(1, 64, 1, 1)`.
+            bits: 2 to 16.
+            signed: See the class; calibration may change it.
+            narrow_range: One level less, so that a signed grid is symmetric (symmetric quantizers only).
+            half_range: The levels of one bit less, against overflow of 16-bit accumulators on old CPUs.
+            logarithm_scale: Learn the logarithm of the scale or width; `state_dict` holds the linear value, in float64,
+                so that a saved and loaded quantizer is the same to the last bit.
+
+        Raises:
+            UsageError: The bits or the shape are not possible.
+        """
         super().__init__()
+        smallest = 3 if half_range else 2
+        if not smallest <= bits <= 16:
+            raise UsageError(f"bits: {bits} with half_range={half_range}; possible are {smallest} to 16")
+        if sum(size != 1 for size in shape) > 1 or 0 in shape:
+            raise UsageError(f"shape {tuple(shape)} of a quantizer: at most one dimension may differ from 1, none be 0")
         self.shape, self.bits, self.signed = tuple(shape), bits, signed
         self.narrow_range, self.half_range, self.logarithm_scale = narrow_range, half_range, logarithm_scale
         self.enabled = True
         self.lr_multiplier = 1.0
         self.observer: Callable[[torch.Tensor], Any] | None = None
+        channels = [dim for dim, size in enumerate(self.shape) if size > 1]
+        self._channel_dim = channels[0] if channels else None
 
     @property
     def channel_dim(self) -> int | None:
-        """Dimension of the channels, or None for one grid for the whole tensor."""
-        dims = [dim for dim, size in enumerate(self.shape) if size > 1]
-        return dims[0] if dims else None
+        """Dimension of `shape` that the channels are in, or None for one grid for the whole tensor."""
+        return self._channel_dim
 
     def levels(self) -> tuple[int, int]:
         """Returns the smallest and the largest integer of the grid."""
         raise NotImplementedError
 
-    def bounds(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns the low end and the width of the range; the shape of the scale."""
+    def set_range(self, minimum: torch.Tensor, maximum: torch.Tensor) -> None:
+        """Sets the range from statistics.
+
+        Args:
+            minimum: Smallest values, of a shape that broadcasts to `shape`.
+            maximum: Largest values.
+
+        Raises:
+            DataError: A value is not finite, or a minimum is above its maximum.
+        """
+        raise NotImplementedError
+
+    def ranges(self, dtype: torch.dtype = torch.float32) -> Ranges:
+        """Returns `step`, `low` and `high` of `kernels.formulas`, in the shape of the range and without a graph."""
+        raise NotImplementedError
+
+    def _learned(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Returns what gets the gradient of the range's width, and what gets that of its low end."""
         raise NotImplementedError
 
     def range(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns the smallest and the largest value of the grid; the shape of the scale."""
-        low, width = self.bounds()
-        return low, low + width
+        """Returns the smallest and the largest value of the grid; the shape of the range, without a graph."""
+        grid = self.grid()
+        low, high = (grid.scale * (level - grid.zero_point) for level in (grid.quant_min, grid.quant_max))
+        return low.reshape(self.shape), high.reshape(self.shape)
 
-    def set_range(self, minimum: torch.Tensor, maximum: torch.Tensor) -> None:
-        """Sets the range from statistics."""
-        raise NotImplementedError
+    def grid(self) -> Grid:
+        """Returns the grid for runtimes: integers of 8 bits fit int8 (signed) or uint8 (unsigned, asymmetric)."""
+        step, low, _ = self.ranges()
+        smallest, largest = self.levels()
+        shape = () if self._channel_dim is None else (-1,)
+        zero_point = (smallest - torch.round(low / step)).to(torch.int32)
+        return Grid(step.reshape(shape), zero_point.reshape(shape), smallest, largest, self._channel_dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Returns `x` on the grid."""
+        """Returns `x` on the grid.
+
+        Args:
+            x: Tensor that `shape` broadcasts against; one that is not floating point passes as it is.
+
+        Raises:
+            UsageError: `x` does not have the number of channels of the quantizer.
+        """
         if self.observer is not None:
             self.observer(x)
             return x
-        if not self.enabled or not x.is_floating_point() or x.numel() == 0:
+        if not self.enabled or not x.is_floating_point():
             return x
-        low, width = self.bounds()
-        smallest, largest = self.levels()
-        steps = (largest - smallest) / width
-        clipped = torch.maximum(torch.minimum(x, low + width), low)
-        zero_point = torch.round(-low * steps).detach()
-        u = (clipped - low) * steps
-        return ((u + (torch.round(u) - u).detach()) - zero_point) / steps
+        return self._quantize(x, None)
 
-    def grid(self) -> Grid:
-        """Returns the grid for runtimes."""
-        low, width = self.bounds()
-        smallest, largest = self.levels()
-        scale = (width / (largest - smallest)).detach().float().reshape(-1)
-        zero = torch.round(-low.detach() / width * (largest - smallest)).to(torch.int32).reshape(-1) + smallest
-        if self.channel_dim is None:
-            scale, zero = scale.reshape(()), zero.reshape(())
-        return Grid(scale, zero, smallest, largest, self.channel_dim)
+    def relu(self, x: torch.Tensor, upper: float | None = None) -> torch.Tensor:
+        """Returns `self(x.clamp(0, upper))` in one pass.
 
+        Args:
+            x: What the ReLU takes.
+            upper: Where the ReLU clips; None for a plain one. In one pass for None and 6.
+        """
+        if self.observer is None and self.enabled and x.is_floating_point() and upper in {None, 6.0}:
+            return self._quantize(x, "relu" if upper is None else "relu6")
+        result: torch.Tensor = self.forward(F.relu(x) if upper is None else F.hardtanh(x, 0.0, upper))
+        return result
 
-def _checked(minimum: torch.Tensor, maximum: torch.Tensor) -> None:
-    if not (torch.isfinite(minimum).all() and torch.isfinite(maximum).all()):
-        raise DataError(f"a range must be finite, got [{minimum.min():.4g}, {maximum.max():.4g}]")
+    def relu6(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns `self(relu6(x))` in one pass."""
+        return self.relu(x, 6.0)
+
+    def _quantize(self, x: torch.Tensor, activation: str | None) -> torch.Tensor:
+        dim = self._channel_dim
+        if dim is not None:
+            dim += x.ndim - len(self.shape)
+            if dim < 0 or x.shape[dim] != self.shape[self._channel_dim or 0]:
+                raise UsageError(
+                    f"a quantizer for channels, of shape {self.shape}, got a tensor of shape {tuple(x.shape)}; "
+                    "it was made for another layer or another layout"
+                )
+        with torch.no_grad():
+            ranges = self.ranges(torch.float64 if x.dtype == torch.float64 else torch.float32)
+        learned, offset = self._learned()
+        return fake_quantize(x, learned, offset, ranges, Task(dim, activation, self.lr_multiplier))
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.logarithm_scale:
+            destination[prefix + self._logarithmic] = destination[prefix + self._logarithmic].double().exp()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        key = prefix + self._logarithmic
+        if self.logarithm_scale and key in state_dict:
+            state_dict = {**state_dict, key: _logarithm(state_dict[key])}
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _initial(self, value: float) -> nn.Parameter:
+        return nn.Parameter(torch.full(self.shape, value))
+
+    def _store(self, parameter: nn.Parameter, values: torch.Tensor) -> None:
+        with torch.no_grad():
+            parameter.copy_(values)
+
+    def _width(self, parameter: torch.Tensor) -> torch.Tensor:
+        """Returns a scale or width from its parameter: positive, with a graph in the logarithmic form only."""
+        if self.logarithm_scale:
+            return parameter.to(_wide(parameter.dtype)).exp().clamp_min(torch.finfo(torch.float32).tiny)
+        return parameter
+
+    def extra_repr(self) -> str:
+        """Shows the settings that matter."""
+        flags = [name for name in ("narrow_range", "half_range", "logarithm_scale") if getattr(self, name)]
+        if not self.enabled:
+            flags.append("disabled")
+        return ", ".join([f"shape={self.shape}", f"bits={self.bits}", f"levels={self.levels()}", *flags])
 
 
 class SymmetricFakeQuantize(FakeQuantize):
-    """Learns the scale."""
+    """A grid around zero, or from zero upwards, with a learned scale S: the largest value of the grid is S.
 
-    def __init__(self, shape: tuple[int, ...], **options: Any) -> None:
-        super().__init__(shape, **options)
-        self.scale = nn.Parameter(torch.ones(shape))
+    Levels for b bits: signed -2^(b-1)..2^(b-1)-1, unsigned 0..2^b-1; `narrow_range` takes one level off (the lowest of
+    a signed grid, the highest of an unsigned one), `half_range` means b-1.
+
+    Attributes:
+        scale: Parameter of shape `shape`; S = |scale| + 1e-16, or exp(scale) with `logarithm_scale`.
+    """
+
+    _logarithmic = "scale"
+
+    def __init__(self, shape: tuple[int, ...], bits: int = 8, **options: bool) -> None:
+        super().__init__(shape, bits, **options)
+        self.scale = self._initial(0.0 if self.logarithm_scale else 1.0)
 
     def levels(self) -> tuple[int, int]:
-        """See base."""
+        """Returns the smallest and the largest integer of the grid."""
         bits = self.bits - 1 if self.half_range else self.bits
         if self.signed:
             return -(2 ** (bits - 1)) + int(self.narrow_range), 2 ** (bits - 1) - 1
         return 0, 2**bits - 1 - int(self.narrow_range)
 
-    def bounds(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """See base."""
+    @torch.no_grad()
+    def ranges(self, dtype: torch.dtype = torch.float32) -> Ranges:
+        """See the base class."""
         smallest, largest = self.levels()
-        high = self.scale.abs() + _EPS
-        low = high * (smallest / largest)
-        return low, high - low
+        scale = self.scale.detach()
+        scale = self._width(scale).to(dtype) if self.logarithm_scale else scale.to(dtype).abs() + _EPS
+        step = scale / largest
+        # Rounding must not put the ends of the grid outside the range: saturated values are inside when they come back.
+        return step, step * smallest, torch.maximum(scale, step * largest)
 
-    def set_range(self, minimum: torch.Tensor, maximum: torch.Tensor) -> None:
-        """See base."""
-        _checked(minimum, maximum)
-        scale = torch.maximum(minimum.abs(), maximum.abs())
-        with torch.no_grad():
-            self.scale.copy_(torch.where(scale <= 0.1, torch.full_like(scale, 0.1), scale))
+    def _learned(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return self._width(self.scale), None
+
+    def set_range(self, minimum: torch.Tensor, maximum: torch.Tensor, *, minimum_scale: float = _MINIMUM_SCALE) -> None:
+        """Sets the scale to max(|minimum|, |maximum|), and to `minimum_scale` where that is smaller.
+
+        Args:
+            minimum: Smallest values, of a shape that broadcasts to `shape`.
+            maximum: Largest values.
+            minimum_scale: 0.1 is NNCF's. With 0 scales are as small as the values; those of tensors of zeros are 0.1.
+
+        Raises:
+            DataError: A value is not finite, or a minimum is above its maximum.
+        """
+        low, high = _checked(minimum, maximum, self.shape)
+        scale = torch.maximum(low.abs(), high.abs())
+        scale = torch.where(scale > minimum_scale, scale, minimum_scale or _MINIMUM_SCALE)
+        self._store(self.scale, _logarithm(scale) if self.logarithm_scale else scale)
 
 
 class AsymmetricFakeQuantize(FakeQuantize):
-    """Learns both ends of the range."""
+    """A grid with both ends learned, moved so that zero is on it. Levels: 0..2^b-1, b-1 with `half_range`.
 
-    def __init__(self, shape: tuple[int, ...], **options: Any) -> None:
-        super().__init__(shape, **options)
-        self.input_low = nn.Parameter(torch.zeros(shape))
-        self.input_range = nn.Parameter(torch.ones(shape))
+    The grid is that of `Grid`, with an integer zero point; `narrow_range` has no effect. The ends are tuned as NNCF
+    does: low <= 0 <= high, the zero point rounded, and of the two ranges that have it there (low moved, or high) the
+    wider one.
+
+    Attributes:
+        input_low: Parameter of shape `shape`: the low end, before tuning.
+        input_range: Parameter: width = |input_range| + 1e-16, or exp(input_range) with `logarithm_scale`.
+    """
+
+    _logarithmic = "input_range"
+
+    def __init__(self, shape: tuple[int, ...], bits: int = 8, **options: bool) -> None:
+        super().__init__(shape, bits, **options)
+        self.input_low = self._initial(0.0)
+        self.input_range = self._initial(0.0 if self.logarithm_scale else 1.0)
 
     def levels(self) -> tuple[int, int]:
-        """See base."""
+        """Returns the smallest and the largest integer of the grid."""
         return 0, 2 ** (self.bits - 1 if self.half_range else self.bits) - 1
 
-    def bounds(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """See base."""
-        _, n = self.levels()
-        low = self.input_low
-        high = low + self.input_range.abs() + _EPS
-        low, high = low.clamp(max=0), high.clamp(min=0)
-        zero = torch.round(-low * n / (high - low))
-        a = torch.where(zero < n, zero / (zero - n) * high, low)
-        b = torch.where(zero > 0, (zero - n) / zero * low, high)
-        first = high - a > b - low
-        tuned_low, tuned_high = torch.where(first, a, low), torch.where(first, high, b)
-        low = low + (tuned_low - low).detach()
-        high = high + (tuned_high - high).detach()
-        return low, high - low
+    @torch.no_grad()
+    def ranges(self, dtype: torch.dtype = torch.float32) -> Ranges:
+        """See the base class."""
+        n = self.levels()[1]
+        low, width = self.input_low.detach().to(dtype), self.input_range.detach()
+        width = self._width(width).to(dtype) if self.logarithm_scale else width.to(dtype).abs() + _EPS
+        low, high, zero_point = _tuned(low, low + width, n)
+        step = (high - low) / n
+        return step, torch.minimum(low, -zero_point * step), torch.maximum(high, (n - zero_point) * step)
+
+    def _learned(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return self._width(self.input_range), self.input_low
 
     def set_range(self, minimum: torch.Tensor, maximum: torch.Tensor) -> None:
-        """See base."""
-        _checked(minimum, maximum)
-        width = maximum - minimum
-        floor = torch.maximum(0.01 * width.max(), torch.full_like(width.max(), 1e-3))
-        slack = (width.clamp(min=floor) - width) / 2
-        with torch.no_grad():
-            self.input_low.copy_(minimum - slack)
-            self.input_range.copy_(width + 2 * slack)
+        """Sets the ends to `minimum` and `maximum`; channels narrower than 1 % of the widest one are widened to that.
+
+        Args:
+            minimum: Smallest values, of a shape that broadcasts to `shape`.
+            maximum: Largest values.
+
+        Raises:
+            DataError: A value is not finite, or a minimum is above its maximum.
+        """
+        low, high = _checked(minimum, maximum, self.shape)
+        width = high - low
+        slack = (width.clamp_min(0.01 * width.max()) - width) / 2
+        low, width = low - slack, width + 2 * slack
+        # The range is stretched to zero later; only where nothing but zeros was seen there is no range at all.
+        empty = (low == 0) & (width == 0)
+        width = torch.where(empty, _MINIMUM_SCALE, width)
+        self._store(self.input_low, low)
+        self._store(self.input_range, _logarithm(width) if self.logarithm_scale else width)
+
+
+def _tuned(low: torch.Tensor, high: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns the range with zero on the grid, and the integer that stands for zero."""
+    low, high = low.clamp_max(0), high.clamp_min(0)
+    # Both ends are zero where float32 has lost a tiny width next to a large negative `low`.
+    high = torch.where(high - low > 0, high, _EPS)
+    zero_point = torch.round(-low / (high - low) * n)
+    moved_low = torch.where(zero_point < n, zero_point / (zero_point - n).clamp_max(-1) * high, low)
+    moved_high = torch.where(zero_point > 0, (zero_point - n) / zero_point.clamp_min(1) * low, high)
+    first = high - moved_low > moved_high - low
+    return torch.where(first, moved_low, low), torch.where(first, high, moved_high), zero_point
+
+
+def _checked(minimum: torch.Tensor, maximum: torch.Tensor, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    low, high = (values.detach().float().broadcast_to(shape) for values in (minimum, maximum))
+    for name, values in (("minimum", low), ("maximum", high), ("width", high - low)):
+        if not bool(torch.isfinite(values).all()):
+            seen = values[~torch.isfinite(values)][0].item()
+            raise DataError(
+                f"the {name} of a quantizer's range is {seen}: the tensors that it was calibrated on have values that "
+                "are not finite in float32; check weights, data and preprocessing"
+            )
+    if bool((low > high).any()):
+        raise DataError("a quantizer's range: a minimum is above its maximum; they may have been swapped")
+    return low, high
+
+
+def _logarithm(values: torch.Tensor) -> torch.Tensor:
+    return values.detach().double().abs().clamp_min(torch.finfo(torch.float32).tiny).log()
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32

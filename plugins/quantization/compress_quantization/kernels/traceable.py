@@ -1,0 +1,51 @@
+"""Fake-quantization in operators that compilers, exporters and tensor subclasses follow."""
+
+from __future__ import annotations
+
+import torch
+
+from compress_quantization.kernels import formulas
+from compress_quantization.kernels.eager import Ranges
+from compress_quantization.kernels.formulas import Activation
+
+
+def fake_quantize(
+    x: torch.Tensor,
+    learned: torch.Tensor,
+    offset: torch.Tensor | None,
+    ranges: Ranges,
+    activation: Activation,
+    multiplier: float,
+) -> torch.Tensor:
+    """Returns `x` on the grid, with the values and the gradients of the kernels.
+
+    Args:
+        x: Floating-point tensor.
+        learned: Gets `drange` times its sign.
+        offset: Gets `dlow`; None for a symmetric range.
+        ranges: `step`, `low`, `high`, without a graph, of a shape that broadcasts against `x`.
+        activation: Applied before.
+        multiplier: Factor on the gradients of the range.
+    """
+    step, low, high = ranges
+    value = _activate(x, activation).to(step.dtype)
+    clipped = torch.clamp(value, low, high)
+    result = torch.round(clipped.detach() / step) * step
+    if torch.is_grad_enabled():
+        _, weight, outside = formulas.weighed(value.detach(), step, low, high, offset is not None)
+        # Each term is zero: the values stay on the grid exactly, and autograd sees the straight-through gradients.
+        result = result + (clipped - clipped.detach())
+        result = result + _zero(learned, learned.detach().sign() * multiplier).reshape(step.shape) * weight
+        if offset is not None:
+            result = result + _zero(offset, multiplier).reshape(step.shape) * outside
+    return result.to(x.dtype)
+
+
+def _activate(x: torch.Tensor, activation: Activation) -> torch.Tensor:
+    if activation is None:
+        return x
+    return torch.relu(x) if activation == "relu" else torch.nn.functional.relu6(x)
+
+
+def _zero(parameter: torch.Tensor, slope: torch.Tensor | float) -> torch.Tensor:
+    return (parameter - parameter.detach()) * slope
