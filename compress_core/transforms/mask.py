@@ -24,6 +24,7 @@ class WeightMask(nn.Module):
     """
 
     mask: torch.Tensor
+    cacheable = True
 
     def __init__(self, mask: torch.Tensor) -> None:
         super().__init__()

@@ -14,6 +14,7 @@ from compress_core.errors import TransformError
 from compress_core.stages import Stage
 from compress_core.transforms.chain import TransformChain, TransformContainer
 from compress_core.transforms.generated import TRANSFORMS_ATTRIBUTE, base_class, transformed_class, update_class
+from compress_core.transforms.weight_cache import WeightChain
 
 
 class WeightTransforms(TransformContainer, nn.ModuleDict):
@@ -50,6 +51,10 @@ def add_weight_transform(
     The parameter stays in place under its name, as do its optimizer state and its entry in `state_dict`. A tensor that
     several layers below `module` share gets one transform, which all of them see.
 
+    In eval mode without gradients, on the CPU, the result is kept while nothing changes, if all transforms of the
+    tensor have an attribute `cacheable = True`: what they compute in eval mode depends on nothing but the weight,
+    their parameters and buffers, and attributes that are replaced when they change, not modified.
+
     Args:
         module: The layer, or any module above it.
         name: The parameter's name below `module`, dotted: `"weight"`, `"layer1.0.conv1.weight"`.
@@ -76,7 +81,7 @@ def add_weight_transform(
     if chain is not None and key in chain._modules:
         raise TransformError(f"'{name}' already has a transform named '{key}'; remove it first, or choose another key")
     if chain is None:
-        chain = TransformChain()
+        chain = WeightChain()
         chain.train(owner.training)
         places = _places_of(module, owner._parameters[parameter_name])
         for place, _ in places:
