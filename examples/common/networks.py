@@ -172,3 +172,72 @@ def mobilenet_v2(classes: int = 10) -> nn.Sequential:
 def resnet18(classes: int = 10) -> ResNet:
     """A network of ResNet-18's blocks and widths, with a 3x3 stem."""
     return ResNet(3, (64, 128, 256, 512), blocks=2, classes=classes, stem_stride=2)
+
+
+class Bottleneck(nn.Module):
+    """The block of ResNet-50 (He et al. 2016): 1x1, 3x3, 1x1, four times as wide at its end, and a shortcut."""
+
+    def __init__(self, inputs: int, width: int, stride: int) -> None:
+        super().__init__()
+        outputs = 4 * width
+        self.layers = nn.Sequential(
+            *conv_bn(inputs, width, 1),
+            nn.ReLU(),
+            *conv_bn(width, width, 3, stride),
+            nn.ReLU(),
+            *conv_bn(width, outputs, 1),
+        )
+        self.shortcut = nn.Sequential() if stride == 1 and inputs == outputs else conv_bn(inputs, outputs, 1, stride)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.relu(self.layers(x) + self.shortcut(x))
+
+
+def resnet50(classes: int = 1000) -> nn.Sequential:
+    """ResNet-50 for images of 224x224 pixels."""
+    layers: list[nn.Module] = [*conv_bn(3, 64, 7, 2), nn.ReLU(), nn.MaxPool2d(3, 2, 1)]
+    inputs = 64
+    for width, count, stride in ((64, 3, 1), (128, 4, 2), (256, 6, 2), (512, 3, 2)):
+        for index in range(count):
+            layers.append(Bottleneck(inputs, width, stride if index == 0 else 1))
+            inputs = 4 * width
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, classes))
+
+
+class EncoderBlock(nn.Module):
+    """A block of a vision transformer, normalized first: self-attention, and a perceptron with GELU."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.projection = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        batch, tokens, width = x.shape
+        qkv = self.qkv(self.norm1(x)).reshape(batch, tokens, 3, self.heads, width // self.heads)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        attended = F.scaled_dot_product_attention(query, key, value)
+        x = x + self.projection(attended.transpose(1, 2).reshape(batch, tokens, width))
+        return x + self.mlp(self.norm2(x))
+
+
+class VisionTransformer(nn.Module):
+    """A vision transformer (Dosovitskiy et al. 2021) that averages its tokens."""
+
+    def __init__(self, size: int = 64, patch: int = 8, width: int = 192, depth: int = 6, classes: int = 10) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, width, patch, patch)
+        self.positions = nn.Parameter(0.02 * torch.randn(1, (size // patch) ** 2, width))
+        self.blocks = nn.Sequential(*(EncoderBlock(width, width // 64) for _ in range(depth)))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tokens = self.patches(x).flatten(2).transpose(1, 2) + self.positions
+        return self.head(self.norm(self.blocks(tokens)).mean(1))
+
+
+def vit(classes: int = 10) -> VisionTransformer:
+    """A small vision transformer for images of 64x64 pixels: 6 blocks of width 192, patches of 8x8."""
+    return VisionTransformer(classes=classes)
