@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -41,6 +41,7 @@ class Value:
         operator: Number of the ATen operator that made it; None likewise.
         inputs: Under which paths of the forward's arguments it was given.
         outputs: Under which paths of the forward's result it was returned.
+        before: What the same tensor held before it was written to; None for tensors that nobody has written to.
     """
 
     index: ValueId
@@ -51,6 +52,7 @@ class Value:
     operator: int | None = None
     inputs: list[Path] = field(default_factory=list)
     outputs: list[Path] = field(default_factory=list)
+    before: ValueId | None = None
 
     def __repr__(self) -> str:
         kind = str(self.dtype).removeprefix("torch.")
@@ -89,7 +91,8 @@ class Call:
         outputs: The tensors of the result, with their paths. A call that returns its argument as it is has it here.
         operators: Numbers of the ATen operators that it ran.
         writes: Values that it has overwritten: they go on as one of `outputs`, or under `overwritten`.
-        overwritten: For in-place calls that do not return what they have written (`x[i] = y`): the new values.
+        overwritten: The new values of tensors that it has written to and does not return (`x[i] = y`), and of tensors
+            that share memory with those, as far as they are used later.
         result_used: Whether the code that calls does something with what is returned.
     """
 
@@ -131,6 +134,8 @@ class Operator:
         outputs: The tensors of the result, with their paths.
         call: Number of the function call in which it ran; None when torch ran it by itself.
         module: Dotted name of the innermost module whose forward was running.
+        overwritten: New values of tensors that share memory with what it has written to (`x` after a write to `x[0]`),
+            as far as they are used later. Their shape is that of `Value.before`.
     """
 
     index: int
@@ -141,6 +146,7 @@ class Operator:
     outputs: list[tuple[Path, ValueId]]
     call: int | None
     module: str
+    overwritten: list[ValueId] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -210,13 +216,16 @@ class ForwardTrace:
 
 
 def tensors_with_paths(structure: Any, path: Path = ()) -> Iterator[tuple[Path, torch.Tensor]]:
-    """Yields the tensors in nested tuples, lists and dicts (and dataclass-like outputs), with how to reach them."""
+    """Yields the tensors in nested tuples, lists, mappings and dataclasses, with how to reach them."""
     if isinstance(structure, torch.Tensor):
         yield path, structure
-    elif isinstance(structure, dict):
-        for key, item in structure.items():
-            if isinstance(key, (int, str)):
-                yield from tensors_with_paths(item, (*path, key))
     elif isinstance(structure, (tuple, list)):
         for position, item in enumerate(structure):
             yield from tensors_with_paths(item, (*path, position))
+    elif isinstance(structure, Mapping):
+        for key, item in structure.items():
+            if isinstance(key, (int, str)):
+                yield from tensors_with_paths(item, (*path, key))
+    elif is_dataclass(structure) and not isinstance(structure, type):
+        for entry in fields(structure):
+            yield from tensors_with_paths(getattr(structure, entry.name, None), (*path, entry.name))

@@ -2,33 +2,49 @@
 
 A `TorchFunctionMode` sees the functions that the model's Python code calls, outermost ones only; a `TorchDispatchMode`
 sees what these do. Forward hooks, for the time of the recording, tell which module is running.
-
-Tensors are known by identity. The recording keeps every tensor that it has seen alive, so that an identity is not used
-twice; a write in place gives a tensor a new value from there on.
 """
 
 from __future__ import annotations
 
-import dis
 import functools
-import itertools
 import sys
-from types import CodeType, FrameType
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
 from torch.utils.hooks import RemovableHandle
 
-from compress_core.trace.graph import Call, ForwardTrace, Frame, ModuleCall, Operator, Ref, Value, ValueId
+from compress_core.trace.graph import Call, ForwardTrace, Frame, ModuleCall, Operator
 from compress_core.trace.graph import tensors_with_paths as tensors_of
-from compress_core.transforms.places import Path
+from compress_core.trace.positions import RunningFrame, location_below, result_is_used
+from compress_core.trace.values import Taken, ValueTable, Write
 
-# Queries that torch's own shape functions make by the dozen; nothing to record.
+# Questions that torch's own shape functions ask by the dozen; nothing to record.
 _QUERIES = frozenset({"prim.device.default", "prim.layout.default"})
+
+# Asked by forwards all the time; they compute no tensor and leave no record, so that need not be found out each time.
+_QUESTIONS = frozenset(
+    [getattr(torch.Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "is_cuda", "requires_grad")]
+    + [getattr(torch.Tensor, name) for name in ("size", "dim", "numel", "stride", "__len__", "is_floating_point")]
+)
+
+
+@dataclass
+class _Running:
+    """A module whose forward is running."""
+
+    frame: Frame
+    position: RunningFrame
+    record: ModuleCall
+    counts: dict[str, list[int]]  # its entry in `ForwardTrace.sequences`
+    is_container: bool
+    turns: int = 0
 
 
 class Recorder:
@@ -37,23 +53,32 @@ class Recorder:
     Args:
         model: The model; its hooks are the only thing that changes, until `close`.
         training: The mode that the model is in, written into the trace.
+        fake: The mode under which the forward runs; None for a forward on real tensors.
+        before_write: Called with each tensor that is about to be written to, when tensors are real.
     """
 
-    def __init__(self, model: nn.Module, *, training: bool) -> None:
-        self.trace = ForwardTrace(training=training)
-        self._model = model
-        self._keep: list[torch.Tensor] = []
-        self._known: dict[int, ValueId] = {}
-        self._parameters: dict[int, str] = {}
-        for name, tensor in [*model.named_buffers(), *model.named_parameters()]:
-            self._parameters[id(tensor)] = name
-        self._containers = {name for name, module in model.named_modules() if isinstance(module, nn.Sequential)}
-        self._stack: list[Frame] = []
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        training: bool,
+        fake: FakeTensorMode | None = None,
+        before_write: Callable[[torch.Tensor], None] | None = None,
+    ) -> None:
+        self.trace = ForwardTrace(training=training, real=fake is None)
+        parameters = {id(tensor): name for name, tensor in [*model.named_buffers(), *model.named_parameters()]}
+        self._values = ValueTable(self.trace, parameters, fake)
+        self._fake = fake
+        self._before_write = before_write
+        self._stack: list[_Running] = []
+        self._frames: tuple[Frame, ...] = ()
         self._runs: dict[str, int] = {}
-        self._turns: list[int] = []
         self._current: Call | None = None
-        self._root_depth = 0
-        self._handles = self._attach()
+        self._wrote = False
+        self._handles: list[RemovableHandle] = []
+        for name, module in model.named_modules():
+            if not isinstance(module, torch.jit.ScriptModule):
+                self._attach(name, module)
 
     def modes(self) -> tuple[TorchDispatchMode, TorchFunctionMode]:
         """Returns the modes to enter, in this order."""
@@ -63,168 +88,165 @@ class Recorder:
         """Removes the hooks."""
         for handle in self._handles:
             handle.remove()
-        self._keep.clear()
-        self._known.clear()
-
-    # Values.
-
-    def value(self, tensor: torch.Tensor) -> Value:
-        """Returns the value that a tensor holds now."""
-        index = self._known.get(id(tensor))
-        if index is None:
-            index = self._new(tensor)
-            self.trace.values[index].parameter = self._parameters.get(id(tensor), "")
-        return self.trace.values[index]
-
-    def made(self, tensor: torch.Tensor, operator: int | None) -> ValueId:
-        """Notes that a tensor has got a new value."""
-        index = self._new(tensor)
-        value = self.trace.values[index]
-        value.operator = operator
-        value.call = None if self._current is None else self._current.index
-        return index
-
-    def _new(self, tensor: torch.Tensor) -> ValueId:
-        with torch._C.DisableTorchFunction():  # asking for a shape in a hook is a call that the mode would record
-            shape, dtype = tuple(tensor.shape), tensor.dtype
-        index = len(self.trace.values)
-        self.trace.values.append(Value(index, shape, dtype))
-        self._known[id(tensor)] = index
-        self._keep.append(tensor)
-        return index
-
-    def _values(self, structure: Any) -> list[tuple[Path, ValueId]]:
-        return [(path, self.value(tensor).index) for path, tensor in tensors_of(structure)]
-
-    def _described(self, structure: Any) -> Any:
-        return tree_map(lambda leaf: Ref(self.value(leaf).index) if isinstance(leaf, torch.Tensor) else leaf, structure)
+        self._stack.clear()
+        self._values.close()
 
     # Modules.
 
-    def _attach(self) -> list[RemovableHandle]:
-        handles = []
-        for name, module in self._model.named_modules():
-            if isinstance(module, torch.jit.ScriptModule):
-                continue
-            enter = functools.partial(self._enter, name)
-            handles.append(module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True))
-            handles.append(module.register_forward_hook(functools.partial(self._leave, name), with_kwargs=True))
-        return handles
+    def _attach(self, name: str, module: nn.Module) -> None:
+        enter = functools.partial(self._enter, name)
+        self._handles.append(module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True))
+        # Called when the forward raises, too: the model may catch that and go on.
+        self._handles.append(module.register_forward_hook(self._leave, with_kwargs=True, always_call=True))
 
     def _enter(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if not self._stack:
-            self._root_depth = _depth(sys._getframe(1))
-        invocation = self._runs.get(name, 0)
-        self._runs[name] = invocation + 1
-        turn = self._turns[-1] if self._turns else 0
-        if self._turns:
-            self._turns[-1] += 1
-        inside_container = bool(self._stack) and self._stack[-1].module in self._containers
-        depth = _depth(sys._getframe(1)) - self._root_depth
-        self._stack.append(Frame(name, invocation, depth, turn if inside_container else 0))
-        self._turns.append(0)
-        self.trace.sequences[name, invocation] = {}
-        given = [*self._values(tuple(args)), *self._values(dict(kwargs))]
-        self.trace.module_calls.append(ModuleCall(name, type(module).__name__, invocation, inputs=given))
-        if len(self._stack) == 1:
-            for path, value in given:
-                self.trace.values[value].inputs.append(path)
+        # Asking a tensor for its shape in a hook is a call that the mode would record.
+        with torch._C.DisableTorchFunction():
+            parent = self._stack[-1] if self._stack else None
+            invocation = self._runs.get(name, 0)
+            self._runs[name] = invocation + 1
+            turn = 0
+            if parent is not None:
+                turn = parent.turns if parent.is_container else 0
+                parent.turns += 1
+            position = RunningFrame.of(sys._getframe(1), None if parent is None else parent.position)
+            given = [*self._values.all_of(tuple(args)), *self._values.all_of(kwargs)]
+            record = ModuleCall(name, type(module).__name__, invocation, inputs=given)
+            counts: dict[str, list[int]] = {}
+            frame = Frame(name, invocation, position.depth, turn)
+            self._stack.append(_Running(frame, position, record, counts, isinstance(module, nn.Sequential)))
+            self._frames = (*self._frames, frame)
+            self.trace.sequences[name, invocation] = counts
+            self.trace.module_calls.append(record)
+            if parent is None:
+                for path, value in given:
+                    self.trace.values[value].inputs.append(path)
 
-    def _leave(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        frame = self._stack.pop()
-        self._turns.pop()
-        run = next(
-            r for r in reversed(self.trace.module_calls) if r.module == name and r.invocation == frame.invocation
-        )
-        run.outputs = self._values(output)
-        if not self._stack:
-            for path, value in run.outputs:
-                self.trace.values[value].outputs.append(path)
+    def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        with torch._C.DisableTorchFunction():
+            running = self._stack.pop()
+            self._frames = self._frames[:-1]
+            running.record.outputs = self._values.all_of(output)
+            if not self._stack:
+                for path, value in running.record.outputs:
+                    self.trace.values[value].outputs.append(path)
 
     # Calls and operators.
 
     def call(self, function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Runs and records a function call."""
-        if not self._stack or self._current is not None:
+        if not self._stack or self._current is not None or function in _QUESTIONS:
             return function(*args, **kwargs)
-        name = str(resolve_name(function))
-        caller = sys._getframe(2)
-        call = Call(len(self.trace.calls), name, tuple(self._stack), ())
-        call.inputs = [*self._values(tuple(args)), *self._values(kwargs)]
-        call.arguments, call.keywords = self._described(tuple(args)), self._described(kwargs)
-        before = {value for _, value in call.inputs}
-        tensors = [tensor for _, tensor in [*tensors_of(tuple(args)), *tensors_of(kwargs)]]
-        known = len(self.trace.values)
+        taken: list[Taken] = []
+        arguments = self._values.taken(tuple(args), (), taken)
+        keywords = self._values.taken(kwargs, (), taken)
+        call = Call(len(self.trace.calls), _name_of(function), self._frames, (), arguments, keywords)
+        call.inputs = [(path, value) for path, _, value in taken]
         self.trace.calls.append(call)
-        self._current = call
+        self._current, self._wrote = call, False
         try:
             output = function(*args, **kwargs)
+        except BaseException:
+            self._discard(call)
+            raise
         finally:
             self._current = None
-        self._finish(call, output, tensors, before, caller)
-        if not call.outputs and not call.overwritten:
-            # A question about a tensor (its shape, its dtype), not a computation: leaves no trace.
-            self.trace.calls.pop()
-            if len(self.trace.values) > known:
-                for value in self.trace.values[known:]:
-                    value.call = None
+        self._finish(call, output, taken, sys._getframe(2))
         return output
 
-    def _finish(
-        self, call: Call, output: Any, tensors: list[torch.Tensor], before: set[ValueId], caller: FrameType
-    ) -> None:
+    def _finish(self, call: Call, output: Any, taken: list[Taken], caller: FrameType) -> None:
         for path, tensor in tensors_of(output):
-            known = self._known.get(id(tensor))
-            # Something that torch made without telling the dispatcher, such as an alias.
-            index = self.made(tensor, None) if known is None else known
-            call.outputs.append((path, index))
-        returned = {value for _, value in call.outputs}
-        for tensor in tensors:
-            now = self._known[id(tensor)]
-            if now not in before and now not in returned and now not in call.overwritten:
-                call.overwritten.append(now)
-        call.writes = [v for v, t in zip([v for _, v in call.inputs], tensors, strict=True) if self._known[id(t)] != v]
-        if not call.outputs and not call.overwritten:
+            known = self._values.known(tensor)
+            # Unknown is what torch made without telling the dispatcher, such as an alias.
+            call.outputs.append((path, self._values.made(tensor, Write(call.index, None)) if known is None else known))
+        if self._wrote:
+            self._note_writes(call, taken)
+        elif not call.outputs:
+            # A question about a tensor (its shape, its dtype), not a computation: leaves no trace.
+            self._discard(call)
             return
-        call.location = self._location(caller)
-        call.result_used = _result_is_used(caller)
-        for frame in self._stack:
-            counts = self.trace.sequences[frame.module, frame.invocation]
-            counts.setdefault(call.function, []).append(call.index)
+        call.location = location_below(self._stack[-1].position, caller)
+        call.result_used = result_is_used(caller)
+        for running in self._stack:
+            running.counts.setdefault(call.function, []).append(call.index)
+
+    def _note_writes(self, call: Call, taken: list[Taken]) -> None:
+        known = {value for _, value in [*call.inputs, *call.outputs]}
+        for _, tensor, before in taken:
+            now = self._values.value(tensor)
+            if now != before and before not in call.writes:
+                call.writes.append(before)
+            if now not in known and now not in call.overwritten:
+                call.overwritten.append(now)
+
+    def _discard(self, call: Call) -> None:
+        self.trace.calls.pop()
+        for index in call.operators:
+            self.trace.operators[index].call = None
+            for _, value in self.trace.operators[index].outputs:
+                self.trace.values[value].call = None
 
     def operator(self, function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Runs and records an ATen operator."""
-        if str(function) in _QUERIES or not self._stack:
+        facts = _facts(function)
+        if facts.is_query or not self._stack:
             return function(*args, **kwargs)
-        arguments, keywords = self._described(tuple(args)), self._described(kwargs)
-        inputs = [value for _, value in [*self._values(tuple(args)), *self._values(kwargs)]]
-        written = [t for t, mutable in zip(args, _mutability(function), strict=False) if mutable]
-        output = function(*args, **kwargs)
+        taken: list[Taken] = []
+        arguments = self._values.taken(tuple(args), (), taken)
+        keywords = self._values.taken(kwargs, (), taken)
+        written = facts.written(args, kwargs)
+        if written and self._before_write is not None:
+            for tensor in written:
+                self._before_write(tensor)
+        output = self._run(function, args, kwargs)
         index = len(self.trace.operators)
+        inputs = [value for _, _, value in taken]
         call = None if self._current is None else self._current.index
-        operator = Operator(index, function, arguments, keywords, inputs, [], call, self._stack[-1].module)
+        operator = Operator(index, function, arguments, keywords, inputs, [], call, self._stack[-1].frame.module)
         self.trace.operators.append(operator)
         if self._current is not None:
             self._current.operators.append(index)
-        for tensor in written:
-            if isinstance(tensor, torch.Tensor):
-                self.made(tensor, index)
-        written_ids = {id(tensor) for tensor in written}
-        for path, tensor in tensors_of(output):
-            known = self._known.get(id(tensor))
-            value = known if id(tensor) in written_ids and known is not None else self.made(tensor, index)
-            operator.outputs.append((path, value))
-        if not operator.outputs:
-            operator.outputs = [((), self._known[id(t)]) for t in written if isinstance(t, torch.Tensor)]
+            self._wrote = self._wrote or bool(written)
+        by = Write(call, index)
+        now = [self._values.written(tensor, by) for tensor in written]
+        self._note_results(operator, output, taken, now, by)
         return output
 
-    def _location(self, caller: FrameType) -> tuple[tuple[int, int], ...]:
-        positions = []
-        frame: FrameType | None = caller
-        while frame is not None:
-            positions.append((id(frame.f_code), frame.f_lasti))
-            frame = frame.f_back
-        return tuple(reversed(positions[: len(positions) - self._root_depth]))
+    def _note_results(self, operator: Operator, output: Any, taken: list[Taken], now: list[int], by: Write) -> None:
+        given = {id(tensor) for _, tensor, _ in taken}
+        results = list(tensors_of(output))
+        for number, (path, tensor) in enumerate(results):
+            if id(tensor) in given:
+                value = self._values.value(tensor)
+            elif len(now) == len(results):
+                # What was written to is a real tensor of the model, and returned is the fake one that stands for it.
+                value = now[number]
+                self._values.same(tensor, value)
+            else:
+                value = self._values.made(tensor, by)
+            operator.outputs.append((path, value))
+        if not results:
+            operator.outputs = [((), value) for value in now]
+
+    def _run(self, function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        if self._fake is not None and function is torch.ops.aten.native_batch_norm.default:
+            result = _fake_batch_norm(*args)
+            if result is not None:
+                return result
+        return function(*args, **kwargs)
+
+
+def _fake_batch_norm(
+    x: torch.Tensor, weight: Any, bias: Any, mean: Any, var: Any, training: bool, *_: float
+) -> tuple[torch.Tensor, ...] | None:
+    """Returns what batch norm would; torch takes ten times as long, because it decomposes it into twenty operators.
+
+    None for low precision, where the dtype of the statistics depends on the device.
+    """
+    if x.dtype not in {torch.float32, torch.float64}:
+        return None
+    saved = x.shape[1] if training else 0
+    return torch.empty_like(x), x.new_empty(saved), x.new_empty(saved)
 
 
 class _CallMode(TorchFunctionMode):
@@ -237,6 +259,9 @@ class _CallMode(TorchFunctionMode):
 
 
 class _OperatorMode(TorchDispatchMode):
+    # Such as `torch.cond`: recorded like any other operator.
+    supports_higher_order_operators = True
+
     def __init__(self, recorder: Recorder) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._recorder = recorder
@@ -245,37 +270,36 @@ class _OperatorMode(TorchDispatchMode):
         return self._recorder.operator(func, args, kwargs or {})
 
 
+@dataclass(frozen=True)
+class _Facts:
+    """What has to be known of an operator to run it."""
+
+    is_query: bool
+    positions: tuple[int, ...] = ()  # of arguments that are written to
+    names: tuple[str, ...] = ()
+
+    def written(self, args: Any, kwargs: dict[str, Any]) -> list[torch.Tensor]:
+        """Returns the tensors among the arguments that the operator writes to."""
+        given = [args[position] for position in self.positions if position < len(args)]
+        given += [kwargs[name] for name in self.names if name in kwargs]
+        return [tensor for _, tensor in tensors_of(given)] if given else []
+
+
 @functools.cache
-def _mutability(function: Any) -> tuple[bool, ...]:
-    """Returns which positional arguments an operator writes to."""
-    schema = function._schema
-    return tuple(
-        argument.alias_info is not None and argument.alias_info.is_write
-        for argument in schema.arguments
-        if not argument.kwarg_only
-    )
+def _facts(function: Any) -> _Facts:
+    schema = getattr(function, "_schema", None)
+    written = [
+        (position, argument.name)
+        for position, argument in enumerate(() if schema is None else schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]
+    positions, names = tuple(p for p, _ in written), tuple(n for _, n in written)
+    return _Facts(str(function) in _QUERIES, positions, names)
 
 
-def _depth(frame: FrameType | None) -> int:
-    depth = 0
-    while frame is not None:
-        depth += 1
-        frame = frame.f_back
-    return depth
-
-
-@functools.lru_cache(maxsize=4096)
-def _instructions(code: CodeType) -> dict[int, str]:
-    """Returns for the offset of each instruction the name of the one that follows it."""
-    names = [(i.offset, i.opname) for i in dis.get_instructions(code) if i.opname not in ("CACHE", "EXTENDED_ARG")]
-    return {offset: follower for (offset, _), (_, follower) in itertools.pairwise(names)}
-
-
-def _result_is_used(caller: FrameType) -> bool:
-    """Tells whether code does something with the result of the call that it is in (`relu_(x)` alone does not)."""
-    frame: FrameType | None = caller
-    while frame is not None and frame.f_globals.get("__name__", "").startswith("torch."):
-        frame = frame.f_back  # torch's own Python functions hand on what they return
-    if frame is None:
-        return True
-    return _instructions(frame.f_code).get(frame.f_lasti) != "POP_TOP"
+@functools.cache
+def _name_of(function: Any) -> str:
+    name = resolve_name(function)
+    if name is None:
+        name = f"{getattr(function, '__module__', None)}.{getattr(function, '__qualname__', repr(function))}"
+    return str(name)

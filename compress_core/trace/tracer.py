@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -10,14 +11,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_map
 
 from compress_core.errors import ModelError
-from compress_core.rng import preserved_rng
-from compress_core.snapshot import StructureSnapshot
 from compress_core.trace.examples import Example, examples_of
 from compress_core.trace.graph import ForwardTrace
+from compress_core.trace.isolation import Untouched
 from compress_core.trace.recorder import Recorder
 
 logger = logging.getLogger(__name__)
@@ -80,6 +82,7 @@ def trace(model: nn.Module, examples: Any, *, training: bool = False) -> Trace:
     Raises:
         TraceError: The model fails on an example.
     """
+    _refuse_what_cannot_be_traced(model)
     found = Trace([], modules={name: type(module).__name__ for name, module in model.named_modules()})
     for example in examples_of(examples):
         found.forwards.append(_forward(model, example, training=False))
@@ -90,7 +93,22 @@ def trace(model: nn.Module, examples: Any, *, training: bool = False) -> Trace:
                 # Such as batch norm, which refuses a single value for each channel.
                 logger.debug("no trace in training mode: %s", error)
                 found.training.append(None)
+    if not found.forwards:
+        raise TraceError("there is no example input to trace the model with; give at least one")
     return found
+
+
+def _refuse_what_cannot_be_traced(model: nn.Module) -> None:
+    name = type(model).__name__
+    if isinstance(model, (DataParallel, DistributedDataParallel)):
+        raise TraceError(f"the model is wrapped in {name}: trace the model inside, its attribute .module")
+    if isinstance(model, (torch.jit.ScriptModule, torch.jit.ScriptFunction)):
+        raise TraceError(f"the model is a {name}: TorchScript hides its forward; trace the Python model it comes from")
+    if not isinstance(model, nn.Module):
+        raise TraceError(f"a model is a torch.nn.Module, got {name}")
+    lazy = next((key for key, p in model.named_parameters() if is_lazy(p)), None)
+    if lazy is not None:
+        raise TraceError(f"the parameter '{lazy}' is lazy and not initialized: do one forward before tracing")
 
 
 def _forward(model: nn.Module, example: Example, *, training: bool) -> ForwardTrace:
@@ -101,41 +119,64 @@ def _forward(model: nn.Module, example: Example, *, training: bool) -> ForwardTr
     try:
         return _record(model, example, fake=False, training=training)
     except Exception as error:
+        reason = str(error).strip() or type(error).__name__
         raise TraceError(
-            f"{type(model).__name__} cannot be traced: its forward fails on {example.source}: {error}. Give example "
+            f"{type(model).__name__} cannot be traced: its forward fails on {example.source}: {reason}. Give example "
             "inputs that the model takes: input_info in the config, or a data loader"
         ) from error
 
 
 def _record(model: nn.Module, example: Example, *, fake: bool, training: bool) -> ForwardTrace:
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_left_alone(model))
-        stack.enter_context(preserved_rng())
+        untouched = stack.enter_context(Untouched(model, values=not fake))
         model.train(training)
-        recorder = Recorder(model, training=training)
+        mode = _fake_mode_of(model) if fake else None
+        recorder = Recorder(model, training=training, fake=mode, before_write=None if fake else untouched.before_write)
         stack.callback(recorder.close)
         stack.enter_context(torch.no_grad())
-        batch = example.batch
-        if fake:
-            mode = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-            batch = tree_map(lambda leaf: mode.from_tensor(leaf) if isinstance(leaf, torch.Tensor) else leaf, batch)
+        stack.enter_context(_eager())
+        batch = _batch_for(model, example.batch, mode)
+        if mode is not None:
+            stack.enter_context(mode)
         for recording in recorder.modes():
             stack.enter_context(recording)
         example.run(model, batch)
-    recorder.trace.real = not fake
+    if not recorder.trace.module_calls:
+        raise TraceError("the model was not called: its hooks have not run. Call model(...), not model.forward(...)")
     return recorder.trace
 
 
+def _fake_mode_of(model: nn.Module) -> FakeTensorMode:
+    """Returns a new mode, or the one that the model's parameters were made under, if they are fake themselves."""
+    for tensor in itertools.chain(model.parameters(), model.buffers()):
+        if isinstance(tensor, FakeTensor):
+            return tensor.fake_mode
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def _batch_for(model: nn.Module, batch: Any, mode: FakeTensorMode | None) -> Any:
+    """Returns a batch that the forward may write to, on the meta device if that is where the model is."""
+    parameters = list(model.parameters())
+    meta = bool(parameters) and all(parameter.is_meta for parameter in parameters)
+
+    def convert(leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        leaf = leaf.detach().to("meta") if meta else leaf
+        if mode is None:
+            return leaf.detach().clone()
+        return leaf if isinstance(leaf, FakeTensor) else mode.from_tensor(leaf)
+
+    return tree_map(convert, batch)
+
+
 @contextlib.contextmanager
-def _left_alone(model: nn.Module) -> Iterator[None]:
-    """Undoes what a forward leaves behind in a model: counters, caches (of fake tensors!), running statistics."""
-    structure = StructureSnapshot(model)
-    buffers = [(buffer, buffer._version, buffer.clone()) for buffer in model.buffers() if not buffer.is_inference()]
+def _eager() -> Iterator[None]:
+    """Parts that are compiled run as they are; autocast keeps no casts, which would outlive the fake tensors."""
+    cached = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
     try:
-        yield
+        with torch.compiler.set_stance("force_eager"):
+            yield
     finally:
-        structure.restore()
-        with torch.no_grad():
-            for buffer, version, values in buffers:
-                if buffer._version != version:
-                    buffer.copy_(values)
+        torch.set_autocast_cache_enabled(cached)

@@ -1,0 +1,75 @@
+"""Where in the code a call stands: positions in the stack of Python frames, and what follows in the bytecode."""
+
+from __future__ import annotations
+
+import dis
+import functools
+from dataclasses import dataclass
+from types import CodeType, FrameType
+from typing import TypeAlias
+
+# One entry for each stack frame: the code object, and the instruction that is being executed.
+Location: TypeAlias = tuple[tuple[int, int], ...]
+
+_CACHE = dis.opmap.get("CACHE", 0)
+_POP_TOP = dis.opmap["POP_TOP"]
+
+
+@dataclass(frozen=True)
+class RunningFrame:
+    """The stack frame that runs a module's hooks and calls its forward.
+
+    Attributes:
+        frame: The frame.
+        above: Positions from the model's forward down to the call of this module; empty for the model itself.
+        parent: That of the module around this one.
+    """
+
+    frame: FrameType
+    above: Location
+    parent: RunningFrame | None
+
+    @classmethod
+    def of(cls, frame: FrameType, parent: RunningFrame | None) -> RunningFrame:
+        """Returns the record for a module whose hook is called from `frame`."""
+        return cls(frame, () if parent is None else location_below(parent, frame.f_back), parent)
+
+    @property
+    def depth(self) -> int:
+        """How many frames lie between the model's own and the module's code."""
+        return 0 if self.parent is None else len(self.above) + 1
+
+
+def location_below(running: RunningFrame, caller: FrameType | None) -> Location:
+    """Returns the positions from the model's forward down to `caller`, a frame that `running` has led to.
+
+    Frames above `running` stand still while it runs, so they are not walked again.
+    """
+    positions = []
+    frame = caller
+    while frame is not None and frame is not running.frame:
+        positions.append((id(frame.f_code), frame.f_lasti))
+        frame = frame.f_back
+    if running.parent is None:
+        return tuple(reversed(positions))
+    positions.append((id(running.frame.f_code), running.frame.f_lasti))
+    return running.above + tuple(reversed(positions))
+
+
+def result_is_used(caller: FrameType) -> bool:
+    """Tells whether code does something with the result of the call that it is in (`relu_(x)` alone does not)."""
+    frame: FrameType | None = caller
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "torch":
+        frame = frame.f_back  # torch's own Python functions hand on what they return
+    if frame is None:
+        return True
+    code = _bytecode(frame.f_code)
+    following = frame.f_lasti + 2
+    while following < len(code) and code[following] == _CACHE:
+        following += 2
+    return following >= len(code) or code[following] != _POP_TOP
+
+
+@functools.lru_cache(maxsize=1024)
+def _bytecode(code: CodeType) -> bytes:
+    return code.co_code  # a copy each time it is asked for

@@ -1,0 +1,213 @@
+"""Which value a tensor holds: identities of tensors, writes in place, and memory that tensors share."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from compress_core.trace.graph import ForwardTrace, Ref, Value, ValueId, tensors_with_paths
+from compress_core.transforms.places import Path
+
+# A tensor among arguments: its path, itself, the value that it held then.
+Taken: TypeAlias = tuple[Path, torch.Tensor, ValueId]
+
+
+@dataclass(frozen=True)
+class Write:
+    """What has written to a tensor: numbers of the function call and of the ATen operator."""
+
+    call: int | None
+    operator: int | None
+
+
+class ValueTable:
+    """Knows the values of tensors while a forward is recorded.
+
+    Tensors are known by identity. A fake tensor is kept alive, so that an identity is not used twice; a real one is
+    forgotten when it dies, because all activations of a large batch would not fit into memory.
+
+    Args:
+        trace: Where values are written to.
+        parameters: Identity -> dotted name of parameters and buffers.
+        fake: The mode that makes tensors fake; None for real tensors.
+    """
+
+    def __init__(self, trace: ForwardTrace, parameters: dict[int, str], fake: FakeTensorMode | None) -> None:
+        self._trace = trace
+        self._values = trace.values
+        self._parameters = parameters
+        self._fake = fake
+        self._known: dict[int, ValueId] = {}
+        self._tensors: dict[int, Any] = {}  # the tensors, or weak references to them
+        # Tensors whose memory was written to through another tensor. They get their new value when they are used next:
+        # most never are.
+        self._stale: dict[int, Write] = {}
+        self._by_storage: dict[int, list[int]] = {}
+        self._not_indexed: list[int] = []
+
+    def close(self) -> None:
+        """Lets go of all tensors."""
+        self._known.clear()
+        self._tensors.clear()
+
+    def known(self, tensor: torch.Tensor) -> ValueId | None:
+        """Returns the value that a tensor holds now, or None if it has never been seen."""
+        identity = id(tensor)
+        if self._stale and identity in self._stale:
+            self._refresh(tensor)
+        return self._known.get(identity)
+
+    def value(self, tensor: torch.Tensor) -> ValueId:
+        """Returns the value that a tensor holds now."""
+        index = self.known(tensor)
+        if index is None:
+            index = self._new(tensor)
+            self._values[index].parameter = self._parameters.get(id(tensor), "")
+        return index
+
+    def made(self, tensor: torch.Tensor, by: Write) -> ValueId:
+        """Notes that a tensor has got a new value."""
+        before = self._known.get(id(tensor))
+        index = self._new(tensor)
+        value = self._values[index]
+        value.call, value.operator, value.before = by.call, by.operator, before
+        return index
+
+    def written(self, tensor: torch.Tensor, by: Write) -> ValueId:
+        """Notes that a tensor has been written to, and with it those that share its memory."""
+        index = self.made(tensor, by)
+        self._stale.pop(id(tensor), None)
+        for identity in self._sharing(tensor):
+            self._stale[identity] = by
+        return index
+
+    def same(self, tensor: torch.Tensor, index: ValueId) -> None:
+        """Notes that a tensor is another object for a value."""
+        self._hold(tensor)
+        self._known[id(tensor)] = index
+
+    def all_of(self, structure: Any) -> list[tuple[Path, ValueId]]:
+        """Returns the values of the tensors in a structure, with their paths."""
+        return [(path, self.value(tensor)) for path, tensor in tensors_with_paths(structure)]
+
+    def taken(self, structure: Any, path: Path, found: list[Taken]) -> Any:
+        """Returns a structure with its tensors replaced by `Ref`, and appends these to `found`."""
+        if isinstance(structure, torch.Tensor):
+            index = self.value(structure)
+            found.append((path, structure, index))
+            return Ref(index)
+        if isinstance(structure, (tuple, list)):
+            items = [self.taken(item, (*path, position), found) for position, item in enumerate(structure)]
+            if isinstance(structure, list):
+                return items
+            return type(structure)(*items) if hasattr(structure, "_fields") else tuple(items)
+        if is_dataclass(structure) and not isinstance(structure, (type, Mapping)):
+            structure = {entry.name: getattr(structure, entry.name, None) for entry in fields(structure)}
+        if isinstance(structure, Mapping):
+            return {key: self.taken(item, (*path, key), found) for key, item in structure.items()}
+        return structure
+
+    def _new(self, tensor: torch.Tensor) -> ValueId:
+        index = len(self._values)
+        self._values.append(Value(index, tuple(tensor.shape), tensor.dtype))
+        self._hold(tensor)
+        self._known[id(tensor)] = index
+        return index
+
+    def _hold(self, tensor: torch.Tensor) -> None:
+        identity = id(tensor)
+        if identity in self._tensors:
+            return
+        if self._fake is None:
+            self._tensors[identity] = weakref.ref(tensor, lambda _: self._forget(identity))
+        else:
+            self._tensors[identity] = tensor
+        self._not_indexed.append(identity)
+
+    def _forget(self, identity: int) -> None:
+        for table in (self._tensors, self._known, self._stale):
+            table.pop(identity, None)
+
+    def _refresh(self, tensor: torch.Tensor) -> None:
+        by = self._stale.pop(id(tensor))
+        before = self._known[id(tensor)]
+        index = self.made(tensor, by)
+        if by.operator is not None:
+            self._trace.operators[by.operator].overwritten.append(index)
+        if by.call is not None:
+            call = self._trace.calls[by.call]
+            call.overwritten.append(index)
+            if before not in call.writes:
+                call.writes.append(before)
+
+    # Shared memory.
+
+    def _tensor(self, identity: int) -> torch.Tensor | None:
+        held = self._tensors.get(identity)
+        tensor = held() if isinstance(held, weakref.ref) else held
+        return tensor if isinstance(tensor, torch.Tensor) else None
+
+    def _sharing(self, tensor: torch.Tensor) -> Iterator[int]:
+        """Yields the identities of other known tensors that have memory in common with `tensor`."""
+        self._index()
+        key = self._storage(tensor)
+        for identity in self._by_storage.get(key, ()) if key is not None else ():
+            other = self._tensor(identity)
+            if other is not None and other is not tensor and self._storage(other) == key and may_overlap(tensor, other):
+                yield identity
+
+    def _index(self) -> None:
+        for identity in self._not_indexed:
+            tensor = self._tensor(identity)
+            key = None if tensor is None else self._storage(tensor)
+            if key is not None:
+                self._by_storage.setdefault(key, []).append(identity)
+        self._not_indexed.clear()
+
+    def _storage(self, tensor: torch.Tensor) -> int | None:
+        try:
+            if self._fake is not None and not isinstance(tensor, FakeTensor):
+                # A parameter: views of it share memory with the fake tensor that stands for it.
+                tensor = self._fake.from_tensor(tensor)
+            return int(tensor.untyped_storage()._cdata)
+        except (RuntimeError, NotImplementedError, AssertionError):
+            return None  # sparse, nested, or wrapped by a function transform
+
+
+def may_overlap(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Tells whether two tensors in one storage have elements in common; may say yes where they do not.
+
+    Exact for parts of one tensor that slicing or `chunk` make: boxes in a common grid.
+    """
+    if not first.numel() or not second.numel():
+        return False
+    if first.dtype != second.dtype or 0 in first.stride() or 0 in second.stride():
+        return True
+    starts = first.storage_offset(), second.storage_offset()
+    ends = tuple(_end(tensor) for tensor in (first, second))
+    if ends[0] <= starts[1] or ends[1] <= starts[0]:
+        return False
+    if first.stride() != second.stride():
+        return True
+    offsets, room, apart = list(starts), 0, False
+    for dim in sorted(range(first.ndim), key=first.stride, reverse=True):
+        stride = first.stride(dim)
+        low = [offset // stride for offset in offsets]
+        high = [low[0] + first.shape[dim], low[1] + second.shape[dim]]
+        offsets = [offset % stride for offset in offsets]
+        if room and max(high) * stride > room:
+            return True  # a row runs over into the next: not a box
+        apart = apart or high[0] <= low[1] or high[1] <= low[0]
+        room = stride
+    return not apart
+
+
+def _end(tensor: torch.Tensor) -> int:
+    return (
+        int(tensor.storage_offset()) + 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    )
