@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
 
 from compress_core.errors import TransformError
 from compress_core.stages import Stage
@@ -50,7 +51,9 @@ class _Plan:
     functions: tuple[TransformedFunction, ...] = ()
     # The ReLU module whose clipping the transform may take over: where it clips, and the functions it would call.
     relu: tuple[float | None, tuple[Any, ...]] | None = None
-    parameters: tuple[str, ...] = ()
+    # Parameters of the module's forward: those that can be passed by position, and all.
+    positional: tuple[str, ...] = ()
+    parameters: frozenset[str] = frozenset()
 
 
 class ActivationTransforms(TransformContainer):
@@ -90,7 +93,7 @@ class ActivationTransforms(TransformContainer):
             upper, function = _RELU_MODULES[self.owner]
             plan.relu = (upper, functions_named(function))
         if plan.inputs:
-            plan.parameters = _positional_parameters(self.owner)
+            plan.positional, plan.parameters = _parameters(self.owner)
         self._plan = plan
 
     def chain(self, name: str) -> TransformChain:
@@ -112,18 +115,30 @@ class ActivationTransforms(TransformContainer):
                 return run_quietly(chain.forward_relu, args[0], plan.relu[0])
         if plan.functions or issubclass(self.owner, nn.TransformerEncoder):
             # The mode is what keeps an encoder from packing its input for the fused layers.
-            mode = CallSiteMode(plan.functions, module.training, self._call)
-            with mode:
-                output = forward(module, *args, **kwargs)
-            self._check_counts(mode)
+            output = self._run_counted(forward, module, args, kwargs)
         else:
             output = forward(module, *args, **kwargs)
         return run_quietly(self._transform_outputs, output) if plan.outputs else output
 
+    def _run_counted(self, forward: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling() and get_eval_frame_callback() not in (None, False):
+            # A compiled model has fallen back to eager here, perhaps because dynamo hides a function from modes. It
+            # would go on to compile parts of this forward by themselves, and hide it there.
+            forward = torch.compiler.disable(forward)  # type: ignore[no-untyped-call]
+        mode = CallSiteMode(self._plan.functions, module.training, self._call)
+        try:
+            with mode:
+                output = forward(module, *args, **kwargs)
+            self._check_counts(mode)
+        except TransformError:
+            # Dynamo cannot break a graph within `try`: where the check asks it to, it leaves all of this to eager.
+            raise
+        return output
+
     def _transform_inputs(self, args: Any, kwargs: Any) -> Any:
         for name, place in self._plan.inputs:
-            names = self._plan.parameters
-            args, kwargs = replace_argument(args, kwargs, place.argument, self.chain(name), place, names)
+            names = (self._plan.positional, self._plan.parameters)
+            args, kwargs = replace_argument(args, kwargs, place.argument, self.chain(name), place, *names)
         return args, kwargs
 
     def _transform_outputs(self, output: Any) -> Any:
@@ -169,7 +184,7 @@ class ActivationTransforms(TransformContainer):
                 continue
             if torch.compiler.is_compiling():
                 if seen == 0 and torch.compiler.is_dynamo_compiling():
-                    raise TransformError(f"torch.compile hides calls of {function.name} from function modes")
+                    torch._dynamo.skip_frame(f"torch.compile hides calls of {function.name} from function modes")
             elif not self._warned and not explains(function.calls, seen, training=mode.training):
                 self._warned = True
                 place = (*function.inputs, *function.outputs)[0].place
@@ -189,13 +204,13 @@ def _no_fast_path(module: nn.Module, args: Any) -> None:
     return None
 
 
-def _positional_parameters(owner: type[nn.Module]) -> tuple[str, ...]:
+def _parameters(owner: type[nn.Module]) -> tuple[tuple[str, ...], frozenset[str]]:
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     try:
         parameters = list(inspect.signature(owner.forward).parameters.values())[1:]
     except (TypeError, ValueError):
-        return ()
-    return tuple(parameter.name for parameter in parameters if parameter.kind in kinds)
+        return (), frozenset()
+    return tuple(p.name for p in parameters if p.kind in kinds), frozenset(p.name for p in parameters)
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,7 @@ def replace_argument(
     replace: Callable[[torch.Tensor], torch.Tensor],
     where: object,
     names: tuple[str, ...] = (),
+    known: frozenset[str] = frozenset(),
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Returns the arguments of a call with the tensor at `path` replaced.
 
@@ -77,6 +78,7 @@ def replace_argument(
         replace: Maps the tensor to its replacement.
         where: What the message names.
         names: Names of the positional parameters, so that an argument is found whichever way it is passed.
+        known: Names of parameters that a call may leave out.
 
     Raises:
         TransformError: The argument was not passed.
@@ -91,8 +93,8 @@ def replace_argument(
         return (*args[:first], changed, *args[first + 1 :]), kwargs
     if isinstance(first, str) and first in kwargs:
         return args, {**kwargs, first: replace_at(kwargs[first], path[1:], replace, where)}
-    if names and first in names:
-        return args, kwargs  # an optional argument that this call leaves out
+    if first in known:
+        return args, kwargs
     raise TransformError(
         f"{where}: this call has no argument {path[0]!r}, as the call of the example input had; give an example input "
         "for each way of calling"

@@ -1,0 +1,776 @@
+"""Activation transforms: what they compute, where they reach, and that the model stays itself."""
+
+import copy
+import io
+import logging
+import threading
+from collections import namedtuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from compress_core import Stage, TransformError, mask_weight
+from compress_core.transforms import (
+    CallInput,
+    CallOutput,
+    CallPattern,
+    ModuleInput,
+    ModuleOutput,
+    activation_transforms,
+    add_activation_transform,
+    bake_transforms,
+    bypass_transforms,
+    get_activation_transform,
+    has_transforms,
+    strip_activation_transforms,
+)
+from compress_core.transforms.call_sites import explains
+
+
+class Scale(nn.Module):
+    def __init__(self, factor=10.0):
+        super().__init__()
+        self.factor = nn.Parameter(torch.tensor(float(factor)))
+
+    def forward(self, x):
+        return x * self.factor
+
+
+class FusedScale(Scale):
+    def __init__(self, factor=10.0):
+        super().__init__(factor)
+        self.fused = []
+
+    def relu(self, x, upper):
+        self.fused.append(upper)
+        return self(x.clamp(min=0) if upper is None else x.clamp(0, upper))
+
+
+class Function(nn.Module):
+    """A model that is one function, with a parameter for the sake of gradients."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+        self.bias = nn.Parameter(torch.zeros(()))
+
+    def forward(self, *args):
+        return self.function(*args)
+
+
+def calls(site=0, sites=(0,), training=None):
+    return CallPattern(site, tuple(sites), training)
+
+
+def add(model, place, transform=None, key="q", stage=Stage.PRECISION):
+    transform = Scale() if transform is None else transform
+    return add_activation_transform(model, place, transform, stage=stage, key=key)
+
+
+@pytest.fixture
+def x():
+    return torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
+
+
+# What is computed.
+
+
+def test_module_input_and_output(x):
+    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
+    linear = copy.deepcopy(model[0])
+    add(model, ModuleInput("0"), Scale(2.0))
+    add(model, ModuleOutput("0"), Scale(3.0))
+    assert torch.allclose(model(x), (3 * linear(2 * x)).relu())
+    assert type(model) is nn.Sequential
+    assert isinstance(model[0], nn.Linear)
+    assert type(model[0]).__name__ == "Linear"
+
+
+def test_arguments_are_found_by_position_and_by_keyword(x):
+    class Two(nn.Module):
+        def forward(self, a, b, *, c=None):
+            return a + 10 * b + (0 if c is None else 100 * c)
+
+    model = Two()
+    add(model, ModuleInput("", (1,)), Scale(2.0))
+    add(model, ModuleInput("", ("c", 0, "k")), Scale(3.0))
+    assert torch.allclose(Two()(x, 2 * x), model(x, x))
+    assert torch.allclose(Two()(x, 2 * x), model(x, b=x))
+
+    def run(c):
+        class Nested(nn.Module):
+            def forward(self, a, b, *, c):
+                return c[0]["k"]
+
+        nested = Nested()
+        add(nested, ModuleInput("", ("c", 0, "k")), Scale(3.0))
+        return nested(x, x, c=c)
+
+    given = [{"k": x}]
+    assert torch.allclose(run(given), 3 * x)
+    assert given[0]["k"] is x  # the caller's own containers stay as they are
+
+
+Pair = namedtuple("Pair", "first second")
+
+
+@pytest.mark.parametrize(
+    ("make", "item"),
+    [
+        (lambda t: t, ()),
+        (lambda t: (t, 1), (0,)),
+        (lambda t: [0, [t]], (1, 0)),
+        (lambda t: {"a": {"b": t}}, ("a", "b")),
+        (lambda t: Pair(0, t), (1,)),
+        (lambda t: torch.max(t, 1, keepdim=True), (0,)),
+    ],
+)
+def test_item_of_a_nested_result(x, make, item):
+    model = Function(make)
+    add(model, ModuleOutput("", item), Scale(2.0))
+
+    def read(value):
+        for step in item:
+            value = value[step]
+        return value
+
+    plain, result = make(x), model(x)
+    assert torch.equal(read(result), 2 * read(plain))
+    assert type(result) is type(plain)
+
+
+def test_missing_item_and_argument_are_named(x):
+    model = Function(lambda t: {"b": t})
+    handle = add(model, ModuleOutput("", ("a",)))
+    with pytest.raises(TransformError, match=r"model: output a: the value has no item 'a'"):
+        model(x)
+    handle.remove()
+    model.function = lambda t: torch.relu(input=t)
+    add(model, CallInput("", "torch.relu", calls(), (0,)))
+    with pytest.raises(TransformError, match=r"this call has no argument 0"):
+        model(x)
+
+
+FUNCTIONS = {
+    "torch.Tensor.add": lambda t: 1 + t,
+    "torch.Tensor.mul": lambda t: t * 3,
+    "torch.Tensor.sub": lambda t: t - 1,
+    "torch.Tensor.__rsub__": lambda t: 1 - t,
+    "torch.Tensor.matmul": lambda t: t @ torch.ones(3, 2),
+    "torch.cat": lambda t: torch.cat([t, t]),
+    "torch.nn.functional.relu": F.relu,
+    "torch.nn.functional.gelu": F.gelu,
+    "torch.nn.functional.softmax": lambda t: F.softmax(t, 1),
+    "torch.nn.functional.layer_norm": lambda t: F.layer_norm(t, (3,)),
+    "torch.nn.functional.linear": lambda t: F.linear(t, torch.ones(2, 3)),
+    "torch.Tensor.mean": lambda t: t.mean(1),
+    "torch.sigmoid": torch.sigmoid,
+    "torch.nn.functional.hardtanh": F.hardtanh,
+    "torch.stack": lambda t: torch.stack([t, t]),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_call_output_eager_compiled_and_exported(x, name):
+    model, expected = Function(FUNCTIONS[name]), 10 * FUNCTIONS[name](x)
+    add(model, CallOutput("", name, calls()))
+    torch.compiler.reset()
+    assert torch.equal(model(x), expected)
+    assert torch.equal(torch.compile(model, fullgraph=True, backend="eager")(x), expected)
+    assert torch.equal(torch.export.export(model, (x,), strict=False).module()(x), expected)
+
+
+@pytest.mark.parametrize("name", ["torch.nn.functional.hardswish", "torch.nn.functional.pad"])
+def test_function_that_dynamo_hides_is_never_left_uncompressed(x, name, caplog):
+    function = F.hardswish if "hardswish" in name else lambda t: F.pad(t, (1, 1))
+    model = Function(function)
+    add(model, CallOutput("", name, calls()))
+    expected = 10 * function(x)
+    assert torch.equal(model(x), expected)
+    torch.compiler.reset()
+    assert torch.equal(torch.compile(model, backend="eager")(x), expected)
+    torch.compiler.reset()
+    with pytest.raises(Exception, match="hides calls of"):
+        torch.compile(model, backend="eager", fullgraph=True)(x)
+    assert torch.equal(torch.export.export(model, (x,), strict=False).module()(x), expected)
+
+
+def test_one_argument_of_one_call(x):
+    model = Function(lambda t: torch.cat([t, torch.cat([t, t])]))
+    add(model, CallInput("", "torch.cat", calls(1, (0, 1)), (0, 1)), Scale(2.0))
+    assert torch.equal(model(x), torch.cat([x, 2 * torch.cat([x, x])]))
+
+
+def test_calls_in_modules_below_are_counted(x):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = Function(lambda t: torch.relu(t) + torch.relu(-t))
+
+        def forward(self, t):
+            return torch.relu(self.inner(torch.relu(t)))
+
+    model = Net()
+    sites = (0, 1, 2, 3)
+    add(model, CallOutput("", "torch.relu", calls(2, sites)), Scale(5.0))
+    # The same call once more, as seen from the module that makes it.
+    add(model, CallOutput("inner", "torch.relu", calls(1, (0, 1))), Scale(3.0))
+    add(model, CallOutput("", "torch.relu", calls(3, sites)), Scale(2.0))
+    r = torch.relu
+    inner = r(r(x)) + 15 * r(-r(x))
+    assert torch.equal(model(x), 2 * r(inner))
+    torch.compiler.reset()
+    assert torch.equal(torch.compile(model, fullgraph=True, backend="eager")(x), 2 * r(inner))
+
+
+def test_transforms_and_weight_chains_are_not_counted(x):
+    class Multiplies(nn.Module):
+        def forward(self, t):
+            return t.mul(2).mul(2)
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(3, 3, bias=False)
+
+        def forward(self, t):
+            return self.fc(t).mul(1.0) + t.mul(1.0)
+
+    model = Net()
+    mask_weight(model, "fc.weight", torch.eye(3))
+    add(model, ModuleOutput("fc"), Multiplies())
+    add(model, CallOutput("", "torch.Tensor.mul", calls(0, (0, 1))), Scale(5.0))
+    diagonal = model.fc.weight.detach().diagonal()
+    expected = 5 * 4 * x * diagonal + x
+    torch.compiler.reset()
+    for run in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+        assert torch.allclose(run(x), expected)
+
+
+def test_loop_of_any_length(x, caplog):
+    class Net(nn.Module):
+        def forward(self, t, turns):
+            for _ in range(turns):
+                t = torch.sigmoid(torch.tanh(t))
+            return t
+
+    def expected(turns):
+        t = x
+        for _ in range(turns):
+            t = 2 * torch.sigmoid(torch.tanh(t))
+        return t
+
+    model = Net()
+    add(model, CallOutput("", "torch.sigmoid", calls(0, (0, 0))), Scale(2.0))
+    torch.compiler.reset()
+    with caplog.at_level(logging.WARNING):
+        for turns in (1, 2, 5):
+            assert torch.allclose(model(x, turns), expected(turns))
+            assert torch.allclose(torch.compile(model, fullgraph=True, backend="eager")(x, turns), expected(turns))
+    assert not [record for record in caplog.records if record.name.startswith("compress_core")]
+
+
+def test_training_and_eval_make_other_calls(x):
+    class Net(nn.Module):
+        def forward(self, t):
+            return torch.sigmoid(torch.tanh(torch.sigmoid(t))) if self.training else torch.sigmoid(t)
+
+    model = Net()
+    add(model, CallOutput("", "torch.sigmoid", calls(1, (1,), (0, 1))), Scale(2.0))
+    assert torch.equal(model(x), 2 * torch.sigmoid(torch.tanh(torch.sigmoid(x))))
+    assert torch.equal(model.eval()(x), 2 * torch.sigmoid(x))
+
+
+def test_other_number_of_calls_warns_once_with_the_remedy(x, caplog):
+    class Net(nn.Module):
+        def forward(self, t, twice):
+            return torch.sigmoid(torch.sigmoid(t)) if twice else torch.sigmoid(t)
+
+    model = nn.Sequential()
+    model.body = Net()
+    add(model, CallOutput("body", "torch.sigmoid", calls(0, (0,))))
+    torch.compiler.reset()
+    with caplog.at_level(logging.WARNING):
+        torch.compile(model.body, backend="eager")(x, True)
+        assert not [record for record in caplog.records if record.name.startswith("compress_core")]
+        model.body(x, True)
+        model.body(x, True)
+    (record,) = [record for record in caplog.records if record.name.startswith("compress_core")]
+    message = record.getMessage()
+    for part in ("body", "training mode", "torch.sigmoid", "2 times", "1 calls", "example input for each path"):
+        assert part in message, message
+
+
+@pytest.mark.parametrize(
+    ("sites", "seen", "explained"),
+    [
+        ((0,), 1, True),
+        ((0,), 2, False),
+        ((0,), 0, False),
+        ((0, 0), 7, True),
+        ((0, 0, 0), 1, True),
+        ((0, 0), 0, False),
+        ((0, 1, 0, 1), 6, True),
+        ((0, 1, 0, 1), 5, False),
+        ((2, 0, 1, 0, 1), 3, True),
+        ((2, 0, 1, 0, 1), 1, False),
+        ((0, 1), 1, False),
+    ],
+)
+def test_which_counts_a_loop_explains(sites, seen, explained):
+    assert explains(calls(0, sites), seen, training=False) is explained
+
+
+# Functions that work in place.
+
+
+def in_place_sum(t, other):
+    t = t * 1.0
+    t += other
+    return t
+
+
+def ignored_result(t, other):
+    t = t * 1.0
+    t.add_(other)
+    return t
+
+
+def ignored_relu(t, other):
+    t = t + other
+    torch.relu_(t)
+    return t
+
+
+def view_in_place(t, other):
+    t = t * 1.0
+    t[0] += other[0]
+    return t
+
+
+def out_argument(t, other):
+    result = torch.empty(2, 3)
+    torch.add(t.detach(), other.detach(), out=result)
+    return result
+
+
+def first_row(t, other):
+    total = t + other
+    return torch.stack([10 * total[0], t[1]])
+
+
+IN_PLACE = {
+    "+=": (in_place_sum, "torch.Tensor.add_", lambda t, o: 10 * (t + o)),
+    "add_": (ignored_result, "torch.Tensor.add_", lambda t, o: 10 * (t + o)),
+    "relu_": (ignored_relu, "torch.nn.functional.relu_", lambda t, o: 10 * F.relu(t + o)),
+    "view": (view_in_place, "torch.Tensor.add_", first_row),
+    "relu inplace=True": (
+        lambda t, o: F.relu(t + o, inplace=True),
+        "torch.nn.functional.relu",
+        lambda t, o: 10 * F.relu(t + o),
+    ),
+}
+
+
+@pytest.mark.parametrize("transform", [Scale, FusedScale])
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_in_place_functions_hand_out_the_transformed_value(x, name, transform):
+    function, called, expected = IN_PLACE[name]
+    other = torch.randn(2, 3, generator=torch.Generator().manual_seed(1))
+    model = Function(function)
+    add(model, CallOutput("", called, calls()), transform())
+    torch.compiler.reset()
+    compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="aot_eager")
+    for run in (model, compiled) if name != "relu_" else (model,):
+        inputs = [t.clone().requires_grad_() for t in (x, other)]
+        wanted = [t.clone().requires_grad_() for t in (x, other)]
+        out = run(*inputs)
+        assert torch.allclose(out, expected(*wanted))
+        out.square().sum().backward()
+        expected(*wanted).square().sum().backward()
+        for a, b in zip(inputs, wanted, strict=True):
+            assert torch.allclose(a.grad, b.grad)
+        with torch.no_grad():
+            assert torch.allclose(run(x.clone(), other), expected(x, other))
+
+
+def test_input_of_an_in_place_function_is_written_back(x):
+    model = Function(ignored_result)
+    add(model, CallInput("", "torch.Tensor.add_", calls(), (0,)), Scale(3.0))
+    add(model, CallInput("", "torch.Tensor.add_", calls(), (1,)), Scale(2.0))
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            t = x.clone().requires_grad_(grad)
+            out = model(t, torch.ones(2, 3))
+            assert torch.allclose(out, 3 * x + 2)
+    t = x.clone().requires_grad_()
+    model(t, torch.ones(2, 3)).sum().backward()
+    assert torch.equal(t.grad, torch.full((2, 3), 3.0))
+
+
+def test_out_argument_gets_the_transformed_value(x):
+    model = Function(out_argument)
+    add(model, CallOutput("", "torch.add", calls()))
+    assert torch.equal(model(x, x), 20 * x)
+
+
+# ReLU.
+
+
+@pytest.mark.parametrize(
+    ("function", "name", "upper"),
+    [
+        (F.relu, "torch.nn.functional.relu", None),
+        (lambda t: F.relu(t * 1, inplace=True), "torch.nn.functional.relu", None),
+        (torch.relu, "torch.relu", None),
+        (lambda t: t.relu(), "torch.Tensor.relu", None),
+        (F.relu6, "torch.nn.functional.relu6", 6.0),
+    ],
+)
+def test_relu_call_is_taken_over_by_the_transform(x, function, name, upper):
+    x = 8 * x
+    model, plain = Function(function), Function(function)
+    transform = FusedScale()
+    add(model, CallOutput("", name, calls()), transform)
+    add(plain, CallOutput("", name, calls()), Scale())
+    assert torch.equal(model(x), plain(x))
+    assert transform.fused == [upper]
+    with bypass_transforms(model):
+        assert torch.equal(model(x), function(x))
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize(("cls", "upper"), [(nn.ReLU, None), (nn.ReLU6, 6.0)])
+def test_relu_module_is_taken_over_by_the_transform(x, cls, upper, inplace):
+    x = 8 * x
+    model, transform = nn.Sequential(nn.Identity(), cls(inplace)), FusedScale()
+    add(model, ModuleOutput("1"), transform)
+    expected = 10 * x.clamp(0, upper)
+    assert torch.equal(model(x.clone()), expected)
+    assert transform.fused == [upper]
+    handle = transform.register_forward_hook(lambda module, args, output: output + 1)
+    assert torch.equal(model(x.clone()), expected + 1)
+    assert len(transform.fused) == 1
+    handle.remove()
+    torch.compiler.reset()
+    assert torch.equal(torch.compile(model, fullgraph=True, backend="eager")(x.clone()), expected)
+
+
+def test_relu_that_is_counted_above_is_called(x):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.act = nn.ReLU()
+
+        def forward(self, t):
+            return F.relu(self.act(t) - 1)
+
+    model, inner, outer = Net(), FusedScale(), FusedScale(3.0)
+    add(model, ModuleOutput("act"), inner)
+    add(model, CallOutput("", "torch.nn.functional.relu", calls(1, (0, 1))), outer)
+    assert torch.equal(model(x), 3 * F.relu(10 * F.relu(x) - 1))
+    assert (inner.fused, outer.fused) == ([], [None])
+
+
+def test_subclass_of_relu_keeps_its_own_forward(x):
+    class Shifted(nn.ReLU):
+        def forward(self, t):
+            return super().forward(t) + 1
+
+    model, transform = nn.Sequential(Shifted()), FusedScale()
+    add(model, ModuleOutput("0"), transform)
+    assert torch.equal(model(x), 10 * (F.relu(x) + 1))
+    assert not transform.fused
+
+
+# Adding, finding, removing.
+
+
+def test_shared_transform_is_one_set_of_parameters(x):
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    shared = Scale(2.0)
+    add(model, ModuleOutput("0"), shared)
+    add(model, ModuleOutput("1"), shared)
+    assert sum(parameter is shared.factor for parameter in model.parameters()) == 1
+    twin = copy.deepcopy(model)
+    first, second = (get_activation_transform(twin, ModuleOutput(name), "q") for name in "01")
+    assert first is second
+    assert first is not shared
+    model(x).sum().backward()
+    factor = torch.tensor(2.0, requires_grad=True)
+    hidden = factor * F.linear(x, model[0].weight, model[0].bias)
+    (factor * F.linear(hidden, model[1].weight, model[1].bias)).sum().backward()
+    assert torch.allclose(shared.factor.grad, factor.grad)
+
+
+def test_stages_order_the_transforms_of_one_place(x):
+    class Plus(nn.Module):
+        def forward(self, t):
+            return t + 1
+
+    model = nn.Identity()
+    add(model, ModuleOutput(""), Scale(2.0), key="late", stage=Stage.PRECISION)
+    add(model, ModuleOutput(""), Plus(), key="early", stage=Stage.STRUCTURE)
+    assert torch.equal(model(x), 2 * (x + 1))
+    assert [handle.key for handle in activation_transforms(model)] == ["early", "late"]
+    assert [handle.stage for handle in activation_transforms(model)] == [Stage.STRUCTURE, Stage.PRECISION]
+
+
+def test_removing_gives_the_module_its_class_back(x):
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    before = {name: dict(module.__dict__) for name, module in model.named_modules()}
+    mask_weight(model, "0.weight")
+    places = [ModuleInput(""), ModuleOutput("0"), CallOutput("1", "torch.nn.functional.linear", calls())]
+    handles = [add(model, place) for place in places]
+    assert [handle.place for handle in activation_transforms(model)] == places
+    handles[1].remove()
+    assert model[0].weight is not None
+    assert type(model[0]) is not nn.Linear
+    with pytest.raises(TransformError, match="0: output' has no transform named 'q'"):
+        handles[1].remove()
+    activation_transforms(model)[0].remove()
+    handles[2].remove()
+    assert not activation_transforms(model)
+    assert has_transforms(model)
+    bake_transforms(model)
+    assert not has_transforms(model)
+    assert [type(module) for module in model.modules()] == [nn.Sequential, nn.Linear, nn.Linear]
+    for name, module in model.named_modules():
+        assert module.__dict__.keys() == before[name].keys()
+
+
+def test_strip_removes_all_and_bake_keeps_activations(x):
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    plain = model(x)
+    mask_weight(model, "0.weight", torch.eye(3))
+    add(model, ModuleInput(""))
+    add(model, ModuleOutput("1"))
+    expected = model(x)
+    bake_transforms(model)
+    assert torch.equal(model(x), expected)
+    strip_activation_transforms(model)
+    assert not has_transforms(model)
+    assert type(model) is nn.Sequential
+    assert not torch.equal(model(x), plain)  # what was baked into the weights stays
+
+
+def test_bypass_computes_as_if_nothing_was_added(x):
+    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
+    plain = model(x)
+    add(model, ModuleOutput("1"), FusedScale())
+    add(model, CallInput("0", "torch.nn.functional.linear", calls(), (0,)))
+    with bypass_transforms(model):
+        assert torch.equal(model(x), plain)
+    assert not torch.equal(model(x), plain)
+
+
+def test_refusals_name_the_place_and_change_nothing():
+    model = nn.ModuleDict({"list": nn.ModuleList([nn.Linear(3, 3)]), "mha": nn.MultiheadAttention(4, 2)})
+    model["script"] = torch.jit.script(nn.Linear(3, 3))
+    model["accelerated"] = nn.Linear(3, 3)
+    model["accelerated"].forward = lambda t: t
+    model["taken"] = nn.Linear(3, 3)
+    model["taken"].activation_transforms = "mine"
+    classes = [type(module) for module in model.modules()]
+    for place, message in (
+        (ModuleOutput("nowhere"), "no module 'nowhere'"),
+        (ModuleOutput("list"), "'list' .* has no forward"),
+        (ModuleOutput("script"), "'script' .* is a ScriptModule"),
+        (ModuleOutput("accelerated"), "'accelerated' .* has a forward of its own"),
+        (ModuleInput("mha.out_proj"), "'mha.out_proj' .* is never called"),
+        (ModuleOutput("taken"), "attribute 'activation_transforms' of its own"),
+        (CallOutput("list.0", "torch.no_such", calls()), "no function 'torch.no_such'"),
+    ):
+        with pytest.raises(TransformError, match=message):
+            add(model, place)
+    with pytest.raises(TransformError, match="must not be empty or dotted"):
+        add(model, ModuleOutput("list.0"), key="a.b")
+    assert [type(module) for module in model.modules()] == classes
+    add(model, ModuleOutput("list.0"))
+    with pytest.raises(TransformError, match="already has a transform named 'q'"):
+        add(model, ModuleOutput("list.0"))
+
+
+# The model stays itself.
+
+
+class IteratesChildren(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 3)
+
+    def forward(self, t):
+        for child in self.children():
+            t = child(t)
+        return t
+
+
+@pytest.mark.parametrize("make", [IteratesChildren, lambda: nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))])
+def test_modules_that_call_their_children_in_turn(x, make):
+    model = make()
+    plain = model(x)
+    add(model, ModuleOutput(""), Scale(2.0))
+    assert torch.equal(model(x), 2 * plain)
+    assert len(list(model.children())) == 2
+    assert "activation_transforms.output.q.factor" in model.state_dict()
+    assert "activation_transforms.output.q.factor" in dict(model.named_parameters())
+    model.to(torch.float64)
+    assert get_activation_transform(model, ModuleOutput(""), "q").factor.dtype is torch.float64
+    assert not get_activation_transform(model.eval(), ModuleOutput(""), "q").training
+
+
+def test_plain_state_dict_loads_and_incomplete_ones_do_not():
+    class Two(Scale):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("low", torch.zeros(()))
+
+    model = nn.Sequential(nn.Linear(3, 3))
+    plain = copy.deepcopy(model.state_dict())
+    add(model, ModuleInput(""), Two())
+    add(model, ModuleOutput("0"), Two())
+    model.load_state_dict(plain, strict=True)
+    full = {key: value + 1 for key, value in model.state_dict().items()}
+    model.load_state_dict(full, strict=True)
+    assert get_activation_transform(model, ModuleInput(""), "q").factor == 11
+    assert get_activation_transform(model, ModuleOutput("0"), "q").low == 1
+    for missing in ("0.activation_transforms.output.q.low", "activation_transforms.input_0.q.low"):
+        with pytest.raises(RuntimeError, match=missing):
+            model.load_state_dict({key: value for key, value in full.items() if key != missing})
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*nonsense"):
+        model.load_state_dict({**full, "0.activation_transforms.nonsense": torch.ones(())})
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    file.seek(0)
+    model.load_state_dict(torch.load(file, weights_only=True), assign=True)
+
+
+def test_module_used_twice(x):
+    inner = nn.Linear(3, 3)
+    model = nn.Sequential(inner, inner)
+    add(model, ModuleOutput("0"), Scale(2.0))
+    hidden = 2 * F.linear(x, inner.weight, inner.bias)
+    assert torch.allclose(model(x), 2 * F.linear(hidden, inner.weight, inner.bias))
+    assert [handle.place for handle in activation_transforms(model)] == [ModuleOutput("0")]
+
+
+def test_functional_call(x):
+    model = nn.Sequential(nn.Linear(3, 3))
+    add(model, ModuleOutput("0"), Scale(2.0))
+    values = {"0.activation_transforms.output.q.factor": torch.tensor(3.0)}
+    plain = F.linear(x, model[0].weight, model[0].bias)
+    assert torch.allclose(torch.func.functional_call(model, values, (x,)), 3 * plain)
+    assert torch.allclose(model(x), 2 * plain)
+
+
+def test_wrapped_for_data_parallel_training_and_for_averaging(x, tmp_path):
+    model = nn.Sequential(nn.Linear(3, 3))
+    add(model, ModuleOutput("0"), Scale(2.0))
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    averaged.update_parameters(model)
+    assert torch.equal(averaged(x), model(x))
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        wrapped(x).sum().backward()
+        assert get_activation_transform(model, ModuleOutput("0"), "q").factor.grad is not None
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradient_checkpointing(x, use_reentrant):
+    class Net(nn.Module):
+        def __init__(self, checkpointed):
+            super().__init__()
+            self.block, self.checkpointed = (
+                Function(lambda t: torch.tanh(t) + torch.sigmoid(torch.tanh(t))),
+                checkpointed,
+            )
+
+        def forward(self, t):
+            t = t * 2
+            return checkpoint(self.block, t, use_reentrant=use_reentrant) if self.checkpointed else self.block(t)
+
+    gradients = []
+    for checkpointed in (True, False):
+        model, t = Net(checkpointed), x.clone().requires_grad_()
+        add(model, ModuleInput("block"), Scale(2.0))
+        place = CallOutput("block", "torch.tanh", calls(1, (0, 1)))
+        add(model, place, Scale(3.0))
+        model(t).sum().backward()
+        gradients.append((t.grad, get_activation_transform(model, place, "q").factor.grad))
+    assert torch.equal(gradients[0][0], gradients[1][0])
+    assert torch.equal(gradients[0][1], gradients[1][1])
+
+
+def test_threads_do_not_meet(x):
+    model = Function(lambda t: [t := torch.sigmoid(t) for _ in range(40)][-1])
+    add(model, CallOutput("", "torch.sigmoid", calls(1, tuple(range(40)))), Scale(2.0))
+    expected, wrong = model(x), []
+
+    def run():
+        wrong.extend(1 for _ in range(20) if not torch.equal(model(x), expected))
+
+    threads = [threading.Thread(target=run) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_fused_transformer_layers_are_off_where_they_would_bypass_transforms():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
+    model = nn.TransformerEncoder(layer, 2).eval()
+    t, padding = torch.randn(2, 5, 8), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    handle = add(model, ModuleOutput("layers.1.linear1"), Scale(0.5))
+    add(model, ModuleOutput("layers.0.self_attn", (0,)), Scale(2.0))
+    expected, masked = model(t), model(t, src_key_padding_mask=padding)  # gradients keep the fast path off
+    with torch.no_grad():
+        assert torch.allclose(model(t), expected, atol=1e-6)
+        fast = model(t, src_key_padding_mask=padding)
+    assert torch.allclose(fast[~padding], masked[~padding], atol=1e-6)
+    handle.remove()
+    assert type(model) is not nn.TransformerEncoder
+    for other in activation_transforms(model):
+        other.remove()
+    assert type(model) is nn.TransformerEncoder
+
+
+def test_user_modes_and_default_devices_stay_in_force(x):
+    seen = []
+
+    class Log(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            seen.append(torch.overrides.resolve_name(func))
+            return func(*args, **(kwargs or {}))
+
+    model = nn.Sequential(Function(torch.sigmoid))
+    add(model, CallOutput("", "torch.sigmoid", calls()), Scale(2.0))
+    add(model, ModuleOutput("0"), Scale(3.0))
+    with Log():
+        result = model(x)
+        assert torch._C._len_torch_function_stack() == 1
+    assert torch.allclose(result, 6 * torch.sigmoid(x))
+    assert seen == ["torch.sigmoid", "torch.Tensor.mul", "torch.Tensor.mul"]
+
+
+def test_exception_in_a_transform_leaves_no_mode_behind(x):
+    class Fails(nn.Module):
+        def forward(self, t):
+            raise ValueError("injected")
+
+    model = nn.Sequential(nn.Identity(), Function(torch.sigmoid))
+    add(model, CallOutput("", "torch.sigmoid", calls()))
+    handle = add(model, ModuleOutput("0"), Fails())
+    with pytest.raises(ValueError, match="injected"):
+        model(x)
+    assert torch._C._len_torch_function_stack() == 0
+    handle.remove()
+    assert torch.equal(model(x), 10 * torch.sigmoid(x))
