@@ -49,6 +49,7 @@ class ValueTable:
         self._stale: dict[int, Write] = {}
         self._by_storage: dict[int, list[int]] = {}
         self._not_indexed: list[int] = []
+        self._parameters_not_indexed: list[int] = []
 
     def close(self) -> None:
         """Lets go of all tensors."""
@@ -127,7 +128,8 @@ class ValueTable:
             self._tensors[identity] = weakref.ref(tensor, lambda _: self._forget(identity))
         else:
             self._tensors[identity] = tensor
-        self._not_indexed.append(identity)
+        fake = self._fake is None or isinstance(tensor, FakeTensor)
+        (self._not_indexed if fake else self._parameters_not_indexed).append(identity)
 
     def _forget(self, identity: int) -> None:
         for table in (self._tensors, self._known, self._stale):
@@ -154,28 +156,30 @@ class ValueTable:
 
     def _sharing(self, tensor: torch.Tensor) -> Iterator[int]:
         """Yields the identities of other known tensors that have memory in common with `tensor`."""
-        self._index()
+        self._index(self._not_indexed)
+        if self._fake is None or tensor._is_view():
+            self._index(self._parameters_not_indexed)  # each has to be made fake for that: not before it matters
         key = self._storage(tensor)
         for identity in self._by_storage.get(key, ()) if key is not None else ():
             other = self._tensor(identity)
             if other is not None and other is not tensor and self._storage(other) == key and may_overlap(tensor, other):
                 yield identity
 
-    def _index(self) -> None:
-        for identity in self._not_indexed:
+    def _index(self, identities: list[int]) -> None:
+        for identity in identities:
             tensor = self._tensor(identity)
             key = None if tensor is None else self._storage(tensor)
             if key is not None:
                 self._by_storage.setdefault(key, []).append(identity)
-        self._not_indexed.clear()
+        identities.clear()
 
     def _storage(self, tensor: torch.Tensor) -> int | None:
         try:
             if self._fake is not None and not isinstance(tensor, FakeTensor):
-                # A parameter: views of it share memory with the fake tensor that stands for it.
+                # A parameter shares memory with its views through the fake tensor that stands for it.
                 tensor = self._fake.from_tensor(tensor)
             return int(tensor.untyped_storage()._cdata)
-        except (RuntimeError, NotImplementedError, AssertionError):
+        except (RuntimeError, NotImplementedError):
             return None  # sparse, nested, or wrapped by a function transform
 
 
