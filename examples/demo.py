@@ -26,6 +26,7 @@ from compress_core.statistics import Table
 from examples.common.datasets import DATASETS, Dataset
 from examples.common.networks import demo_network
 from examples.common.training import accuracy, train
+from examples.demo_quantization import export, quantize
 
 CONFIGS = Path(__file__).parent / "configs"
 SEED = 0
@@ -70,8 +71,8 @@ def trained_network(data: Dataset, folder: Path, epochs: int, flip: bool) -> tup
     return model, f"FP32, {epochs} epochs of training"
 
 
-def run(data: Dataset, folder: Path) -> tuple[Steps, CompressionController]:
-    """Does everything and returns what was measured."""
+def run(data: Dataset, folder: Path) -> tuple[Steps, CompressionController, Table]:
+    """Does everything and returns what was measured: the steps, the sparse network, and the exported files."""
     epochs, tuning_epochs, flip = RECIPES[data.name]
     config = CompressionConfig.from_json(CONFIGS / f"{data.name}.json").source
     loader = data.loader(train=True, batch_size=64, shuffle=True)
@@ -106,7 +107,9 @@ def run(data: Dataset, folder: Path) -> tuple[Steps, CompressionController]:
     with steps.step("stripped: a plain model with the zeros in it") as row:
         row["model"] = controller.strip()
         torch.save(row["model"].state_dict(), folder / "stripped.pt")
-    return steps, controller
+
+    quantized = quantize(steps.step, fp32, data, config["compression"], flip=flip)
+    return steps, controller, export(quantized, fp32, data, folder)
 
 
 def save(folder: Path, steps: Steps, controller: CompressionController) -> None:
@@ -128,11 +131,23 @@ def plot(path: Path, steps: Steps, controller: CompressionController) -> None:
     import matplotlib.pyplot as plt  # noqa: PLC0415
 
     layers = controller.statistics().to_dict()["magnitude_sparsity"]["layers"]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 6.5), layout="constrained")
     names = [row["step"].split(":")[0].replace(", ", ",\n", 1) for row in steps.rows]
     names = [f"{name}\n({row['sparsity']:.0f} % zeros)" for name, row in zip(names, steps.rows, strict=True)]
     values = [row["accuracy"] for row in steps.rows]
-    bars = left.barh(names, values, color=["#4c72b0", "#c44e52", "#dd8452", "#dd8452", "#55a868", "#55a868"])
+    colors = [
+        "#4c72b0",
+        "#c44e52",
+        "#dd8452",
+        "#dd8452",
+        "#55a868",
+        "#55a868",
+        "#dd8452",
+        "#dd8452",
+        "#55a868",
+        "#dd8452",
+    ]
+    bars = left.barh(names, values, color=colors)
     left.bar_label(bars, [f"{value:.1f}" for value in values], padding=3)
     left.invert_yaxis()
     left.set(xlim=(0, 112), xlabel="accuracy on the test set, %", title="After each step")
@@ -140,7 +155,7 @@ def plot(path: Path, steps: Steps, controller: CompressionController) -> None:
     right.bar_label(bars, [f"{100 * layer['level']:.0f}" for layer in layers], padding=3)
     right.invert_yaxis()
     right.set(xlim=(0, 112), xlabel="zeros, %", title="Sparsity of each layer")
-    figure.suptitle(f"Magnitude sparsity, {path.parent.name}")
+    figure.suptitle(f"Sparsity and quantization, {path.parent.name}")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -155,12 +170,14 @@ def main() -> None:
     torch.manual_seed(SEED)
     folder = options.runs / options.data
     folder.mkdir(parents=True, exist_ok=True)
-    steps, controller = run(DATASETS[options.data](), folder)
+    steps, controller, files = run(DATASETS[options.data](), folder)
     save(folder, steps, controller)
     rows = [(row["step"], round(row["sparsity"], 1), row["accuracy"], row["seconds"]) for row in steps.rows]
     print(
         Table(f"{options.data}: what each step is worth", ("step", "zeros, %", "accuracy, %", "seconds"), rows).to_str()
     )
+    print()
+    print(files.to_str())
     print()
     print(controller.statistics().magnitude_sparsity.to_str())
     print(f"\ncheckpoints, statistics and picture: {folder}")
