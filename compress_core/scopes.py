@@ -89,15 +89,18 @@ def _with_parents(name: str) -> list[str]:
 
 
 def _from_nncf(entry: str) -> Callable[[ScopedModule], bool]:
-    """`Model/Class[a]/Class[b]` is the module a.b and what is below; with an operator at the end, its layer alone."""
-    parts = entry.split("/")[1:]
-    attributes = [match.group(1) for part in parts if (match := _NNCF_ATTRIBUTE.match(part))]
-    path = ".".join(attributes)
-    if not attributes:
-        return lambda module: False  # an operator of the model itself, which is no module
-    if _NNCF_ATTRIBUTE.match(parts[-1]):
-        return _below(path)
-    return lambda module: module.name == path and any(name.endswith(f"/{parts[-1]}") for name in module.nncf_names)
+    """`Model/Class[a]/Class[b]` is the module a.b and what is below; with an operator at the end, that one alone."""
+    path, operator = _address(entry)
+    if not operator:
+        return _below(path) if path else lambda module: False
+    return lambda module: any(_address(name) == (path, operator) for name in module.nncf_names)
+
+
+def _address(node_name: str) -> tuple[str, str]:
+    """Returns the dotted path in NNCF's name of a node, and the operator at its end, if there is one."""
+    parts = node_name.split("/")[1:]
+    path = ".".join(match.group(1) for part in parts if (match := _NNCF_ATTRIBUTE.match(part)))
+    return path, parts[-1] if parts and not _NNCF_ATTRIBUTE.match(parts[-1]) else ""
 
 
 @dataclass
@@ -129,6 +132,15 @@ class ScopeFilter:
         if problems:
             raise ConfigError(problems)
 
+    def add(self, operators: Mapping[str, ScopedModule]) -> None:
+        """Makes operators known that are no modules, so that entries can mean them.
+
+        Args:
+            operators: What `reason_to_skip` and `check` call them -> their names. A call has a dotted name below that
+                of its module.
+        """
+        self._modules |= operators
+
     def entries(self) -> list[tuple[str, str]]:
         """Returns (config path, entry) for every scope."""
         return [*self.ignored.items(), *(item for entries in self.target for item in entries.items())]
@@ -151,6 +163,16 @@ class ScopeFilter:
                 return f"not in {_common_path(entries)}"
         return None
 
+    def targeted_by(self, module_names: Iterable[str]) -> list[tuple[str, str]]:
+        """Returns (config path, entry) of the target scopes that mean one of these modules."""
+        names = list(module_names)
+        return [
+            (path, entry)
+            for entries in self.target
+            for path, entry in entries.items()
+            if any(self._matches(entry, name) for name in names)
+        ]
+
     def dead_entries(self, own: Sequence[str], others: Sequence[str], own_prefix: str = "") -> list[Problem]:
         """Returns a problem for each entry without a match.
 
@@ -165,7 +187,11 @@ class ScopeFilter:
             if any(self._matches(entry, name) for name in candidates):
                 continue
             close = difflib.get_close_matches(entry, candidates, n=1)
-            hint = f" Did you mean '{close[0]}'?" if close else f" The model has, for example, {candidates[:3]}."
+            hint = (
+                f" Did you mean '{close[0]}'?"
+                if close
+                else f" The model has, for example, {[c for c in candidates if c][:3]}."
+            )
             problems.append(
                 Problem(
                     path,

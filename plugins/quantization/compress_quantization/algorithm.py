@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import nn
@@ -23,7 +25,7 @@ from compress_core.context import Context
 from compress_core.initializers.data import CalibrationData
 from compress_core.schedules import Clock
 from compress_core.transforms import add_activation_transform, add_weight_transform
-from compress_quantization.calibration import Calibrated, calibrate_activations, calibrate_weights
+from compress_quantization.calibration import Calibrated, calibrate
 from compress_quantization.config import QuantizationConfig
 from compress_quantization.config_checks import check_config
 from compress_quantization.fake_quantize import FakeQuantize
@@ -69,6 +71,10 @@ class Quantization(Algorithm):
         self._model: nn.Module | None = None
         self._context: Context | None = None
         self._staging: StagedQuantization | None = None
+        # Names of quantizers that stay off because no calibration sample has reached them.
+        self._off: list[str] = []
+        # Whether activations have been calibrated on data: then they are to be calibrated on data again.
+        self._calibrated_before = False
 
     # Hooks.
 
@@ -87,9 +93,9 @@ class Quantization(Algorithm):
         scopes = context.scope_filter(model, self)
         profile = load_profile(context.config.root.target_device)
         trace = context.trace(model, path)
-        if self.config.validate_scopes:
-            scopes.check([name for name, _ in model.named_modules()])
         planner = Planner(model, trace, self.config, profile, scopes)
+        if self.config.validate_scopes:
+            scopes.check(planner.scope_candidates)
         found = planner.plan()
         if not found.quantizers:
             raise ConfigError("finds nothing to quantize in this model; change the scopes, or remove this section")
@@ -120,26 +126,26 @@ class Quantization(Algorithm):
     @hookimpl
     def compress_calibrate(self, context: Context) -> None:
         """Sets the ranges: weights from their values, activations from calibration data."""
-        weights = [self._calibrated(planned) for planned in self._planned if planned.group == "weights"]
-        calibrate_weights(self._active_model, [quantizer for quantizer in weights if quantizer.samples])
-        activations = [self._calibrated(planned) for planned in self._planned if planned.group == "activations"]
-        data = self._data(activations, context)
-        if data is None:
-            return
         controller = context.controller
         assert controller is not None
-        with controller.batchnorm_as_it_will_be():
-            calibrate_activations(self._active_model, activations, data)
+        self._calibrate(("weights", "activations"), controller.batchnorm_as_it_will_be)
 
     @hookimpl
     def compress_epoch_step(self, clock: Clock, context: Context) -> None:
         """Turns groups of quantizers on when their epoch comes, with fresh ranges."""
         if self._staging is None:
             return
+        before = self._staging.get_state()
         begun = self._staging.epoch_step(clock)
-        self._apply_stage()
-        if begun:
-            self._init_groups(begun, context)
+        if not begun:
+            return
+        try:
+            self._apply_stage()
+            self._calibrate(begun)
+        except BaseException:
+            self._staging.load_state(before)
+            self._apply_stage()
+            raise
 
     @hookimpl
     def compress_stage(self) -> CompressionStage:
@@ -157,11 +163,14 @@ class Quantization(Algorithm):
 
     @hookimpl
     def compress_state(self) -> dict[str, Any]:
-        """Returns what is not in the model's state_dict: signs, and what is on."""
+        """Returns what is not in the model's state_dict: signs, what is on, what is frozen."""
         modules = self.all_quantizations
         return {
             "signed": {name: module.signed for name, module in modules.items()},
             "enabled": {name: module.enabled for name, module in modules.items()},
+            "frozen": {name: not any(p.requires_grad for p in module.parameters()) for name, module in modules.items()},
+            "unreached": list(self._off),
+            "calibrated": self._calibrated_before,
             "staging": None if self._staging is None else self._staging.get_state(),
         }
 
@@ -172,6 +181,8 @@ class Quantization(Algorithm):
         try:
             for name, module in modules.items():
                 module.signed, module.enabled = bool(state["signed"][name]), bool(state["enabled"][name])
+                module.requires_grad_(not state["frozen"][name])
+            self._off, self._calibrated_before = list(state["unreached"]), bool(state["calibrated"])
             if self._staging is not None:
                 self._staging.load_state(state["staging"])
         except (KeyError, TypeError, ValueError) as error:
@@ -207,7 +218,7 @@ class Quantization(Algorithm):
         Raises:
             DataError: There is no data.
         """
-        self._init_groups(("weights", "activations"), self._active_context)
+        self._calibrate(("weights", "activations"))
 
     def enable_weight_quantization(self) -> None:
         """Turns the quantizers of weights on."""
@@ -218,8 +229,9 @@ class Quantization(Algorithm):
         _switch(self.weight_quantizers.values(), False)
 
     def enable_activation_quantization(self) -> None:
-        """Turns the quantizers of activations on."""
-        _switch(self.non_weight_quantizers.values(), True)
+        """Turns the quantizers of activations on, but for those that no calibration sample has reached."""
+        on = {name: module for name, module in self.non_weight_quantizers.items() if name not in self._off}
+        _switch(on.values(), True)
 
     def disable_activation_quantization(self) -> None:
         """Turns the quantizers of activations off: activations pass as they are."""
@@ -295,12 +307,26 @@ class Quantization(Algorithm):
         )
         return Calibrated(planned, self._module(planned), statistics, config.num_init_samples)
 
-    def _data(self, quantizers: list[Calibrated], context: Context) -> CalibrationData | None:
-        path, _ = context.section(self)
-        wanted = [quantizer for quantizer in quantizers if quantizer.samples]
+    def _calibrate(
+        self, groups: Iterable[str], batch_norm: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
+    ) -> None:
+        """Measures the ranges of groups of quantizers, or says why they stay as they are."""
+        chosen = [self._calibrated(planned) for planned in self._planned if planned.group in groups]
+        context = self._active_context
+        data = self._data([q for q in chosen if q.planned.group == "activations" and q.samples], context)
+        strict = context.config.root.unused_values == "error"
+        unreached = calibrate(self._active_model, chosen, data, batch_norm=batch_norm, strict=strict)
+        seen = {quantizer.planned.name for quantizer in chosen if quantizer.samples and data is not None}
+        self._off = sorted((set(self._off) - seen) | set(unreached))
+        self._calibrated_before |= data is not None
+
+    def _data(self, wanted: list[Calibrated], context: Context) -> CalibrationData | None:
         if not wanted:
             return None
-        if self.config.initializer.range is None and not context.has_data(QuantizationRangeInitArgs):
+        path, _ = context.section(self)
+        if self._calibrated_before or self.config.initializer.range is not None:
+            return context.calibration_data(f"{path}.initializer.range", QuantizationRangeInitArgs)
+        if not context.has_data(QuantizationRangeInitArgs):
             logger.warning(
                 "%s: there is no data to initialize the ranges of %d activation quantizers with; they mean nothing "
                 "until they are learned or loaded. Call register_default_init_args(config, loader)",
@@ -310,19 +336,10 @@ class Quantization(Algorithm):
             return None
         return context.calibration_data(f"{path}.initializer.range", QuantizationRangeInitArgs)
 
-    def _init_groups(self, groups: Iterable[str], context: Context) -> None:
-        chosen = [self._calibrated(planned) for planned in self._planned if planned.group in groups]
-        weights = [q for q in chosen if q.planned.group == "weights" and q.samples]
-        calibrate_weights(self._active_model, weights)
-        activations = [quantizer for quantizer in chosen if quantizer.planned.group == "activations"]
-        data = self._data(activations, context)
-        if data is not None:
-            calibrate_activations(self._active_model, activations, data)
-
     def _apply_stage(self) -> None:
         assert self._staging is not None
         for planned in self._planned:
-            self._module(planned).enabled = self._staging.is_on(planned.group)
+            self._module(planned).enabled = self._staging.is_on(planned.group) and planned.name not in self._off
 
     def _described(self, planned: PlannedQuantizer) -> QuantizerStatistics:
         module = self._module(planned)

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
+from compress_core import CompressionError, DataError
 from compress_core.initializers.data import CalibrationData
 from compress_core.rng import preserved_rng
 from compress_core.transforms.weight import resolve_parameter
 from compress_quantization.fake_quantize import FakeQuantize
 from compress_quantization.planning import PlannedQuantizer
 from compress_quantization.ranges import RangeStatistics
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -25,7 +31,7 @@ class Calibrated:
         planned: What it is.
         module: The quantizer.
         statistics: What it has seen so far.
-        samples: How many samples it is to see.
+        samples: How many samples it is to see; 0 for none, then it keeps its range.
     """
 
     planned: PlannedQuantizer
@@ -34,26 +40,62 @@ class Calibrated:
     samples: int
 
 
-def calibrate_weights(model: nn.Module, quantizers: Iterable[Calibrated]) -> None:
-    """Gives weight quantizers their ranges, from the weights as the transforms before them leave them."""
-    for quantizer in quantizers:
-        owner, name = resolve_parameter(model, quantizer.planned.parameter)
-        with torch.no_grad(), _observing([quantizer]):
-            getattr(owner, name)
-        _set_range(quantizer)
+def calibrate(
+    model: nn.Module,
+    quantizers: Iterable[Calibrated],
+    data: CalibrationData | None,
+    *,
+    batch_norm: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
+    strict: bool = True,
+) -> list[str]:
+    """Gives quantizers their ranges: weights first, then activations behind the quantized weights.
 
-
-def calibrate_activations(model: nn.Module, quantizers: list[Calibrated], data: CalibrationData) -> None:
-    """Gives activation quantizers their ranges, from the tensors that pass them while none of them is active.
+    Everything runs in eval mode without gradients; modes and random generators come back. If anything fails, all
+    quantizers are as before. With several processes all of them take the ranges that process 0 has found.
 
     Args:
-        model: The model; everything runs in eval mode without gradients, modes and random generators come back.
-        quantizers: The quantizers; they see batches until each has had the samples that it is to see.
-        data: The batches.
+        model: The model.
+        quantizers: The quantizers.
+        data: The batches for activations; without any these keep their ranges.
+        batch_norm: Makes a context in which batch norm has the statistics that the model is going to run with. It is
+            entered while weights are quantized and activations are not.
+        strict: Whether it is an error when no sample reaches a quantizer; otherwise it is turned off, with a warning.
+
+    Returns:
+        Names of the quantizers that no sample has reached.
+
+    Raises:
+        DataError: The data is unusable, an activation is not finite, or no sample reaches a quantizer.
+        ModelError: A weight is not finite.
     """
-    wanted = max((quantizer.samples for quantizer in quantizers), default=0)
-    if not wanted:
-        return
+    chosen = [quantizer for quantizer in quantizers if quantizer.samples]
+    weights = [quantizer for quantizer in chosen if quantizer.planned.group == "weights"]
+    activations = [quantizer for quantizer in chosen if quantizer.planned.group == "activations"]
+    with _undone_on_failure(quantizer.module for quantizer in chosen):
+        for quantizer in weights:
+            _see_weight(model, quantizer)
+            _set_range(quantizer)
+        if data is None or not activations:
+            return []
+        with _observing([], silenced=activations), batch_norm():
+            _see_activations(model, activations, data)
+        unreached = _unreached(activations, data, strict=strict)
+        for quantizer in activations:
+            if quantizer.planned.name not in unreached:
+                _set_range(quantizer)
+    return unreached
+
+
+def _see_weight(model: nn.Module, quantizer: Calibrated) -> None:
+    """Shows a weight to its quantizer, as the transforms before it leave it."""
+    owner, name = resolve_parameter(model, quantizer.planned.parameter)
+    with torch.no_grad(), _observing([quantizer]):
+        getattr(owner, name)
+
+
+def _see_activations(model: nn.Module, quantizers: Sequence[Calibrated], data: CalibrationData) -> None:
+    """Shows batches to each quantizer until it has had the samples that it is to see."""
+    wanted = max(quantizer.samples for quantizer in quantizers)
     modes = [(module, module.training) for module in model.modules()]
     seen = 0
     try:
@@ -66,33 +108,83 @@ def calibrate_activations(model: nn.Module, quantizers: list[Calibrated], data: 
     finally:
         for module, training in modes:
             module.training = training
-    for quantizer in quantizers:
-        if quantizer.samples:
-            _set_range(quantizer)
+    if 2 * seen < wanted:
+        logger.warning("%s: %d samples were asked for, the data loader gave %d", data.path, wanted, seen)
+
+
+def _unreached(quantizers: Sequence[Calibrated], data: CalibrationData, *, strict: bool) -> list[str]:
+    missed = [quantizer for quantizer in quantizers if not quantizer.statistics.has_seen_values]
+    names = [quantizer.planned.name for quantizer in missed]
+    if not names:
+        return []
+    message = (
+        f"{data.path}: no calibration sample reaches {len(names)} of {len(quantizers)} quantizers of activations, such "
+        f"as {names[:3]}, so there is nothing to tell their ranges from"
+    )
+    if strict:
+        raise DataError(
+            f"{message}. Give data that takes every branch of the model, name these parts in ignored_scopes, or set "
+            '"unused_values": "warn" to have these quantizers turned off'
+        )
+    for quantizer in missed:
+        quantizer.module.enabled = False
+    logger.warning("%s; they are off", message)
+    return names
 
 
 def _set_range(quantizer: Calibrated) -> None:
-    found = quantizer.statistics.finalize()
+    low, high = _from_first_process(*quantizer.statistics.finalize())
     module = quantizer.module
-    if quantizer.planned.spec.signed is None:
+    if quantizer.planned.spec.signed is None and quantizer.planned.spec.mode == "symmetric":
         # As NNCF does: a grid needs values below zero as soon as one of the values is below zero.
-        module.signed = bool((found.min < 0).any())
+        module.signed = bool((low < 0).any())
     shape = quantizer.planned.shape
-    module.set_range(found.min.reshape(shape), found.max.reshape(shape))
+    try:
+        module.set_range(low.reshape(shape), high.reshape(shape))
+    except CompressionError as error:
+        error.add_note(f"while the range of the quantizer '{quantizer.planned.name}' was set")
+        raise
+
+
+def _from_first_process(low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the range that process 0 has found: DDP takes over its parameters, but not the sign that follows."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return low, high
+    bounds = torch.stack([low, high])
+    dist.broadcast(bounds, 0)
+    return bounds[0], bounds[1]
 
 
 @contextlib.contextmanager
-def _observing(observed: list[Calibrated], silenced: Iterable[Calibrated] = ()) -> Iterator[None]:
+def _undone_on_failure(modules: Iterable[FakeQuantize]) -> Iterator[None]:
+    saved = [
+        (module, module.signed, module.enabled, [parameter.detach().clone() for parameter in module.parameters()])
+        for module in modules
+    ]
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for module, signed, enabled, values in saved:
+                module.signed, module.enabled = signed, enabled
+                for parameter, value in zip(module.parameters(), values, strict=True):
+                    parameter.copy_(value)
+        raise
+
+
+@contextlib.contextmanager
+def _observing(observed: Sequence[Calibrated], silenced: Iterable[Calibrated] = ()) -> Iterator[None]:
     """Within the context the quantizers hand tensors on as they are; those that observe look at them."""
     members = {id(quantizer): quantizer for quantizer in [*observed, *silenced]}
     looking = {id(quantizer) for quantizer in observed}
+    before = [(quantizer.module, quantizer.module.observer) for quantizer in members.values()]
     try:
         for key, quantizer in members.items():
             quantizer.module.observer = quantizer.statistics.update if key in looking else _look_away
         yield
     finally:
-        for quantizer in members.values():
-            quantizer.module.observer = None
+        for module, observer in before:
+            module.observer = observer
 
 
 def _look_away(tensor: torch.Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -11,7 +12,7 @@ from torch import nn
 from compress_core import ConfigError
 from compress_core.layers import WeightedLayer, WeightTensor, weight_tensors
 from compress_core.scopes import ScopedModule, ScopeFilter, scoped_modules
-from compress_core.trace import Call, Trace
+from compress_core.trace import Call, ForwardTrace, Trace
 from compress_core.trace.graph import ValueId
 from compress_core.transforms.places import (
     ActivationPlace,
@@ -146,9 +147,16 @@ class Planner:
         self._profile = profile
         self._scopes = scopes
         self._names = {module.name: module for module in scoped_modules(model)}
+        self._calls = call_names(trace, self._names)
+        scopes.add({_call_key(*key): name for key, name in self._calls.items()})
         self._reached = trace.reached
         self.resolver = Resolver(config, profile)
         self._plan = QuantizationPlan()
+
+    @property
+    def scope_candidates(self) -> list[str]:
+        """What scopes can mean: all modules, and calls that are no modules."""
+        return [*self._names, *(_call_key(*key) for key in self._calls)]
 
     def plan(self) -> QuantizationPlan:
         """Returns the plan.
@@ -214,10 +222,20 @@ class Planner:
         if not tensor.parameter.numel():
             return "it is empty"
         if call is None and not self._reached.intersection(tensor.module_names):
+            self._refuse_unreached_target(tensor, place)
             return "no example input reaches it"
         if not self._profile.quantizes_weights(place.operator):
             return f"the device {self._profile.device} does not quantize weights of '{place.operator}'"
         return self.resolver.reason_to_skip(place)
+
+    def _refuse_unreached_target(self, tensor: WeightTensor, place: QuantizerPlace) -> None:
+        asked = [*self._scopes.targeted_by(tensor.module_names), *self.resolver.targeted_by(place)]
+        if asked:
+            raise ConfigError(
+                f"'{asked[0][1]}' asks for '{tensor.name}', which no example input reaches, so how to quantize it is "
+                "not known; give input_info or data that does, or narrow the scope",
+                path=asked[0][0],
+            )
 
     # Activations.
 
@@ -240,45 +258,51 @@ class Planner:
         position = path[0] if isinstance(path[0], int) else 0
         if not self._profile.quantizes_input(kind, position):
             return None
+        key = self._key(call)
         place = self._place(call, kind, f"INPUT{position}")
-        if self._scopes.reason_to_skip([call.module]) or self.resolver.reason_to_skip(place):
+        if self._scopes.reason_to_skip([call.module, _call_key(*key)]) or self.resolver.reason_to_skip(place):
             return None
         return self.resolver.resolve(place)
 
+    def _key(self, call: Call) -> tuple[int, int]:
+        number = next(n for n, forward in enumerate(self._trace.forwards) if _is_of(call, forward))
+        return number, call.index
+
     def _place(self, call: Call, kind: str, port: str) -> QuantizerPlace:
-        names = (self._call_name(call), *self._module_names([call.module]))
+        names = (self._calls[self._key(call)], *self._module_names([call.module]))
         return QuantizerPlace(names, "activations", kind, port, depthwise=is_depthwise(call, self._trace))
 
     def _module_names(self, modules: list[str]) -> tuple[ScopedModule, ...]:
         return tuple(self._names.get(name, ScopedModule(name)) for name in modules)
 
-    def _call_name(self, call: Call) -> ScopedModule:
-        """Returns the names of a call that is no module: dotted, and as NNCF counts them (`Model/__add___0`)."""
-        function = base_name(call.function)
-        owner = self._names.get(call.module, ScopedModule(call.module))
-        nncf = tuple(
-            f"{name.rpartition('/')[0] if _is_operator(name) else name}/{alias}_0"
-            for name in owner.nncf_names
-            for alias in (function, f"__{function}__", f"__i{function}__")
-        )
-        return ScopedModule(f"{call.module}.{function}".strip("."), nncf)
-
     def _planned(self, placed: Placed) -> PlannedQuantizer:
         port = "OUTPUT" if isinstance(placed.places[0], (ModuleOutput, CallOutput, ModuleInput)) else "INPUT0"
-        names = self._module_names(list(placed.modules))
         first = placed.places[0]
-        if isinstance(first, CallOutput):
-            names = (ScopedModule(f"{first.module}.{base_name(first.function)}".strip(".")), *names)
-        place = QuantizerPlace(names, "activations", "add", port)
-        channel = 1 if placed.spec.per_channel and len(placed.shape) > 1 else None
+        where = _where(first)
+        own = self._names_of_place(first, where)
+        spec = self.resolver.with_bits(placed.spec, QuantizerPlace(own, "activations", "add", port))
+        place = QuantizerPlace((*own, *self._module_names(list(placed.modules))), "activations", "add", port)
+        channel = 1 if spec.per_channel and len(placed.shape) > 1 else None
         return PlannedQuantizer(
-            f"{_where(first)}|{port}",
+            f"{where}|{port}",
             "activations",
-            placed.spec,
+            spec,
             _scale_shape(placed.shape, channel),
             places=placed.places,
             initial_range=InitialRange.of(self.resolver.range_for(place)[0]),
         )
+
+    def _names_of_place(self, place: ActivationPlace, where: str) -> tuple[ScopedModule, ...]:
+        """Returns what scopes can call a quantizer: as it is printed, by its module, by the call that it stands at."""
+        if isinstance(place, ModuleInput):
+            aliases = () if place.module else ("/nncf_model_input_0",)
+            return (ScopedModule(where, (where, *aliases)), *self._module_names([place.module]))
+        makes = [call for forward in self._trace.forwards for call in forward.calls if call.module == place.module]
+        if isinstance(place, ModuleOutput):
+            calls = [self._calls[self._key(call)] for call in makes]
+            return (ScopedModule(where, (where,)), *self._module_names([place.module]), *calls)
+        same = [self._calls[self._key(call)] for call in makes if call.function == place.function]
+        return (ScopedModule(where, (where,)), *same[place.calls.site : place.calls.site + 1])
 
     def _feeding_one_operator(
         self, weights: Mapping[str, PlannedQuantizer], activations: list[PlannedQuantizer]
@@ -297,6 +321,35 @@ class Planner:
 def _where(place: ActivationPlace) -> str:
     text = str(place)
     return text.replace(": output", "").replace(" output", "").replace(": ", "/").replace("torch.nn.functional.", "")
+
+
+def call_names(trace: Trace, modules: Mapping[str, ScopedModule]) -> dict[tuple[int, int], ScopedModule]:
+    """Returns (number of the forward, number of the call) -> what scopes can call it.
+
+    A call has a dotted name, `layer1.0.add`, and NNCF's, which count the calls of a function by a module:
+    `ResNet/Sequential[layer1]/BasicBlock[0]/__iadd___0`.
+    """
+    found = {}
+    for number, forward in enumerate(trace.forwards):
+        counts: Counter[tuple[str, str]] = Counter()
+        for call in forward.calls:
+            function = base_name(call.function)
+            owner = modules.get(call.module, ScopedModule(call.module))
+            turn = counts[call.module, call.function]
+            counts[call.module, call.function] += 1
+            aliases = (function, f"__{function}__", f"__i{function}__")
+            addresses = dict.fromkeys(n.rpartition("/")[0] if _is_operator(n) else n for n in owner.nncf_names)
+            nncf = tuple(f"{address}/{alias}_{turn}" for address in addresses for alias in aliases)
+            found[number, call.index] = ScopedModule(f"{call.module}.{function}".strip("."), nncf)
+    return found
+
+
+def _call_key(forward: int, call: int) -> str:
+    return f"call {call} of example {forward}"
+
+
+def _is_of(call: Call, forward: ForwardTrace) -> bool:
+    return call.index < len(forward.calls) and forward.calls[call.index] is call
 
 
 def _is_operator(nncf_name: str) -> bool:
@@ -325,7 +378,7 @@ def is_depthwise(call: Call, trace: Trace) -> bool:
 
 def _input_channels(call: Call, trace: Trace) -> int:
     for forward in trace.forwards:
-        if call.index < len(forward.calls) and forward.calls[call.index] is call:
+        if _is_of(call, forward):
             return forward.values[call.inputs[0][1]].shape[1]
     return 0
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
@@ -173,6 +173,20 @@ class Resolver:
             logarithm_scale=request.logarithm_scale,
         )
 
+    def with_bits(self, spec: QuantizerSpec, place: QuantizerPlace) -> QuantizerSpec:
+        """Returns the settings with the bits that `bitwidth_per_scope` gives to a quantizer by its own name.
+
+        Raises:
+            ConfigError: The device does not offer these bits.
+        """
+        request = self._bits_by_scope(place, _Request())
+        if request.bits is None:
+            return spec
+        schemes = self._profile.all_schemes(place.group)
+        if not any(scheme.fits(bits=request.bits, mode=spec.mode, per_channel=spec.per_channel) for scheme in schemes):
+            raise self._refusal(request, place, "bits", schemes)
+        return replace(spec, bits=request.bits)
+
     def range_for(self, place: QuantizerPlace) -> tuple[RangeConfig, str]:
         """Returns how the range of a quantizer is initialized, and the path that says so (empty for the default).
 
@@ -213,10 +227,16 @@ class Resolver:
             return f"ignored by {ignored[0]}"
         return f"not in {place.group}.target_scopes" if group.target_scopes and not targets else None
 
+    def targeted_by(self, place: QuantizerPlace) -> list[tuple[str, str]]:
+        """Returns (path, entry) of the target scopes of `weights` or `activations` that mean a place."""
+        entries = getattr(self._config, place.group).target_scopes
+        paths = self._matching(f"{place.group}.target_scopes", entries, place)
+        return [(path, entries[int(path.rpartition(".")[2])]) for path in paths]
+
     def dead_entries(self) -> list[Problem]:
         """Returns a problem for each scope that has matched no quantizer, after all have been resolved."""
         return [
-            Problem(path, f"the scope '{entry}' matches no quantizer of {path.split('.')[0]}. Correct or remove it")
+            Problem(path, f"the scope '{entry}' matches no quantizer that this could mean. Correct or remove it")
             for path, entry in self._validated
             if path not in self._used
         ]
@@ -233,6 +253,9 @@ class Resolver:
         for path, options in [(place.group, group), *self._overrides(place)]:
             for name in ("bits", "mode", "signed", "per_channel"):
                 request.take(name, getattr(options, name), f"{path}.{name}")
+        return self._bits_by_scope(place, request)
+
+    def _bits_by_scope(self, place: QuantizerPlace, request: _Request) -> _Request:
         precision = self._config.initializer.precision
         for index, (bits, entry) in enumerate(precision.bitwidth_per_scope if precision else ()):
             path = f"initializer.precision.bitwidth_per_scope.{index}"

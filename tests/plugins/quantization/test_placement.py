@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+
+from compress_core import ConfigError
+from compress_core.scopes import ScopeFilter
+from compress_core.trace import trace
 from compress_quantization.config import QuantizationConfig
 from compress_quantization.planning import Planner, QuantizationPlan
 from compress_quantization.profiles import load_profile
-from torch import nn
-
-from compress_core.scopes import ScopeFilter
-from compress_core.trace import trace
 from examples.common.networks import resnet18
 
 
@@ -43,7 +44,13 @@ class LeNet(nn.Module):
 
 
 def alexnet():
-    features = [nn.Conv2d(3, 8, 11, 4, 5), nn.ReLU(True), nn.MaxPool2d(2), nn.Conv2d(8, 12, 5, padding=2), nn.ReLU(True)]
+    features = [
+        nn.Conv2d(3, 8, 11, 4, 5),
+        nn.ReLU(True),
+        nn.MaxPool2d(2),
+        nn.Conv2d(8, 12, 5, padding=2),
+        nn.ReLU(True),
+    ]
     features += [nn.MaxPool2d(2), nn.Conv2d(12, 16, 3, padding=1), nn.ReLU(True), nn.Conv2d(16, 8, 3, padding=1)]
     features += [nn.ReLU(True), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(True), nn.MaxPool2d(2), nn.Flatten()]
     classifier = [nn.Dropout(), nn.Linear(32, 16), nn.ReLU(True), nn.Dropout(), nn.Linear(16, 16), nn.ReLU(True)]
@@ -227,3 +234,91 @@ def test_a_plan_survives_json():
     found = plan(resnet18(), torch.ones(2, 3, 64, 64), initializer={"range": {"type": "percentile"}})
     again = [PlannedQuantizer.from_dict(json.loads(json.dumps(q.to_dict()))) for q in found.quantizers]
     assert again == found.quantizers
+
+
+# Scopes.
+
+
+class Scoped(nn.Module):
+    """A model with every kind of place that a scope can name."""
+
+    def __init__(self):
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU())
+        self.branch = nn.Conv2d(4, 4, 1)
+        self.pool = nn.AvgPool2d(2)
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x):
+        x = self.features(x)
+        x = x + self.branch(x)
+        x = F.relu(x + 1.0)
+        return self.head(self.pool(x).flatten(1))
+
+
+def names(scopes=None, **section):
+    model = Scoped()
+    config = QuantizationConfig.model_validate({"algorithm": "quantization", **section})
+    recorded = trace(model, torch.ones(2, 3, 4, 4), training=True)
+    scope_filter = ScopeFilter(model, {str(i): scope for i, scope in enumerate(scopes or [])})
+    planner = Planner(model, recorded, config, load_profile("ANY"), scope_filter)
+    scope_filter.check(planner.scope_candidates)
+    return {quantizer.name for quantizer in planner.plan().quantizers}
+
+
+EVERYTHING = {
+    "features.0|WEIGHT",
+    "branch|WEIGHT",
+    "head|WEIGHT",
+    "model/input 0|OUTPUT",
+    "features.1|OUTPUT",
+    "branch|OUTPUT",
+    "model/relu#1|OUTPUT",
+    "pool|OUTPUT",
+}
+
+
+@pytest.mark.parametrize(
+    ("scope", "removed"),
+    [
+        ("head", {"head|WEIGHT", "pool|OUTPUT"}),
+        ("Scoped/NNCFLinear[head]/linear_0", {"head|WEIGHT", "pool|OUTPUT"}),
+        ("features", {"features.0|WEIGHT", "model/input 0|OUTPUT"}),
+        ("pool", {"model/relu#1|OUTPUT"}),
+        # The quantizer that the addition shared with the branch now stands at the input of the branch alone.
+        ("Scoped/__add___0", {"branch|OUTPUT", "features.1|OUTPUT"}),
+        ("Scoped/AvgPool2d[pool]/avg_pool2d_0", {"model/relu#1|OUTPUT"}),
+        ("{re}Linear", {"head|WEIGHT", "pool|OUTPUT"}),
+    ],
+)
+def test_an_ignored_scope_removes_the_weight_and_the_input_of_a_layer(scope, removed):
+    assert names() == EVERYTHING
+    assert EVERYTHING - names([scope]) == removed
+
+
+def test_regular_expressions_find_functions_under_all_their_names():
+    assert names(["{re}__add___0$"]) == names(["Scoped/__add___0"])
+    assert names(["{re}__add__"]) == names(["{re}^add$"])
+
+
+def test_a_scope_without_a_match_is_an_error():
+    with pytest.raises(ConfigError, match="'Scoped/__add___7' matches no layer"):
+        names(["Scoped/__add___7"])
+
+
+@pytest.mark.parametrize(
+    ("entry", "quantizer"),
+    [
+        ("pool|OUTPUT", "pool|OUTPUT"),
+        ("Scoped/AvgPool2d[pool]/avg_pool2d_0|OUTPUT", "pool|OUTPUT"),
+        ("Scoped/Sequential[features]/ReLU[1]/relu_0|OUTPUT", "features.1|OUTPUT"),
+        ("model/input 0|OUTPUT", "model/input 0|OUTPUT"),
+        ("/nncf_model_input_0|OUTPUT", "model/input 0|OUTPUT"),
+        ("model/relu#1|OUTPUT", "model/relu#1|OUTPUT"),
+        ("{re}pool\\|OUTPUT", "pool|OUTPUT"),
+    ],
+)
+def test_bits_can_be_given_to_quantizers_as_they_are_printed_or_as_nncf_does(entry, quantizer):
+    precision = {"bitwidth_per_scope": [[4, entry]]}
+    found = plan(Scoped(), torch.ones(2, 3, 4, 4), device="TRIAL", initializer={"precision": precision})
+    assert {q.name: q.spec.bits for q in found.quantizers if q.spec.bits != 8} == {quantizer: 4}

@@ -124,6 +124,11 @@ class RangeStatistics(ABC):
         self._take_channels(other._channels)
         self._merge(other)
 
+    @property
+    def has_seen_values(self) -> bool:
+        """Whether there is anything to tell a range from."""
+        return self._channels is not None
+
     def finalize(self) -> Range:
         """Returns the range.
 
