@@ -99,7 +99,7 @@ class FakeQuantize(nn.Module):
         raise NotImplementedError
 
     def ranges(self, dtype: torch.dtype = torch.float32) -> Ranges:
-        """Returns `step`, `low` and `high` of `kernels.formulas`, in the shape of the range and without a graph."""
+        """Returns `step`, `low` and `high` of `kernels.formulas`, of shape (channels,) and without a graph."""
         raise NotImplementedError
 
     def _learned(self) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -190,6 +190,10 @@ class FakeQuantize(nn.Module):
             return parameter.to(_wide(parameter.dtype)).exp().clamp_min(torch.finfo(torch.float32).tiny)
         return parameter
 
+    def __getstate__(self) -> dict[str, Any]:
+        # An observer belongs to who is calibrating this very quantizer, and often cannot be pickled.
+        return {**self.__dict__, "observer": None}
+
     def extra_repr(self) -> str:
         """Shows the settings that matter."""
         flags = [name for name in ("narrow_range", "half_range", "logarithm_scale") if getattr(self, name)]
@@ -227,9 +231,10 @@ class SymmetricFakeQuantize(FakeQuantize):
         smallest, largest = self.levels()
         scale = self.scale.detach()
         scale = self._width(scale).to(dtype) if self.logarithm_scale else scale.to(dtype).abs() + _EPS
-        step = scale / largest
-        # Rounding must not put the ends of the grid outside the range: saturated values are inside when they come back.
-        return step, step * smallest, torch.maximum(scale, step * largest)
+        step = (scale / largest).reshape(-1)
+        # Both S and the largest value of the grid are inside the range, whatever rounding did to the step: a saturated
+        # value that comes back, or the 6 of a ReLU6, is not outside.
+        return step, step * smallest, step * (largest * (1 + 2 * torch.finfo(dtype).eps))
 
     def _learned(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         return self._width(self.scale), None
@@ -256,7 +261,8 @@ class AsymmetricFakeQuantize(FakeQuantize):
 
     The grid is that of `Grid`, with an integer zero point; `narrow_range` has no effect. The ends are tuned as NNCF
     does: low <= 0 <= high, the zero point rounded, and of the two ranges that have it there (low moved, or high) the
-    wider one.
+    wider one. Where an end is so near to zero that the zero point is the first or the last integer, NNCF's rounding is
+    up to half a step off the nearest grid value; here, as in runtimes, it is always the nearest one.
 
     Attributes:
         input_low: Parameter of shape `shape`: the low end, before tuning.
@@ -282,7 +288,8 @@ class AsymmetricFakeQuantize(FakeQuantize):
         width = self._width(width).to(dtype) if self.logarithm_scale else width.to(dtype).abs() + _EPS
         low, high, zero_point = _tuned(low, low + width, n)
         step = (high - low) / n
-        return step, torch.minimum(low, -zero_point * step), torch.maximum(high, (n - zero_point) * step)
+        low, high = torch.minimum(low, -zero_point * step), torch.maximum(high, (n - zero_point) * step)
+        return step.reshape(-1), low.reshape(-1), high.reshape(-1)
 
     def _learned(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         return self._width(self.input_range), self.input_low

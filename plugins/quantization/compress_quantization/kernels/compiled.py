@@ -11,10 +11,15 @@ from typing import Any
 
 import torch
 
+from compress_core.errors import UsageError
+
 logger = logging.getLogger(__name__)
 
-ENVIRONMENT_VARIABLE = "COMPRESS_EAGER_KERNELS"
-"""Set to 1, no kernel is compiled: the eager ones are used from the start."""
+ENVIRONMENT_VARIABLE = "COMPRESS_QUANTIZATION_KERNELS"
+"""`auto` (default): kernels are compiled where that works. `eager`: none is compiled. `compiled`: that it does not work
+is an error, instead of a warning and slower kernels."""
+
+_MODES = ("auto", "eager", "compiled")
 
 Kernel = Callable[..., Any]
 
@@ -23,7 +28,8 @@ class _State:
     """What this process knows about compiling."""
 
     def __init__(self) -> None:
-        self.enabled = os.environ.get(ENVIRONMENT_VARIABLE, "") in {"", "0"}
+        self.mode = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
+        self.enabled = self.mode != "eager"
         self.works = True
         self.kernels: dict[Any, Kernel] = {}
         self.failures = itertools.count()  # next() is atomic, so that of several threads one logs
@@ -45,7 +51,13 @@ def set_compiled(enabled: bool) -> bool:
 
 
 def is_available() -> bool:
-    """Tells whether kernels may be compiled: not switched off, and compiling has not failed in this process."""
+    """Tells whether kernels may be compiled: not switched off, and compiling has not failed in this process.
+
+    Raises:
+        UsageError: The environment variable has an unknown value.
+    """
+    if _state.mode not in _MODES:
+        raise UsageError(f"the environment variable {ENVIRONMENT_VARIABLE}={_state.mode!r}: use one of {_MODES}")
     return _state.enabled and _state.works
 
 
@@ -68,6 +80,8 @@ def run(function: Kernel, key: tuple[Any, ...], *args: Any) -> tuple[bool, Any]:
     try:
         return True, kernel(*args)
     except Exception as error:  # whatever a missing or broken tool chain raises: there is no common base
+        if _state.mode == "compiled":
+            raise
         _give_up(error)
         return False, None
 
@@ -77,9 +91,11 @@ def _give_up(error: Exception) -> None:
     if next(_state.failures) == 0:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         logger.warning(
-            "fake-quantize kernels cannot be compiled (%s: %s); eager ones are used, which are slower",
+            "fake-quantize kernels cannot be compiled (%s: %s); eager ones are used, which are slower. "
+            "Install a C++ compiler, or set %s=eager",
             type(error).__name__,
             reason[0][:200],
+            ENVIRONMENT_VARIABLE,
         )
 
 
