@@ -32,8 +32,9 @@ lint: $(STAMP)
 types: $(STAMP)
 	$(BIN)/mypy
 
+# Two processes of one thread each: the tensors of tests are too small for more threads.
 tests: $(STAMP)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 # Public data and trained networks for the benchmarks: fetched by name and version, checked, kept in a cache.
 bench-data: $(STAMP)

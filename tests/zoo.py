@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -121,3 +124,15 @@ def trained(model: nn.Module, inputs: tuple, steps: int = 3) -> nn.Module:
         model(*noise).square().mean().backward()
         optimizer.step()
     return model
+
+
+@functools.lru_cache
+def _trained_once(name: str) -> nn.Module:
+    make, make_inputs = ZOO[name]
+    torch.manual_seed(0)
+    return trained(make(), make_inputs())
+
+
+def trained_model(name: str) -> nn.Module:
+    """A model of the zoo after a few training steps; a new one, but always with the same weights."""
+    return copy.deepcopy(_trained_once(name))

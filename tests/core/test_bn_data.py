@@ -98,7 +98,20 @@ X = torch.cat(data(16))
         (OneNorm, NNCFLoader([{"image": X}]), None),
         (TwoInputs, [{"a": X}], lambda model, batch: model(batch["a"], 0.0)),
     ],
-    ids=str,
+    ids=[
+        "tensors",
+        "pairs",
+        "lists",
+        "tuples of one",
+        "nested pairs",
+        "dicts",
+        "pairs of dicts",
+        "two inputs",
+        "triples",
+        "nested inputs",
+        "get_inputs",
+        "forward_fn",
+    ],
 )
 def test_forms_of_batches(make, loader, forward_fn):
     torch.manual_seed(1)

@@ -220,7 +220,7 @@ def test_a_quantizer_that_no_sample_reaches_is_an_error():
 
 def test_or_it_is_turned_off_with_a_warning_and_stays_off(caplog):
     info = {"input_info": {"sample_size": [1, 3, 8, 8], "filler": "ones"}, "unused_values": "warn"}
-    controller, model = create(Branches(), [images(4) - 3], root=info)
+    controller, _model = create(Branches(), [images(4) - 3], root=info)
     assert "no calibration sample reaches 1 of 3" in caplog.text
     missed = controller.non_weight_quantizers["act|OUTPUT"]
     assert not missed.enabled
