@@ -1,75 +1,93 @@
 """The kernels without a compiler: torch's own operators, on blocks that stay in the cache of a core.
 
-One operator after another over a whole activation is bound by memory: it was measured more than twice as slow.
+One operator after another over a whole activation is bound by memory. And these are operators that torch vectorizes:
+comparisons, `where` and `masked_fill` were measured up to ten times as slow as arithmetic, so masks are computed as
+numbers.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
-from compress_quantization.kernels import formulas
-from compress_quantization.kernels.formulas import Activation
+from compress_quantization.kernels.formulas import (
+    ABOVE,
+    ERROR_SCALE,
+    LARGEST_ERROR,
+    UPPER,
+    Activation,
+    Ranges,
+    activate,
+    ends,
+)
 from compress_quantization.kernels.layout import Layout
 
 BLOCK = 32768  # elements; a few float32 arrays of this size fit into a typical second-level cache
-Ranges = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+_STEEP = 1e30  # makes any difference of two float32 numbers that matters larger than a code
 _Slices = tuple[slice, slice, slice]
+_Parts = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def _blocks(layout: Layout, device: torch.device) -> Iterator[_Slices]:
+def _blocks(layout: Layout) -> Iterator[_Slices]:
     outer, channels, inner = layout.outer, layout.channels, layout.inner
-    size = BLOCK if device.type == "cpu" else outer * channels * inner
-    inner_size = min(inner, size)
-    channel_size = min(channels, max(size // inner_size, 1))
-    outer_size = min(outer, max(size // (inner_size * channel_size), 1))
+    inner_size = min(inner, BLOCK)
+    channel_size = min(channels, max(BLOCK // inner_size, 1))
+    outer_size = min(outer, max(BLOCK // (inner_size * channel_size), 1))
     for i in range(0, outer, outer_size):
         for j in range(0, channels, channel_size):
             for k in range(0, inner, inner_size):
                 yield slice(i, i + outer_size), slice(j, j + channel_size), slice(k, k + inner_size)
 
 
-def _of_channels(ranges: Ranges, channels: slice) -> Ranges:
-    step, low, high = (values.reshape(-1, 1)[channels] for values in ranges)
-    return step, low, high
+def _each_block(
+    layout: Layout, tensors: tuple[torch.Tensor, ...], ranges: Ranges
+) -> Iterator[tuple[tuple[torch.Tensor, ...], Ranges, slice | None]]:
+    """Yields the tensors, the ranges that belong to them, and the channels (None for all), block after block."""
+    whole = tuple(layout.blocks(tensor) for tensor in tensors)
+    step, low, high = ranges if layout.channels == 1 else (values.unsqueeze(-1) for values in ranges)
+    if layout.numel <= BLOCK or tensors[0].device.type != "cpu":
+        yield whole, (step, low, high), None
+        return
+    for block in _blocks(layout):
+        channels = block[1]
+        yield tuple(tensor[block] for tensor in whole), (step[channels], low[channels], high[channels]), channels
 
 
 def quantize(x: torch.Tensor, out: torch.Tensor, ranges: Ranges, activation: Activation, layout: Layout) -> None:
     """Writes the quantized `x` to `out`; both have the layout."""
-    source, target = layout.blocks(x), layout.blocks(out)
-    for block in _blocks(layout, x.device):
-        formulas.quantize(source[block], target[block], *_of_channels(ranges, block[1]), activation)
+    for (source, target), (step, low, high), _ in _each_block(layout, (x, out), ranges):
+        value = activate(source.to(step.dtype), activation)
+        rounded = value.clamp(low, high).div_(step).round_()
+        _write(target, rounded, step)
+
+
+def _write(target: torch.Tensor, rounded: torch.Tensor, step: torch.Tensor) -> None:
+    if target.dtype == rounded.dtype:
+        torch.mul(rounded, step, out=target)
+    else:
+        target.copy_(rounded * step)
 
 
 def quantize_and_encode(
     x: torch.Tensor, out: torch.Tensor, code: torch.Tensor, ranges: Ranges, activation: Activation, layout: Layout
 ) -> None:
     """Writes the quantized `x` to `out` and codes to `code`; all have the layout."""
-    source, target, codes = layout.blocks(x), layout.blocks(out), layout.blocks(code)
-    for block in _blocks(layout, x.device):
-        _quantize_and_encode(source[block], target[block], codes[block], _of_channels(ranges, block[1]), activation)
-
-
-def _quantize_and_encode(
-    x: torch.Tensor, out: torch.Tensor, code: torch.Tensor, ranges: Ranges, activation: Activation
-) -> None:
-    # As formulas.quantize_and_encode, in place: each temporary that is not made saves a pass.
-    step, low, high = ranges
-    x = x.to(step.dtype)
-    value = formulas.activate(x, activation)
-    ratio = value.clamp(low, high).div_(step)
-    rounded = ratio.round()
-    out.copy_(rounded * step)
-    code.copy_(rounded.sub_(ratio).mul_(formulas.ERROR_SCALE).round_())
-    code.masked_fill_(value > high, formulas.ABOVE)
-    if activation is None:
-        code.masked_fill_(value < low, formulas.BELOW)
-    else:
-        code.masked_fill_(x <= 0, formulas.OFF)
-    if activation == "relu6":
-        code.masked_fill_(x >= formulas.UPPER, formulas.CUT)
+    for (source, target, codes), (step, low, high), _ in _each_block(layout, (x, out, code), ranges):
+        given = source.to(step.dtype)
+        value = activate(given, activation)
+        clipped = value.clamp(low, high)
+        beyond = torch.sub(value, clipped)
+        ratio = clipped.div_(step)
+        rounded = ratio.round()
+        _write(target, rounded, step)
+        error = rounded.sub_(ratio).mul_(ERROR_SCALE).add_(beyond, alpha=_STEEP)
+        if activation is not None:
+            # The sign is 0 or -1 where ReLU does not pass, and UPPER - x is 0 or negative where ReLU6 clips.
+            error.add_(torch.sign(given).sub_(1.0), alpha=_STEEP)
+        if activation == "relu6":
+            error.sub_(torch.sign(UPPER - given).sub_(1.0), alpha=_STEEP)
+        codes.copy_(error.clamp_(-ABOVE, ABOVE).round_())
 
 
 def gradients_from_code(
@@ -82,37 +100,77 @@ def gradients_from_code(
     layout: Layout,
 ) -> tuple[torch.Tensor, ...]:
     """Writes dx to `grad_x`, returns drange and, with `offset`, dlow, each of shape (channels,)."""
-    given, codes, target = layout.blocks(grad), layout.blocks(code), layout.blocks(grad_x)
-    totals = _totals(ranges, layout, offset)
-    for block in _blocks(layout, grad.device):
-        local = _of_channels(ranges, block[1])
-        sums = formulas.gradients_from_code(
-            given[block], codes[block], target[block], *local, activation, offset, (0, 2)
-        )
-        for total, part in zip(totals, sums, strict=True):
-            total[block[1]] += part
-    return tuple(totals)
+
+    def parts(codes: torch.Tensor, ranges: Ranges) -> tuple[torch.Tensor, torch.Tensor]:
+        value = codes.to(ranges[0].dtype)
+        error = value.clamp(-LARGEST_ERROR, LARGEST_ERROR)
+        side = value.sub_(error).mul_(1.0 / (ABOVE - LARGEST_ERROR)).round_()
+        return error.sub_(side, alpha=LARGEST_ERROR).mul_(1.0 / ERROR_SCALE), side
+
+    return _gradients(grad, code, grad_x, ranges, layout, parts, ends(ranges, activation, offset), offset)
 
 
 def gradients_from_input(
     grad: torch.Tensor, x: torch.Tensor, grad_x: torch.Tensor, ranges: Ranges, offset: bool, layout: Layout
 ) -> tuple[torch.Tensor, ...]:
     """Does what `gradients_from_code` does where x is at hand."""
-    given, source, target = layout.blocks(grad), layout.blocks(x), layout.blocks(grad_x)
-    totals = _totals(ranges, layout, offset)
-    for block in _blocks(layout, grad.device):
-        local = _of_channels(ranges, block[1])
-        sums = formulas.gradients_from_input(given[block], source[block], target[block], *local, offset, (0, 2))
-        for total, part in zip(totals, sums, strict=True):
-            total[block[1]] += part
-    return tuple(totals)
+
+    def parts(source: torch.Tensor, ranges: Ranges) -> tuple[torch.Tensor, torch.Tensor]:
+        step, low, high = ranges
+        value = source.to(step.dtype)
+        clipped = value.clamp(low, high)
+        side = torch.sub(value, clipped).sign_()
+        ratio = clipped.div_(step)
+        return ratio.round().sub_(ratio), side
+
+    return _gradients(grad, x, grad_x, ranges, layout, parts, ends(ranges, None, offset), offset)
 
 
-def _totals(ranges: Ranges, layout: Layout, offset: bool) -> list[torch.Tensor]:
-    step = ranges[0]
-    return [step.new_zeros(layout.channels) for _ in range(1 + offset)]
+def _gradients(
+    grad: torch.Tensor,
+    kept: torch.Tensor,
+    grad_x: torch.Tensor,
+    ranges: Ranges,
+    layout: Layout,
+    parts: Callable[[torch.Tensor, Ranges], tuple[torch.Tensor, torch.Tensor]],
+    outside: tuple[torch.Tensor | float, ...],
+    offset: bool,
+) -> tuple[torch.Tensor, ...]:
+    """Sums for each channel.
+
+    `parts` gives for each element the rounding error in steps (0 outside) and the side: 1 above, -1 below, 0 inside.
+    """
+    step, low, high = ranges
+    totals = [step.new_zeros(layout.channels) for _ in range(3)]
+    for (given, keeping, target), local, channels in _each_block(layout, (grad, kept, grad_x), ranges):
+        error, side = parts(keeping, local)
+        sums = _write_and_sum(given.to(step.dtype), error, side, target)
+        if channels is None:
+            totals = sums
+        else:
+            for total, part in zip(totals, sums, strict=True):
+                total[channels] += part
+    errors, signed, unsigned = totals
+    above, below = (unsigned + signed) / 2, (unsigned - signed) / 2
+    total = errors * (step / (high - low)) + above * outside[0] + below * outside[1]
+    return (total, above * outside[2] + below * outside[3]) if offset else (total,)
 
 
-def number_of_blocks(layout: Layout) -> int:
-    """Returns how many blocks a tensor on a CPU is taken in."""
-    return math.ceil(layout.outer * layout.channels * layout.inner / BLOCK)
+def _write_and_sum(
+    grad: torch.Tensor, error: torch.Tensor, side: torch.Tensor, grad_x: torch.Tensor
+) -> list[torch.Tensor]:
+    """Writes dx; returns, for each channel, the gradient's sums weighed by the error, the side, and the side's size."""
+    sums = [_sum(grad, error), _sum(grad, side)]
+    side = side.abs_()
+    sums.append(_sum(grad, side))
+    if grad_x.dtype == grad.dtype:
+        torch.addcmul(grad, grad, side, value=-1, out=grad_x)
+    else:
+        grad_x.copy_(torch.addcmul(grad, grad, side, value=-1))
+    return sums
+
+
+def _sum(grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    if grad.shape[1] == 1:
+        return torch.dot(grad.reshape(-1), weight.reshape(-1)).reshape(1)
+    return (grad * weight).sum((0, 2))

@@ -8,18 +8,20 @@ which is NNCF's `(round((clip(x) - low) * s - round(-low * s))) / s`, `s = 1 / s
 `low / step` is an integer but for rounding. The gradients are the straight-through ones (Jain et al. 2020,
 arXiv:1903.08066, in NNCF's normalization: the rounding error counts in units of the range, not of the scale),
 
-    in    = 1 inside the range, boundaries included; below, above = 1 outside
-    dx     = dy * in
-    drange = sum dy * ((y - x) / (levels - 1) / step * in + low / high * below (symmetric only) + above)
+    inside = 1 in the range, its ends included; below, above = 1 outside
+    dx     = dy * inside
+    drange = sum dy * ((y - x) / range * inside + low / high * below (symmetric only) + above)
     dlow   = sum dy * (below + above)
 
 A code of one byte for each element is all that the backward pass needs: the rounding error y - x in steps, which is
-within +-0.5, times 240, or one of the values below. Rounding it to 1/240 moves the sum over a tensor by about 0.1 %.
+within +-0.5, times 240, or `ABOVE` or `BELOW`. Rounding it to 1/240 moves the sum over a tensor by about 0.1 %.
 
-Arguments, everywhere: tensors as `Layout.view` gives them; `step`, `low`, `high` broadcast against them and have the
-dtype that is computed in (float32, or float64 for float64 tensors); `activation` is None, "relu" or "relu6", what is
-applied to x before. These functions write into tensors that they are given: an autograd.Function that returns a view
-breaks under in-place operations on what it returned.
+An activation function before the quantizer is a part of it: None, "relu" or "relu6". Elements that it does not pass are
+`BELOW`, those that ReLU6 clips `ABOVE`; `ends` says what that means for the range.
+
+Arguments, everywhere: tensors as `Layout.view` gives them; `step`, `low`, `high` of shape (channels,) in the dtype
+that is computed in (float32, or float64 for float64 tensors); `kind` of `Layout`. Results go to tensors that are given:
+an autograd.Function that returns a view breaks under in-place operations on what it returned.
 """
 
 from __future__ import annotations
@@ -28,13 +30,23 @@ import torch
 
 ERROR_SCALE = 240
 LARGEST_ERROR = 120
-CUT = 125  # above the upper end of ReLU6: no gradient for x, but for the range that of the value 6
-OFF = 126  # not passed by the ReLU
 ABOVE = 127
 BELOW = -127
 UPPER = 6.0
 
 Activation = str | None
+Ranges = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+Number = torch.Tensor | float
+REDUCED = {"flat": (0,), "rows": (1,), "columns": (0,), "planes": (0, 2)}
+"""Dimensions of a view of a kind that a sum for each channel runs over."""
+
+
+def aligned(ranges: Ranges, kind: str) -> Ranges:
+    """Returns `step`, `low`, `high` so that they broadcast against a view of this kind."""
+    step, low, high = ranges
+    if kind in {"flat", "columns"}:
+        return step, low, high
+    return step.unsqueeze(-1), low.unsqueeze(-1), high.unsqueeze(-1)
 
 
 def activate(x: torch.Tensor, activation: Activation) -> torch.Tensor:
@@ -51,8 +63,10 @@ def quantize(
     low: torch.Tensor,
     high: torch.Tensor,
     activation: Activation,
+    kind: str,
 ) -> None:
     """Writes y to `out`."""
+    step, low, high = aligned((step, low, high), kind)
     value = activate(x.to(step.dtype), activation)
     out.copy_(torch.round(value.clamp(low, high) / step) * step)
 
@@ -65,65 +79,76 @@ def quantize_and_encode(
     low: torch.Tensor,
     high: torch.Tensor,
     activation: Activation,
+    kind: str,
 ) -> None:
     """Writes y to `out` and the code of each element to `code` (int8)."""
+    step, low, high = aligned((step, low, high), kind)
     x = x.to(step.dtype)
     value = activate(x, activation)
     ratio = value.clamp(low, high) / step
     rounded = torch.round(ratio)
     out.copy_(rounded * step)
+    above, below = outside(x, low, high, activation)
     error = torch.round((rounded - ratio) * ERROR_SCALE)
-    error = torch.where(value > high, ABOVE, error)
-    error = torch.where(value < low, BELOW, error)
-    if activation is not None:
-        error = torch.where(x <= 0, OFF, error)
-    if activation == "relu6":
-        error = torch.where(x >= UPPER, CUT, error)
-    code.copy_(error)
+    code.copy_(torch.where(above, ABOVE, torch.where(below, BELOW, error)))
+
+
+def outside(
+    x: torch.Tensor, low: torch.Tensor, high: torch.Tensor, activation: Activation
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns where elements get no gradient: above, and below."""
+    if activation is None:
+        return x > high, x < low
+    return (x > high) if activation == "relu" else (x > high) | (x >= UPPER), x <= 0
+
+
+def ends(ranges: Ranges, activation: Activation, offset: bool) -> tuple[Number, Number, Number, Number]:
+    """Returns what elements outside count: above and below for `drange`, above and below for `dlow`.
+
+    With `offset` the range is learned with its low end (asymmetric): `low` does not move with the range.
+    """
+    step, low, high = ranges
+    if activation is None:
+        return 1.0, 0.0 if offset else low / high, 1.0, 1.0
+    if activation == "relu":
+        return 1.0, 0.0, 1.0, 0.0
+    # What ReLU6 clips has the value 6, which may be inside the range.
+    six = torch.full_like(step, UPPER)
+    beyond, ratio = six > high, six / step
+    error = (torch.round(ratio) - ratio) * (step / (high - low))
+    return torch.where(beyond, 1.0, error), 0.0, beyond.to(step.dtype), 0.0
 
 
 def decoded(
-    code: torch.Tensor, step: torch.Tensor, low: torch.Tensor, high: torch.Tensor, activation: Activation, offset: bool
+    code: torch.Tensor, ranges: Ranges, activation: Activation, offset: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns for each element where it is inside (bool), dy/drange, and dy/dlow.
-
-    With `offset` the range is learned with its low end (asymmetric): `low` does not move with it.
-    """
+    """Returns for each element dy/dx (bool), dy/drange and dy/dlow, from its code."""
+    step, low, high = ranges
     value = code.to(step.dtype)
-    inside = value.abs() <= LARGEST_ERROR
-    unit = step / (high - low)
-    below = 0.0 if offset else low / high
-    weight = torch.where(inside, value * (unit / ERROR_SCALE), 0.0)
-    weight = torch.where(value == ABOVE, 1.0, weight)
-    weight = torch.where(value == BELOW, below, weight)
-    outside = (value == ABOVE) | (value == BELOW)
-    if activation == "relu6":
-        cut, cut_outside = at_cut(step, low, high)
-        weight = torch.where(value == CUT, cut, weight)
-        outside = outside | ((value == CUT) & cut_outside)
-    return inside, weight, outside.to(step.dtype)
+    error = value * (step / ((high - low) * ERROR_SCALE))
+    return _slopes(error, value == ABOVE, value == BELOW, ends(ranges, activation, offset))
 
 
-def at_cut(step: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns dy/drange where ReLU6 clips, and whether that is outside the range."""
-    six = torch.full_like(step, UPPER)
-    above = six > high
-    ratio = six / step
-    return torch.where(above, 1.0, (torch.round(ratio) - ratio) * (step / (high - low))), above
-
-
-def weighed(
-    x: torch.Tensor, step: torch.Tensor, low: torch.Tensor, high: torch.Tensor, offset: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns what `decoded` does, from x itself."""
+def weighed(x: torch.Tensor, ranges: Ranges, offset: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns what `decoded` does, from x itself; there is no activation function."""
+    step, low, high = ranges
     x = x.to(step.dtype)
     ratio = x.clamp(low, high) / step
-    above, below = x > high, x < low
-    outside = above | below
-    weight = (torch.round(ratio) - ratio) * (step / (high - low))
-    weight = torch.where(above, 1.0, weight)
-    weight = torch.where(below, 0.0 if offset else low / high, weight)
-    return ~outside, weight, outside.to(step.dtype)
+    above, below = outside(x, low, high, None)
+    error = (torch.round(ratio) - ratio) * (step / (high - low))
+    return _slopes(error, above, below, ends(ranges, None, offset))
+
+
+def _slopes(
+    error: torch.Tensor,
+    above: torch.Tensor,
+    below: torch.Tensor,
+    outside: tuple[Number, Number, Number, Number],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    of_range = torch.where(above, outside[0], torch.where(below, outside[1], error))
+    zero = torch.zeros_like(error)
+    of_low = torch.where(above, outside[2], torch.where(below, outside[3], zero))
+    return ~(above | below), of_range, of_low
 
 
 def gradients_from_code(
@@ -135,11 +160,11 @@ def gradients_from_code(
     high: torch.Tensor,
     activation: Activation,
     offset: bool,
-    reduced: tuple[int, ...],
+    kind: str,
 ) -> tuple[torch.Tensor, ...]:
-    """Writes dx to `grad_x`; returns drange and, with `offset`, dlow, each summed over the dimensions `reduced`."""
-    inside, weight, outside = decoded(code, step, low, high, activation, offset)
-    return _gradients(grad, inside, weight, outside, grad_x, offset, reduced)
+    """Writes dx to `grad_x`; returns drange and, with `offset`, dlow, for each channel."""
+    slopes = decoded(code, aligned((step, low, high), kind), activation, offset)
+    return _gradients(grad, slopes, grad_x, offset, kind)
 
 
 def gradients_from_input(
@@ -150,23 +175,21 @@ def gradients_from_input(
     low: torch.Tensor,
     high: torch.Tensor,
     offset: bool,
-    reduced: tuple[int, ...],
+    kind: str,
 ) -> tuple[torch.Tensor, ...]:
     """Does what `gradients_from_code` does where x is at hand."""
-    inside, weight, outside = weighed(x, step, low, high, offset)
-    return _gradients(grad, inside, weight, outside, grad_x, offset, reduced)
+    return _gradients(grad, weighed(x, aligned((step, low, high), kind), offset), grad_x, offset, kind)
 
 
 def _gradients(
     grad: torch.Tensor,
-    inside: torch.Tensor,
-    weight: torch.Tensor,
-    outside: torch.Tensor,
+    slopes: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     grad_x: torch.Tensor,
     offset: bool,
-    reduced: tuple[int, ...],
+    kind: str,
 ) -> tuple[torch.Tensor, ...]:
-    grad = grad.to(weight.dtype)
+    inside, of_range, of_low = slopes
+    grad = grad.to(of_range.dtype)
     grad_x.copy_(torch.where(inside, grad, 0.0))
-    total = (grad * weight).sum(reduced)
-    return (total, (grad * outside).sum(reduced)) if offset else (total,)
+    total = (grad * of_range).sum(REDUCED[kind])
+    return (total, (grad * of_low).sum(REDUCED[kind])) if offset else (total,)

@@ -8,12 +8,14 @@ import torch
 from torch.utils._device import DeviceContext
 
 from compress_quantization.kernels import compiled, eager, formulas, traceable
-from compress_quantization.kernels.eager import Ranges
-from compress_quantization.kernels.formulas import Activation
+from compress_quantization.kernels.formulas import Activation, Ranges
 from compress_quantization.kernels.layout import Layout, layout_of
 
 SMALL = 8192
 """Up to this many elements the eager kernel wins: calling a compiled one costs about 20 us, eager operators 1 each."""
+
+NARROW = 32
+"""Up to so many elements behind a channel, they are taken as channels of their own."""
 
 
 class Task(NamedTuple):
@@ -81,7 +83,7 @@ def _is_ordinary(x: torch.Tensor) -> bool:
 
 
 def _may_compile(layout: Layout) -> bool:
-    if layout.outer * layout.channels * layout.inner <= SMALL or not compiled.is_available():
+    if layout.numel <= SMALL or not compiled.is_available():
         return False
     # Other function modes than that of a default device would see, or be traced into, the kernel.
     return all(
@@ -95,18 +97,29 @@ def _key(x: torch.Tensor, layout: Layout, *rest: Any) -> tuple[Any, ...]:
     return (layout.kind, x.dtype, x.device.type, modes, *rest)
 
 
-def _views(ranges: Ranges, layout: Layout) -> Ranges:
-    step, low, high = (values.reshape(layout.grid_shape) for values in ranges)
-    return step, low, high
+def _compiled(
+    function: compiled.Kernel, tensors: tuple[torch.Tensor, ...], ranges: Ranges, layout: Layout, *options: Any
+) -> tuple[bool, Any]:
+    """Runs a compiled kernel if that is possible and pays; see `compiled.run`."""
+    if not _may_compile(layout):
+        return False, None
+    if layout.kind == "planes" and layout.inner <= NARROW:
+        step, low, high = (values.repeat_interleave(layout.inner) for values in ranges)
+        done, sums = _compiled(function, tensors, (step, low, high), layout.unrolled, *options)
+        if sums is not None:
+            sums = tuple(total.reshape(layout.channels, layout.inner).sum(1) for total in sums)
+        return done, sums
+    first = tensors[0]
+    modes = torch._C._len_torch_function_stack(), torch.is_autocast_enabled(first.device.type)
+    key = (layout.kind, first.dtype, first.device.type, modes, options)
+    views = (layout.view(tensor) for tensor in tensors)
+    return compiled.run(function, key, *views, *ranges, *options, layout.kind)
 
 
 def _quantize(x: torch.Tensor, ranges: Ranges, task: Task, layout: Layout) -> torch.Tensor:
     out = layout.empty(x)
-    if _may_compile(layout):
-        arguments = (layout.view(x), layout.view(out), *_views(ranges, layout), task.activation)
-        if compiled.run(formulas.quantize, _key(x, layout, task.activation), *arguments)[0]:
-            return out
-    eager.quantize(x, out, ranges, task.activation, layout)
+    if not _compiled(formulas.quantize, (x, out), ranges, layout, task.activation)[0]:
+        eager.quantize(x, out, ranges, task.activation, layout)
     return out
 
 
@@ -115,12 +128,8 @@ def _quantize_and_encode(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     out = layout.empty(x)
     code = torch.empty_strided(layout.shape, layout.strides, dtype=torch.int8, device=x.device)
-    if _may_compile(layout):
-        tensors = layout.view(x), layout.view(out), layout.view(code)
-        key = _key(x, layout, task.activation)
-        if compiled.run(formulas.quantize_and_encode, key, *tensors, *_views(ranges, layout), task.activation)[0]:
-            return out, code
-    eager.quantize_and_encode(x, out, code, ranges, task.activation, layout)
+    if not _compiled(formulas.quantize_and_encode, (x, out, code), ranges, layout, task.activation)[0]:
+        eager.quantize_and_encode(x, out, code, ranges, task.activation, layout)
     return out, code
 
 
@@ -138,9 +147,7 @@ class _FakeQuantize(torch.autograd.Function):
         layout: Layout,
     ) -> torch.Tensor:
         # Weights are kept anyway, and small tensors cost little: they need no code.
-        ctx.keeps_input = task.activation is None and (
-            layout.kind == "rows" or layout.outer * layout.channels * layout.inner <= SMALL
-        )
+        ctx.keeps_input = task.activation is None and (layout.kind == "rows" or layout.numel <= SMALL)
         ctx.task, ctx.layout, ctx.has_offset = task, layout, offset is not None
         if ctx.keeps_input:
             kept, out = x, _quantize(x, ranges, task, layout)
@@ -176,17 +183,13 @@ def _gradients(
     keeps_input: bool,
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
     grad, grad_x = layout.arranged(grad), layout.empty(grad)
-    options = (has_offset,) if keeps_input else (task.activation, has_offset)
-    if _may_compile(layout):
-        function = formulas.gradients_from_input if keeps_input else formulas.gradients_from_code
-        tensors = (layout.view(tensor) for tensor in (grad, kept, grad_x))
-        arguments = (*tensors, *_views(ranges, layout), *options, layout.reduced)
-        done, totals = compiled.run(function, _key(grad, layout, *options), *arguments)
-        if done:
-            return grad_x, totals
+    tensors = grad, kept, grad_x
     if keeps_input:
-        return grad_x, eager.gradients_from_input(grad, kept, grad_x, ranges, has_offset, layout)
-    return grad_x, eager.gradients_from_code(grad, kept, grad_x, ranges, task.activation, has_offset, layout)
+        done, totals = _compiled(formulas.gradients_from_input, tensors, ranges, layout, has_offset)
+        return grad_x, totals if done else eager.gradients_from_input(*tensors, ranges, has_offset, layout)
+    options = task.activation, has_offset
+    done, totals = _compiled(formulas.gradients_from_code, tensors, ranges, layout, *options)
+    return grad_x, totals if done else eager.gradients_from_code(*tensors, ranges, *options, layout)
 
 
 def _gradients_with_graph(
@@ -204,9 +207,9 @@ def _gradients_with_graph(
     """
     kept, ranges = kept.detach(), _aligned(ranges, grad.ndim, task)
     if keeps_input:
-        inside, weight, outside = formulas.weighed(kept, *ranges, has_offset)
+        inside, weight, outside = formulas.weighed(kept, ranges, has_offset)
     else:
-        inside, weight, outside = formulas.decoded(kept, *ranges, task.activation, has_offset)
+        inside, weight, outside = formulas.decoded(kept, ranges, task.activation, has_offset)
     wide = grad.to(weight.dtype)
     dims = [dim for dim in range(grad.ndim) if dim != task.channel_dim]
     totals = [(wide * factor).sum(dims) for factor in ((weight, outside) if has_offset else (weight,))]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 
@@ -27,7 +27,7 @@ class Layout:
     channels: int
     inner: int
 
-    @property
+    @cached_property
     def kind(self) -> str:
         """`flat`, `rows` (channels, inner), `columns` (outer, channels) or `planes` (all three).
 
@@ -40,32 +40,38 @@ class Layout:
             return "rows"
         return "columns" if self.inner == 1 else "planes"
 
-    @property
+    @cached_property
+    def numel(self) -> int:
+        """Number of elements."""
+        return self.outer * self.channels * self.inner
+
+    @cached_property
     def view_shape(self) -> tuple[int, ...]:
         """Shape of the tensor as a kernel of this kind sees it."""
         outer, channels, inner = self.outer, self.channels, self.inner
         shapes = {"flat": (outer * inner,), "rows": (channels, inner), "columns": (outer, channels)}
         return shapes.get(self.kind, (outer, channels, inner))
 
-    @property
-    def grid_shape(self) -> tuple[int, ...]:
-        """Shape of what there is once for each channel, so that it broadcasts against the view."""
-        return (self.channels,) if self.kind in {"flat", "columns"} else (self.channels, 1)
-
-    @property
-    def reduced(self) -> tuple[int, ...]:
-        """Dimensions of the view that a sum for each channel runs over."""
-        return {"flat": (0,), "rows": (1,), "columns": (0,)}.get(self.kind, (0, 2))
-
     def view(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Returns the memory of `tensor`, which has this layout, as a contiguous view."""
+        """Returns the memory of `tensor`, which has this layout, as a contiguous view.
+
+        Detached: torch.compile guards what a view is a view of, and would compile again for other shapes of that.
+        """
         shape = self.view_shape
         return tensor.detach().as_strided(shape, _contiguous_strides(shape))
 
     def blocks(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Returns the memory of `tensor`, which has this layout, as (outer, channels, inner)."""
+        """Returns the memory of `tensor`, which has this layout, as (outer, channels, inner); without a graph."""
         shape = (self.outer, self.channels, self.inner)
-        return tensor.detach().as_strided(shape, _contiguous_strides(shape))
+        return tensor.as_strided(shape, _contiguous_strides(shape))
+
+    @cached_property
+    def unrolled(self) -> Layout:
+        """The same tensor with each element behind the channel as a channel of its own: `columns` for `planes`.
+
+        Loops over `inner` that are shorter than a vector register waste it.
+        """
+        return Layout(self.shape, self.strides, self.outer, self.channels * self.inner, 1)
 
     def arranged(self, tensor: torch.Tensor) -> torch.Tensor:
         """Returns `tensor`, of the same shape, in this layout; a copy unless it is so already."""

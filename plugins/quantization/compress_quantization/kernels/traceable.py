@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 
 from compress_quantization.kernels import formulas
-from compress_quantization.kernels.eager import Ranges
-from compress_quantization.kernels.formulas import Activation
+from compress_quantization.kernels.formulas import Activation, Ranges
 
 
 def fake_quantize(
@@ -32,7 +31,7 @@ def fake_quantize(
     clipped = torch.clamp(value, low, high)
     result = torch.round(clipped.detach() / step) * step
     if torch.is_grad_enabled():
-        _, weight, outside = formulas.weighed(value.detach(), step, low, high, offset is not None)
+        _, weight, outside = formulas.weighed(value.detach(), ranges, offset is not None)
         # Each term is zero: the values stay on the grid exactly, and autograd sees the straight-through gradients.
         result = result + (clipped - clipped.detach())
         result = result + _zero(learned, learned.detach().sign() * multiplier).reshape(step.shape) * weight

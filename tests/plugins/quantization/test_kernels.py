@@ -1,0 +1,213 @@
+"""Compiled kernels, eager ones and plain operators: the same values and gradients, on every kind of tensor."""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+import torch._dynamo.utils
+from torch import nn
+
+from compress_quantization import kernels
+from compress_quantization.fake_quantize import AsymmetricFakeQuantize, SymmetricFakeQuantize
+
+LARGE = 20_000  # elements; more than what is left to eager operators anyway
+
+KINDS = {
+    "tensor": ((1,), (20, 1000), torch.contiguous_format),
+    "rows": ((20, 1, 1), (20, 10, 101), torch.contiguous_format),
+    "planes": ((1, 8, 1, 1), (5, 8, 25, 25), torch.contiguous_format),
+    "columns": ((1, 8, 1, 1), (5, 8, 25, 25), torch.channels_last),
+    "last": ((8,), (3000, 8), torch.contiguous_format),
+}
+
+
+@pytest.fixture(autouse=True)
+def _restored():
+    before = kernels.set_compiled(True)
+    yield
+    kernels.set_compiled(before)
+
+
+@pytest.fixture
+def _needs_compiler():
+    SymmetricFakeQuantize((1,))(torch.randn(LARGE))
+    if not kernels.is_available():
+        pytest.skip("nothing can be compiled here")
+
+
+def make(kind, cls=SymmetricFakeQuantize, **options):
+    shape, size, memory_format = KINDS[kind]
+    torch.manual_seed(1)
+    module = cls(shape, signed=True, **options)
+    low = -torch.rand(shape) - 0.1
+    module.set_range(low, low + 2)
+    return module, (torch.randn(size) * 3).contiguous(memory_format=memory_format)
+
+
+def results(module, x, upper=..., *, run=None):
+    """Returns the output and all gradients."""
+    run = run or (lambda tensor: module(tensor) if upper is ... else module.relu(tensor, upper))
+    module.zero_grad()
+    tensor = x.clone(memory_format=torch.preserve_format).requires_grad_()
+    out = run(tensor)
+    generator = torch.Generator().manual_seed(2)
+    out.backward(torch.randn(x.shape, generator=generator).to(x.dtype))
+    return out.detach(), tensor.grad, [parameter.grad.clone() for parameter in module.parameters()]
+
+
+def assert_same(left, right, *, exact_sums=False):
+    assert torch.equal(left[0], right[0])
+    assert torch.equal(left[1], right[1])
+    for ours, theirs in zip(left[2], right[2], strict=True):
+        scale = theirs.abs().max().item() or 1.0
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=(1e-5 if exact_sums else 5e-3) * scale)
+
+
+class TestAgreement:
+    @pytest.mark.usefixtures("_needs_compiler")
+    @pytest.mark.parametrize("upper", [..., None, 6.0], ids=["plain", "relu", "relu6"])
+    @pytest.mark.parametrize("cls", [SymmetricFakeQuantize, AsymmetricFakeQuantize])
+    @pytest.mark.parametrize("kind", list(KINDS))
+    def test_compiled_and_eager(self, kind, cls, upper):
+        module, x = make(kind, cls)
+        compiled = results(module, x, upper)
+        assert kernels.is_available()
+        kernels.set_compiled(False)
+        assert_same(compiled, results(module, x, upper), exact_sums=True)
+
+    @pytest.mark.parametrize("upper", [..., None, 6.0], ids=["plain", "relu", "relu6"])
+    @pytest.mark.parametrize("cls", [SymmetricFakeQuantize, AsymmetricFakeQuantize])
+    @pytest.mark.parametrize("kind", list(KINDS))
+    def test_eager_and_operators_that_compilers_follow(self, kind, cls, upper):
+        torch._dynamo.reset()  # the function below is compiled for each case, and there is a limit of eight
+        module, x = make(kind, cls)
+        kernels.set_compiled(False)
+        ours = results(module, x, upper)
+        run = torch.compile(
+            (lambda t: module(t)) if upper is ... else (lambda t: module.relu(t, upper)),
+            backend="eager",
+            fullgraph=True,
+        )
+        assert_same(ours, results(module, x, run=run))
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+    def test_of_other_dtypes(self, dtype):
+        module, x = make("tensor")
+        x = x.to(dtype)
+        compiled = results(module, x)
+        kernels.set_compiled(False)
+        assert_same(compiled, results(module, x), exact_sums=True)
+
+    @pytest.mark.parametrize("kind", list(KINDS))
+    def test_with_and_without_gradients(self, kind):
+        module, x = make(kind)
+        with_graph = module(x.requires_grad_()).detach()
+        with torch.no_grad():
+            assert torch.equal(module(x), with_graph)
+
+    def test_with_a_block_that_ends_in_the_middle_of_a_row(self):
+        # Rows longer than a block of the eager kernels, and a number of rows that blocks do not divide.
+        kernels.set_compiled(False)
+        module = SymmetricFakeQuantize((3, 1), signed=True)
+        x = torch.randn(3, 70_001)
+        ours = results(module, x)
+        for row in range(3):
+            single = SymmetricFakeQuantize((1,), signed=True)
+            tensor = x[row].clone().requires_grad_()
+            assert torch.equal(single(tensor).detach(), ours[0][row])
+
+
+class TestCompilation:
+    @pytest.mark.usefixtures("_needs_compiler")
+    def test_other_shapes_need_no_other_kernels(self):
+        weights, activations = SymmetricFakeQuantize((16, 1, 1, 1), signed=True), SymmetricFakeQuantize((1,))
+
+        def steps(size):
+            weight = torch.randn(16, 3 + size, 11, 13, requires_grad=True)
+            batch = torch.randn(1 + size, 5, 50, 41 + size, requires_grad=True)
+            (weights(weight).sum() + activations(batch).sum() + activations.relu(batch).sum()).backward()
+
+        # Inductor splits long sums: rows of more than 4096 elements, as the last of these, have a kernel of their own.
+        for size in (10, 11, 12, 44):
+            steps(size)
+        counters = torch._dynamo.utils.counters
+        before = counters["stats"]["unique_graphs"]
+        for size in range(20, 45):
+            steps(size)
+        assert counters["stats"]["unique_graphs"] == before
+        assert not counters["recompile_limit"]
+
+    @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+    @pytest.mark.parametrize("cls", [SymmetricFakeQuantize, AsymmetricFakeQuantize])
+    def test_in_a_model_that_the_user_compiles(self, cls, backend):
+        module, x = make("planes", cls)
+        model = nn.Sequential(nn.Identity(), module)
+        compiled = torch.compile(model, backend=backend, fullgraph=True)
+        kernels.set_compiled(False)
+        assert_same(results(module, x), results(module, x, run=compiled))
+
+    @pytest.mark.parametrize("cls", [SymmetricFakeQuantize, AsymmetricFakeQuantize])
+    def test_in_a_model_that_is_exported(self, cls):
+        module, x = make("planes", cls)
+        program = torch.export.export(nn.Sequential(module).eval(), (x,), strict=False)
+        assert torch.equal(program.module()(x), module(x))
+
+    def test_under_vmap(self):
+        module, x = make("tensor")
+        assert torch.equal(torch.vmap(module)(x), module(x))
+
+    def test_on_meta_and_fake_tensors(self):
+        module = SymmetricFakeQuantize((1,)).to("meta")
+        assert module(torch.empty(2, 3, device="meta")).shape == (2, 3)
+
+
+def in_a_process(script, tmp_path, **environment):
+    """Runs Python code without a compiler in reach, and returns what it prints."""
+    hidden = {key: value for key, value in os.environ.items() if key not in {"CXX", "CC", "PATH"}}
+    script = "import logging, torch\nlogging.basicConfig(level='WARNING')\n" + textwrap.dedent(script)
+    return subprocess.run(
+        [sys.executable, "-c", script],
+        env={**hidden, "PATH": "", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), **environment},
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+
+
+STEP = """
+    from compress_quantization.fake_quantize import SymmetricFakeQuantize
+    torch.manual_seed(0)
+    module, x = SymmetricFakeQuantize((1,), signed=True), torch.randn(20000, requires_grad=True)
+    for _ in range(2):
+        module.relu(x).sum().backward()
+    print(x.grad.sum().item(), module.scale.grad.item())
+"""
+
+
+class TestWithoutCompiler:
+    def test_eager_kernels_do_the_work_and_one_line_says_so(self, tmp_path):
+        done = in_a_process(STEP, tmp_path)
+        assert done.returncode == 0, done.stderr
+        torch.manual_seed(0)
+        x = torch.randn(20000)
+        passed, _ = (float(number) for number in done.stdout.split())
+        assert passed == 2 * ((x > 0) & (x <= 1)).sum().item()
+        assert done.stderr.count("fake-quantize kernels cannot be compiled") == 1
+        assert len(done.stderr.strip().splitlines()) == 1
+
+    def test_eager_kernels_on_request_are_silent(self, tmp_path):
+        done = in_a_process(STEP, tmp_path, COMPRESS_QUANTIZATION_KERNELS="eager")
+        assert done.returncode == 0
+        assert done.stderr == ""
+
+    def test_compiled_kernels_on_request_fail(self, tmp_path):
+        done = in_a_process(STEP, tmp_path, COMPRESS_QUANTIZATION_KERNELS="compiled")
+        assert done.returncode != 0
+
+    def test_unknown_value_is_refused(self, tmp_path):
+        done = in_a_process(STEP, tmp_path, COMPRESS_QUANTIZATION_KERNELS="fast")
+        assert "UsageError" in done.stderr
+        assert "'fast'" in done.stderr
