@@ -17,12 +17,16 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_map
 
 from compress_core.errors import ModelError
+from compress_core.trace import render
 from compress_core.trace.examples import Example, examples_of
 from compress_core.trace.graph import ForwardTrace
 from compress_core.trace.isolation import Untouched
 from compress_core.trace.recorder import Recorder
 
 logger = logging.getLogger(__name__)
+
+# Classes without a forward.
+_CONTAINERS = frozenset({"ModuleList", "ModuleDict", "ParameterList", "ParameterDict"})
 
 
 class TraceError(ModelError):
@@ -55,12 +59,43 @@ class Trace:
     def unreached(self) -> list[str]:
         """Names of modules that no example has reached, outermost ones only.
 
-        Containers that are only looked into (`nn.ModuleList`) count as reached when something in them is.
+        Containers that are only looked into (`nn.ModuleList`) count as reached when something in them is, or nothing is
+        in them.
         """
         reached = self.reached
         ancestors = {name[:at] for name in reached for at, sign in enumerate(name) if sign == "."}
-        missing = [name for name in self.modules if name and name not in reached and name not in ancestors]
+        parents = {name.rpartition(".")[0] for name in self.modules}
+        missing = [
+            name
+            for name, kind in self.modules.items()
+            if name and name not in reached and name not in ancestors and (name in parents or kind not in _CONTAINERS)
+        ]
         return [name for name in missing if not any(name.startswith(f"{other}.") for other in missing)]
+
+    def to_text(self, level: render.Level = "calls") -> str:
+        """Returns tables of the forwards: number, module, function, inputs -> outputs; then the modules not reached.
+
+        Args:
+            level: `calls` of functions, or ATen `operators`.
+        """
+        return render.to_text(self, level)
+
+    def to_dot(self, level: render.Level = "calls", forward: int = 0) -> str:
+        """Returns one forward as a graph in the language of Graphviz: modules are boxes, tensors are edges.
+
+        Args:
+            level: `calls` of functions, or ATen `operators`.
+            forward: Which forward: a number in `forwards`.
+        """
+        return render.to_dot(self, level, forward)
+
+    def to_svg(self, level: render.Level = "calls", forward: int = 0) -> str:
+        """Returns the graph of `to_dot` as a picture; needs the program `dot` of Graphviz.
+
+        Raises:
+            UsageError: Graphviz is not installed, or fails.
+        """
+        return render.to_svg(self, level, forward)
 
 
 def trace(model: nn.Module, examples: Any, *, training: bool = False) -> Trace:
