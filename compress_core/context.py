@@ -156,6 +156,28 @@ class Context:
             logger.warning("input_info does not fit the model, a batch of the data loader is used instead: %s", error)
             return trace(model, batch, training=True)
 
+    def example(self, path: str, device: torch.device | None = None) -> Example:
+        """Returns an example to run the model on: a batch of the data that was given, else `input_info`.
+
+        Args:
+            path: Who asks, for messages.
+            device: Where tensors of `input_info` are made.
+
+        Raises:
+            DataError: There is neither data nor `input_info`.
+        """
+        batch = self._example_batch(path)
+        if batch is not None:
+            return batch
+        infos = [info for info in self.config.root.input_info if info.sample_size is not None]
+        if not infos:
+            raise DataError(
+                f"{path}: needs an example input, and there is none. Pass args=, add input_info to the config, such as "
+                '"input_info": {"sample_size": [1, 3, 224, 224]}, or give a data loader: '
+                "register_default_init_args(config, loader)"
+            )
+        return Example.from_input_info(infos, device)
+
     def _example_batch(self, path: str) -> Example | None:
         kinds: tuple[type[InitArgs], ...] = (QuantizationRangeInitArgs, BNAdaptationInitArgs)
         sources = [self._init_loader, *(self.config.get_extra_struct(kind) for kind in kinds)]

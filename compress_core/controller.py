@@ -6,7 +6,8 @@ import contextlib
 import copy
 import logging
 import math
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -15,6 +16,9 @@ from torch import nn
 from compress_core.algorithm import Algorithm
 from compress_core.context import Context
 from compress_core.errors import CompressionError, UsageError
+from compress_core.export import ExportReport, ExportTarget
+from compress_core.export import onnx as export
+from compress_core.export.inputs import inputs_of
 from compress_core.initializers.bn_report import AdaptationReport
 from compress_core.initializers.data import BNAdaptationInitArgs
 from compress_core.ledger import Ledger
@@ -23,6 +27,7 @@ from compress_core.schedules import CompressionScheduler
 from compress_core.stages import CompressionStage
 from compress_core.state import dump_state
 from compress_core.statistics import CompressionStatistics, Statistics
+from compress_core.trace.examples import examples_of
 from compress_core.transforms.model_wide import bake_transforms, swapped_transform_buffers
 
 logger = logging.getLogger(__name__)
@@ -165,6 +170,59 @@ class CompressionController:
         bake_transforms(model)
         self._stripped = not do_copy
         return model
+
+    def export_onnx(
+        self,
+        path: str | os.PathLike[str],
+        args: Any = None,
+        *,
+        tolerance: float = 0.05,
+        opset: int = 21,
+        input_names: Sequence[str] | None = None,
+        output_names: Sequence[str] | None = None,
+        dynamic_batch: bool = True,
+        verify: bool = True,
+    ) -> ExportReport:
+        """Writes the compressed model to an ONNX file, when it computes the same there as in torch.
+
+        Without quantization the file holds the plain model that `strip` returns; with it, integer weights and
+        quantize/dequantize pairs. The model stays as it is.
+
+        Args:
+            path: The file; one that exists is replaced when everything else has succeeded.
+            args: Arguments of forward: a tensor, a tuple, or a dict of keyword arguments. By default a batch of the
+                data that the model was created with, or `input_info`. Inputs like those that the model is for make
+                the comparison meaningful.
+            tolerance: Largest mean absolute difference between the runtime and torch, in units of the output's mean
+                absolute value in torch; it holds for each output, with the runtime's graph optimizations on and off.
+            opset: Version of ONNX's default operator set, at least 21.
+            input_names: Names of the inputs, in order; by default those of forward's arguments.
+            output_names: Names of the outputs.
+            dynamic_batch: Whether the file takes any batch size.
+            verify: Whether to compare with torch, on two batch sizes, before the file is written.
+
+        Returns:
+            What was compared and how it came out.
+
+        Raises:
+            ExportError: A package is missing (`pip install 'compress-core[onnx]'`), the model cannot be exported, or
+                the difference is larger than the tolerance. No file is left then.
+            DataError: There is no example input.
+        """
+        lifecycle = self._active
+        options = export.Options(tolerance, opset, input_names, output_names, dynamic_batch, verify)
+        export.check_extras()
+        target = export.check_path(path)
+        example = self.context.example("export_onnx") if args is None else examples_of(args)[0]
+        model = copy.deepcopy(self.model).eval()
+        inputs = inputs_of(example, model)
+        model.cpu()
+        sizes = inputs.sizes() if dynamic_batch else (inputs.batch_size,)
+        batches = [inputs.resized(size) for size in sizes] if inputs.batch_size else [inputs]
+        references = [export.reference_outputs(model, batch) for batch in batches]
+        rewrites = lifecycle.export(model, ExportTarget("onnx", opset))
+        bake_transforms(model)
+        return export.export(model, target, references, rewrites, tuple(self.algorithms), options)
 
     def adapt_batchnorm(
         self,

@@ -78,3 +78,7 @@ class StateError(CompressionError, ValueError):
 
 class TransformError(CompressionError, RuntimeError):
     """A weight transform cannot be added, failed while it ran, or returned something unusable."""
+
+
+class ExportError(CompressionError, RuntimeError):
+    """A model cannot be exported, or what was exported does not compute the same; no file is left."""

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from compress_core.algorithm import Algorithm, Plan
     from compress_core.config import AlgorithmConfig
     from compress_core.context import Context
+    from compress_core.export.target import ExportTarget, GraphRewrite
     from compress_core.initializers.base import Initializer
     from compress_core.schedules import Clock
     from compress_core.stages import CompressionStage
@@ -363,5 +364,38 @@ def compress_strip(model: nn.Module, algorithm: Algorithm, context: Context) -> 
         def compress_strip(self, model):
             for name in self.targets:
                 replace_by_standard_operators(model, name)
+        ```
+    """
+
+
+@hookspec
+def compress_export(
+    model: nn.Module, algorithm: Algorithm, context: Context, target: ExportTarget
+) -> GraphRewrite | None:
+    """Prepares a copy of the model for an export: replaces helpers by what the format can say.
+
+    Called in pipeline order by `controller.export_onnx()`, on a copy in eval mode on the CPU: masks and pruned filters
+    are final when the quantization of what is left begins. An algorithm without this hook is stripped
+    (`compress_strip`) at its turn. What is left of weight transforms after every algorithm had its turn, the core
+    bakes. Whatever an implementation does, the exported file has to compute what the compressed model does: that is
+    checked before the file is written.
+
+    Args:
+        model: The copy; it is thrown away when it has been exported.
+        algorithm: The algorithm.
+        context: The context.
+        target: The format and its version.
+
+    Returns:
+        None, or a function that changes the exported graph in place (for the format `onnx` an `onnx_ir.Model`): called
+        in pipeline order before the graph is checked.
+
+    Example:
+        ```python
+        @hookimpl
+        def compress_export(self, model, target):
+            for name in self.targets:
+                replace_by_symbolic_operator(model, name, target.opset)
+            return fold_scales
         ```
     """

@@ -7,7 +7,7 @@ Calls for one algorithm leave out all other algorithms (`subset_hook_caller`): a
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from compress_core.algorithm import Algorithm, Plan
 from compress_core.config import AlgorithmConfig
 from compress_core.context import Context
 from compress_core.errors import ConfigError, PluginError, Problem
+from compress_core.export.target import ExportTarget, GraphRewrite
 from compress_core.initializers.base import Initializer
 from compress_core.plugin_checks import check_plugin, new_manager
 from compress_core.registry import PluginInfo, Registry
@@ -164,6 +165,25 @@ class Lifecycle:
         for algorithm in reversed(self.algorithms):
             self._call("compress_strip", algorithm, model=model)
 
+    def export(self, model: nn.Module, target: ExportTarget) -> list[GraphRewrite]:
+        """Lets the algorithms prepare a copy of the model for an export, the first first.
+
+        Those that say nothing about exports are stripped at their turn.
+
+        Returns:
+            What is to be done to the exported graph.
+        """
+        implemented = [impl.plugin for impl in self._manager.hook.compress_export.get_hookimpls()]
+        rewrites = []
+        for algorithm in self.algorithms:
+            if not any(plugin is algorithm for plugin in implemented):
+                self._call("compress_strip", algorithm, model=model)
+                continue
+            rewrite = self._optional("compress_export", algorithm, Callable, model=model, target=target)
+            if rewrite is not None:
+                rewrites.append(rewrite)
+        return rewrites
+
     # How they are called.
 
     def _call(self, hook: str, algorithm: Algorithm, **arguments: Any) -> Sequence[Any]:
@@ -182,7 +202,7 @@ class Lifecycle:
             with self._attributed(hook, name):
                 self._manager.subset_hook_caller(hook, remove_plugins=others)(model=model, context=self.context)
 
-    def _optional(self, hook: str, algorithm: Algorithm, kind: type[Any], **arguments: Any) -> Any:
+    def _optional(self, hook: str, algorithm: Algorithm, kind: Any, **arguments: Any) -> Any:
         results = self._call(hook, algorithm, **arguments)
         who = f"{hook}() of the algorithm '{algorithm.name}' ({self.origins[algorithm.name]})"
         if len(results) > 1:

@@ -22,12 +22,14 @@ from compress_core import (
     hookimpl,
 )
 from compress_core.context import Context
+from compress_core.export import GraphRewrite
 from compress_core.initializers.data import CalibrationData
 from compress_core.schedules import Clock
 from compress_core.transforms import add_activation_transform, add_weight_transform
 from compress_quantization.calibration import Calibrated, calibrate
 from compress_quantization.config import QuantizationConfig
 from compress_quantization.config_checks import check_config
+from compress_quantization.export import prepare, rewrite
 from compress_quantization.fake_quantize import FakeQuantize
 from compress_quantization.planning import PlannedQuantizer, Planner
 from compress_quantization.profiles import load_profile
@@ -60,7 +62,6 @@ class Quantization(Algorithm):
         "enable_activation_quantization",
         "disable_activation_quantization",
         "freeze_quantizers",
-        "export_onnx",
     )
     config: QuantizationConfig
 
@@ -68,6 +69,7 @@ class Quantization(Algorithm):
         super().__init__(config)
         self._planned: list[PlannedQuantizer] = []
         self._skipped: dict[str, str] = {}
+        self._potential: dict[str, int] = {}
         self._model: nn.Module | None = None
         self._context: Context | None = None
         self._staging: StagedQuantization | None = None
@@ -100,11 +102,11 @@ class Quantization(Algorithm):
         if not found.quantizers:
             raise ConfigError("finds nothing to quantize in this model; change the scopes, or remove this section")
         self._record(planner, scopes, path, context)
-        self._planned, self._skipped = found.quantizers, found.skipped
+        self._planned, self._skipped, self._potential = found.quantizers, found.skipped, found.potential
         return Plan(
             tuple(quantizer.name for quantizer in self._planned),
             found.skipped,
-            {"quantizers": [quantizer.to_dict() for quantizer in self._planned]},
+            {"quantizers": [quantizer.to_dict() for quantizer in self._planned], "potential": found.potential},
         )
 
     @hookimpl
@@ -159,7 +161,7 @@ class Quantization(Algorithm):
     def compress_statistics(self) -> QuantizationStatistics:
         """Reads the quantizers as they are now."""
         quantizers = tuple(self._described(planned) for planned in self._planned)
-        return QuantizationStatistics(quantizers, self._skipped)
+        return QuantizationStatistics(quantizers, self._skipped, self._potential)
 
     @hookimpl
     def compress_state(self) -> dict[str, Any]:
@@ -194,6 +196,12 @@ class Quantization(Algorithm):
         for planned in self._planned:
             if planned.group == "activations":
                 replace_by_native(model, planned, self.name)
+
+    @hookimpl
+    def compress_export(self, model: nn.Module) -> GraphRewrite:
+        """Puts integers and ONNX's quantize and dequantize operators in the place of the quantizers."""
+        prepare(model)
+        return rewrite
 
     # What the controller offers.
 
@@ -267,6 +275,7 @@ class Quantization(Algorithm):
         plan = context.saved_plans[self.name]
         try:
             self._planned = [PlannedQuantizer.from_dict(entry) for entry in plan.details["quantizers"]]
+            self._potential = {group: plan.details["potential"][group] for group in ("weights", "activations")}
         except (KeyError, TypeError, ValueError) as error:
             raise StateError(f"compression_state.algorithms.{self.name}.plan is not one of ours: {error}") from error
         parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
@@ -349,7 +358,7 @@ class Quantization(Algorithm):
             planned.group,
             module.bits,
             planned.spec.mode,
-            module.signed,
+            bool((low < 0).any()),
             planned.spec.per_channel,
             module.enabled,
             float(low.detach().min()),

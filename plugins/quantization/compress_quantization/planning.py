@@ -121,10 +121,12 @@ class QuantizationPlan:
     Attributes:
         quantizers: Weights first, then activations, each in the order of the forward.
         skipped: What could be quantized -> why it is not.
+        potential: Group -> how many quantizers there would be without scopes.
     """
 
     quantizers: list[PlannedQuantizer] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
+    potential: dict[str, int] = field(default_factory=dict)
 
 
 class Planner:
@@ -167,11 +169,23 @@ class Planner:
         weights = self._weights()
         activations = self._activations()
         self._plan.quantizers = [*weights.values(), *activations]
+        self._plan.potential = self._potential(len(activations))
         problems = self.resolver.dead_entries()
         if problems:
             raise ConfigError(problems)
         check_strict_bits(self._config, self._feeding_one_operator(weights, activations))
         return self._plan
+
+    def _potential(self, activations: int) -> dict[str, int]:
+        def demand(call: Call, path: Path) -> QuantizerSpec | None:
+            position = path[0] if isinstance(path[0], int) else 0
+            return QuantizerSpec() if self._profile.quantizes_input(kind_of(call.function), position) else None
+
+        rules = Rules(demand, output_spec=QuantizerSpec() if self._config.quantize_outputs else None)
+        everywhere = len(place_quantizers(self._trace, rules).quantizers)
+        weights = len(self._weight_tensors(weight_uses(self._trace)))
+        # Where readers of one tensor disagree it gets more than one.
+        return {"weights": weights, "activations": max(everywhere, activations)}
 
     # Weights.
 

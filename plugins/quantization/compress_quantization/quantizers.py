@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -62,19 +62,32 @@ class NativeFakeQuantize(nn.Module):
         grid = quantizer.grid()
         self.register_buffer("scale", grid.scale.detach().clone())
         self.register_buffer("zero_point", grid.zero_point.detach().clone())
-        self.quant_min, self.quant_max, self.channel_dim = grid.quant_min, grid.quant_max, grid.channel_dim
+        self.quant_min, self.quant_max = grid.quant_min, grid.quant_max
+        # Counted from the end, as broadcasting does: a tensor without its batch dimension is quantized as well.
+        self.channel_dim = None if grid.channel_dim is None else grid.channel_dim - len(quantizer.shape)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Returns `x` on the grid, in its dtype."""
         if not x.is_floating_point():
             return x
+        # The operators compute in float32 whatever the model's dtype is; its scale is not rounded with `model.half()`.
+        value, scale = x.to(_computed_in(x.dtype)), self.scale.float()
+        levels = (self.quant_min, self.quant_max)
         if self.channel_dim is None:
-            return torch.fake_quantize_per_tensor_affine(
-                x, self.scale, self.zero_point, self.quant_min, self.quant_max
-            ).to(x.dtype)
-        return torch.fake_quantize_per_channel_affine(
-            x, self.scale, self.zero_point, self.channel_dim, self.quant_min, self.quant_max
-        ).to(x.dtype)
+            return torch.fake_quantize_per_tensor_affine(value, scale, self.zero_point, *levels).to(x.dtype)
+        dim = self.channel_dim + x.ndim
+        return torch.fake_quantize_per_channel_affine(value, scale, self.zero_point, dim, *levels).to(x.dtype)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> NativeFakeQuantize:
+        """Moves the grid with the model; its dtype stays, as rounding the scale would move every value."""
+        scale = self.scale
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.scale = scale.to(self.scale.device)
+        return self
+
+
+def _computed_in(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def replace_by_native(model: nn.Module, planned: PlannedQuantizer, key: str) -> None:

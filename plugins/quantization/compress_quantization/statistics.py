@@ -9,6 +9,8 @@ from typing import Any
 
 from compress_core import Statistics, Table
 
+_GROUPS = ("weights", "activations")
+
 
 @dataclass(frozen=True)
 class QuantizerStatistics:
@@ -44,10 +46,17 @@ class QuantizationStatistics(Statistics):
     Attributes:
         quantizers: Weights first.
         skipped: What could be quantized -> why it is not.
+        potential: Group -> how many quantizers there would be without scopes.
     """
 
     quantizers: tuple[QuantizerStatistics, ...]
     skipped: Mapping[str, str]
+    potential: Mapping[str, int]
+
+    def shares(self) -> dict[str, float]:
+        """Returns how many of the potential quantizers there are and are on, 0 to 1, by group."""
+        on = Counter(quantizer.group for quantizer in self.quantizers if quantizer.enabled)
+        return {group: on[group] / number if number else 0.0 for group, number in self.potential.items()}
 
     def counts(self) -> dict[str, dict[str, int]]:
         """Returns how many quantizers there are of each kind: figure -> group -> number."""
@@ -63,11 +72,15 @@ class QuantizationStatistics(Statistics):
             )
             for kind in kinds:
                 rows.setdefault(kind, Counter())[quantizer.group] += 1
-        return {kind: {group: count[group] for group in ("weights", "activations")} for kind, count in rows.items()}
+        return {kind: {group: count[group] for group in _GROUPS} for kind, count in rows.items()}
 
     def tables(self) -> list[Table]:
         """Returns the counts, the quantizers, and what is not quantized."""
-        counts = [(kind, found["weights"], found["activations"]) for kind, found in self.counts().items()]
+        counts: list[tuple[Any, ...]] = [
+            (k, found["weights"], found["activations"]) for k, found in self.counts().items()
+        ]
+        counts.append(("possible here", *(self.potential[group] for group in _GROUPS)))
+        counts.append(("enabled of possible", *(f"{self.shares()[group]:.1%}" for group in _GROUPS)))
         rows = [
             (q.name, q.bits, q.mode, "yes" if q.signed else "no", "yes" if q.per_channel else "no", q.low, q.high)
             for q in self.quantizers
@@ -88,6 +101,8 @@ class QuantizationStatistics(Statistics):
         """Returns everything as JSON-able values."""
         return {
             "counts": self.counts(),
+            "potential": dict(self.potential),
+            "shares": self.shares(),
             "quantizers": [asdict(quantizer) for quantizer in self.quantizers],
             "skipped": dict(self.skipped),
         }

@@ -1,0 +1,275 @@
+"""ONNX export of a model whose transforms have been prepared for it: traced, rewritten, checked, written at once."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import tempfile
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from compress_core.errors import ExportError, UsageError
+from compress_core.export.inputs import Inputs
+from compress_core.export.report import ExportReport
+from compress_core.export.target import GraphRewrite
+from compress_core.export.verification import Reference, compare, optimized_operators, runtime_name
+
+logger = logging.getLogger(__name__)
+
+METADATA_KEY = "compress_core.export"
+_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+_OLDEST_OPSET = 21  # DequantizeLinear of int32, of 16 bits, and of any floating-point type
+_LARGEST_FILE = 2**31 - 1  # protobuf's
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to export; see `CompressionController.export_onnx`."""
+
+    tolerance: float
+    opset: int
+    input_names: Sequence[str] | None
+    output_names: Sequence[str] | None
+    dynamic_batch: bool
+    verify: bool
+
+    def __post_init__(self) -> None:
+        if self.opset < _OLDEST_OPSET:
+            raise UsageError(f"opset: {self.opset} is too old for quantized models; use {_OLDEST_OPSET} or later")
+        if not self.tolerance >= 0:
+            raise UsageError(f"tolerance: {self.tolerance!r} must be a number of at least 0")
+
+
+def check_extras() -> None:
+    """Raises where a package that the export needs is not installed.
+
+    Raises:
+        ExportError: With the remedy.
+    """
+    missing = [name for name in _PACKAGES if find_spec(name) is None]
+    if missing:
+        raise ExportError(f"ONNX export needs {', '.join(missing)}: pip install 'compress-core[onnx]'")
+
+
+def check_path(path: str | os.PathLike[str]) -> Path:
+    """Returns the path of a file that can be written.
+
+    Raises:
+        UsageError: It is a folder, or in a folder that does not exist.
+    """
+    target = Path(path)
+    if target.is_dir() or not target.parent.is_dir():
+        raise UsageError(f"path: '{target}' must name a file in a folder that exists")
+    return target
+
+
+def reference_outputs(model: nn.Module, inputs: Inputs) -> Reference:
+    """Runs a model in eval mode on the arguments, which it may write to."""
+    copied = inputs.resized(inputs.batch_size) if inputs.batch_size else inputs
+    with torch.no_grad():
+        result = model(*copied.args, **copied.kwargs)
+    return Reference(inputs, tuple(leaf.clone() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)))
+
+
+def export(
+    model: nn.Module,
+    path: Path,
+    references: Sequence[Reference],
+    rewrites: Iterable[GraphRewrite],
+    algorithms: Sequence[str],
+    options: Options,
+) -> ExportReport:
+    """Writes a prepared model to a file, once it is known to compute what it should.
+
+    Args:
+        model: The model in eval mode on the CPU, prepared by every algorithm.
+        path: The file; one that exists is replaced.
+        references: What the compressed model makes of some batches; the first one is exported with.
+        rewrites: Changes of the graph that algorithms asked for, in order.
+        algorithms: Names, for the report.
+        options: The rest.
+
+    Raises:
+        ExportError: It cannot be exported, or differs by more than the tolerance. No file is left, and one that was
+            there stays as it was.
+    """
+    graph = _graph(model, references[0].inputs, options)
+    for rewrite in rewrites:
+        rewrite(graph)
+    _clean(graph)
+    report = ExportReport(
+        opset=options.opset,
+        algorithms=tuple(algorithms),
+        tolerance=options.tolerance,
+        inputs=tuple(str(value.name) for value in graph.graph.inputs),
+        outputs=tuple(str(value.name) for value in graph.graph.outputs),
+        operators=dict(sorted(Counter(node.op_type for node in graph.graph).items())),
+    )
+    if options.verify:
+        report = _verified(report, _serialized(graph), references)
+    graph.metadata_props[METADATA_KEY] = report.to_json()
+    serialized = _serialized(graph)
+    _write(path, serialized)
+    return replace(report, path=str(path), size=len(serialized))
+
+
+def _graph(model: nn.Module, inputs: Inputs, options: Options) -> Any:
+    shapes = _dynamic_shapes(model, inputs) if options.dynamic_batch and inputs.batch_size else None
+    with _quiet(), _no_fused_attention():
+        try:
+            # Not strict: strict export loses what functions write to their arguments in place.
+            program = torch.export.export(
+                model, inputs.args, inputs.kwargs or None, dynamic_shapes=shapes, strict=False
+            )
+            onnx_program = torch.onnx.export(
+                program,
+                dynamo=True,
+                opset_version=options.opset,
+                input_names=options.input_names,
+                output_names=options.output_names,
+                verbose=False,
+                optimize=True,
+            )
+        except Exception as error:
+            remedy = ""
+            if shapes is not None:
+                remedy = ". If the model is made for one batch size (a reshape with numbers), pass dynamic_batch=False"
+            raise ExportError(f"torch cannot export {type(model).__name__} to ONNX: {error}{remedy}") from error
+    assert onnx_program is not None
+    if shapes is not None:
+        _name_batch(onnx_program.model, inputs)
+    return onnx_program.model
+
+
+def _dynamic_shapes(model: nn.Module, inputs: Inputs) -> Any:
+    shapes = torch.export.ShapesCollection()  # type: ignore[no-untyped-call]
+    batch = torch.export.Dim("batch", min=1)
+    for tensor in inputs.tensors:
+        if inputs.has_batch(tensor):
+            shapes[tensor] = {0: batch}
+    return shapes.dynamic_shapes(model, inputs.args, inputs.kwargs)  # type: ignore[no-untyped-call]
+
+
+def _name_batch(graph: Any, inputs: Inputs) -> None:
+    """Gives the batch dimension its name, where the exporter has kept a symbol such as s31."""
+    import onnx_ir  # noqa: PLC0415 - an extra
+
+    dims = [
+        str(value.shape[0])
+        for value, tensor in zip(graph.graph.inputs, inputs.tensors, strict=False)
+        if inputs.has_batch(tensor) and isinstance(value.shape[0], onnx_ir.SymbolicDim)
+    ]
+    values = [*graph.graph.inputs, *(value for node in graph.graph for value in node.outputs)]
+    for value in values:
+        if value.shape is None or value.shape.frozen:
+            continue
+        for position, dim in enumerate(value.shape):
+            if isinstance(dim, onnx_ir.SymbolicDim) and str(dim) in dims:
+                value.shape[position] = "batch"
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    # The exporter tells its developers much, about its own parts, that no user can do anything about.
+    noisy = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "torch.export")]
+    before = [log.level for log in noisy]
+    for log in noisy:
+        log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for log, level in zip(noisy, before, strict=True):
+            log.setLevel(level)
+
+
+@contextlib.contextmanager
+def _no_fused_attention() -> Iterator[None]:
+    # torch's fused attention for inference has no counterpart in ONNX.
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+def _clean(graph: Any) -> None:
+    """Drops nodes and weights that nothing reads, and what the exporter notes about the machine it ran on."""
+    from onnx_ir.passes.common import RemoveUnusedNodesPass  # noqa: PLC0415 - an extra
+
+    RemoveUnusedNodesPass()(graph)
+    for name, value in list(graph.graph.initializers.items()):
+        if not value.uses() and not value.is_graph_output():
+            del graph.graph.initializers[name]
+    # Stack traces with paths of the machine, for each node.
+    graph.metadata_props.clear()
+    graph.graph.metadata_props.clear()
+    for node in graph.graph.all_nodes():
+        node.metadata_props.clear()
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for value in [*graph.graph.inputs, *graph.graph.initializers.values()]:
+        value.metadata_props.clear()
+    graph.producer_name, graph.doc_string = "compress-core", None
+
+
+def _serialized(graph: Any) -> bytes:
+    import onnx_ir  # noqa: PLC0415 - an extra
+
+    proto = onnx_ir.to_proto(graph)
+    size = proto.ByteSize()
+    if size > _LARGEST_FILE:
+        raise ExportError(f"the model takes {size / 1e9:.1f} GB, and one ONNX file holds 2 GB at most")
+    serialized: bytes = proto.SerializeToString()
+    return serialized
+
+
+def _verified(report: ExportReport, serialized: bytes, references: Sequence[Reference]) -> ExportReport:
+    agreements = [a for optimized in (False, True) for a in compare(serialized, references, optimized=optimized)]
+    report = replace(
+        report,
+        runtime=runtime_name(),
+        runtime_operators=optimized_operators(serialized),
+        agreements=tuple(agreements),
+    )
+    for optimized in (False, True):
+        worst = report.worst(optimized=optimized)
+        if worst is not None and not worst.relative_mean <= report.tolerance:
+            raise ExportError(
+                f"output '{worst.output}' of {report.runtime} (graph optimizations {'on' if optimized else 'off'}) "
+                f"differs from torch by {worst.relative_mean:.3g} of its mean absolute value (largest difference: "
+                f"{worst.relative:.3g} of its largest value), on a batch of {worst.batch_size}; tolerance is "
+                f"{report.tolerance:.3g}. No file was written. If that is no surprise (an untrained network, inputs "
+                "unlike the calibration data), pass inputs like those the model is for as args, or a larger tolerance"
+            )
+    return report
+
+
+def _write(path: Path, serialized: bytes) -> None:
+    """Writes a file as a whole or not at all: under another name first, renamed when it is complete."""
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(serialized)
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp makes files that only their owner may read.
+        umask = os.umask(0)
+        os.umask(umask)
+        Path(name).chmod(0o666 & ~umask)
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise

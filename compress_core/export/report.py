@@ -1,0 +1,109 @@
+"""What an export found out about the file that it wrote."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from tabulate import tabulate
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far one output of the runtime is from that of the model in torch, on one batch.
+
+    Attributes:
+        output: Name of the output.
+        batch_size: Number of samples in the batch; 0 where the model has no batch dimension.
+        optimized: Whether the runtime's graph optimizations were on (fused integer kernels), or off.
+        largest: Largest absolute difference.
+        mean: Mean absolute difference.
+        relative: `largest` in units of the largest absolute value of the output in torch.
+        relative_mean: `mean` in units of the mean absolute value of the output in torch.
+        steps: `largest` in steps of an 8-bit grid over the range of the output in torch.
+        top1: Share of the samples with the same largest entry in the last dimension; None for outputs that are no
+            floating-point tensors of shape (samples, ..., 2 or more).
+    """
+
+    output: str
+    batch_size: int
+    optimized: bool
+    largest: float
+    mean: float
+    relative: float
+    relative_mean: float
+    steps: float
+    top1: float | None = None
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """Result of an export; it is in the file as well, as JSON in `metadata_props["compress_core.export"]`.
+
+    Attributes:
+        path: The file; not in the file itself.
+        size: Its size in bytes; not in the file itself.
+        opset: Version of the operator set.
+        algorithms: The algorithms that compressed the model.
+        tolerance: What was asked for; see `CompressionController.export_onnx`.
+        inputs: Names of the inputs.
+        outputs: Names of the outputs.
+        operators: Operator -> number of nodes in the file.
+        runtime: Name and version of the runtime that checked it; empty when it was not checked.
+        runtime_operators: Operator -> number of nodes after the runtime has optimized the graph.
+        agreements: What was compared.
+    """
+
+    path: str = ""
+    size: int = 0
+    opset: int = 0
+    algorithms: tuple[str, ...] = ()
+    tolerance: float = 0.0
+    inputs: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
+    operators: Mapping[str, int] = field(default_factory=dict)
+    runtime: str = ""
+    runtime_operators: Mapping[str, int] = field(default_factory=dict)
+    agreements: tuple[Agreement, ...] = ()
+
+    def worst(self, *, optimized: bool = True) -> Agreement | None:
+        """Returns the comparison with the largest `relative_mean`, or None where nothing was compared."""
+        found = [agreement for agreement in self.agreements if agreement.optimized is optimized]
+        return max(found, key=lambda agreement: agreement.relative_mean, default=None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns JSON-able values."""
+        return asdict(self)
+
+    def to_json(self) -> str:
+        """Returns what is stored in the file."""
+        values = self.to_dict()
+        del values["path"], values["size"]
+        return json.dumps(values)
+
+    def to_str(self) -> str:
+        """Returns tables for people."""
+        head = f"{self.path}: {self.size / 1e6:.2f} MB, opset {self.opset}, {', '.join(self.algorithms) or 'plain'}"
+        operators = [
+            [name, self.operators.get(name, 0), self.runtime_operators.get(name, 0) if self.runtime else "-"]
+            for name in sorted({*self.operators, *self.runtime_operators})
+        ]
+        parts = [head, tabulate(operators, headers=["operator", "in the file", "in the runtime"], tablefmt="simple")]
+        if not self.runtime:
+            return "\n\n".join([*parts, "not compared with torch (verify=False)"])
+        rows = [
+            [
+                a.output,
+                a.batch_size or "-",
+                "on" if a.optimized else "off",
+                f"{a.relative:.2e}",
+                f"{a.relative_mean:.2e}",
+                f"{a.steps:.3g}",
+                "-" if a.top1 is None else f"{a.top1:.1%}",
+            ]
+            for a in self.agreements
+        ]
+        headers = ["output", "batch", "optimized", "largest, relative", "mean, relative", "8-bit steps", "top-1"]
+        return "\n\n".join([*parts, f"torch against {self.runtime}:", tabulate(rows, headers=headers)])

@@ -1,0 +1,154 @@
+"""The exported graph in ONNX Runtime, beside the model in torch."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from compress_core.errors import ExportError
+from compress_core.export.inputs import Inputs
+from compress_core.export.report import Agreement
+
+_LEVELS = 255  # steps of an 8-bit grid
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the model in torch returns for a batch.
+
+    Attributes:
+        inputs: The batch.
+        outputs: The tensors that it returns, flat.
+    """
+
+    inputs: Inputs
+    outputs: tuple[torch.Tensor, ...]
+
+
+def runtime_name() -> str:
+    """Returns name and version of the runtime."""
+    import onnxruntime  # noqa: PLC0415 - an extra
+
+    return f"ONNX Runtime {onnxruntime.__version__}"
+
+
+def compare(serialized: bytes, references: Sequence[Reference], *, optimized: bool) -> list[Agreement]:
+    """Runs a graph and returns how its outputs differ from those in torch.
+
+    Args:
+        serialized: The graph.
+        references: Batches and what torch makes of them.
+        optimized: Whether the runtime may optimize the graph.
+
+    Raises:
+        ExportError: The runtime cannot load or run the graph, or its outputs are of another number or shape.
+    """
+    try:
+        session = _session(serialized, optimized=optimized)
+    except Exception as error:
+        raise ExportError(f"{runtime_name()} cannot load what was exported: {error}") from error
+    return [agreement for reference in references for agreement in _agreements(session, reference, optimized)]
+
+
+def _agreements(session: Any, reference: Reference, optimized: bool) -> list[Agreement]:
+    size = reference.inputs.batch_size
+    tensors = reference.inputs.tensors
+    names = [entry.name for entry in session.get_inputs()]
+    if len(names) != len(tensors):
+        raise ExportError(
+            f"the exported graph has {len(names)} inputs ({', '.join(names)}), and the model was given {len(tensors)} "
+            "tensors: an argument without effect on the outputs? Leave it out of args"
+        )
+    feed = {name: tensor.numpy() for name, tensor in zip(names, tensors, strict=True)}
+    try:
+        outputs = session.run(None, feed)
+    except Exception as error:
+        raise ExportError(
+            f"{runtime_name()} cannot run what was exported on a batch of {size}: {error}. If the model cannot take "
+            "other batch sizes, pass dynamic_batch=False"
+        ) from error
+    found = [entry.name for entry in session.get_outputs()]
+    if len(found) != len(reference.outputs):
+        raise ExportError(f"the exported graph has {len(found)} outputs, the model {len(reference.outputs)}")
+    return [
+        _agreement(name, size, optimized, expected.numpy(), np.asarray(actual))
+        for name, expected, actual in zip(found, reference.outputs, outputs, strict=True)
+    ]
+
+
+def _agreement(
+    name: str, size: int, optimized: bool, expected: npt.NDArray[Any], actual: npt.NDArray[Any]
+) -> Agreement:
+    if expected.shape != actual.shape:
+        raise ExportError(
+            f"output '{name}' has shape {actual.shape} in the runtime and {expected.shape} in torch, "
+            f"on a batch of {size}"
+        )
+    if not expected.size:
+        return Agreement(name, size, optimized, 0.0, 0.0, 0.0, 0.0, 0.0)
+    wide, other = expected.astype(np.float64), actual.astype(np.float64)
+    difference = np.abs(wide - other)
+    # Equal infinities differ by nan, and masks of attention are full of them.
+    difference[wide == other] = 0.0
+    difference[np.isnan(wide) & np.isnan(other)] = 0.0
+    difference = np.where(np.isfinite(difference), difference, math.inf)
+    finite = wide[np.isfinite(wide)]
+    magnitudes = np.abs(finite) if finite.size else np.zeros(1)
+    step = (finite.max() - finite.min()) / _LEVELS if finite.size else 0.0
+    largest, mean = float(difference.max()), float(difference.mean())
+    return Agreement(
+        name,
+        size,
+        optimized,
+        largest,
+        mean,
+        _ratio(largest, float(magnitudes.max())),
+        _ratio(mean, float(magnitudes.mean())),
+        _ratio(largest, float(step)),
+        _top1(expected, actual),
+    )
+
+
+def _ratio(value: float, unit: float) -> float:
+    if value == 0:
+        return 0.0
+    return value / unit if unit > 0 else math.inf
+
+
+def _top1(expected: npt.NDArray[Any], actual: npt.NDArray[Any]) -> float | None:
+    if expected.ndim < 2 or expected.shape[-1] < 2 or not np.issubdtype(expected.dtype, np.floating):
+        return None
+    return float((expected.argmax(-1) == actual.argmax(-1)).mean())
+
+
+def optimized_operators(serialized: bytes) -> dict[str, int]:
+    """Returns which operators the runtime executes after it has optimized the graph, and how often each."""
+    import onnx  # noqa: PLC0415 - an extra
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "optimized.onnx"
+        _session(serialized, optimized=True, save_to=path)
+        graph = onnx.load(path, load_external_data=False).graph
+    return dict(sorted(Counter(node.op_type for node in graph.node).items()))
+
+
+def _session(serialized: bytes, *, optimized: bool, save_to: Path | None = None) -> Any:
+    import onnxruntime  # noqa: PLC0415 - an extra
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors only: what it says about saved graphs is not for users
+    options.intra_op_num_threads = torch.get_num_threads()
+    level = onnxruntime.GraphOptimizationLevel
+    options.graph_optimization_level = level.ORT_ENABLE_ALL if optimized else level.ORT_DISABLE_ALL
+    if save_to is not None:
+        options.optimized_model_filepath = str(save_to)
+    return onnxruntime.InferenceSession(serialized, options, providers=["CPUExecutionProvider"])

@@ -1,0 +1,223 @@
+"""Rewrites an exported graph, so that a runtime finds in it what it can compute with integers.
+
+Batch norms behind a quantized convolution or linear layer become a part of its scales and its bias, transposed weights
+are stored transposed, and biases become integers in the units of the accumulator. All of it is exact, but for the
+rounding of scales to float32 and of biases to half a unit of the accumulator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from compress_quantization.export.weights import Array, QuantizedWeight, constant
+
+_OPSET = 21
+_LARGEST_BIAS = 2**31 - 1
+# What ONNX Runtime moves dequantization across: values pass through these unchanged.
+_MOVING = frozenset(["Flatten", "Identity", "MaxPool", "Reshape", "Squeeze", "Transpose", "Unsqueeze"])
+_ACTIVATIONS = frozenset(["Clip", "Relu"])
+
+
+def rewrite(graph: Any) -> None:
+    """Rewrites a graph in place.
+
+    Args:
+        graph: An `onnx_ir.Model`.
+    """
+    _shorten_names(graph.graph)
+    editor = _Editor(graph.graph)
+    for step in (_transpose_weights, _fold_batch_norms, _quantize_biases):
+        step(editor)
+
+
+class _Editor:
+    """Adds constants and dequantized constants to a graph."""
+
+    def __init__(self, graph: Any) -> None:
+        import onnx_ir  # noqa: PLC0415 - an extra
+
+        self.ir = onnx_ir
+        self.graph = graph
+
+    def nodes(self, *operators: str) -> Iterator[Any]:
+        """Yields the nodes of these operators; the graph may be changed meanwhile."""
+        for node in list(self.graph):
+            if node.op_type in operators and node.domain == "":
+                yield node
+
+    def add_constant(self, name: str, values: Array) -> Any:
+        """Returns a new initializer."""
+        unique, number = name, 0
+        while unique in self.graph.initializers:
+            number += 1
+            unique = f"{name}_{number}"
+        tensor = self.ir.tensor(values, name=unique)
+        value = self.ir.Value(
+            name=unique, shape=self.ir.Shape(values.shape), type=self.ir.TensorType(tensor.dtype), const_value=tensor
+        )
+        self.graph.initializers[unique] = value
+        return value
+
+    def dequantize(self, weight: QuantizedWeight, before: Any) -> Any:
+        """Returns the dequantized form of a weight, for the node `before`."""
+        inputs = [
+            self.add_constant(f"{weight.name}.integers", weight.integers),
+            self.add_constant(f"{weight.name}.scale", weight.scale),
+            self.add_constant(f"{weight.name}.zero_point", weight.zero_point),
+        ]
+        attributes = {} if weight.axis is None else {"axis": weight.axis}
+        node = self.ir.node("DequantizeLinear", inputs, attributes, version=_OPSET)
+        output = node.outputs[0]
+        output.name = f"{weight.name}.dequantized"
+        output.shape, output.dtype = self.ir.Shape(weight.integers.shape), self.ir.DataType.FLOAT
+        self.graph.insert_before(before, node)
+        return output
+
+    def remove(self, node: Any, replacement: Any) -> None:
+        """Takes a node out; what read its first output reads `replacement`, which has the output's name."""
+        name = node.outputs[0].name
+        if node.outputs[0].is_graph_output():
+            self.graph.outputs[list(self.graph.outputs).index(node.outputs[0])] = replacement
+        node.outputs[0].replace_all_uses_with(replacement)
+        node.outputs[0].name = None
+        self.graph.remove(node, safe=True)
+        replacement.name = name
+
+
+def _transpose_weights(editor: _Editor) -> None:
+    """Stores weights as they are read: a runtime looks for a dequantized constant right before a product."""
+    for node in editor.nodes("Transpose"):
+        weight = QuantizedWeight.behind(node.inputs[0])
+        if weight is None or node.outputs[0].is_graph_output():
+            continue
+        dims = weight.integers.ndim
+        permutation = tuple(node.attributes.get_ints("perm", tuple(reversed(range(dims)))))
+        value = editor.dequantize(weight.transposed(permutation), node)
+        node.outputs[0].replace_all_uses_with(value)
+        editor.graph.remove(node, safe=True)
+
+
+def _output_axis(node: Any, weight: QuantizedWeight) -> int | None:
+    """Returns the dimension of a weight that the output's channels (dimension 1) are in; None where it is none."""
+    if node.op_type == "Conv":
+        return 0
+    if node.op_type == "ConvTranspose":
+        return 1 if node.attributes.get_int("group", 1) == 1 else None
+    if node.op_type == "Gemm":
+        plain = node.attributes.get_float("alpha", 1.0) == 1 == node.attributes.get_float("beta", 1.0)
+        return (0 if node.attributes.get_int("transB", 0) else 1) if plain else None
+    return 1 if weight.integers.ndim == 2 and _rank(node.outputs[0]) == 2 else None  # MatMul
+
+
+def _rank(value: Any) -> int | None:
+    return None if value.shape is None else len(value.shape)
+
+
+def _fold_batch_norms(editor: _Editor) -> None:
+    for norm in editor.nodes("BatchNormalization"):
+        layer = norm.inputs[0].producer()
+        if layer is None or layer.op_type not in ("Conv", "ConvTranspose", "Gemm", "MatMul"):
+            continue
+        # Whoever else reads the layer's output wants it without the batch norm.
+        if len(norm.inputs[0].uses()) != 1 or norm.inputs[0].is_graph_output():
+            continue
+        if all(not output.uses() for output in norm.outputs[1:]):
+            _fold_batch_norm(editor, layer, norm)
+
+
+def _fold_batch_norm(editor: _Editor, layer: Any, norm: Any) -> None:
+    weight = QuantizedWeight.behind(layer.inputs[1])
+    axis = None if weight is None else _output_axis(layer, weight)
+    statistics = [constant(value) for value in norm.inputs[1:5]]
+    bias = constant(layer.inputs[2]) if len(layer.inputs) > 2 else None
+    has_bias = len(layer.inputs) > 2 and layer.inputs[2] is not None
+    if weight is None or axis is None or any(array is None for array in statistics) or (has_bias and bias is None):
+        return
+    gamma, beta, mean, variance = (array.astype(np.float64) for array in statistics if array is not None)
+    factors = gamma / np.sqrt(variance + norm.attributes.get_float("epsilon", 1e-5))
+    folded = weight.scaled(factors, axis)
+    if folded is None:
+        return
+    shift = beta + factors * ((0.0 if bias is None else bias.astype(np.float64)) - mean)
+    new_bias = editor.add_constant(f"{weight.name}.bias", shift.astype(np.float32))
+    value = editor.dequantize(folded, layer)
+    if layer.op_type == "MatMul":
+        node = editor.ir.node("Gemm", [layer.inputs[0], value, new_bias], version=_OPSET)
+        editor.graph.insert_before(layer, node)
+        node.outputs[0].shape, node.outputs[0].type = layer.outputs[0].shape, layer.outputs[0].type
+        editor.remove(norm, node.outputs[0])
+        editor.graph.remove(layer, safe=True)
+        return
+    layer.replace_input_with(1, value)
+    if len(layer.inputs) < 3:
+        layer.resize_inputs(3)
+    layer.replace_input_with(2, new_bias)
+    editor.remove(norm, layer.outputs[0])
+
+
+def _quantize_biases(editor: _Editor) -> None:
+    """Makes biases integers in units of (scale of the input) * (scale of the weight), where a runtime wants them so."""
+    for node in editor.nodes("Conv", "Gemm"):
+        weight = QuantizedWeight.behind(node.inputs[1])
+        # Without quantizers on both sides a convolution is computed in floating point.
+        if weight is None or (node.op_type == "Conv" and not _is_quantized(node.outputs[0])):
+            continue
+        quantized = _quantized_bias(node, weight)
+        if quantized is not None:
+            node.replace_input_with(2, editor.dequantize(quantized, node))
+
+
+def _quantized_bias(node: Any, weight: QuantizedWeight) -> QuantizedWeight | None:
+    bias = constant(node.inputs[2]) if len(node.inputs) > 2 else None
+    scale, axis = _input_scale(node.inputs[0]), _output_axis(node, weight)
+    if bias is None or scale is None or axis is None or weight.axis not in (None, axis):
+        return None
+    if weight.integers.dtype != np.int8 or bias.shape != (weight.integers.shape[axis],):
+        return None
+    # float32, like the product that the runtime computes.
+    units = (np.float32(scale) * weight.scale).astype(np.float32)
+    with np.errstate(divide="ignore", over="ignore"):
+        integers = np.rint(bias.astype(np.float64) / units.astype(np.float64))
+    if not (np.abs(integers) <= _LARGEST_BIAS).all():
+        return None  # a channel of nearly no weight: only floating point holds both
+    zeros = np.zeros(units.shape, np.int32)
+    channels = 0 if units.ndim else None
+    return QuantizedWeight(integers.astype(np.int32), units, zeros, channels, str(node.inputs[2].name))
+
+
+def _input_scale(value: Any) -> Array | None:
+    """Returns the scale of the quantizer that an input comes from, if it has one scale and 8 bits."""
+    node = value.producer()
+    while node is not None and node.op_type in _MOVING:
+        node = node.inputs[0].producer()
+    return None if node is None or node.op_type != "DequantizeLinear" else _scale(node)
+
+
+def _scale(node: Any) -> Array | None:
+    """Returns the scale of a quantize or dequantize operator of 8 bits with one scale; None for others."""
+    scale, zero_point = (constant(value) for value in node.inputs[1:3])
+    if scale is None or scale.size != 1 or zero_point is None or zero_point.dtype != np.uint8:
+        return None
+    return scale.reshape(())
+
+
+def _is_quantized(value: Any) -> bool:
+    """Tells whether a value goes into one quantizer and nowhere else, except for activation functions."""
+    readers = [node for node, _ in value.uses()]
+    if value.is_graph_output() or len(readers) != 1:
+        return False
+    if readers[0].op_type in _ACTIVATIONS:
+        return _is_quantized(readers[0].outputs[0])
+    return bool(readers[0].op_type == "QuantizeLinear" and _scale(readers[0]) is not None)
+
+
+def _shorten_names(graph: Any) -> None:
+    """Names weights as the model does, without the parts that stem from how they were exported."""
+    for name in list(graph.initializers):
+        short = name.replace("parametrizations.", "").replace(".0.integers", ".integers")
+        short = short.replace(".0.scale", ".scale").replace(".0.zero_point", ".zero_point")
+        if "parametrizations." in name and short not in graph.initializers:
+            graph.initializers[name].name = short

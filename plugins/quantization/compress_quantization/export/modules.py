@@ -1,0 +1,114 @@
+"""What stands for quantizers while a model is exported: ONNX's quantize and dequantize operators."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from compress_quantization.grid import Grid
+
+_VERSION = 21  # of QuantizeLinear and DequantizeLinear
+
+
+def _emit(operator: str, inputs: list[torch.Tensor], axis: int | None, dtype: torch.dtype) -> torch.Tensor:
+    attributes: dict[str, Any] = {}
+    if axis is not None:
+        attributes["axis"] = axis
+    return torch.onnx.ops.symbolic(operator, inputs, attributes, dtype=dtype, shape=inputs[0].shape, version=_VERSION)
+
+
+class DequantizedWeight(nn.Module):
+    """Stands for a quantized weight: its integers, and the operator that makes values of them.
+
+    Attributes:
+        integers: int8 (int16 for grids of more than 8 bits), the weight's shape.
+        scale: float32, shape () or (channels,).
+        zero_point: Of the dtype of the integers and the shape of the scale.
+    """
+
+    integers: torch.Tensor
+    scale: torch.Tensor
+    zero_point: torch.Tensor
+
+    def __init__(self, weight: torch.Tensor, grid: Grid) -> None:
+        """Takes the integers that stand for a weight.
+
+        Args:
+            weight: The values, on the grid or to be rounded to it.
+            grid: The grid.
+        """
+        super().__init__()
+        dtype = torch.int8 if grid.quant_max - grid.quant_min < 2**8 else torch.int16
+        # Unsigned and asymmetric grids count from 0; shifted by half of the type's range they fit a signed type.
+        smallest = torch.iinfo(dtype).min
+        shift = 0 if grid.quant_min < 0 else smallest
+        self.register_buffer("integers", (grid.integers(weight) + shift).to(dtype))
+        self.register_buffer("scale", grid.scale.detach().float().clone())
+        self.register_buffer("zero_point", (grid.zero_point + shift).to(dtype))
+        self.axis = grid.channel_dim
+        self.dtype = weight.dtype
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        """Returns the weight in the exported graph; what is stored as `weight` has no effect."""
+        values = _emit("DequantizeLinear", [self.integers, self.scale, self.zero_point], self.axis, torch.float32)
+        return values.to(self.dtype)
+
+
+class QuantizeDequantize(nn.Module):
+    """Stands for the quantizer of an activation.
+
+    Integers are unsigned, whatever the grid: signed ones cost ONNX Runtime nearly all that integers gain on x86 (they
+    have no fast kernels there). A signed grid is shifted, so that 128 stands for zero. A grid that does not use all
+    integers of the type is clipped to its ends before.
+
+    Attributes:
+        scale: float32, shape () or (channels,).
+        zero_point: uint8 (uint16 for grids of more than 8 bits), the shape of the scale.
+        low: Where the grid ends, float32, of a shape that broadcasts to the tensor's.
+        high: Likewise.
+    """
+
+    scale: torch.Tensor
+    zero_point: torch.Tensor
+    low: torch.Tensor
+    high: torch.Tensor
+
+    def __init__(self, grid: Grid, shape: tuple[int, ...]) -> None:
+        """Takes the grid of a quantizer.
+
+        Args:
+            grid: The grid; its `channel_dim` counts in `shape`.
+            shape: Shape of the quantizer's range, which broadcasts against the tensor.
+        """
+        super().__init__()
+        levels = grid.quant_max - grid.quant_min + 1
+        dtype = torch.uint8 if levels <= 2**8 else torch.uint16
+        largest = torch.iinfo(dtype).max
+        # Signed grids of fewer levels are shifted by as much as full ones: runtimes know 128 as the middle.
+        shift = 0 if grid.quant_min == 0 else (largest + 1) // 2
+        scale, zero_point = grid.scale.detach().float(), grid.zero_point
+        self.register_buffer("scale", scale.clone())
+        self.register_buffer("zero_point", (zero_point + shift).to(dtype))
+        self.register_buffer("low", ((grid.quant_min - zero_point) * scale).reshape(shape if scale.ndim else ()))
+        self.register_buffer("high", ((grid.quant_max - zero_point) * scale).reshape(shape if scale.ndim else ()))
+        self.is_narrow = grid.quant_min + shift > 0 or grid.quant_max + shift < largest
+        self.dtype = dtype
+        self.channel_dim = None if grid.channel_dim is None else grid.channel_dim - len(shape)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns the activation in the exported graph."""
+        if not x.is_floating_point():
+            return x
+        axis = None if self.channel_dim is None else self.channel_dim + x.ndim
+        values = x.float()
+        if self.is_narrow:
+            values = self._clipped(values)
+        integers = _emit("QuantizeLinear", [values, self.scale, self.zero_point], axis, self.dtype)
+        return _emit("DequantizeLinear", [integers, self.scale, self.zero_point], axis, torch.float32).to(x.dtype)
+
+    def _clipped(self, x: torch.Tensor) -> torch.Tensor:
+        if self.channel_dim is None:
+            return _emit("Clip", [x, self.low, self.high], None, torch.float32)
+        return torch.minimum(torch.maximum(x, self.low), self.high)

@@ -1,0 +1,96 @@
+"""Quantized weights in an exported graph: found, changed as integers, and put back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """Integers of a graph and what they stand for: (integers - zero_point) * scale.
+
+    Attributes:
+        integers: int8 or int16.
+        scale: float32, shape () or (channels,).
+        zero_point: Of the dtype of the integers and the shape of the scale.
+        axis: Dimension of the channels; None for one scale.
+        name: What names in the graph begin with.
+    """
+
+    integers: Array
+    scale: Array
+    zero_point: Array
+    axis: int | None
+    name: str
+
+    @classmethod
+    def behind(cls, value: Any) -> QuantizedWeight | None:
+        """Returns the weight that `value` (an `onnx_ir.Value`) is the dequantized form of, or None."""
+        node = None if value is None else value.producer()
+        if node is None or node.op_type != "DequantizeLinear" or value.is_graph_output():
+            return None
+        arrays = [constant(entry) for entry in node.inputs]
+        if len(arrays) < 2 or arrays[0] is None or arrays[1] is None:
+            return None
+        integers, scale = arrays[0], arrays[1]
+        zero_point = arrays[2] if len(arrays) > 2 and arrays[2] is not None else np.zeros(scale.shape, integers.dtype)
+        axis = None if scale.ndim == 0 else int(node.attributes.get_int("axis", 1)) % integers.ndim
+        return cls(integers, scale, zero_point, axis, str(node.inputs[0].name).removesuffix(".integers"))
+
+    def transposed(self, permutation: tuple[int, ...]) -> QuantizedWeight:
+        """Returns the weight with its dimensions in another order."""
+        axis = None if self.axis is None else permutation.index(self.axis)
+        integers = np.ascontiguousarray(self.integers.transpose(permutation))
+        return replace(self, integers=integers, axis=axis, name=f"{self.name}.transposed")
+
+    def scaled(self, factors: Array, axis: int) -> QuantizedWeight | None:
+        """Returns the weight times a factor for each channel, exact but for the rounding of the scales.
+
+        A negative factor mirrors the integers of a channel at the zero point, a factor of zero makes them zero.
+
+        Args:
+            factors: float64, shape (channels,).
+            axis: Dimension of the channels.
+
+        Returns:
+            None where channels have scales along another dimension, where a mirrored integer is out of range, or where
+            a scale would vanish.
+        """
+        if self.axis not in (None, axis) or factors.shape != (self.integers.shape[axis],):
+            return None
+        scale = np.broadcast_to(self.scale, factors.shape).astype(np.float64)
+        zero_point = np.broadcast_to(self.zero_point, factors.shape)
+        # A channel of zeros keeps its scale: it has to be positive.
+        scales = np.where(factors == 0, scale, scale * np.abs(factors)).astype(np.float32)
+        if not (np.isfinite(scales).all() and (scales >= np.finfo(np.float32).tiny).all()):
+            return None
+        shape = [1] * self.integers.ndim
+        shape[axis] = -1
+        middle = zero_point.astype(np.int64).reshape(shape)
+        signs = np.sign(factors).astype(np.int64).reshape(shape)
+        integers = middle + signs * (self.integers.astype(np.int64) - middle)
+        limits = np.iinfo(self.integers.dtype)
+        if integers.min(initial=0) < limits.min or integers.max(initial=0) > limits.max:
+            return None
+        return replace(
+            self,
+            integers=integers.astype(self.integers.dtype),
+            scale=scales,
+            zero_point=zero_point.copy(),
+            axis=axis,
+            name=f"{self.name}.folded",
+        )
+
+
+def constant(value: Any) -> Array | None:
+    """Returns what an initializer (an `onnx_ir.Value`) holds; None for other values and for absent inputs."""
+    if value is None or value.const_value is None:
+        return None
+    array: Array = value.const_value.numpy()
+    return array
