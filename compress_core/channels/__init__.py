@@ -1,0 +1,32 @@
+"""Which channels of a model belong together, and the model without some of them.
+
+Labels on the slices of its tensors are carried through the operators of a trace (`algebra`, `rules`); from them come
+groups of channels (`groups`), what a model costs without some (`costs`), smaller tensors in place (`shrinking`), and
+the proof that the smaller model computes the same (`proof`).
+"""
+
+from compress_core.channels.algebra import Obstacle, Role
+from compress_core.channels.costs import Costs, operation_costs, parameter_costs
+from compress_core.channels.groups import ChannelGroup, ChannelGroups, Member, channel_groups
+from compress_core.channels.proof import Certificate, InputSpec, ShrinkError, batch_size, input_specs, prove
+from compress_core.channels.shrinking import Shrinkage, shrinkage
+
+__all__ = [
+    "Certificate",
+    "ChannelGroup",
+    "ChannelGroups",
+    "Costs",
+    "InputSpec",
+    "Member",
+    "Obstacle",
+    "Role",
+    "ShrinkError",
+    "Shrinkage",
+    "batch_size",
+    "channel_groups",
+    "input_specs",
+    "operation_costs",
+    "parameter_costs",
+    "prove",
+    "shrinkage",
+]

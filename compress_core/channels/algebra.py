@@ -1,0 +1,180 @@
+"""Labels on the slices of tensors: which of them can only be removed together.
+
+Every index of every dimension of a parameter gets a label. Rules (`compress_core.channels.rules`) carry the labels
+through the operators of a trace: a value knows, for each of its dimensions, the label of each index, or that the
+dimension does not depend on any parameter. Where an operator makes two indices one (an addition, a contraction), their
+labels are *joined*; where a dimension must keep its size, its labels are *fixed*, with the reason. What is joined is
+removed together: this is the dependency of DepGraph (Fang et al., 2023, arXiv:2301.12900), index by index instead of
+layer by layer.
+
+A removed index need not be zero in the masked network: every weight that reads it is masked as well.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import TypeAlias
+
+import numpy as np
+
+# The labels along one dimension; None for a dimension that no parameter decides about.
+Labels: TypeAlias = "np.ndarray | None"
+# The labels of a value, dimension by dimension.
+Dims: TypeAlias = "list[Labels]"
+
+
+@dataclass(frozen=True)
+class Obstacle:
+    """Why a dimension must keep its size.
+
+    Attributes:
+        module: Dotted name of the module in which it happens.
+        operator: Name of the operator.
+        reason: What it does with the dimension.
+    """
+
+    module: str
+    operator: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.operator} in '{self.module or 'model'}': {self.reason}"
+
+
+class Role(IntEnum):
+    """What a dimension of a parameter does with its channels."""
+
+    OTHER = 0
+    """Scales or shifts them, or anything else."""
+    READS = 1
+    """Sums over them: the input dimension of a weight."""
+    NORMALIZES = 2
+    """Scales or shifts them behind batch norm."""
+    ADDS = 3
+    """A bias."""
+    MAKES = 4
+    """The output dimension of a weight."""
+
+
+@dataclass(frozen=True)
+class Product:
+    """A product of matrices or a convolution, as far as its cost is concerned.
+
+    Attributes:
+        constant: Multiply-accumulate operations for each combination of the indices of `factors`.
+        factors: Labels along the dimensions that can shrink; the cost is proportional to the length of each.
+    """
+
+    constant: int
+    factors: tuple[np.ndarray, ...]
+
+
+@dataclass
+class Algebra:
+    """Labels, what is joined, and what is fixed.
+
+    Attributes:
+        parameters: Name of each parameter or buffer -> the labels of its dimensions.
+        products: What the first forward multiplies.
+        counting: Whether products are being recorded.
+    """
+
+    parameters: dict[str, list[np.ndarray]] = field(default_factory=dict)
+    products: list[Product] = field(default_factory=list)
+    counting: bool = True
+    _roles: list[tuple[Role, np.ndarray]] = field(default_factory=list)
+    _size: int = 0
+    _left: list[np.ndarray] = field(default_factory=list)
+    _right: list[np.ndarray] = field(default_factory=list)
+    _fixed: list[tuple[np.ndarray, Obstacle]] = field(default_factory=list)
+
+    def parameter(self, name: str, shape: Sequence[int]) -> Dims:
+        """Returns the labels of a parameter or buffer, new ones at the first call."""
+        if name not in self.parameters:
+            dims = []
+            for size in shape:
+                dims.append(np.arange(self._size, self._size + size))
+                self._size += size
+            self.parameters[name] = dims
+        return list(self.parameters[name])
+
+    def join(self, left: Labels, right: Labels) -> None:
+        """Makes the labels of two dimensions of one length equal, index by index."""
+        if left is not None and right is not None and left is not right:
+            self._left.append(left)
+            self._right.append(right)
+
+    def join_all(self, rows: np.ndarray) -> np.ndarray:
+        """Joins the labels in each column of `rows`; returns the first row."""
+        for row in rows[1:]:
+            self.join(rows[0], row)
+        first: np.ndarray = rows[0]
+        return first
+
+    def fix(self, labels: Labels, obstacle: Obstacle) -> None:
+        """Keeps a dimension at its size."""
+        if labels is not None:
+            self._fixed.append((labels, obstacle))
+
+    def mark(self, role: Role, labels: Labels) -> None:
+        """Notes what is done with the channels of a dimension."""
+        if labels is not None:
+            self._roles.append((role, labels))
+
+    def roles(self) -> np.ndarray:
+        """Returns the role of each label, the highest of those that were marked; shape (labels,)."""
+        found = np.zeros(self._size, np.int8)
+        for role, labels in self._roles:
+            found[labels] = np.maximum(found[labels], role)
+        return found
+
+    def multiply(self, sizes: Sequence[tuple[int, Labels]]) -> None:
+        """Records a product.
+
+        Args:
+            sizes: Length and labels of each dimension that the number of operations is proportional to.
+        """
+        if self.counting:
+            constant = math.prod(size for size, labels in sizes if labels is None)
+            self.products.append(Product(constant, tuple(labels for _, labels in sizes if labels is not None)))
+
+    def classes(self) -> np.ndarray:
+        """Returns the class of each label: labels of one class are removed together; shape (labels,)."""
+        left = np.concatenate([np.empty(0, np.int64), *self._left])
+        right = np.concatenate([np.empty(0, np.int64), *self._right])
+        return _components(self._size, left, right)
+
+    def fixed(self, classes: np.ndarray) -> dict[int, Obstacle]:
+        """Returns the classes that must stay, each with the first reason."""
+        found: dict[int, Obstacle] = {}
+        for labels, obstacle in self._fixed:
+            for number in np.unique(classes[labels]):
+                found.setdefault(int(number), obstacle)
+        return found
+
+
+def _components(size: int, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Returns the connected components of a graph: the smallest node of each, for every node.
+
+    Labels take the smallest label of their neighbours and then that label's own, until nothing changes: a few rounds,
+    each linear in the number of edges.
+    """
+    parent = np.arange(size)
+    while True:
+        smallest = np.minimum(parent[left], parent[right])
+        new = parent.copy()
+        np.minimum.at(new, left, smallest)
+        np.minimum.at(new, right, smallest)
+        np.minimum.at(new, parent[left], smallest)
+        np.minimum.at(new, parent[right], smallest)
+        while True:
+            jumped = new[new]
+            if np.array_equal(jumped, new):
+                break
+            new = jumped
+        if np.array_equal(new, parent):
+            return parent
+        parent = new

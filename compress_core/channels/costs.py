@@ -1,0 +1,140 @@
+"""What a model costs when channels are gone: operations and parameters as functions of the sizes of its groups."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from compress_core.channels.groups import ChannelGroup, ChannelGroups
+
+
+@dataclass(frozen=True)
+class Costs:
+    """A sum of products of sizes, each of which falls with the channels that are left.
+
+    Term t costs `constants[t]` times the product over its factors of `fixed[f] + slopes[f] @ left`; `left` holds the
+    number of channels that each group still has.
+
+    Attributes:
+        constants: Shape (terms,).
+        fixed: Part of each factor that does not change; shape (terms, factors).
+        slopes: What each channel of a group adds to a factor; shape (terms, factors, groups).
+    """
+
+    constants: np.ndarray
+    fixed: np.ndarray
+    slopes: np.ndarray
+
+    def of(self, left: Sequence[int] | np.ndarray) -> int:
+        """Returns the cost with `left[g]` channels left in group g, exactly."""
+        sizes = self.fixed + self.slopes @ np.asarray(left, np.int64)
+        return int(self.constants @ sizes.prod(axis=1))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns JSON-able values; terms that depend on the same groups in the same way are added up."""
+        terms: dict[str, list[Any]] = {}
+        for constant, fixed, slopes in zip(self.constants, self.fixed, self.slopes, strict=True):
+            factors = [
+                [int(f), {str(g): int(row[g]) for g in np.flatnonzero(row)}]
+                for f, row in zip(fixed, slopes, strict=True)
+                if f != 1 or row.any()
+            ]
+            terms.setdefault(str(factors), [0, factors])[0] += int(constant)
+        return {"groups": int(self.slopes.shape[2]), "terms": list(terms.values())}
+
+    @classmethod
+    def from_dict(cls, saved: Mapping[str, Any]) -> Costs:
+        """Takes back what `to_dict` returned."""
+        groups = int(saved["groups"])
+        terms = []
+        for constant, factors in saved["terms"]:
+            rows = []
+            for fixed, slopes in factors:
+                row = np.zeros(groups, np.int64)
+                for group, slope in slopes.items():
+                    row[int(group)] = slope
+                rows.append((int(fixed), row))
+            terms.append((int(constant), rows))
+        return _stacked(terms, groups)
+
+
+def operation_costs(found: ChannelGroups, chosen: Sequence[ChannelGroup], batch_size: int = 1) -> Costs:
+    """Returns the floating point operations (two per multiply-accumulate) of products of matrices and convolutions.
+
+    Args:
+        found: The groups of a model.
+        chosen: Those whose channels may go, in the order of `Costs.of`.
+        batch_size: Samples in the traced batch; costs are those of one.
+    """
+    position = {id(group): number for number, group in enumerate(chosen)}
+    numbers = np.array([position.get(id(group), -1) for group in found.groups] + [-1])
+    terms = []
+    for product in found.algebra.products:
+        rows = [
+            _factor(numbers[found.numbers[found.classes[labels]]], [group.size for group in chosen])
+            for labels in product.factors
+        ]
+        terms.append((2 * product.constant, rows))
+    costs = _stacked(terms, len(chosen))
+    whole = costs.constants % batch_size == 0
+    return costs if not whole.all() else Costs(costs.constants // batch_size, costs.fixed, costs.slopes)
+
+
+def parameter_costs(model: nn.Module, chosen: Sequence[ChannelGroup]) -> Costs:
+    """Returns the number of a model's parameters; arguments as for `operation_costs`."""
+    return member_costs(
+        {name: tuple(parameter.shape) for name, parameter in model.named_parameters()},
+        [{(m.parameter, m.dim): m.channels for m in group.members} for group in chosen],
+        [group.size for group in chosen],
+    )
+
+
+def member_costs(
+    shapes: Mapping[str, tuple[int, ...]],
+    members: Sequence[Mapping[tuple[str, int], np.ndarray]],
+    sizes: Sequence[int],
+) -> Costs:
+    """Returns the number of elements of tensors.
+
+    Args:
+        shapes: Their shapes by name.
+        members: For each group (tensor, dim) -> the channel of each index, or -1.
+        sizes: Number of channels of each group.
+    """
+    slopes: dict[tuple[str, int], dict[int, int]] = {}
+    for number, group in enumerate(members):
+        for key, channels in group.items():
+            slopes.setdefault(key, {})[number] = int((channels >= 0).sum()) // sizes[number]
+    terms = []
+    for name, shape in shapes.items():
+        rows = []
+        for dim, size in enumerate(shape):
+            row = np.zeros(len(sizes), np.int64)
+            for number, slope in slopes.get((name, dim), {}).items():
+                row[number] = slope
+            rows.append((size - int(row @ np.asarray(sizes, np.int64)), row))
+        terms.append((1, rows))
+    return _stacked(terms, len(sizes))
+
+
+def _factor(groups: np.ndarray, sizes: Sequence[int]) -> tuple[int, np.ndarray]:
+    row = np.zeros(len(sizes), np.int64)
+    numbers, counts = np.unique(groups[groups >= 0], return_counts=True)
+    for number, count in zip(numbers.tolist(), counts.tolist(), strict=True):
+        row[number] = count // sizes[number]
+    return len(groups) - int(row @ np.asarray(sizes, np.int64)), row
+
+
+def _stacked(terms: Iterable[tuple[int, list[tuple[int, np.ndarray]]]], groups: int) -> Costs:
+    listed = list(terms)
+    width = max((len(rows) for _, rows in listed), default=0)
+    fixed = np.ones((len(listed), width), np.int64)
+    slopes = np.zeros((len(listed), width, groups), np.int64)
+    for number, (_, rows) in enumerate(listed):
+        for position, (constant, row) in enumerate(rows):
+            fixed[number, position], slopes[number, position] = constant, row
+    return Costs(np.array([constant for constant, _ in listed], np.int64), fixed, slopes)

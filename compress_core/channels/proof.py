@@ -1,0 +1,341 @@
+"""Proof by example: a masked model and the model that is left of it compute the same."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
+
+from compress_core.channels.shrinking import Shrinkage
+from compress_core.errors import ModelError
+from compress_core.rng import preserved_rng
+from compress_core.trace.graph import ForwardTrace, tensors_with_paths
+
+logger = logging.getLogger(__name__)
+
+# Rounding alone stays below 1e-12 in float64; models that compute parts of their forward in float32 come to 1e-6.
+TOLERANCE = 1e-5
+
+_SEED = 20
+
+_DROPOUTS = frozenset(
+    [F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, torch.dropout]
+)
+
+
+class ShrinkError(ModelError):
+    """A shrunk model does not compute what the masked one does; the model has not been changed.
+
+    Attributes:
+        module: Dotted name of the module where that showed first.
+        reference: Whether the masked model failed already, on the random inputs.
+    """
+
+    def __init__(self, message: str, module: str = "", *, reference: bool = False) -> None:
+        super().__init__(message)
+        self.module, self.reference = module, reference
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """A tensor that a forward takes.
+
+    Attributes:
+        path: Where among the arguments: a position or a keyword, then the way into nested containers.
+        shape: Its shape.
+        dtype: Its dtype, as `float32`.
+    """
+
+    path: tuple[int | str, ...]
+    shape: tuple[int, ...]
+    dtype: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns JSON-able values."""
+        return {**asdict(self), "path": list(self.path), "shape": list(self.shape)}
+
+    @classmethod
+    def from_dict(cls, saved: Mapping[str, Any]) -> InputSpec:
+        """Takes back what `to_dict` returned."""
+        return cls(tuple(saved["path"]), tuple(saved["shape"]), str(saved["dtype"]))
+
+
+def input_specs(forward: ForwardTrace) -> list[InputSpec]:
+    """Returns the tensors that a traced forward was given."""
+    return [
+        InputSpec(tuple(path), tuple(value.shape), str(value.dtype).removeprefix("torch."))
+        for value in forward.inputs
+        for path in value.inputs
+    ]
+
+
+def batch_size(specs: Sequence[InputSpec]) -> int:
+    """Returns the length of the first dimension where all inputs share it, else 1."""
+    sizes = {spec.shape[0] for spec in specs if spec.shape}
+    return sizes.pop() if len(sizes) == 1 else 1
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """How well a shrunk model agrees with the masked one on random inputs.
+
+    Attributes:
+        eval_difference: Largest difference of an output in eval mode, relative to the largest value of that output.
+        train_difference: The same in training mode without dropout, and of the running statistics that it leaves; None
+            where the model has no such forward on these inputs.
+        dtype: What was computed in.
+        inputs: Shapes of the inputs.
+    """
+
+    eval_difference: float
+    train_difference: float | None
+    dtype: str
+    inputs: tuple[tuple[int, ...], ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns JSON-able values."""
+        return asdict(self)
+
+
+def prove(model: nn.Module, shrinkage: Shrinkage, specs: Sequence[InputSpec]) -> Certificate:
+    """Shrinks a copy of a plain model whose masks are baked in, and compares.
+
+    Args:
+        model: The model; it is not changed. What is to go must not matter any more.
+        shrinkage: What is left of its tensors.
+        specs: What its forward takes.
+
+    Raises:
+        ShrinkError: The shrunk model fails or computes something else.
+    """
+    with preserved_rng(), torch.no_grad():
+        try:
+            return _prove(copy.deepcopy(model).double(), shrinkage, specs, torch.float64)
+        except _ReferenceError as error:
+            logger.debug("comparing in the model's own dtype, because it does not run in float64: %s", error)
+        try:
+            return _prove(copy.deepcopy(model), shrinkage, specs, None)
+        except _ReferenceError as error:
+            raise ShrinkError(
+                f"the model does not run on random inputs like those it was traced with: {error}", reference=True
+            ) from error
+
+
+class _ReferenceError(Exception):
+    """The model that is compared with does not run."""
+
+
+def _prove(
+    reference: nn.Module, shrinkage: Shrinkage, specs: Sequence[InputSpec], dtype: torch.dtype | None
+) -> Certificate:
+    device = next((p.device for p in reference.parameters()), torch.device("cpu"))
+    for module in reference.modules():
+        if isinstance(module, (nn.MultiheadAttention, nn.RNNBase)):
+            module.dropout = 0.0
+    shrunk = copy.deepcopy(reference)
+    shrinkage.apply(shrunk)
+    inputs = _inputs(specs, device, dtype, small=True)
+    try:
+        _run(reference.eval(), inputs)
+    except Exception:  # a batch size that is written in the code
+        inputs = _inputs(specs, device, dtype, small=False)
+    eval_difference = _compare(reference.eval(), shrunk.eval(), inputs, "eval")
+    train_difference: float | None = None
+    try:
+        train_difference = _compare(reference.train(), shrunk.train(), inputs, "training")
+    except _ReferenceError as error:
+        logger.debug("no comparison in training mode: %s", error)
+    if train_difference is not None:
+        train_difference = max(train_difference, _buffer_difference(reference, shrunk, shrinkage))
+    name = str(dtype or next((p.dtype for p in reference.parameters()), torch.float32)).removeprefix("torch.")
+    return Certificate(eval_difference, train_difference, name, tuple(spec.shape for spec in specs))
+
+
+def _compare(reference: nn.Module, shrunk: nn.Module, inputs: Any, mode: str) -> float:
+    try:
+        expected = dict(tensors_with_paths(_run(reference, inputs)))
+    except Exception as error:
+        raise _ReferenceError(str(error)) from error
+    with _running_modules(shrunk) as running:
+        try:
+            actual = dict(tensors_with_paths(_run(shrunk, inputs)))
+        except Exception as error:
+            module = running.innermost()
+            raise ShrinkError(
+                f"a forward with fewer channels fails in '{module or 'the model'}' ({mode} mode): "
+                f"{_first_line(error)}. A size is written in its code; compute it from the tensor, "
+                "or name the layers before it in ignored_scopes",
+                module,
+            ) from error
+    difference = max((_difference(expected[path], actual.get(path)) for path in expected), default=0.0)
+    if not difference <= TOLERANCE:
+        module = _first_difference(reference, shrunk, inputs)
+        raise ShrinkError(
+            f"the model with fewer channels computes something else from '{module or 'the model'}' on ({mode} mode, "
+            f"relative difference {difference:.2g}); name the layers before it in ignored_scopes",
+            module,
+        )
+    return difference
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _difference(expected: torch.Tensor, actual: torch.Tensor | None) -> float:
+    if actual is None or expected.shape != actual.shape:
+        return math.inf
+    if not expected.is_floating_point():
+        return 0.0 if torch.equal(expected, actual) else math.inf
+    if not expected.numel():
+        return 0.0
+    same = expected == actual  # infinities, such as masked scores, on both sides
+    error = torch.where(same, 0.0, (expected - actual).abs())
+    finite = expected[expected.isfinite()]
+    scale = float(finite.abs().max()) if finite.numel() else 1.0
+    largest = float(error.nan_to_num(nan=math.inf, posinf=math.inf).max())
+    return largest / scale if scale > 0 else largest
+
+
+def _buffer_difference(reference: nn.Module, shrunk: nn.Module, shrinkage: Shrinkage) -> float:
+    found = 0.0
+    smaller = dict(shrunk.named_buffers())
+    for name, buffer in reference.named_buffers():
+        expected = shrinkage.slice(name, buffer) if name in shrinkage.kept else buffer
+        found = max(found, _difference(expected, smaller.get(name)))
+    if not found <= TOLERANCE:
+        raise ShrinkError(f"running statistics of the model with fewer channels differ by {found:.2g}")
+    return found
+
+
+# Forwards.
+
+
+def _inputs(specs: Iterable[InputSpec], device: Any, dtype: torch.dtype | None, *, small: bool) -> Any:
+    """Returns random arguments (args, kwargs) of a forward."""
+    specs = list(specs)
+    samples = batch_size(specs)
+    generator = torch.Generator().manual_seed(_SEED)
+    tree: dict[Any, Any] = {}
+    for spec in specs:
+        shape = spec.shape
+        if small and samples > 2 and shape:
+            shape = (2, *shape[1:])
+        elif small and samples == 1 and shape and shape[0] == 1:
+            shape = (2, *shape[1:])  # batch norm in training mode needs more than one value
+        kind = getattr(torch, spec.dtype)
+        if kind.is_floating_point:
+            value = torch.randn(shape, generator=generator).to(device=device, dtype=dtype or kind)
+        elif kind is torch.bool:
+            value = torch.ones(shape, dtype=kind, device=device)
+        else:
+            value = torch.randint(0, 2, shape, generator=generator).to(device=device, dtype=kind)
+        node = tree
+        for key in spec.path[:-1]:
+            node = node.setdefault(key, {})
+        node[spec.path[-1]] = value
+    positional = [key for key in tree if isinstance(key, int)]
+    args = tuple(_nested(tree.get(index)) for index in range(max(positional, default=-1) + 1))
+    return args, {key: _nested(value) for key, value in tree.items() if isinstance(key, str)}
+
+
+def _nested(node: Any) -> Any:
+    if not isinstance(node, dict):
+        return node
+    if all(isinstance(key, int) for key in node):
+        return [_nested(node.get(index)) for index in range(max(node) + 1)]
+    return {key: _nested(value) for key, value in node.items()}
+
+
+class _NoDropout(TorchFunctionMode):
+    """Dropout draws as many numbers as there are channels; without it both models see the same random numbers."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _DROPOUTS:
+            return args[0] if args else kwargs["input"]
+        if func is F.scaled_dot_product_attention:
+            kwargs = {**kwargs, "dropout_p": 0.0} if len(args) < 5 else kwargs
+            args = (*args[:4], 0.0, *args[5:]) if len(args) >= 5 else args
+        return func(*args, **kwargs)
+
+
+def _run(model: nn.Module, inputs: Any) -> Any:
+    torch.manual_seed(_SEED)
+    # A forward may write to its arguments.
+    args, kwargs = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, inputs)
+    with _NoDropout(), torch.compiler.set_stance("force_eager"):
+        return model(*args, **kwargs)
+
+
+class _Running:
+    """The modules whose forwards are running; after an exception the innermost of those that it left."""
+
+    def __init__(self) -> None:
+        self.stack: list[str] = []
+        self.deepest: list[str] | None = None
+
+    def innermost(self) -> str:
+        stack = self.deepest or self.stack
+        return stack[-1] if stack else ""
+
+
+@contextlib.contextmanager
+def _running_modules(model: nn.Module) -> Iterator[_Running]:
+    running, handles = _Running(), []
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            continue
+
+        def enter(module: nn.Module, args: Any, name: str = name) -> None:
+            running.stack.append(name)
+
+        def leave(module: nn.Module, args: Any, output: Any) -> None:
+            running.stack.pop()
+
+        handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+    try:
+        yield running
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _first_difference(reference: nn.Module, shrunk: nn.Module, inputs: Any) -> str:
+    """Returns the first module whose output has the same shape in both models and other values."""
+    pairs = zip(_recorded(reference, inputs), _recorded(shrunk, inputs), strict=False)
+    for (name, expected), (_, actual) in pairs:
+        if expected is None or actual is None or expected.shape != actual.shape:
+            continue
+        if not _difference(expected, actual) <= TOLERANCE:
+            return name
+    return ""
+
+
+def _recorded(model: nn.Module, inputs: Any) -> list[tuple[str, torch.Tensor | None]]:
+    found: list[tuple[str, torch.Tensor | None]] = []
+    handles = []
+    for name, module in model.named_modules():
+
+        def leave(module: nn.Module, args: Any, output: Any, name: str = name) -> None:
+            keep = isinstance(output, torch.Tensor) and output.numel() < 1 << 20
+            found.append((name, output.clone() if keep else None))
+
+        if not isinstance(module, torch.jit.ScriptModule):
+            handles.append(module.register_forward_hook(leave))
+    try:
+        _run(model, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found

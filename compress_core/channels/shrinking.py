@@ -1,0 +1,257 @@
+"""Smaller tensors in place: parameters, buffers, gradients, and the attributes of layers that speak of their sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from compress_core.channels.groups import ChannelGroup
+from compress_core.errors import StateError
+from compress_core.transforms.weight import chain_of, parameter_places
+from compress_core.transforms.weight_cache import WeightChain
+
+# The indices along a dimension that stay, ascending.
+Kept: TypeAlias = "list[int]"
+
+
+@dataclass(frozen=True)
+class Shrinkage:
+    """Which indices of which tensors stay; JSON-able through `to_dict`.
+
+    Attributes:
+        sizes: Name of a parameter or buffer -> its shape before.
+        kept: Name -> dimension -> indices that stay, ascending.
+    """
+
+    sizes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    kept: Mapping[str, Mapping[int, Kept]] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.kept)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns JSON-able values."""
+        tensors = {
+            name: {"shape": list(self.sizes[name]), "kept": {str(dim): list(indices) for dim, indices in dims.items()}}
+            for name, dims in self.kept.items()
+        }
+        return {"format": 1, "tensors": tensors}
+
+    @classmethod
+    def from_dict(cls, saved: Mapping[str, Any]) -> Shrinkage:
+        """Takes back what `to_dict` returned.
+
+        Raises:
+            StateError: It is something else.
+        """
+        try:
+            if saved["format"] != 1:
+                raise ValueError(f"format {saved['format']}")
+            sizes = {name: tuple(int(n) for n in entry["shape"]) for name, entry in saved["tensors"].items()}
+            kept = {
+                name: {int(dim): [int(i) for i in indices] for dim, indices in entry["kept"].items()}
+                for name, entry in saved["tensors"].items()
+            }
+            for name, dims in kept.items():
+                for dim, indices in dims.items():
+                    if indices != sorted(set(indices)) or not 0 <= indices[0] <= indices[-1] < sizes[name][dim]:
+                        raise ValueError(f"indices of dimension {dim} of '{name}'")
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+            raise StateError(f"not the plan of a shrunk model: {error}") from error
+        return cls(sizes, kept)
+
+    def then(self, later: Shrinkage) -> Shrinkage:
+        """Returns the shrinkage that does this one and, on its result, another."""
+        kept = {name: dict(dims) for name, dims in self.kept.items()}
+        for name, dims in later.kept.items():
+            for dim, indices in dims.items():
+                before = kept.setdefault(name, {}).get(dim)
+                kept[name][dim] = list(indices) if before is None else [before[index] for index in indices]
+        return Shrinkage({**later.sizes, **self.sizes}, kept)
+
+    def check(self, model: nn.Module) -> None:
+        """Refuses a model whose tensors are not those that this was made for.
+
+        Raises:
+            StateError: A tensor is missing or has another shape.
+        """
+        tensors = dict([*model.named_buffers(), *model.named_parameters()])
+        for name, shape in self.sizes.items():
+            if name not in tensors:
+                raise StateError(f"the plan does not fit this model: it has no tensor '{name}'")
+            if tuple(tensors[name].shape) != shape:
+                raise StateError(
+                    f"the plan does not fit this model: '{name}' has the shape {tuple(tensors[name].shape)}, "
+                    f"expected {shape}. Build the model as it was before it was shrunk"
+                )
+
+    def slice(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Returns the part of a tensor that stays; it is `name`, or of its shape or of one that broadcasts to it."""
+        shape = self.sizes[name]
+        offset = len(shape) - tensor.ndim
+        for dim, indices in self.kept[name].items():
+            at = dim - offset
+            if at >= 0 and tensor.shape[at] == shape[dim] and (shape[dim] > 1 or len(indices) < shape[dim]):
+                tensor = tensor.index_select(at, torch.as_tensor(indices, device=tensor.device))
+        return tensor
+
+    def apply(self, model: nn.Module) -> None:
+        """Slices the tensors of a model in place, with their gradients, their transforms, and the layers' attributes.
+
+        Parameters and buffers stay the objects that they are.
+
+        Raises:
+            StateError: The model is not the one that this was made for; nothing has been changed.
+        """
+        self.check(model)
+        tensors = dict([*model.named_buffers(), *model.named_parameters()])
+        places = parameter_places(model)
+        with torch.no_grad():
+            for name in self.kept:
+                tensor = tensors[name]
+                for _, owner, own_name in places.get(id(tensor), [])[:1]:
+                    self._slice_transforms(name, owner, own_name)
+                self._slice_in_place(name, tensor)
+        update_attributes(model, self.kept)
+
+    def _slice_in_place(self, name: str, tensor: torch.Tensor) -> None:
+        gradient = tensor.grad if tensor.is_leaf else None
+        tensor.grad = None
+        memory_format = torch.preserve_format if not _is_channels_last(tensor) else torch.channels_last
+        tensor.data = self.slice(name, tensor.detach()).contiguous(
+            memory_format=torch.contiguous_format if memory_format is torch.preserve_format else memory_format
+        )
+        if gradient is not None:
+            tensor.grad = self.slice(name, gradient)
+
+    def _slice_transforms(self, name: str, owner: nn.Module, own_name: str) -> None:
+        """Masks, and scales by channel, shrink with the weight that they are for."""
+        chain = chain_of(owner, own_name)
+        if chain is None:
+            return
+        shape = self.sizes[name]
+        for module in chain.modules():
+            if isinstance(size := module.__dict__.get("shape"), tuple):
+                shrunk = self.slice(name, torch.empty(size, device="meta").expand(size)).shape if size else ()
+                module.__dict__["shape"] = tuple(shrunk)
+            for tensor in (*module._parameters.values(), *module._buffers.values()):
+                if tensor is not None and 0 < tensor.ndim <= len(shape):
+                    self._slice_in_place(name, tensor)
+        if isinstance(chain, WeightChain):
+            chain.drop_cache()
+
+
+def _is_channels_last(tensor: torch.Tensor) -> bool:
+    return tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
+
+
+def shrinkage(
+    model: nn.Module, groups: Mapping[int, tuple[ChannelGroup, set[int]]] | list[tuple[ChannelGroup, set[int]]]
+) -> Shrinkage:
+    """Returns what is left of a model's tensors when channels of groups go.
+
+    Args:
+        model: The model.
+        groups: Groups with the numbers of the channels that go.
+    """
+    pairs = groups.values() if isinstance(groups, Mapping) else groups
+    shapes = {name: tuple(t.shape) for name, t in [*model.named_buffers(), *model.named_parameters()]}
+    gone: dict[str, dict[int, set[int]]] = {}
+    for group, channels in pairs:
+        for member in group.members if channels else ():
+            indices = {i for i, channel in enumerate(member.channels.tolist()) if channel in channels}
+            gone.setdefault(member.parameter, {}).setdefault(member.dim, set()).update(indices)
+    kept = {
+        name: {d: [i for i in range(shapes[name][d]) if i not in indices] for d, indices in dims.items() if indices}
+        for name, dims in gone.items()
+    }
+    kept = {name: dims for name, dims in kept.items() if dims}
+    return Shrinkage({name: shapes[name] for name in kept}, kept)
+
+
+# Attributes of layers.
+
+
+def update_attributes(model: nn.Module, changed: Mapping[str, Any]) -> None:
+    """Makes the attributes of layers that own changed tensors agree with the tensors' shapes.
+
+    Args:
+        model: The model.
+        changed: Names of the tensors that have a new shape.
+    """
+    tensors = dict([*model.named_buffers(), *model.named_parameters()])
+    ids = {id(tensors[name]) for name in changed}
+    for module in model.modules():
+        own = [*module._parameters.values(), *module._buffers.values()]
+        if any(id(tensor) in ids for tensor in own if tensor is not None):
+            for cls, update in _UPDATES.items():
+                if isinstance(module, cls):
+                    update(module)
+                    break
+
+
+def _shape(module: Any, *names: str) -> tuple[int, ...]:
+    for name in names:
+        tensor = module._parameters.get(name)
+        tensor = module._buffers.get(name) if tensor is None else tensor
+        if tensor is not None:
+            return tuple(tensor.shape)
+    return ()
+
+
+def _update_conv(module: Any) -> None:
+    shape = _shape(module, "weight")
+    transposed = isinstance(module, _ConvTransposeNd)
+    whole, part = shape[:2]
+    if module.groups > 1 and part == 1 and module.in_channels == module.groups:
+        # One input in each group: groups go as a whole.
+        multiplier = 1 if transposed else module.out_channels // module.groups
+        module.groups = whole // multiplier
+    if transposed:
+        module.in_channels, module.out_channels = whole, part * module.groups
+    else:
+        module.out_channels, module.in_channels = whole, part * module.groups
+
+
+def _update_linear(module: Any) -> None:
+    module.out_features, module.in_features = _shape(module, "weight")
+
+
+def _update_norm(module: Any) -> None:
+    (module.num_features,) = _shape(module, "weight", "running_mean")
+
+
+def _update_group_norm(module: Any) -> None:
+    (channels,) = _shape(module, "weight")
+    if module.num_groups == module.num_channels:
+        module.num_groups = channels
+    module.num_channels = channels
+
+
+def _update_layer_norm(module: Any) -> None:
+    module.normalized_shape = _shape(module, "weight")
+
+
+def _update_embedding(module: Any) -> None:
+    module.num_embeddings, module.embedding_dim = _shape(module, "weight")
+
+
+def _update_prelu(module: Any) -> None:
+    (module.num_parameters,) = _shape(module, "weight")
+
+
+_UPDATES: dict[type[nn.Module], Callable[[Any], None]] = {
+    _ConvNd: _update_conv,
+    nn.Linear: _update_linear,
+    _NormBase: _update_norm,
+    nn.GroupNorm: _update_group_norm,
+    nn.LayerNorm: _update_layer_norm,
+    nn.Embedding: _update_embedding,
+    nn.PReLU: _update_prelu,
+}
