@@ -2,6 +2,7 @@
 
 from compress_core.algorithm import Algorithm, Plan
 from compress_core.api import check_config, create_compressed_model, register_default_init_args
+from compress_core.channels import load_compressed_model
 from compress_core.config import AlgorithmConfig, CompressionConfig, InitializerConfig, Section
 from compress_core.controller import CompressionController
 from compress_core.errors import (
@@ -54,6 +55,7 @@ __all__ = [
     "check_config",
     "create_compressed_model",
     "hookimpl",
+    "load_compressed_model",
     "mask_weight",
     "register_default_init_args",
     "register_module",

@@ -8,7 +8,24 @@ the proof that the smaller model computes the same (`proof`).
 from compress_core.channels.algebra import Obstacle, Role
 from compress_core.channels.costs import Costs, operation_costs, parameter_costs
 from compress_core.channels.groups import ChannelGroup, ChannelGroups, Member, channel_groups
-from compress_core.channels.proof import Certificate, InputSpec, ShrinkError, batch_size, input_specs, prove
+from compress_core.channels.proof import (
+    Certificate,
+    InputSpec,
+    ShrinkError,
+    batch_size,
+    input_specs,
+    prove,
+    random_arguments,
+)
+from compress_core.channels.shrink_model import (
+    apply_all_or_nothing,
+    averaged_module,
+    check_optimizer,
+    load_compressed_model,
+    planned_shrinkage,
+    shrink_model,
+    shrink_optimizer,
+)
 from compress_core.channels.shrinking import Shrinkage, shrinkage
 
 __all__ = [
@@ -22,11 +39,19 @@ __all__ = [
     "Role",
     "ShrinkError",
     "Shrinkage",
+    "apply_all_or_nothing",
+    "averaged_module",
     "batch_size",
     "channel_groups",
+    "check_optimizer",
     "input_specs",
+    "load_compressed_model",
     "operation_costs",
     "parameter_costs",
+    "planned_shrinkage",
     "prove",
+    "random_arguments",
+    "shrink_model",
+    "shrink_optimizer",
     "shrinkage",
 ]

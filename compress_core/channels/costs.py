@@ -29,6 +29,11 @@ class Costs:
     fixed: np.ndarray
     slopes: np.ndarray
 
+    @classmethod
+    def nothing(cls) -> Costs:
+        """Returns no terms: a cost of 0."""
+        return cls(np.empty(0, np.int64), np.empty((0, 0), np.int64), np.empty((0, 0, 0), np.int64))
+
     def of(self, left: Sequence[int] | np.ndarray) -> int:
         """Returns the cost with `left[g]` channels left in group g, exactly."""
         sizes = self.fixed + self.slopes @ np.asarray(left, np.int64)

@@ -104,7 +104,12 @@ class Certificate:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns JSON-able values."""
-        return asdict(self)
+        return {**asdict(self), "inputs": [list(shape) for shape in self.inputs]}
+
+    @classmethod
+    def from_dict(cls, saved: Mapping[str, Any]) -> Certificate:
+        """Takes back what `to_dict` returned."""
+        return cls(**{**saved, "inputs": tuple(tuple(shape) for shape in saved["inputs"])})
 
 
 def prove(model: nn.Module, shrinkage: Shrinkage, specs: Sequence[InputSpec]) -> Certificate:
@@ -144,11 +149,11 @@ def _prove(
             module.dropout = 0.0
     shrunk = copy.deepcopy(reference)
     shrinkage.apply(shrunk)
-    inputs = _inputs(specs, device, dtype, small=True)
+    inputs = random_arguments(specs, device, dtype, small=True)
     try:
         _run(reference.eval(), inputs)
     except Exception:  # a batch size that is written in the code
-        inputs = _inputs(specs, device, dtype, small=False)
+        inputs = random_arguments(specs, device, dtype, small=False)
     eval_difference = _compare(reference.eval(), shrunk.eval(), inputs, "eval")
     train_difference: float | None = None
     try:
@@ -221,7 +226,7 @@ def _buffer_difference(reference: nn.Module, shrunk: nn.Module, shrinkage: Shrin
 # Forwards.
 
 
-def _inputs(specs: Iterable[InputSpec], device: Any, dtype: torch.dtype | None, *, small: bool) -> Any:
+def random_arguments(specs: Iterable[InputSpec], device: Any, dtype: torch.dtype | None, *, small: bool) -> Any:
     """Returns random arguments (args, kwargs) of a forward."""
     specs = list(specs)
     samples = batch_size(specs)

@@ -122,11 +122,10 @@ class Shrinkage:
 
     def _slice_in_place(self, name: str, tensor: torch.Tensor) -> None:
         gradient = tensor.grad if tensor.is_leaf else None
+        memory_format = torch.channels_last if _is_channels_last(tensor) else torch.contiguous_format
+        smaller = self.slice(name, tensor.detach()).contiguous(memory_format=memory_format)
         tensor.grad = None
-        memory_format = torch.preserve_format if not _is_channels_last(tensor) else torch.channels_last
-        tensor.data = self.slice(name, tensor.detach()).contiguous(
-            memory_format=torch.contiguous_format if memory_format is torch.preserve_format else memory_format
-        )
+        _exchange(tensor, smaller)
         if gradient is not None:
             tensor.grad = self.slice(name, gradient)
 
@@ -145,6 +144,24 @@ class Shrinkage:
                     self._slice_in_place(name, tensor)
         if isinstance(chain, WeightChain):
             chain.drop_cache()
+
+
+def _exchange(tensor: torch.Tensor, values: torch.Tensor) -> None:
+    """Gives a tensor other values of another shape; it stays the object that it is.
+
+    A graph that is still alive, such as that of the last loss, remembers the old shape of a parameter, and the next
+    backward pass would meet it there. So parameters get an inside of their own that no graph knows.
+    """
+    if isinstance(tensor, nn.Parameter) and tensor.is_leaf and not tensor._backward_hooks:
+        fresh = nn.Parameter(values, tensor.requires_grad)
+        fresh.__dict__.update(tensor.__dict__)
+        try:
+            torch.utils.swap_tensors(tensor, fresh)
+        except RuntimeError:  # somebody holds a weak reference, or a view
+            pass
+        else:
+            return
+    tensor.data = values
 
 
 def _is_channels_last(tensor: torch.Tensor) -> bool:

@@ -1,0 +1,189 @@
+"""Channels of a model removed in place, transforms and all; of its optimizer and its averaged copies too."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+from compress_core.channels.algebra import Role
+from compress_core.channels.groups import ChannelGroup, Member, channel_groups
+from compress_core.channels.proof import Certificate, InputSpec, prove, random_arguments
+from compress_core.channels.shrinking import Shrinkage, shrinkage
+from compress_core.errors import StateError, UsageError
+from compress_core.snapshot import ModelSnapshot
+from compress_core.trace import Example, trace
+from compress_core.transforms import bake_transforms
+from compress_core.transforms.activation import ActivationTransforms
+
+
+def shrink_model(
+    model: nn.Module, groups: Sequence[tuple[ChannelGroup, set[int]]], specs: Sequence[InputSpec]
+) -> tuple[Shrinkage, Certificate]:
+    """Removes channels from a model in place; transforms of weights and activations shrink with what they are for.
+
+    The channels must not matter any more: everything that makes or reads them is masked. Parameters and buffers stay
+    the objects that they are.
+
+    Args:
+        model: The model.
+        groups: Groups with the numbers of the channels that go.
+        specs: What the forward takes.
+
+    Returns:
+        What happened to the tensors, and how well the smaller model agrees with the masked one.
+
+    Raises:
+        ShrinkError: The smaller model would fail or compute something else; the model is as before.
+    """
+    found, certificate = planned_shrinkage(model, groups, specs)
+    apply_all_or_nothing(found, model)
+    return found, certificate
+
+
+def planned_shrinkage(
+    model: nn.Module, groups: Sequence[tuple[ChannelGroup, set[int]]], specs: Sequence[InputSpec]
+) -> tuple[Shrinkage, Certificate]:
+    """Returns what `shrink_model` would do, proven, and changes nothing; arguments and errors as there."""
+    chosen = [group for group, gone in groups if gone]
+    extended = _with_activation_transforms(model, chosen, specs)
+    found = shrinkage(model, list(zip(extended, [gone for _, gone in groups if gone], strict=True)))
+    plain = copy.deepcopy(model)
+    bake_transforms(plain)
+    return found, prove(plain, found, specs)
+
+
+def apply_all_or_nothing(found: Shrinkage, model: nn.Module) -> None:
+    """Applies a shrinkage; if that fails, the model is as before.
+
+    Raises:
+        StateError: It was made for another model.
+    """
+    snapshot = ModelSnapshot(model)
+    try:
+        found.apply(model)
+    except BaseException:
+        snapshot.restore()
+        raise
+
+
+def load_compressed_model(model: nn.Module, state_dict: Mapping[str, Any], plan: Mapping[str, Any]) -> nn.Module:
+    """Makes a model as small as a stripped one was, and loads its weights.
+
+    Args:
+        model: The model as it was before compression, of the user's own class; it is changed in place.
+        state_dict: The stripped model's `state_dict()`.
+        plan: What `controller.shrink_plan` returned; JSON-able.
+
+    Returns:
+        The model that was given.
+
+    Raises:
+        StateError: Plan, weights and model do not belong together; the model is as before.
+    """
+    snapshot = ModelSnapshot(model)
+    try:
+        Shrinkage.from_dict(plan).apply(model)
+        try:
+            model.load_state_dict(state_dict)
+        except RuntimeError as error:
+            raise StateError(f"the weights do not fit the model that the plan leaves: {error}") from error
+    except BaseException:
+        snapshot.restore()
+        raise
+    return model
+
+
+# Activation transforms, such as quantizers with a scale for each channel.
+
+
+def _with_activation_transforms(
+    model: nn.Module, groups: Sequence[ChannelGroup], specs: Sequence[InputSpec]
+) -> list[ChannelGroup]:
+    """Adds to groups what activation transforms hold for each channel: a trace with them in place tells."""
+    names = [name for name, tensor in _transform_tensors(model) if tensor.numel() > 1]
+    if not names:
+        return list(groups)
+    device = next((parameter.device for parameter in model.parameters()), None)
+    args, kwargs = random_arguments(specs, device, None, small=False)
+    algebra = channel_groups(trace(model, Example.of(*args, **kwargs))).algebra
+    classes = algebra.classes()
+    extended = []
+    for group in groups:
+        channel_of = _channels_by_class(group, algebra.parameters, classes)
+        members = []
+        for name in names:
+            for dim, labels in enumerate(algebra.parameters.get(name, [])):
+                channels = np.array([channel_of.get(number, -1) for number in classes[labels].tolist()], np.int64)
+                if (channels >= 0).any():
+                    members.append(Member(name, dim, channels))
+        extended.append(replace(group, members=(*group.members, *members)))
+    return extended
+
+
+def _channels_by_class(
+    group: ChannelGroup, parameters: Mapping[str, list[np.ndarray]], classes: np.ndarray
+) -> dict[int, int]:
+    maker = next(member for member in group.members if member.role == Role.MAKES)
+    numbers = classes[parameters[maker.parameter][maker.dim]].tolist()
+    return {number: channel for number, channel in zip(numbers, maker.channels.tolist(), strict=True) if channel >= 0}
+
+
+def _transform_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    modules = model.named_modules(remove_duplicate=False)
+    inside = tuple(f"{name}." for name, module in modules if isinstance(module, ActivationTransforms))
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if name.startswith(inside):
+            yield name, tensor
+
+
+# Optimizers and averages.
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, found: Shrinkage) -> None:
+    """Refuses an optimizer whose state has other shapes than the parameters.
+
+    Raises:
+        UsageError: With the name of the parameter; nothing has been changed.
+    """
+    for name, parameter in model.named_parameters():
+        state = optimizer.state.get(parameter, {}) if name in found.kept else {}
+        for key, value in state.items():
+            fits = not isinstance(value, torch.Tensor) or value.ndim == 0 or value.shape == parameter.shape
+            if not fits or isinstance(value, (list, tuple, dict)):
+                raise UsageError(
+                    f"{type(optimizer).__name__} keeps '{key}' of another shape than the parameter '{name}', so it "
+                    "cannot be made smaller with it; shrink before training begins, or use another optimizer"
+                )
+
+
+def shrink_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, found: Shrinkage) -> None:
+    """Slices what an optimizer keeps for each element (momentum, moments); call it after the model has shrunk."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name not in found.kept:
+                continue
+            state = optimizer.state.get(parameter, {})
+            for key, value in state.items():
+                if isinstance(value, torch.Tensor) and value.ndim:
+                    state[key] = found.slice(name, value).contiguous()
+
+
+def averaged_module(ema: nn.Module, found: Shrinkage) -> nn.Module:
+    """Returns the copy of the model in an average of its weights, checked.
+
+    Raises:
+        UsageError: It is none; nothing has been changed.
+    """
+    module = ema.module if isinstance(ema, AveragedModel) else ema
+    try:
+        found.check(module)
+    except StateError as error:
+        raise UsageError(f"ema must be a copy of the compressed model, or an AveragedModel of it: {error}") from error
+    return module

@@ -1,0 +1,1 @@
+"""Filter pruning: whole channels go, first under masks, in the end physically."""

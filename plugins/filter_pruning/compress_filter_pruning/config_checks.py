@@ -1,0 +1,42 @@
+"""What a section must not say."""
+
+from __future__ import annotations
+
+from compress_core import ConfigError
+from compress_core.errors import Problem
+from compress_filter_pruning.config import FilterPruningConfig
+
+
+def check_config(config: FilterPruningConfig) -> None:
+    """Refuses values that contradict each other, and reads all that count.
+
+    Raises:
+        ConfigError: With all problems.
+    """
+    params, problems = config.params, []
+    if params.interlayer_ranking_type == "learned_ranking":
+        problems.append(
+            Problem(
+                "params.interlayer_ranking_type",
+                "'learned_ranking' (LeGR) is not available yet; use 'unweighted_ranking' with all_weights",
+            )
+        )
+    if params.pruning_target is not None and params.pruning_flops_target is not None:
+        problems.append(
+            Problem("params.pruning_flops_target", "is given together with pruning_target; choose one of them")
+        )
+    key = "pruning_target" if params.pruning_flops_target is None else "pruning_flops_target"
+    target = getattr(params, key)
+    target = 0.5 if target is None else target
+    if target < config.pruning_init:
+        problems.append(
+            Problem(
+                f"params.{key}",
+                f"{target} is below pruning_init {config.pruning_init}; raise the target or lower the initial level",
+            )
+        )
+    if problems:
+        raise ConfigError(problems)
+    # These count when the model is seen.
+    _ = (params.filter_importance, params.all_weights, params.prune_first_conv, params.prune_downsample_convs)
+    _ = (params.prune_batch_norms, params.multiple_of)

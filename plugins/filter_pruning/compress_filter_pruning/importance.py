@@ -1,0 +1,72 @@
+"""What channels are worth: one number for each, from the weights that make them."""
+
+from __future__ import annotations
+
+import torch
+
+from compress_core import ModelError
+
+# Rows of the matrix of distances that are computed at a time.
+_ROWS = 256
+
+
+def filter_importance(weight: torch.Tensor, dim: int, kind: str) -> torch.Tensor:
+    """Returns the importance of each filter of a weight.
+
+    Args:
+        weight: The weight, any floating dtype.
+        dim: Dimension that runs over the filters.
+        kind: `L1` or `L2` for the norm (Li et al., 2017, arXiv:1608.08710), `geometric_median` for the sum of the
+            distances to all other filters (He et al., 2019, arXiv:1811.00250, equation 5).
+
+    Returns:
+        Shape (filters,), float64.
+    """
+    filters = weight.detach().movedim(dim, 0).flatten(1) if weight.ndim > 1 else weight.detach()[:, None]
+    if kind == "L1":
+        return filters.abs().sum(1, dtype=torch.float64)
+    if kind == "L2":
+        norms: torch.Tensor = torch.linalg.vector_norm(filters, dim=1, dtype=torch.float64)
+        return norms
+    wide = filters.double()
+    parts = [
+        # The exact distances: the fast way through a product of matrices makes equal filters differ.
+        torch.cdist(rows, wide, compute_mode="donot_use_mm_for_euclid_dist").sum(1)
+        for rows in torch.split(wide, _ROWS)
+    ]
+    return torch.cat(parts)
+
+
+def layer_norm(weight: torch.Tensor) -> float:
+    """Returns the L2 norm of a weight, or 1 where it is zero."""
+    norm = float(torch.linalg.vector_norm(weight.detach(), dtype=torch.float64))
+    return norm if norm > 0 else 1.0
+
+
+def channel_importance(
+    weights: list[tuple[str, torch.Tensor, int, torch.Tensor]], size: int, kind: str, *, normalized: bool
+) -> torch.Tensor:
+    """Returns the importance of each channel of a group: the sum over all filters that make it.
+
+    Args:
+        weights: Name, weight, dimension of the filters, and the channel of each filter (or -1).
+        size: Number of channels.
+        kind: See `filter_importance`.
+        normalized: Whether weights are divided by their L2 norm first, so that layers can be compared.
+
+    Returns:
+        Shape (size,), float64, on the CPU.
+
+    Raises:
+        ModelError: A weight is NaN or infinite.
+    """
+    total = torch.zeros(size, dtype=torch.float64)
+    for name, weight, dim, channels in weights:
+        values = filter_importance(weight, dim, kind).cpu()
+        if not bool(values.isfinite().all()):
+            raise ModelError(f"the weight '{name}' holds NaN or infinity; repair it before compression")
+        if normalized:
+            values = values / layer_norm(weight)
+        wanted = channels >= 0
+        total.index_add_(0, channels[wanted], values[wanted])
+    return total

@@ -1,0 +1,55 @@
+"""How long a forward takes under masks, and without the channels that are masked."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from compress_core.channels import ChannelGroup, InputSpec, random_arguments, shrink_model
+from compress_core.rng import preserved_rng
+from compress_core.transforms import bake_transforms
+from compress_filter_pruning.statistics import Latency
+
+_WARM_UP = 3
+
+
+def measured_latency(
+    model: nn.Module, groups: Sequence[tuple[ChannelGroup, set[int]]], specs: Sequence[InputSpec], rounds: int
+) -> Latency:
+    """Measures copies of a model in turns, on random inputs of the traced shapes.
+
+    Args:
+        model: The masked model; it stays as it is.
+        groups: Groups with the channels that are masked.
+        specs: What the forward takes.
+        rounds: How often each runs.
+    """
+    masked = copy.deepcopy(model).eval()
+    bake_transforms(masked)
+    shrunk = copy.deepcopy(masked)
+    if any(gone for _, gone in groups):
+        shrink_model(shrunk, groups, specs)
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    times: list[list[float]] = [[], []]
+    with preserved_rng(), torch.no_grad():
+        args, kwargs = random_arguments(specs, device, None, small=False)
+        for number in range(rounds + _WARM_UP):
+            for entry, found in zip((masked, shrunk), times, strict=True):
+                _finish(device)
+                started = time.perf_counter()
+                entry(*args, **kwargs)
+                _finish(device)
+                if number >= _WARM_UP:
+                    found.append(time.perf_counter() - started)
+    medians = [statistics.median(found) for found in times]
+    return Latency(medians[0], medians[1], torch.get_num_threads())
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,250 @@
+"""Which groups of channels are pruned, and why the others are not."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from compress_core.channels import (
+    ChannelGroup,
+    Costs,
+    InputSpec,
+    Role,
+    ShrinkError,
+    batch_size,
+    channel_groups,
+    input_specs,
+    operation_costs,
+    parameter_costs,
+    prove,
+    shrinkage,
+)
+from compress_core.trace import Trace
+from compress_core.trace.graph import ForwardTrace, Operator, Ref
+from compress_filter_pruning.config import FilterPruningParams
+from compress_filter_pruning.groups import PruningGroup
+
+logger = logging.getLogger(__name__)
+
+_PRODUCTS = ("convolution", "mm", "addmm", "bmm", "baddbmm", "embedding", "mv")
+_VIEWS = ("t", "transpose", "permute", "view", "reshape", "detach", "expand", "_to_copy", "unsqueeze", "squeeze")
+
+
+@dataclass(frozen=True)
+class PruningPlan:
+    """What is going to be pruned.
+
+    Attributes:
+        groups: The groups.
+        skipped: Name of a weight -> why its filters stay.
+        operations: Floating point operations for one sample.
+        parameters: Number of parameters.
+        inputs: What the forward takes.
+    """
+
+    groups: list[PruningGroup]
+    skipped: dict[str, str]
+    operations: Costs
+    parameters: Costs
+    inputs: list[InputSpec]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns JSON-able values, without what is skipped."""
+        return {
+            "groups": [group.to_dict() for group in self.groups],
+            "operations": self.operations.to_dict(),
+            "parameters": self.parameters.to_dict(),
+            "inputs": [spec.to_dict() for spec in self.inputs],
+        }
+
+
+def make_plan(
+    model: nn.Module,
+    trace: Trace,
+    params: FilterPruningParams,
+    targets: Iterable[str],
+    excluded: Mapping[str, str],
+) -> PruningPlan:
+    """Chooses the groups that can be pruned.
+
+    Args:
+        model: The model; it is not changed.
+        trace: What it computes.
+        params: The settings.
+        targets: Names of the weights that the scopes leave.
+        excluded: Name of a weight -> why the scopes do not.
+    """
+    found = channel_groups(trace)
+    rules = _Rules(model, trace, params, set(targets), excluded)
+    candidates, skipped = [], dict(excluded)
+    for group in found.groups:
+        makers = [m.parameter for m in group.members if m.role == Role.MAKES]
+        if not makers:
+            continue
+        reason = rules.reason_to_leave(group, makers)
+        if reason is None:
+            candidates.append(group)
+        else:
+            for name in makers:
+                skipped.setdefault(name, reason)
+    specs = input_specs(trace.forwards[0])
+    chosen, broken = _tried(model, candidates, specs)
+    for group, reason in broken:
+        for member in group.members:
+            if member.role == Role.MAKES:
+                skipped.setdefault(member.parameter, reason)
+    groups = [_pruning_group(number, group, params.multiple_of) for number, group in enumerate(chosen)]
+    pruned = {member.parameter for group in groups for member in group.makers}
+    return PruningPlan(
+        groups,
+        {name: reason for name, reason in skipped.items() if name not in pruned},
+        operation_costs(found, chosen, batch_size(specs)),
+        parameter_costs(model, chosen),
+        specs,
+    )
+
+
+def _pruning_group(number: int, group: ChannelGroup, multiple_of: int) -> PruningGroup:
+    makers = [member for member in group.members if member.role == Role.MAKES]
+    # A channel that has several filters in a layer (one in each of its groups) counts as often.
+    filters = min(int((member.channels >= 0).sum()) // group.size for member in makers)
+    step = multiple_of // math.gcd(multiple_of, filters)
+    return PruningGroup(number, makers[0].parameter, group, group.size, step)
+
+
+class _Rules:
+    """What the settings and the model say about groups."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        trace: Trace,
+        params: FilterPruningParams,
+        targets: set[str],
+        excluded: Mapping[str, str],
+    ) -> None:
+        self._modules = dict(model.named_modules())
+        self._parameters = {name for name, _ in model.named_parameters()}
+        self._params, self._targets, self._excluded = params, targets, excluded
+        self._first = first_convolutions(trace)
+
+    def reason_to_leave(self, group: ChannelGroup, makers: Sequence[str]) -> str | None:
+        """Returns why a group is left whole; None when it is pruned."""
+        if group.obstacle is not None:
+            return str(group.obstacle)
+        if group.size < 2:
+            return "has a single channel"
+        for name in makers:
+            if name in self._excluded:
+                return self._excluded[name] if len(makers) == 1 else f"tied to '{name}': {self._excluded[name]}"
+            if (reason := self._reason(name)) is not None:
+                return f"'{name}' {reason}"
+        if not any(name in self._targets for name in makers):
+            return "no layer makes these channels"
+        return None
+
+    def _reason(self, name: str) -> str | None:
+        if ".parametrizations." in name:
+            return "is computed by a parametrization"
+        layer = self._modules.get(name.rpartition(".")[0])
+        if name in self._first and not self._params.prune_first_conv:
+            return "is a first convolution (prune_first_conv is false)"
+        strided = isinstance(layer, _ConvNd) and not isinstance(layer, _ConvTransposeNd) and max(layer.stride) > 1
+        if strided and not self._params.prune_downsample_convs:
+            return "has a stride (prune_downsample_convs is false)"
+        return None
+
+
+def first_convolutions(trace: Trace) -> set[str]:
+    """Returns the names of the weights of convolutions that see the model's input before any other weight does."""
+    return {name for forward in trace.forwards for name in _first_in(forward)}
+
+
+def _first_in(forward: ForwardTrace) -> Iterable[str]:
+    fresh = {value.index for value in forward.inputs}
+    weights = {value.index for value in forward.values if value.parameter and len(value.shape) > 1}
+    for operator in forward.operators:
+        kind = operator.name.split(".")[1]
+        if kind in _VIEWS and operator.inputs and operator.inputs[0] in weights:
+            weights.update(index for _, index in operator.outputs)
+        weight = _weight_of(operator, kind)
+        if kind == "convolution" and operator.inputs and operator.inputs[0] in fresh and weight is not None:
+            yield forward.values[weight].parameter
+        if kind in _PRODUCTS and any(index in weights for index in operator.inputs):
+            continue
+        if any(index in fresh for index in operator.inputs):
+            fresh.update(index for _, index in operator.outputs)
+
+
+def _weight_of(operator: Operator, kind: str) -> int | None:
+    if kind != "convolution" or not isinstance(operator.arguments[1], Ref):
+        return None
+    return operator.arguments[1].value
+
+
+# Trying it out.
+
+
+def _tried(
+    model: nn.Module, groups: Sequence[ChannelGroup], specs: Sequence[InputSpec]
+) -> tuple[list[ChannelGroup], list[tuple[ChannelGroup, str]]]:
+    """Shrinks copies of the model by half of each group; returns the groups that bear it, and the others with reasons.
+
+    This finds the sizes that are written in the code of a forward before training begins, not after it.
+    """
+    good, broken = list(groups), []
+    while good:
+        error = _attempt(model, good, specs)
+        if error is None:
+            break
+        if error.reference:
+            logger.warning("filter_pruning: what pruning leaves of the model cannot be checked beforehand: %s", error)
+            break
+        culprit, reason = _culprit(model, good, specs, error)
+        broken.append((culprit, reason))
+        good = [group for group in good if group is not culprit]
+    return good, broken
+
+
+def _culprit(
+    model: nn.Module, groups: list[ChannelGroup], specs: Sequence[InputSpec], error: ShrinkError
+) -> tuple[ChannelGroup, str]:
+    """Halves a list of groups that fails together until one is left that cannot be pruned (with those before it)."""
+    passing: list[ChannelGroup] = []
+    while len(groups) > 1:
+        half = groups[: len(groups) // 2]
+        found = _attempt(model, [*passing, *half], specs)
+        if found is None:
+            passing, groups = [*passing, *half], groups[len(groups) // 2 :]
+        else:
+            groups, error = half, found
+    if passing:
+        error = _attempt(model, [*passing, *groups], specs) or error
+    return groups[0], str(error)
+
+
+def _attempt(model: nn.Module, groups: Sequence[ChannelGroup], specs: Sequence[InputSpec]) -> ShrinkError | None:
+    pairs = [(group, set(range(0, group.size, 2))) for group in groups]
+    masked = copy.deepcopy(model)
+    parameters = dict(masked.named_parameters())
+    with torch.no_grad():
+        for group, channels in pairs:
+            for member in group.members:
+                if member.role != Role.OTHER and member.parameter in parameters:
+                    gone = [index for index, channel in enumerate(member.channels.tolist()) if channel in channels]
+                    parameters[member.parameter].index_fill_(
+                        member.dim, torch.tensor(gone, device=parameters[member.parameter].device), 0
+                    )
+    try:
+        prove(masked, shrinkage(masked, pairs), specs)
+    except ShrinkError as error:
+        return error
+    return None

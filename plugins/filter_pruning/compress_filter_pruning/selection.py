@@ -1,0 +1,111 @@
+"""How many channels of which groups go at a level, and which ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from compress_core.channels import Costs
+from compress_filter_pruning.groups import PruningGroup
+
+# In rankings over all groups at least this share of each group stays, so that no layer becomes a bottleneck.
+_LEAST_SHARE = 0.1
+
+
+@dataclass(frozen=True)
+class Selector:
+    """Turns a level into numbers of channels.
+
+    Attributes:
+        groups: The groups.
+        operations: Cost in floating point operations.
+        counts_operations: Whether the level is the share of operations that goes, instead of channels.
+        is_global: Whether channels are ranked over all groups together.
+    """
+
+    groups: Sequence[PruningGroup]
+    operations: Costs
+    counts_operations: bool
+    is_global: bool
+
+    def left(self, level: float, ranking: Callable[[], Sequence[torch.Tensor]]) -> list[int]:
+        """Returns how many channels of each group stay.
+
+        At level 0 all stay. A level in channels is never exceeded: what rounding to a multiple allows is below it. A
+        level in operations is reached, or everything goes that may.
+
+        Args:
+            level: The level, 0 <= level < 1.
+            ranking: Returns the importance of the channels of each group; called for rankings over all groups.
+        """
+        if level <= 0:
+            return [group.full_size for group in self.groups]
+        if self.is_global:
+            return self._global(level, ranking())
+        if self.counts_operations:
+            return self._uniform_operations(level)
+        return [group.left(level) for group in self.groups]
+
+    def most(self) -> float:
+        """Returns the largest share of operations that can go."""
+        least = [group.rounded(self._floor(group)) for group in self.groups]
+        return 1 - self.operations.of(least) / self._full
+
+    @property
+    def _full(self) -> int:
+        return self.operations.of([group.full_size for group in self.groups])
+
+    def _floor(self, group: PruningGroup) -> int:
+        return max(1, -int(-group.full_size * _LEAST_SHARE // 1)) if self.is_global else 1
+
+    def _uniform_operations(self, level: float) -> list[int]:
+        """The smallest level in channels, the same for all groups, that is enough."""
+        sizes = [(group.full_size, left) for group in self.groups for left in range(1, group.full_size + 1)]
+        levels = sorted({1 - left / size for size, left in sizes})
+        wanted = (1 - level) * self._full
+        low, high = 0, len(levels) - 1
+        while low < high:
+            middle = (low + high) // 2
+            enough = self.operations.of([group.left(levels[middle]) for group in self.groups]) <= wanted
+            low, high = (low, middle) if enough else (middle + 1, high)
+        return [group.left(levels[low]) for group in self.groups]
+
+    def _global(self, level: float, importances: Sequence[torch.Tensor]) -> list[int]:
+        """The least important channels of all groups go, one after another, until it is enough."""
+        owners = torch.cat([torch.full((len(values),), number) for number, values in enumerate(importances)])
+        # Channels that are gone for good are the first to have gone.
+        gone = [group.full_size - group.size for group in self.groups]
+        order = owners[torch.sort(torch.cat(list(importances)), stable=True).indices]
+
+        def left(count: int) -> list[int]:
+            removed = torch.bincount(order[:count], minlength=len(self.groups)).tolist()
+            return [
+                max(group.rounded(group.full_size - g - r), group.rounded(self._floor(group)))
+                for group, g, r in zip(self.groups, gone, removed, strict=True)
+            ]
+
+        total = sum(group.full_size for group in self.groups)
+        if self.counts_operations:
+            wanted = (1 - level) * self._full
+            count = _first(len(order), lambda n: self.operations.of(left(n)) <= wanted)
+        else:
+            most = round(level * total)
+            count = _first(len(order), lambda n: total - sum(left(n)) > most)
+            count -= total - sum(left(count)) > most
+        return left(count)
+
+
+def _first(end: int, holds: Callable[[int], bool]) -> int:
+    """Returns the first number in [0, end] for which a condition holds, or `end`; it must go on holding."""
+    low, high = 0, end
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if holds(middle) else (middle + 1, high)
+    return low
+
+
+def least_important(importance: torch.Tensor, count: int) -> list[int]:
+    """Returns the `count` least important channels; of equal ones the first."""
+    return sorted(torch.sort(importance, stable=True).indices[: max(count, 0)].tolist())

@@ -1,0 +1,143 @@
+"""What filter pruning reports."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from compress_core import Statistics, Table
+from compress_core.channels import Certificate
+
+
+@dataclass(frozen=True)
+class PrunedLayer:
+    """A weight that makes channels.
+
+    Attributes:
+        name: Dotted name of the weight.
+        group: Number of the group that its channels belong to.
+        filters: Number of filters of the uncompressed model.
+        current: How many of them are left.
+    """
+
+    name: str
+    group: int
+    filters: int
+    current: int
+
+    @property
+    def level(self) -> float:
+        """Share of the filters that is gone."""
+        return 1 - self.current / self.filters
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Time of a forward in eval mode, in seconds: medians, measured in turns on the same inputs.
+
+    Attributes:
+        masked: Of the model under masks, which is as large as the uncompressed one.
+        shrunk: Of what `strip` leaves.
+        threads: Number of threads.
+    """
+
+    masked: float
+    shrunk: float
+    threads: int
+
+
+@dataclass(frozen=True)
+class FilterPruningStatistics(Statistics):
+    """Figures of the model as it is now.
+
+    Attributes:
+        layers: The pruned layers.
+        skipped: Name of a weight -> why its filters stay.
+        requested_level: Level that was set last.
+        target_level: Level at the end of the schedule.
+        counts_flops: Whether these levels are shares of floating point operations, instead of channels.
+        full_flops: Floating point operations of the uncompressed model for one sample: two per multiply-accumulate of
+            convolutions and products of matrices.
+        current_flops: The same without the channels that are gone.
+        full_parameters: Number of parameters of the uncompressed model.
+        current_parameters: The same without the channels that are gone.
+        full_channels: Number of channels that may go.
+        current_channels: How many of them are left.
+        frozen: Whether the masks stay as they are.
+        certificate: How well the model that `strip` or `shrink` left last agrees with the masked one; None before.
+        latency: What `measure_latency` found; None before.
+    """
+
+    layers: tuple[PrunedLayer, ...]
+    skipped: Mapping[str, str]
+    requested_level: float
+    target_level: float
+    counts_flops: bool
+    full_flops: int
+    current_flops: int
+    full_parameters: int
+    current_parameters: int
+    full_channels: int
+    current_channels: int
+    frozen: bool
+    certificate: Certificate | None = None
+    latency: Latency | None = None
+
+    @property
+    def pruning_level(self) -> float:
+        """Share of the channels that may go which is gone."""
+        return 1 - self.current_channels / self.full_channels
+
+    @property
+    def flops_pruning_level(self) -> float:
+        """Share of the floating point operations that is gone."""
+        return 1 - self.current_flops / self.full_flops if self.full_flops else 0.0
+
+    def tables(self) -> list[Table]:
+        """Returns the model, then the layers."""
+        rows: list[tuple[Any, ...]] = [
+            ("GFLOPs", self.full_flops / 1e9, self.current_flops / 1e9, self.flops_pruning_level),
+            (
+                "million parameters",
+                self.full_parameters / 1e6,
+                self.current_parameters / 1e6,
+                1 - self.current_parameters / self.full_parameters,
+            ),
+            ("channels of pruned groups", self.full_channels, self.current_channels, self.pruning_level),
+        ]
+        if self.latency is not None:
+            masked, shrunk = 1e3 * self.latency.masked, 1e3 * self.latency.shrunk
+            rows.append((f"ms for a forward, {self.latency.threads} thread(s)", masked, shrunk, 1 - shrunk / masked))
+        unit = "FLOPs" if self.counts_flops else "channels"
+        state: list[tuple[Any, ...]] = [
+            (f"level set last (of {unit})", self.requested_level),
+            (f"target level (of {unit})", self.target_level),
+            ("masks frozen", "yes" if self.frozen else "no"),
+        ]
+        if self.certificate is not None:
+            state.append(("shrunk model differs, eval mode", f"{self.certificate.eval_difference:.1e}"))
+            if self.certificate.train_difference is not None:
+                state.append(("shrunk model differs, training mode", f"{self.certificate.train_difference:.1e}"))
+        layers = [(layer.name, layer.group, layer.filters, layer.current, layer.level) for layer in self.layers]
+        found = [
+            Table("Filter pruning: model", ("figure", "full", "current", "level"), rows),
+            Table("Filter pruning: state", ("figure", "value"), state),
+            Table("Filter pruning: layers", ("weight", "group", "filters", "current", "level"), layers),
+        ]
+        if self.skipped:
+            found.append(Table("Filter pruning: left whole", ("weight", "because"), list(self.skipped.items())))
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the figures and the layers as JSON-able values."""
+        own = {
+            "pruning_level": self.pruning_level,
+            "flops_pruning_level": self.flops_pruning_level,
+            "layers": [{**asdict(layer), "level": layer.level} for layer in self.layers],
+            "skipped": dict(self.skipped),
+            "certificate": None if self.certificate is None else self.certificate.to_dict(),
+            "latency": None if self.latency is None else asdict(self.latency),
+        }
+        rest = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in own}
+        return own | rest
