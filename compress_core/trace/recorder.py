@@ -181,10 +181,13 @@ class Recorder:
 
     def _discard(self, call: Call) -> None:
         self.trace.calls.pop()
-        for index in call.operators:
-            self.trace.operators[index].call = None
-            for _, value in self.trace.operators[index].outputs:
-                self.trace.values[value].call = None
+        for operator in (self.trace.operators[index] for index in call.operators):
+            operator.call = None
+            for value in [*(value for _, value in operator.outputs), *operator.overwritten]:
+                if self.trace.values[value].call == call.index:
+                    self.trace.values[value].call = None
+        if call.operators:
+            self._values.forget_call(call.index)
 
     def operator(self, function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Runs and records an ATen operator."""

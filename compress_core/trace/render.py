@@ -50,7 +50,8 @@ def to_text(trace: Trace, level: Level = "calls") -> str:
 def to_dot(trace: Trace, level: Level = "calls", forward: int = 0) -> str:
     """Returns one forward as a graph in the language of Graphviz.
 
-    Modules are boxes around what they call. Edges are tensors, with their shapes; parameters are not drawn.
+    Modules are boxes around what they call. Edges are tensors, with their shapes. Parameters are not drawn, nor is a
+    step whose result nobody takes and that takes nothing but parameters.
 
     Args:
         trace: The trace.
@@ -86,6 +87,8 @@ def to_svg(trace: Trace, level: Level = "calls", forward: int = 0) -> str:
         raise UsageError(
             f"Graphviz did not finish within {_PATIENCE} s: the graph is too large to draw; write a .dot or .txt file"
         ) from None
+    except OSError as error:
+        raise UsageError(f"Graphviz fails: {error}") from error
     if done.returncode != 0:
         raise UsageError(f"Graphviz fails: {done.stderr.strip() or f'exit status {done.returncode}'}")
     return done.stdout
@@ -119,7 +122,7 @@ def _title(name: str, number: int, count: int) -> str:
 
 
 def _forward_text(title: str, forward: ForwardTrace, level: Level) -> str:
-    counts = f"{len(forward.calls)} calls, {len(forward.operators)} operators"
+    counts = f"{_counted(len(forward.calls), 'call')}, {_counted(len(forward.operators), 'operator')}"
     kind = ", on real values because the forward needs them" if forward.real else ""
     rows = [("#", "module", "call" if _level(level) == "calls" else "operator", "inputs -> outputs")]
     rows += [
@@ -135,6 +138,10 @@ def _forward_text(title: str, forward: ForwardTrace, level: Level) -> str:
     return "\n".join([f"{title}: {counts}{kind}", *lines])
 
 
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
 def _steps(forward: ForwardTrace, level: Level) -> list[Call] | list[Operator]:
     return forward.calls if level == "calls" else forward.operators
 
@@ -144,7 +151,7 @@ def _function(step: Call | Operator) -> str:
 
 
 def _short(function: str) -> str:
-    return re.sub(r"^torch\.(nn\.functional\.|(?=Tensor\.))?", "", function).removeprefix("aten.")
+    return re.sub(r"^(aten\.|torch\.(nn\.functional\.)?)|\.default$", "", function)
 
 
 def _inputs(step: Call | Operator) -> list[ValueId]:
@@ -215,14 +222,16 @@ class _Dot:
         self._forward = forward
         self._steps = _steps(forward, level)
         self._classes = classes
+        self._drawn: set[str] = set()
         self._lines: list[str] = []
 
     def text(self) -> str:
         self._lines = ["digraph trace {", *(_INDENT + line for line in _STYLE)]
         for value in self._forward.values:
             self._ends_at(value)
+        edges = self._edges()
         self._write(self._clusters(), 1)
-        self._edges()
+        self._lines += edges
         self._lines.append("}")
         return "\n".join(self._lines) + "\n"
 
@@ -238,7 +247,7 @@ class _Dot:
     def _clusters(self) -> _Cluster:
         # By name and not by who calls whom: a module that two others call has one box.
         root = _Cluster("")
-        for step in self._steps:
+        for step in (step for step in self._steps if f"n{step.index}" in self._drawn):
             cluster = root
             parts = step.module.split(".") if step.module else []
             for end in range(1, len(parts) + 1):
@@ -265,23 +274,31 @@ class _Dot:
         label = f"{module}: {label}" if module else label
         self._add(indent, f"n{step.index} [label={quoted(label)}, tooltip={quoted(tooltip)}];")
 
-    def _edges(self) -> None:
+    def _edges(self) -> list[str]:
+        lines = []
         # Parameters and constants come from no node, and are not drawn.
         latest = {value.index: f"in{value.index}" for value in self._forward.values if value.inputs}
         for step in self._steps:
             for value in dict.fromkeys(_inputs(step)):
-                self._edge(latest, value, f"n{step.index}")
+                lines += self._edge(latest, value, f"n{step.index}")
             # What a call hands on as it is (dropout in eval mode) goes through it.
             latest.update(dict.fromkeys(_results(step), f"n{step.index}"))
         for result in self._forward.outputs:
-            self._edge(latest, result.index, f"out{result.index}")
+            lines += self._edge(latest, result.index, f"out{result.index}")
+        return lines
 
-    def _edge(self, latest: dict[ValueId, str], value: ValueId, to: str) -> None:
-        if value in latest:
-            self._add(1, f"{latest[value]} -> {to} [label={quoted(_shape(self._forward.values[value]))}];")
+    def _edge(self, latest: dict[ValueId, str], value: ValueId, to: str) -> list[str]:
+        if value not in latest:
+            return []
+        self._drawn |= {latest[value], to}
+        # The space keeps the label off the line.
+        label = quoted(f" {_shape(self._forward.values[value])}")
+        return [f"{_INDENT}{latest[value]} -> {to} [label={label}];"]
 
 
 def quoted(text: str) -> str:
     """Returns text as a quoted string of Graphviz, in which only the line breaks keep a meaning of their own."""
-    escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("\r", "").replace("\n", "\\n")
+    escaped = (
+        text.replace("&", "&amp;").replace("\\", "\\\\").replace('"', '\\"').replace("\r", "").replace("\n", "\\n")
+    )
     return f'"{escaped}"'

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -156,9 +157,22 @@ def _forward(model: nn.Module, example: Example, *, training: bool) -> ForwardTr
     except Exception as error:
         reason = str(error).strip() or type(error).__name__
         raise TraceError(
-            f"{type(model).__name__} cannot be traced: its forward fails on {example.source}: {reason}. Give example "
-            "inputs that the model takes: input_info in the config, or a data loader"
+            f"{type(model).__name__} cannot be traced: its forward fails{_place(model, error)} on {example.source}: "
+            f"{reason.removesuffix('.')}. Give example inputs that the model takes: input_info in the config, or a "
+            "data loader"
         ) from error
+
+
+def _place(model: nn.Module, error: BaseException) -> str:
+    """Returns which module of the model was running when an exception was raised, for messages."""
+    names = {id(module): f"'{name}' ({type(module).__name__})" for name, module in model.named_modules() if name}
+    found = ""
+    cause: BaseException | None = error
+    while cause is not None:  # the innermost one: others are made further out
+        for frame, _ in traceback.walk_tb(cause.__traceback__):
+            found = names.get(id(frame.f_locals.get("self")), found)
+        cause = cause.__cause__
+    return f" in {found}" if found else ""
 
 
 def _record(model: nn.Module, example: Example, *, fake: bool, training: bool) -> ForwardTrace:
@@ -173,6 +187,7 @@ def _record(model: nn.Module, example: Example, *, fake: bool, training: bool) -
         batch = _batch_for(model, example.batch, mode)
         if mode is not None:
             stack.enter_context(mode)
+            stack.enter_context(_quiet())
         for recording in recorder.modes():
             stack.enter_context(recording)
         example.run(model, batch)
@@ -203,6 +218,18 @@ def _batch_for(model: nn.Module, batch: Any, mode: FakeTensorMode | None) -> Any
         return leaf if isinstance(leaf, FakeTensor) else mode.from_tensor(leaf)
 
     return tree_map(convert, batch)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Torch logs a stack trace for each operator that fails on fake tensors, whether the caller can go on or not."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 @contextlib.contextmanager

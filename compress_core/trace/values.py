@@ -87,6 +87,12 @@ class ValueTable:
             self._stale[identity] = by
         return index
 
+    def forget_call(self, index: int) -> None:
+        """Notes that a function call is not recorded after all; what it has written to stays written to."""
+        for identity, by in self._stale.items():
+            if by.call == index:
+                self._stale[identity] = Write(None, by.operator)
+
     def same(self, tensor: torch.Tensor, index: ValueId) -> None:
         """Notes that a tensor is another object for a value."""
         self._hold(tensor)
