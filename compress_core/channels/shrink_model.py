@@ -56,7 +56,13 @@ def planned_shrinkage(
     found = shrinkage(model, list(zip(extended, [gone for _, gone in groups if gone], strict=True)))
     plain = copy.deepcopy(model)
     bake_transforms(plain)
-    return found, prove(plain, found, specs)
+    certificate = prove(plain, found.within(tensor_names(plain)), specs)
+    return found.with_weight_transforms(model), certificate
+
+
+def tensor_names(model: nn.Module) -> set[str]:
+    """Returns the names of a model's parameters and buffers."""
+    return {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
 
 
 def apply_all_or_nothing(found: Shrinkage, model: nn.Module) -> None:

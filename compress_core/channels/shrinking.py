@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from compress_core.channels.groups import ChannelGroup
 from compress_core.errors import StateError
 from compress_core.transforms.weight import chain_of, parameter_places
 from compress_core.transforms.weight_cache import WeightChain
+
+if TYPE_CHECKING:
+    from compress_core.channels.groups import ChannelGroup
 
 # The indices along a dimension that stay, ascending.
 Kept: TypeAlias = "list[int]"
@@ -91,18 +93,45 @@ class Shrinkage:
                     f"expected {shape}. Build the model as it was before it was shrunk"
                 )
 
-    def slice(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """Returns the part of a tensor that stays; it is `name`, or of its shape or of one that broadcasts to it."""
+    def within(self, names: Iterable[str]) -> Shrinkage:
+        """Returns the part of this that is about tensors of these names."""
+        allowed = set(names)
+        wanted = [name for name in self.kept if name in allowed]
+        return Shrinkage({name: self.sizes[name] for name in wanted}, {name: self.kept[name] for name in wanted})
+
+    def with_weight_transforms(self, model: nn.Module) -> Shrinkage:
+        """Returns this with what weight transforms hold: masks, and scales by channel, shrink with their weight."""
+        tensors = dict([*model.named_buffers(), *model.named_parameters()])
+        names = {id(tensor): name for name, tensor in tensors.items()}
+        places = parameter_places(model)
+        sizes, kept = dict(self.sizes), dict(self.kept)
+        for name in self.kept:
+            for _, owner, own_name in places.get(id(tensors[name]), [])[:1]:
+                chain = chain_of(owner, own_name)
+                for tensor in () if chain is None else (*chain.parameters(), *chain.buffers()):
+                    dims = self._dims_of(name, tensor)
+                    if dims and id(tensor) in names:
+                        sizes[names[id(tensor)]], kept[names[id(tensor)]] = tuple(tensor.shape), dims
+        return Shrinkage(sizes, kept)
+
+    def _dims_of(self, name: str, tensor: torch.Tensor) -> dict[int, Kept]:
+        """Returns what stays of a tensor that broadcasts against `name`."""
         shape = self.sizes[name]
         offset = len(shape) - tensor.ndim
+        return {
+            dim - offset: list(indices)
+            for dim, indices in self.kept[name].items()
+            if dim >= offset and tensor.shape[dim - offset] == shape[dim] > 1
+        }
+
+    def slice(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Returns the part that stays of `name`, or of a tensor of its shape, such as a momentum."""
         for dim, indices in self.kept[name].items():
-            at = dim - offset
-            if at >= 0 and tensor.shape[at] == shape[dim] and (shape[dim] > 1 or len(indices) < shape[dim]):
-                tensor = tensor.index_select(at, torch.as_tensor(indices, device=tensor.device))
+            tensor = tensor.index_select(dim, torch.as_tensor(indices, device=tensor.device))
         return tensor
 
     def apply(self, model: nn.Module) -> None:
-        """Slices the tensors of a model in place, with their gradients, their transforms, and the layers' attributes.
+        """Slices the tensors of a model in place, with their gradients, and updates the layers' attributes.
 
         Parameters and buffers stay the objects that they are.
 
@@ -111,13 +140,12 @@ class Shrinkage:
         """
         self.check(model)
         tensors = dict([*model.named_buffers(), *model.named_parameters()])
-        places = parameter_places(model)
         with torch.no_grad():
             for name in self.kept:
-                tensor = tensors[name]
-                for _, owner, own_name in places.get(id(tensor), [])[:1]:
-                    self._slice_transforms(name, owner, own_name)
-                self._slice_in_place(name, tensor)
+                self._slice_in_place(name, tensors[name])
+        for module in model.modules():
+            if isinstance(module, WeightChain):
+                module.drop_cache()
         update_attributes(model, self.kept)
 
     def _slice_in_place(self, name: str, tensor: torch.Tensor) -> None:
@@ -128,22 +156,6 @@ class Shrinkage:
         _exchange(tensor, smaller)
         if gradient is not None:
             tensor.grad = self.slice(name, gradient)
-
-    def _slice_transforms(self, name: str, owner: nn.Module, own_name: str) -> None:
-        """Masks, and scales by channel, shrink with the weight that they are for."""
-        chain = chain_of(owner, own_name)
-        if chain is None:
-            return
-        shape = self.sizes[name]
-        for module in chain.modules():
-            if isinstance(size := module.__dict__.get("shape"), tuple):
-                shrunk = self.slice(name, torch.empty(size, device="meta").expand(size)).shape if size else ()
-                module.__dict__["shape"] = tuple(shrunk)
-            for tensor in (*module._parameters.values(), *module._buffers.values()):
-                if tensor is not None and 0 < tensor.ndim <= len(shape):
-                    self._slice_in_place(name, tensor)
-        if isinstance(chain, WeightChain):
-            chain.drop_cache()
 
 
 def _exchange(tensor: torch.Tensor, values: torch.Tensor) -> None:

@@ -346,7 +346,8 @@ class FilterPruning(Algorithm):
     @property
     def shrink_plan(self) -> dict[str, Any]:
         """What the last `strip` or `shrink` removed; JSON-able, for `compress_core.load_compressed_model`."""
-        return self._stripped.to_dict()
+        names = {member.parameter for group in self._groups for member in group.channels.members}
+        return self._stripped.within(names).to_dict()
 
     def measure_latency(self, rounds: int = 20) -> Latency:
         """Measures the forward of the masked model and of what `strip` would leave, in eval mode, in turns.

@@ -69,13 +69,19 @@ class FakeQuantize(nn.Module):
             raise UsageError(f"bits: {bits} with half_range={half_range}; possible are {smallest} to 16")
         if sum(size != 1 for size in shape) > 1 or 0 in shape:
             raise UsageError(f"shape {tuple(shape)} of a quantizer: at most one dimension may differ from 1, none be 0")
-        self.shape, self.bits, self.signed = tuple(shape), bits, signed
+        self._first_shape, self.bits, self.signed = tuple(shape), bits, signed
         self.narrow_range, self.half_range, self.logarithm_scale = narrow_range, half_range, logarithm_scale
         self.enabled = True
         self.lr_multiplier = 1.0
         self.observer: Callable[[torch.Tensor], Any] | None = None
-        channels = [dim for dim, size in enumerate(self.shape) if size > 1]
+        channels = [dim for dim, size in enumerate(shape) if size > 1]
         self._channel_dim = channels[0] if channels else None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the learned range; it follows the tensors when pruning makes them smaller."""
+        learned = next(iter(self._parameters.values()), None)
+        return self._first_shape if learned is None else tuple(learned.shape)
 
     @property
     def channel_dim(self) -> int | None:
