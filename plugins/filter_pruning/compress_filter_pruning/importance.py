@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from compress_core import ModelError
@@ -44,7 +46,7 @@ def layer_norm(weight: torch.Tensor) -> float:
 
 
 def channel_importance(
-    weights: list[tuple[str, torch.Tensor, int, torch.Tensor]], size: int, kind: str, *, normalized: bool
+    weights: Sequence[tuple[str, torch.Tensor, int, torch.Tensor]], size: int, kind: str, *, normalized: bool
 ) -> torch.Tensor:
     """Returns the importance of each channel of a group: the sum over all filters that make it.
 

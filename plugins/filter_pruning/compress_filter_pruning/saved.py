@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, Field, ValidationError
 
-from compress_core import StateError
+from compress_core import Plan, StateError
 from compress_core.channels import Costs, InputSpec
 from compress_filter_pruning.groups import PruningGroup
 from compress_filter_pruning.planning import PruningPlan
@@ -45,16 +45,17 @@ class SavedPruning(BaseModel):
             raise StateError(f"compression_state.algorithms.{name}.state is not one of ours: {error}") from error
 
 
-def saved_plan(details: Mapping[str, Any], name: str) -> PruningPlan:
-    """Returns the plan that `PruningPlan.to_dict` made JSON-able.
+def saved_plan(plan: Plan, name: str) -> PruningPlan:
+    """Returns what a plan was made from.
 
     Raises:
         StateError: It is something else.
     """
+    details = plan.details
     try:
         return PruningPlan(
             [PruningGroup.from_dict(number, entry) for number, entry in enumerate(details["groups"])],
-            {},
+            dict(plan.skipped),
             Costs.from_dict(details["operations"]),
             Costs.from_dict(details["parameters"]),
             [InputSpec.from_dict(entry) for entry in details["inputs"]],

@@ -1,0 +1,199 @@
+"""The channels of a model that are under masks, and those that are gone for good."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from compress_core import UsageError
+from compress_core.channels import (
+    Certificate,
+    ChannelGroup,
+    Shrinkage,
+    averaged_module,
+    check_optimizer,
+    planned_shrinkage,
+    shrink_model,
+    shrink_optimizer,
+)
+from compress_core.snapshot import ModelSnapshot
+from compress_core.transforms import raw_parameter
+from compress_filter_pruning.config import FilterPruningParams
+from compress_filter_pruning.groups import PruningGroup
+from compress_filter_pruning.importance import channel_importance
+from compress_filter_pruning.masks import add_masks, masked_parameters, write_masks
+from compress_filter_pruning.planning import PruningPlan
+from compress_filter_pruning.selection import Selector, least_important
+
+
+class Pruner:
+    """Chooses channels, masks them, and removes them.
+
+    Args:
+        model: The model.
+        plan: Its groups and what they cost.
+        params: The settings.
+        key: Name of the masks.
+
+    Attributes:
+        model: The model.
+        groups: The groups as they are now.
+        inputs: What the forward takes.
+        gone: For each group the channels under masks, counted among those that there still are.
+        shrunk: What has been removed from the model for good.
+        stripped: What was removed from the model that `strip` or `shrink` left last.
+        certificate: How well that agreed with the masked model.
+    """
+
+    def __init__(self, model: nn.Module, plan: PruningPlan, params: FilterPruningParams, key: str) -> None:
+        self.model, self.groups, self.inputs = model, list(plan.groups), plan.inputs
+        self.gone: list[list[int]] = [[] for _ in self.groups]
+        self.shrunk = self.stripped = Shrinkage()
+        self.certificate: Certificate | None = None
+        self._operations, self._parameters = plan.operations, plan.parameters
+        self._params, self._key = params, key
+        add_masks(model, self._masked(), key)
+
+    # Figures.
+
+    @property
+    def counts_operations(self) -> bool:
+        """Whether levels are shares of floating point operations, instead of channels."""
+        return self._params.pruning_flops_target is not None
+
+    def full(self) -> list[int]:
+        """Returns how many channels each group had in the uncompressed model."""
+        return [group.full_size for group in self.groups]
+
+    def left(self) -> list[int]:
+        """Returns how many channels of each group are left."""
+        return [group.size - len(gone) for group, gone in zip(self.groups, self.gone, strict=True)]
+
+    def operations(self, left: Sequence[int]) -> int:
+        """Returns the floating point operations of a forward of one sample, exactly."""
+        return self._operations.of(left)
+
+    def parameters(self, left: Sequence[int]) -> int:
+        """Returns the number of parameters of the model, exactly."""
+        return self._parameters.of(left)
+
+    def level(self) -> float:
+        """Returns the share that is gone, of what levels count."""
+        full, left = self.full(), self.left()
+        return 1 - self._cost(left) / self._cost(full) if self._cost(full) else 0.0
+
+    def reaches(self, level: float) -> bool:
+        """Tells whether as much is gone as a level asks for."""
+        return self._cost(self.left()) <= self._cost(self._left_at(level))
+
+    # Masks.
+
+    def apply(self, level: float) -> None:
+        """Masks the least important channels, as many as a level asks for."""
+        self._select(self._left_at(level))
+
+    def apply_each(self, levels: Mapping[int, float]) -> None:
+        """Does that for each group by itself: number of the group -> level; the others stay as they are."""
+        left = self.left()
+        for number, level in levels.items():
+            left[number] = min(self.groups[number].left(level), self.groups[number].size)
+        self._select(left)
+
+    def mask(self, gone: list[list[int]]) -> None:
+        """Masks these channels of each group, and no others."""
+        write_masks(self.model, self._masked(), gone, self._key)
+        self.gone = gone
+
+    # Removal.
+
+    def pairs(self) -> list[tuple[ChannelGroup, set[int]]]:
+        """Returns the groups with the channels that are masked."""
+        return [(group.channels, set(gone)) for group, gone in zip(self.groups, self.gone, strict=True)]
+
+    def strip(self, model: nn.Module) -> None:
+        """Removes the masked channels from a model, mostly a copy of this one.
+
+        Raises:
+            ShrinkError: The smaller model would fail or compute something else; it is as before.
+        """
+        self.stripped = self.shrunk
+        if any(self.gone):
+            removed, self.certificate = shrink_model(model, self.pairs(), self.inputs)
+            self.stripped = self.shrunk.then(removed)
+
+    def shrink(self, optimizer: torch.optim.Optimizer | None, ema: nn.Module | None) -> Certificate:
+        """Removes the masked channels for good; see `FilterPruning.shrink`."""
+        pairs = self.pairs()
+        if not any(self.gone):
+            raise UsageError("no channel is masked, so there is nothing to shrink; set a pruning level first")
+        removed, certificate = planned_shrinkage(self.model, pairs, self.inputs)
+        if optimizer is not None:
+            check_optimizer(optimizer, self.model, removed)
+        models = [self.model] if ema is None else [self.model, averaged_module(ema, removed)]
+        snapshots = [ModelSnapshot(entry) for entry in models]
+        try:
+            for entry in models:
+                removed.apply(entry)
+        except BaseException:
+            for snapshot in snapshots:
+                snapshot.restore()
+            raise
+        if optimizer is not None:
+            shrink_optimizer(optimizer, self.model, removed)
+        self.groups = [g.shrunk(removed, gone) for g, (_, gone) in zip(self.groups, pairs, strict=True)]
+        self.gone = [[] for _ in self.groups]
+        self.shrunk = self.stripped = self.shrunk.then(removed)
+        self.certificate = certificate
+        return certificate
+
+    def take_back(self, shrunk: Shrinkage, groups: list[PruningGroup]) -> None:
+        """Makes the model as small as it was when a state was saved."""
+        if shrunk:
+            shrunk.apply(self.model)
+            self.groups, self.shrunk, self.stripped = groups, shrunk, shrunk
+
+    def shrink_plan(self) -> dict[str, Any]:
+        """Returns what was removed from the plain model that `strip` left; JSON-able."""
+        names = {member.parameter for group in self.groups for member in group.channels.members}
+        return self.stripped.within(names).to_dict()
+
+    # How it is done.
+
+    def selector(self) -> Selector:
+        """Returns what turns levels into numbers of channels."""
+        return Selector(self.groups, self._operations, self.counts_operations, self._params.all_weights)
+
+    def _masked(self) -> Any:
+        return masked_parameters(self.model, self.groups, batch_norms=self._params.prune_batch_norms)
+
+    def _cost(self, left: Sequence[int]) -> int:
+        return self._operations.of(left) if self.counts_operations else sum(left)
+
+    def _left_at(self, level: float) -> list[int]:
+        # What is gone for good cannot come back.
+        left = self.selector().left(level, self._importances)
+        return [min(number, group.size) for number, group in zip(left, self.groups, strict=True)]
+
+    def _select(self, left: Sequence[int]) -> None:
+        importances = self._importances()  # everything that can fail comes before the first mask is touched
+        self.mask(
+            [
+                least_important(importance, group.size - number)
+                for importance, group, number in zip(importances, self.groups, left, strict=True)
+            ]
+        )
+
+    def _importances(self) -> list[torch.Tensor]:
+        """Returns the importance of the channels of each group; comparable between groups where that matters."""
+        return [self._importance(group) for group in self.groups]
+
+    def _importance(self, group: PruningGroup) -> torch.Tensor:
+        weights = [
+            (m.parameter, raw_parameter(self.model, m.parameter), m.dim, torch.from_numpy(m.channels))
+            for m in group.makers
+        ]
+        kind, normalized = self._params.filter_importance, self._params.all_weights
+        return channel_importance(weights, group.size, kind, normalized=normalized)
