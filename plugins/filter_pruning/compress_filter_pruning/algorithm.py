@@ -13,6 +13,7 @@ from compress_core import (
     AlgorithmConfig,
     CompressionStage,
     ConfigError,
+    ModelError,
     Plan,
     Stage,
     StateError,
@@ -86,6 +87,9 @@ class FilterPruning(Algorithm):
             return self._resumed_plan(model, context)
         path, _ = context.section(self)
         targets, excluded = context.weight_targets(model, self)
+        for target in targets:
+            if target.parameter is not None and not bool(target.parameter.isfinite().all()):
+                raise ModelError(f"the weight '{target.name}' holds NaN or infinity; repair it before compression")
         trace = context.trace(model, path)
         found = make_plan(model, trace, self.config.params, [target.name for target in targets], excluded)
         if not found.groups:
