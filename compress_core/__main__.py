@@ -1,4 +1,4 @@
-"""Command line: compress-core algorithms | schema | check CONFIG."""
+"""Command line: compress-core algorithms | schema | check CONFIG | trace MODEL."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from compress_core.api import check_config
+from compress_core.cli import trace
 from compress_core.config.schema import json_schema
 from compress_core.errors import CompressionError, ConfigError
 from compress_core.registry import default_registry
@@ -25,6 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands.add_parser("schema", help="print the JSON schema of configs")
     check = commands.add_parser("check", help="say whether a config is valid, and if not, what is wrong and where")
     check.add_argument("config", type=Path, help="path of a JSON file")
+    trace.add_parser(commands)
     options = parser.parse_args(arguments)
     if options.command == "algorithms":
         # Plugins that could not be loaded are part of the answer; the log line would only repeat it.
@@ -38,6 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command == "schema":
         print(json.dumps(json_schema(default_registry()), indent=2))
         return 0
+    if options.command == "trace":
+        return trace.run(options)
     return _check(options.config)
 
 

@@ -122,7 +122,6 @@ def _title(name: str, number: int, count: int) -> str:
 
 
 def _forward_text(title: str, forward: ForwardTrace, level: Level) -> str:
-    counts = f"{_counted(len(forward.calls), 'call')}, {_counted(len(forward.operators), 'operator')}"
     kind = ", on real values because the forward needs them" if forward.real else ""
     rows = [("#", "module", "call" if _level(level) == "calls" else "operator", "inputs -> outputs")]
     rows += [
@@ -135,11 +134,13 @@ def _forward_text(title: str, forward: ForwardTrace, level: Level) -> str:
         for number, module, function, rest in rows
     ]
     lines.insert(1, "-" * min(_WIDEST_RULE, max(map(len, lines))))
-    return "\n".join([f"{title}: {counts}{kind}", *lines])
+    return "\n".join([f"{title}: {counts_text(forward)}{kind}", *lines])
 
 
-def _counted(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+def counts_text(forward: ForwardTrace) -> str:
+    """Returns how much there is in a forward: `1 call, 2 operators`."""
+    counts = {"call": len(forward.calls), "operator": len(forward.operators)}
+    return ", ".join(f"{number} {what}" if number == 1 else f"{number} {what}s" for what, number in counts.items())
 
 
 def _steps(forward: ForwardTrace, level: Level) -> list[Call] | list[Operator]:

@@ -1,0 +1,1 @@
+"""Commands of `compress-core` that need more than a few lines."""
