@@ -147,13 +147,16 @@ class Algebra:
         right = np.concatenate([np.empty(0, np.int64), *self._right])
         return _components(self._size, left, right)
 
-    def fixed(self, classes: np.ndarray) -> dict[int, Obstacle]:
-        """Returns the classes that must stay, each with the first reason."""
-        found: dict[int, Obstacle] = {}
-        for labels, obstacle in self._fixed:
-            for number in np.unique(classes[labels]):
-                found.setdefault(int(number), obstacle)
+    def fixed(self, classes: np.ndarray) -> np.ndarray:
+        """Returns for each class the number of the first reason why it must stay, or -1; shape (labels,)."""
+        found = np.full(self._size, -1)
+        for number in range(len(self._fixed) - 1, -1, -1):
+            found[classes[self._fixed[number][0]]] = number
         return found
+
+    def obstacle(self, number: int) -> Obstacle:
+        """Returns a reason that `fixed` has named."""
+        return self._fixed[number][1]
 
 
 def _components(size: int, left: np.ndarray, right: np.ndarray) -> np.ndarray:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
+from torch import nn
 
-from compress_core.channels import shape_rules  # noqa: F401 - fills the table of rules
+from compress_core.channels import product_rules, reduction_rules, shape_rules  # noqa: F401 - they fill the table
 from compress_core.channels.algebra import Algebra, Dims, Obstacle, Role
+from compress_core.channels.rehearsal import rehearse
 from compress_core.channels.rules import Step, propagate
 from compress_core.trace.graph import ForwardTrace
 from compress_core.trace.tracer import Trace
@@ -68,20 +70,37 @@ class ChannelGroups:
         return [group for group in self.groups if group.obstacle is None]
 
 
-def channel_groups(trace: Trace) -> ChannelGroups:
+def channel_groups(trace: Trace, model: nn.Module | None = None) -> ChannelGroups:
     """Finds the channel groups of a model.
 
     Args:
         trace: Its trace; several examples give the union of their constraints.
+        model: The model; given it, sizes that are written in the code of its forward are found as well, and the
+            channels that they count are left whole.
     """
     algebra = Algebra()
+    forwards = []
     for forward in [*trace.forwards, *(forward for forward in trace.training if forward is not None)]:
-        _carry(forward, algebra)
+        forwards.append((forward, _carry(forward, algebra)))
         algebra.counting = False  # one forward is what a forward costs
+    if model is not None:
+        rehearse(model, forwards, algebra, _half)
     return _grouped(algebra)
 
 
-def _carry(forward: ForwardTrace, algebra: Algebra) -> None:
+def _half(algebra: Algebra) -> np.ndarray:
+    """Returns which labels stay when every second channel of each group goes; shape (labels,)."""
+    found = _grouped(algebra)
+    gone = np.zeros(len(found.classes), bool)
+    for group in found.prunable:
+        for member in group.members[:1]:
+            labels = algebra.parameters[member.parameter][member.dim]
+            gone[found.classes[labels[member.channels % 2 == 1]]] = True
+    kept: np.ndarray = ~gone[found.classes]
+    return kept
+
+
+def _carry(forward: ForwardTrace, algebra: Algebra) -> dict[int, Dims]:
     shapes = [value.shape for value in forward.values]
     labels: dict[int, Dims] = {}
     for value in forward.values:
@@ -101,50 +120,65 @@ def _carry(forward: ForwardTrace, algebra: Algebra) -> None:
     for value in forward.values:
         for dims_of in labels.get(value.index, []) if value.outputs else []:
             algebra.fix(dims_of, Obstacle("", "output", "the model returns it"))
+    return labels
 
 
 def _grouped(algebra: Algebra) -> ChannelGroups:
+    """Puts classes together that have as many slices of the same dimensions."""
     classes = algebra.classes()
-    fixed, roles = algebra.fixed(classes), algebra.roles()
-    footprint: dict[int, list[tuple[str, int, int]]] = {}
-    order: dict[int, int] = {}
-    for name, dims in algebra.parameters.items():
-        for dim, labels in enumerate(dims):
-            numbers, counts = np.unique(classes[labels], return_counts=True)
-            for number, count in zip(numbers.tolist(), counts.tolist(), strict=True):
-                footprint.setdefault(number, []).append((name, dim, count))
-                order.setdefault(number, len(order))
-    alike: dict[tuple[tuple[tuple[str, int, int], ...], bool], list[int]] = {}
-    for number in sorted(footprint, key=order.__getitem__):
-        alike.setdefault((tuple(footprint[number]), number in fixed), []).append(number)
-    positions = np.full(len(classes), -1)
-    for position, members in enumerate(alike.values()):
-        positions[members] = position
-    groups = [_group(algebra, classes, roles, key[0], numbers, fixed) for key, numbers in alike.items()]
-    return ChannelGroups(groups, algebra, classes, positions)
+    reasons, roles = algebra.fixed(classes), algebra.roles()
+    places = [(name, dim, labels) for name, dims in algebra.parameters.items() for dim, labels in enumerate(dims)]
+    positions, channels, firsts = _alike([classes[labels] for _, _, labels in places], reasons >= 0)
+    members: list[list[Member]] = [[] for _ in firsts]
+    for name, dim, labels in places:
+        groups = positions[classes[labels]]
+        for group in [] if name.startswith("constant ") else sorted(set(groups.tolist())):
+            own = groups == group
+            role = Role(int(roles[labels[own]].max()))
+            members[group].append(Member(name, dim, np.where(own, channels[classes[labels]], -1), role))
+    sizes = np.zeros(len(firsts), np.int64)
+    np.maximum.at(sizes, positions[positions >= 0], channels[positions >= 0] + 1)
+    obstacles = [None if reasons[first] < 0 else algebra.obstacle(reasons[first]) for first in firsts]
+    groups_found = [
+        ChannelGroup(int(size), tuple(own_members), obstacle)
+        for size, own_members, obstacle in zip(sizes, members, obstacles, strict=True)
+    ]
+    return ChannelGroups(groups_found, algebra, classes, positions)
 
 
-def _group(
-    algebra: Algebra,
-    classes: np.ndarray,
-    roles: np.ndarray,
-    footprint: tuple[tuple[str, int, int], ...],
-    numbers: list[int],
-    fixed: dict[int, Obstacle],
-) -> ChannelGroup:
-    position = np.full(len(classes), -1)
-    first, dim, _ = footprint[0]
-    wanted = set(numbers)
-    in_order = [n for n in dict.fromkeys(classes[algebra.parameters[first][dim]].tolist()) if n in wanted]
-    position[in_order] = np.arange(len(in_order))
-    members = tuple(
-        Member(
-            name,
-            dim,
-            position[classes[algebra.parameters[name][dim]]],
-            Role(int(roles[algebra.parameters[name][dim]].max(initial=0))),
-        )
-        for name, dim in dict.fromkeys((name, dim) for name, dim, _ in footprint)
-        if not name.startswith("constant ")
-    )
-    return ChannelGroup(len(numbers), members, fixed.get(numbers[0]))
+def _alike(places: list[np.ndarray], fixed: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[int]]:
+    """Finds the classes that occur in the same places equally often.
+
+    What a class occurs in is summed up in 128 random bits for each place: networks have hundreds of thousands of
+    classes, and comparing lists of places would take longer than all the rest.
+
+    Args:
+        places: The classes along each dimension of each parameter.
+        fixed: Whether each class must stay; fixed classes are not alike free ones.
+
+    Returns:
+        The number of the group of each class (-1 for numbers that are not a class); the number that the class has in
+        it; the first class of each group. Groups and classes are in the order in which they first occur: the number of
+        a class is the smallest of its labels.
+    """
+    draw = np.random.default_rng(0)
+    lengths = [len(classes) for classes in places]
+    occurring = np.concatenate([np.empty(0, np.int64), *places])
+    present = np.flatnonzero(np.bincount(occurring, minlength=len(fixed)))
+    keys = [fixed[present]]
+    for _ in range(2):
+        sums = np.zeros(len(fixed), np.int64)
+        np.add.at(sums, occurring, np.repeat(draw.integers(-(1 << 63), 1 << 63, len(places)), lengths))
+        keys.append(sums[present])
+    order = np.lexsort(keys)  # stable: alike classes stay in their order
+    new = np.ones(len(order), bool)
+    new[1:] = np.any([key[order][1:] != key[order][:-1] for key in keys], axis=0)
+    starts = np.flatnonzero(new)
+    number = np.cumsum(new) - 1
+    first = order[starts]
+    rank = np.empty(len(first), np.int64)
+    rank[np.argsort(first)] = np.arange(len(first))
+    positions, channels = np.full(len(fixed), -1), np.full(len(fixed), -1)
+    positions[present[order]] = rank[number]
+    channels[present[order]] = np.arange(len(order)) - starts[number]
+    return positions, channels, present[np.sort(first)].tolist()

@@ -78,22 +78,12 @@ def _cat(step: Step) -> list[Dims]:
         column = [part[dim] for part in parts]
         tracked = [labels for labels in column if labels is not None]
         if dim != axis:
-            result.append(_met(step, column))
+            result.append(step.met(column))
         elif not tracked:
             result.append(None)
         else:
             result.append(_joined(step, column, [step.shape(tensor)[dim] for tensor in tensors]))
     return step.same(result)
-
-
-def _met(step: Step, column: list[Labels]) -> Labels:
-    tracked = [labels for labels in column if labels is not None]
-    if tracked and len(tracked) < len(column):
-        step.fix(tracked, "meets a tensor of fixed size")
-        return None
-    for other in tracked[1:]:
-        step.algebra.join(tracked[0], other)
-    return tracked[0] if tracked else None
 
 
 def _joined(step: Step, column: list[Labels], sizes: list[int]) -> np.ndarray:
@@ -111,7 +101,7 @@ def _joined(step: Step, column: list[Labels], sizes: list[int]) -> np.ndarray:
 @rule("aten.stack")
 def _stack(step: Step) -> list[Dims]:
     parts = [step.dims(tensor) for tensor in step.argument(0)]
-    result = [_met(step, [part[dim] for part in parts]) for dim in range(len(parts[0]))]
+    result = [step.met([part[dim] for part in parts]) for dim in range(len(parts[0]))]
     result.insert(int(step.argument(1, "dim", 0)) % (len(result) + 1), None)
     return step.same(result)
 

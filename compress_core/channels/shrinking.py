@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -191,16 +192,18 @@ def shrinkage(
     """
     pairs = groups.values() if isinstance(groups, Mapping) else groups
     shapes = {name: tuple(t.shape) for name, t in [*model.named_buffers(), *model.named_parameters()]}
-    gone: dict[str, dict[int, set[int]]] = {}
+    gone: dict[str, dict[int, np.ndarray]] = {}
     for group, channels in pairs:
+        removed = np.array(sorted(channels), np.int64)
         for member in group.members if channels else ():
-            indices = {i for i, channel in enumerate(member.channels.tolist()) if channel in channels}
-            gone.setdefault(member.parameter, {}).setdefault(member.dim, set()).update(indices)
-    kept = {
-        name: {d: [i for i in range(shapes[name][d]) if i not in indices] for d, indices in dims.items() if indices}
-        for name, dims in gone.items()
-    }
-    kept = {name: dims for name, dims in kept.items() if dims}
+            dims = gone.setdefault(member.parameter, {})
+            before = dims.get(member.dim, np.zeros(len(member.channels), bool))
+            dims[member.dim] = before | np.isin(member.channels, removed)
+    kept: dict[str, dict[int, Kept]] = {}
+    for name, indices in gone.items():
+        shrunk = {dim: np.flatnonzero(~mask).tolist() for dim, mask in indices.items() if mask.any()}
+        if shrunk:
+            kept[name] = shrunk
     return Shrinkage({name: shapes[name] for name in kept}, kept)
 
 

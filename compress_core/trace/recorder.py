@@ -140,7 +140,7 @@ class Recorder:
         taken: list[Taken] = []
         arguments = self._values.taken(tuple(args), (), taken)
         keywords = self._values.taken(kwargs, (), taken)
-        call = Call(len(self.trace.calls), _name_of(function), self._frames, (), arguments, keywords)
+        call = Call(len(self.trace.calls), name_of(function), self._frames, (), arguments, keywords)
         call.inputs = [(path, value) for path, _, value in taken]
         self.trace.calls.append(call)
         self._current, self._wrote = call, False
@@ -233,13 +233,13 @@ class Recorder:
 
     def _run(self, function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if self._fake is not None and function is torch.ops.aten.native_batch_norm.default:
-            result = _fake_batch_norm(*args)
+            result = fake_batch_norm(*args)
             if result is not None:
                 return result
         return function(*args, **kwargs)
 
 
-def _fake_batch_norm(
+def fake_batch_norm(
     x: torch.Tensor, weight: Any, bias: Any, mean: Any, var: Any, training: bool, *_: float
 ) -> tuple[torch.Tensor, ...] | None:
     """Returns what batch norm would; torch takes ten times as long, because it decomposes it into twenty operators.
@@ -301,7 +301,7 @@ def _facts(function: Any) -> _Facts:
 
 
 @functools.cache
-def _name_of(function: Any) -> str:
+def name_of(function: Any) -> str:
     name = resolve_name(function)
     if name is None:
         name = f"{getattr(function, '__module__', None)}.{getattr(function, '__qualname__', repr(function))}"

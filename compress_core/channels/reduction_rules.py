@@ -1,0 +1,183 @@
+"""Rules of normalizations, reductions, pooling, and other operators that look along dimensions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from compress_core.channels.algebra import Dims, Labels, Role
+from compress_core.channels.rules import Step, pointwise, rule
+from compress_core.trace.graph import Ref
+
+# Normalization.
+
+
+@rule(
+    "aten.native_batch_norm",
+    "aten._native_batch_norm_legit",
+    "aten._native_batch_norm_legit_no_training",
+    "aten.cudnn_batch_norm",
+    "aten.batch_norm",
+    "aten._native_batch_norm_legit_functional",
+    "aten._batch_norm_with_update",
+    "aten._batch_norm_no_update",
+)
+def _batch_norm(step: Step) -> list[Dims]:
+    dims = step.dims(step.argument(0))
+    for position in (1, 2):
+        for labels in step.dims(step.argument(position)):
+            step.algebra.mark(Role.NORMALIZES, labels)
+    _parallel(step, dims[1], [step.dims(step.argument(position)) for position in range(1, 5)])
+    return step.same(dims)
+
+
+def _parallel(step: Step, labels: Labels, vectors: Iterable[Dims]) -> None:
+    """Joins vectors that run along a dimension."""
+    for vector in vectors:
+        if not vector:
+            continue
+        if labels is None or vector[0] is None:
+            step.fix([labels, vector[0]], "meets a tensor of fixed size")
+        step.algebra.join(labels, vector[0])
+
+
+@rule("aten.native_layer_norm", "aten._fused_rms_norm", "aten.rms_norm", "aten.layer_norm")
+def _layer_norm(step: Step) -> list[Dims]:
+    dims = step.dims(step.argument(0))
+    count = len(step.argument(1))
+    normalized = dims[len(dims) - count :]
+    step.fix(normalized, "is normalized over: mean and variance would be those of fewer channels")
+    for position in (2, 3):
+        vector = step.dims(step.argument(position)) if isinstance(step.argument(position), Ref) else []
+        for labels, other in zip(normalized, vector, strict=False):
+            step.fix(other, "is normalized over")
+            step.algebra.join(labels, other)
+    return step.same(dims)
+
+
+@rule("aten.native_group_norm", "aten.group_norm")
+def _group_norm(step: Step) -> list[Dims]:
+    dims, groups = step.dims(step.argument(0)), int(step.argument(6, "group", 1))
+    if dims[1] is not None and groups != len(dims[1]):
+        step.fix(dims[1], "groups of channels are normalized together")
+    _parallel(step, dims[1], [step.dims(step.argument(1)), step.dims(step.argument(2))])
+    if dims[1] is not None and groups == len(dims[1]):
+        step.fix(dims[1], "the number of groups is written in the code")
+    return step.same(dims)
+
+
+# Reductions and what looks along a dimension.
+
+
+def _dims_argument(value: Any, rank: int) -> list[int]:
+    if value is None:
+        return list(range(rank))
+    values = [value] if isinstance(value, int) else list(value) or list(range(rank))
+    return [int(dim) % rank for dim in values] if rank else []
+
+
+@rule(
+    "aten.mean",
+    "aten.sum",
+    "aten.amax",
+    "aten.amin",
+    "aten.prod",
+    "aten.var",
+    "aten.std",
+    "aten.var_mean",
+    "aten.max",
+    "aten.min",
+    "aten.logsumexp",
+    "aten.linalg_vector_norm",
+    "aten.norm",
+    "aten.any",
+    "aten.all",
+    "aten.argmax",
+    "aten.argmin",
+    "aten.median",
+    "aten.count_nonzero",
+)
+def _reduction(step: Step) -> list[Dims]:
+    dims = step.dims(step.argument(0))
+    if len(step.operator.inputs) > 1:
+        return pointwise(step)  # max and min of two tensors
+    position = 2 if "vector_norm" in step.operator.name else 1
+    over = step.argument(position, "dim") if "dim" in str(step.operator.function._schema) else None
+    reduced = _dims_argument(over, len(dims))
+    step.fix([dims[dim] for dim in reduced], "is reduced")
+    keeps = step.result_shapes and len(step.result_shapes[0]) == len(dims)
+    result = [None if dim in reduced else labels for dim, labels in enumerate(dims) if keeps or dim not in reduced]
+    return [list(result) for _ in step.result_shapes]
+
+
+@rule(
+    "aten._softmax",
+    "aten._log_softmax",
+    "aten.softmax",
+    "aten.log_softmax",
+    "aten.cumsum",
+    "aten.sort",
+    "aten.topk",
+    "aten.flip",
+    "aten.roll",
+    "aten.cumprod",
+)
+def _along(step: Step) -> list[Dims]:
+    dims = step.dims(step.argument(0))
+    name = step.operator.name
+    position = 2 if ("roll" in name or "topk" in name) else 1
+    default = -1 if ("topk" in name or "sort" in name) else None
+    for dim in _dims_argument(step.argument(position, "dims" if "roll" in name else "dim", default), len(dims)):
+        step.fix(dims[dim], "the operator looks along it")
+        dims[dim] = None
+    return [list(dims) for _ in step.result_shapes]
+
+
+_SPATIAL = [
+    f"aten.{name}{n}d"
+    for name in ("avg_pool", "_adaptive_avg_pool", "adaptive_avg_pool", "max_pool")
+    for n in (1, 2, 3)
+]
+_SPATIAL += [
+    f"aten.{name}max_pool{n}d{suffix}"
+    for name in ("", "adaptive_")
+    for n in (1, 2, 3)
+    for suffix in ("", "_with_indices")
+]
+_SPATIAL += [
+    f"aten.upsample_{name}"
+    for name in (
+        "nearest1d",
+        "nearest2d",
+        "nearest3d",
+        "_nearest_exact2d",
+        "linear1d",
+        "bilinear2d",
+        "trilinear3d",
+        "bicubic2d",
+        "_bilinear2d_aa",
+        "_bicubic2d_aa",
+    )
+]
+_SPATIAL += ["aten._upsample_nearest_exact2d", "aten._upsample_bilinear2d_aa", "aten._upsample_bicubic2d_aa"]
+_SPATIAL += [f"aten.{name}_pad{n}d" for name in ("reflection", "replication") for n in (1, 2, 3)]
+
+
+@rule(*_SPATIAL)
+def _spatial(step: Step) -> list[Dims]:
+    dims = step.dims(step.argument(0))
+    changed = next((f"{n}d" for n in "123" if f"{n}d" in step.operator.name), "2d")
+    spatial = int(changed[0])
+    step.fix(dims[-spatial:], "is a dimension in space")
+    return [dims[:-spatial] + [None] * spatial for _ in step.result_shapes]
+
+
+@rule("aten.constant_pad_nd")
+def _pad(step: Step) -> list[Dims]:
+    dims, pads = step.dims(step.argument(0)), list(step.argument(1))
+    for index in range(len(pads) // 2):
+        if pads[2 * index] or pads[2 * index + 1]:
+            dim = len(dims) - 1 - index
+            step.fix(dims[dim], "is padded")
+            dims[dim] = None
+    return step.same(dims)
