@@ -1,24 +1,25 @@
 """Rewrites an exported graph, so that a runtime finds in it what it can compute with integers.
 
-Batch norms behind a quantized convolution or linear layer become a part of its scales and its bias, transposed weights
-are stored transposed, and biases become integers in the units of the accumulator. All of it is exact, but for the
-rounding of scales to float32 and of biases to half a unit of the accumulator.
+Batch norms behind a quantized convolution or linear layer become a part of its scales and its bias, transposed and
+split weights are stored as they are read, and biases become integers in the units of the accumulator. Clipping that
+quantization does anyway is left out, and depthwise convolutions get inputs with one scale
+(`compress_quantization.export.channels`). All of it is exact, but for the rounding of scales to float32 and of biases
+to half a unit of the accumulator.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
+from compress_quantization.export.channels import unify_channel_scales
+from compress_quantization.export.editor import OPSET, GraphEditor, output_axis
 from compress_quantization.export.weights import Array, QuantizedWeight, constant
 
-_OPSET = 21
 _LARGEST_BIAS = 2**31 - 1
 # What ONNX Runtime moves dequantization across: values pass through these unchanged.
 _MOVING = frozenset(["Flatten", "Identity", "MaxPool", "Reshape", "Squeeze", "Transpose", "Unsqueeze"])
-_ACTIVATIONS = frozenset(["Clip", "Relu"])
 
 
 def rewrite(graph: Any) -> None:
@@ -28,66 +29,36 @@ def rewrite(graph: Any) -> None:
         graph: An `onnx_ir.Model`.
     """
     _shorten_names(graph.graph)
-    editor = _Editor(graph.graph)
-    for step in (_transpose_weights, _fold_batch_norms, _quantize_biases):
+    editor = GraphEditor(graph.graph)
+    for step in (
+        _split_weights,
+        _transpose_weights,
+        _fold_batch_norms,
+        _drop_clips,
+        unify_channel_scales,
+        _quantize_biases,
+    ):
         step(editor)
 
 
-class _Editor:
-    """Adds constants and dequantized constants to a graph."""
-
-    def __init__(self, graph: Any) -> None:
-        import onnx_ir  # noqa: PLC0415 - an extra
-
-        self.ir = onnx_ir
-        self.graph = graph
-
-    def nodes(self, *operators: str) -> Iterator[Any]:
-        """Yields the nodes of these operators; the graph may be changed meanwhile."""
-        for node in list(self.graph):
-            if node.op_type in operators and node.domain == "":
-                yield node
-
-    def add_constant(self, name: str, values: Array) -> Any:
-        """Returns a new initializer."""
-        unique, number = name, 0
-        while unique in self.graph.initializers:
-            number += 1
-            unique = f"{name}_{number}"
-        tensor = self.ir.tensor(values, name=unique)
-        value = self.ir.Value(
-            name=unique, shape=self.ir.Shape(values.shape), type=self.ir.TensorType(tensor.dtype), const_value=tensor
-        )
-        self.graph.initializers[unique] = value
-        return value
-
-    def dequantize(self, weight: QuantizedWeight, before: Any) -> Any:
-        """Returns the dequantized form of a weight, for the node `before`."""
-        inputs = [
-            self.add_constant(f"{weight.name}.integers", weight.integers),
-            self.add_constant(f"{weight.name}.scale", weight.scale),
-            self.add_constant(f"{weight.name}.zero_point", weight.zero_point),
-        ]
-        attributes = {} if weight.axis is None else {"axis": weight.axis}
-        node = self.ir.node("DequantizeLinear", inputs, attributes, version=_OPSET)
-        output = node.outputs[0]
-        output.name = f"{weight.name}.dequantized"
-        output.shape, output.dtype = self.ir.Shape(weight.integers.shape), self.ir.DataType.FLOAT
-        self.graph.insert_before(before, node)
-        return output
-
-    def remove(self, node: Any, replacement: Any) -> None:
-        """Takes a node out; what read its first output reads `replacement`, which has the output's name."""
-        name = node.outputs[0].name
-        if node.outputs[0].is_graph_output():
-            self.graph.outputs[list(self.graph.outputs).index(node.outputs[0])] = replacement
-        node.outputs[0].replace_all_uses_with(replacement)
-        node.outputs[0].name = None
-        self.graph.remove(node, safe=True)
-        replacement.name = name
+def _split_weights(editor: GraphEditor) -> None:
+    """Stores the parts of a weight that is split before it is used, such as the projections of an attention layer."""
+    for node in editor.nodes("Split"):
+        weight = QuantizedWeight.behind(node.inputs[0])
+        if weight is None or any(output.is_graph_output() for output in node.outputs):
+            continue
+        dim = node.attributes.get_int("axis", 0) % weight.integers.ndim
+        total, number = weight.integers.shape[dim], len(node.outputs)
+        given = constant(node.inputs[1]) if len(node.inputs) > 1 else None
+        if given is None and (len(node.inputs) > 1 or total % number):
+            continue
+        sizes = [total // number] * number if given is None else given.tolist()
+        for output, part in zip(list(node.outputs), weight.split(sizes, dim), strict=True):
+            output.replace_all_uses_with(editor.dequantize(part, node))
+        editor.graph.remove(node, safe=True)
 
 
-def _transpose_weights(editor: _Editor) -> None:
+def _transpose_weights(editor: GraphEditor) -> None:
     """Stores weights as they are read: a runtime looks for a dequantized constant right before a product."""
     for node in editor.nodes("Transpose"):
         weight = QuantizedWeight.behind(node.inputs[0])
@@ -100,23 +71,7 @@ def _transpose_weights(editor: _Editor) -> None:
         editor.graph.remove(node, safe=True)
 
 
-def _output_axis(node: Any, weight: QuantizedWeight) -> int | None:
-    """Returns the dimension of a weight that the output's channels (dimension 1) are in; None where it is none."""
-    if node.op_type == "Conv":
-        return 0
-    if node.op_type == "ConvTranspose":
-        return 1 if node.attributes.get_int("group", 1) == 1 else None
-    if node.op_type == "Gemm":
-        plain = node.attributes.get_float("alpha", 1.0) == 1 == node.attributes.get_float("beta", 1.0)
-        return (0 if node.attributes.get_int("transB", 0) else 1) if plain else None
-    return 1 if weight.integers.ndim == 2 and _rank(node.outputs[0]) == 2 else None  # MatMul
-
-
-def _rank(value: Any) -> int | None:
-    return None if value.shape is None else len(value.shape)
-
-
-def _fold_batch_norms(editor: _Editor) -> None:
+def _fold_batch_norms(editor: GraphEditor) -> None:
     for norm in editor.nodes("BatchNormalization"):
         layer = norm.inputs[0].producer()
         if layer is None or layer.op_type not in ("Conv", "ConvTranspose", "Gemm", "MatMul"):
@@ -128,9 +83,9 @@ def _fold_batch_norms(editor: _Editor) -> None:
             _fold_batch_norm(editor, layer, norm)
 
 
-def _fold_batch_norm(editor: _Editor, layer: Any, norm: Any) -> None:
+def _fold_batch_norm(editor: GraphEditor, layer: Any, norm: Any) -> None:
     weight = QuantizedWeight.behind(layer.inputs[1])
-    axis = None if weight is None else _output_axis(layer, weight)
+    axis = None if weight is None else output_axis(layer, weight)
     statistics = [constant(value) for value in norm.inputs[1:5]]
     bias = constant(layer.inputs[2]) if len(layer.inputs) > 2 else None
     has_bias = len(layer.inputs) > 2 and layer.inputs[2] is not None
@@ -145,7 +100,7 @@ def _fold_batch_norm(editor: _Editor, layer: Any, norm: Any) -> None:
     new_bias = editor.add_constant(f"{weight.name}.bias", shift.astype(np.float32))
     value = editor.dequantize(folded, layer)
     if layer.op_type == "MatMul":
-        node = editor.ir.node("Gemm", [layer.inputs[0], value, new_bias], version=_OPSET)
+        node = editor.ir.node("Gemm", [layer.inputs[0], value, new_bias], version=OPSET)
         editor.graph.insert_before(layer, node)
         node.outputs[0].shape, node.outputs[0].type = layer.outputs[0].shape, layer.outputs[0].type
         editor.remove(norm, node.outputs[0])
@@ -158,7 +113,25 @@ def _fold_batch_norm(editor: _Editor, layer: Any, norm: Any) -> None:
     editor.remove(norm, layer.outputs[0])
 
 
-def _quantize_biases(editor: _Editor) -> None:
+def _drop_clips(editor: GraphEditor) -> None:
+    """Takes out clipping (that of ReLU6) where the quantizer behind it clips as much: runtimes then fuse the two."""
+    for clip in editor.nodes("Clip"):
+        readers = [node for node, _ in clip.outputs[0].uses()]
+        if clip.outputs[0].is_graph_output() or len(readers) != 1 or readers[0].op_type != "QuantizeLinear":
+            continue
+        low, high = (constant(value) for value in (*clip.inputs[1:3], None, None)[:2])
+        scale, zero_point = (constant(value) for value in readers[0].inputs[1:3])
+        if low is None or high is None or scale is None or zero_point is None:
+            continue
+        # Rounding is monotone: what is clipped becomes the first or the last integer without clipping, too.
+        limits = np.iinfo(zero_point.dtype)
+        first, last = (np.rint(end.astype(np.float32) / scale) + zero_point.astype(np.float32) for end in (low, high))
+        if (first <= limits.min).all() and (last >= limits.max).all():
+            readers[0].replace_input_with(0, clip.inputs[0])
+            editor.graph.remove(clip, safe=True)
+
+
+def _quantize_biases(editor: GraphEditor) -> None:
     """Makes biases integers in units of (scale of the input) * (scale of the weight), where a runtime wants them so."""
     for node in editor.nodes("Conv", "Gemm"):
         weight = QuantizedWeight.behind(node.inputs[1])
@@ -172,7 +145,7 @@ def _quantize_biases(editor: _Editor) -> None:
 
 def _quantized_bias(node: Any, weight: QuantizedWeight) -> QuantizedWeight | None:
     bias = constant(node.inputs[2]) if len(node.inputs) > 2 else None
-    scale, axis = _input_scale(node.inputs[0]), _output_axis(node, weight)
+    scale, axis = _input_scale(node.inputs[0]), output_axis(node, weight)
     if bias is None or scale is None or axis is None or weight.axis not in (None, axis):
         return None
     if weight.integers.dtype != np.int8 or bias.shape != (weight.integers.shape[axis],):
@@ -205,11 +178,11 @@ def _scale(node: Any) -> Array | None:
 
 
 def _is_quantized(value: Any) -> bool:
-    """Tells whether a value goes into one quantizer and nowhere else, except for activation functions."""
+    """Tells whether a value goes into one quantizer and nowhere else, at most through a ReLU."""
     readers = [node for node, _ in value.uses()]
     if value.is_graph_output() or len(readers) != 1:
         return False
-    if readers[0].op_type in _ACTIVATIONS:
+    if readers[0].op_type == "Relu":
         return _is_quantized(readers[0].outputs[0])
     return bool(readers[0].op_type == "QuantizeLinear" and _scale(readers[0]) is not None)
 

@@ -41,9 +41,9 @@ class DequantizedWeight(nn.Module):
         """
         super().__init__()
         dtype = torch.int8 if grid.quant_max - grid.quant_min < 2**8 else torch.int16
-        # Unsigned and asymmetric grids count from 0; shifted by half of the type's range they fit a signed type.
-        smallest = torch.iinfo(dtype).min
-        shift = 0 if grid.quant_min < 0 else smallest
+        # Unsigned and asymmetric grids count from 0; shifted by half of their levels they fit a signed type, and the
+        # integers of a half-range grid are small enough for 16-bit accumulators only then.
+        shift = 0 if grid.quant_min < 0 else -((grid.quant_max + 1) // 2)
         self.register_buffer("integers", (grid.integers(weight) + shift).to(dtype))
         self.register_buffer("scale", grid.scale.detach().float().clone())
         self.register_buffer("zero_point", (grid.zero_point + shift).to(dtype))

@@ -16,6 +16,9 @@ from compress_quantization.fake_quantize import FakeQuantize
 def prepare(model: nn.Module) -> None:
     """Replaces every quantizer of a model that is on, and removes those that are off.
 
+    Weights of `nn.RNN`, `nn.LSTM` and `nn.GRU` keep theirs, and are stored as the floating-point values that these
+    compute: ONNX's recurrent operators take no integers.
+
     The model is good for export only afterwards: its weights are integers, and activations are computed nowhere but
     in the exported graph.
 
@@ -54,6 +57,8 @@ def _replace_weights(model: nn.Module) -> None:
         *before, last = chain.children()
         if not isinstance(last, FakeQuantize) or not last.enabled:
             continue  # nothing is on a grid in the end: the core bakes what is there
+        if any(isinstance(place, nn.RNNBase) for place, _ in transformed):
+            continue  # baked as well
         values = weight.detach()
         for transform in before:
             values = transform(values)

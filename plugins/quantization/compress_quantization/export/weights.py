@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -49,10 +51,24 @@ class QuantizedWeight:
         integers = np.ascontiguousarray(self.integers.transpose(permutation))
         return replace(self, integers=integers, axis=axis, name=f"{self.name}.transposed")
 
+    def split(self, sizes: Sequence[int], dim: int) -> list[QuantizedWeight]:
+        """Returns parts of the weight, of the given sizes along a dimension."""
+        ends = list(itertools.accumulate(sizes))
+        parts = []
+        for number, (size, end) in enumerate(zip(sizes, ends, strict=True)):
+            integers = np.ascontiguousarray(self.integers.take(range(end - size, end), dim))
+            part = replace(self, integers=integers, name=f"{self.name}.part_{number}")
+            if self.axis == dim:
+                scale, zero_point = (array[end - size : end].copy() for array in (self.scale, self.zero_point))
+                part = replace(part, scale=scale, zero_point=zero_point)
+            parts.append(part)
+        return parts
+
     def scaled(self, factors: Array, axis: int) -> QuantizedWeight | None:
         """Returns the weight times a factor for each channel, exact but for the rounding of the scales.
 
-        A negative factor mirrors the integers of a channel at the zero point, a factor of zero makes them zero.
+        A negative factor mirrors the integers of a channel, a factor of zero makes them zero. A zero point of 0 stays,
+        others are mirrored as well, so that no integer leaves the range that the grid has taken up.
 
         Args:
             factors: float64, shape (channels,).
@@ -72,9 +88,11 @@ class QuantizedWeight:
             return None
         shape = [1] * self.integers.ndim
         shape[axis] = -1
-        middle = zero_point.astype(np.int64).reshape(shape)
-        signs = np.sign(factors).astype(np.int64).reshape(shape)
-        integers = middle + signs * (self.integers.astype(np.int64) - middle)
+        wide = zero_point.astype(np.int64)
+        middle, signs = wide.reshape(shape), np.sign(factors).astype(np.int64)
+        # -1 - q has the range of q; -q has not, but leaves the zero where it is.
+        middles = np.where((signs < 0) & (wide != 0), -1 - wide, wide)
+        integers = middles.reshape(shape) + signs.reshape(shape) * (self.integers.astype(np.int64) - middle)
         limits = np.iinfo(self.integers.dtype)
         if integers.min(initial=0) < limits.min or integers.max(initial=0) > limits.max:
             return None
@@ -82,7 +100,7 @@ class QuantizedWeight:
             self,
             integers=integers.astype(self.integers.dtype),
             scale=scales,
-            zero_point=zero_point.copy(),
+            zero_point=middles.astype(self.zero_point.dtype),
             axis=axis,
             name=f"{self.name}.folded",
         )
