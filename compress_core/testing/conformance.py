@@ -36,6 +36,8 @@ class Case:
         config: The config; its algorithms must not need data unless `loader` gives it.
         loader: Calibration batches.
         tolerance: Largest difference that compilation may make, absolute and relative.
+        strip_tolerance: The same for `strip`: 0, unless the stripped model sums in another order because its tensors are
+            smaller.
     """
 
     make_model: Callable[[], nn.Module]
@@ -43,6 +45,7 @@ class Case:
     config: Mapping[str, Any]
     loader: Iterable[Any] | None = None
     tolerance: float = 1e-4
+    strip_tolerance: float = 0.0
     _state: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def model(self) -> nn.Module:
@@ -200,7 +203,7 @@ def check_backward_and_autocast(case: Case) -> None:
 
 
 def check_strip(case: Case) -> None:
-    """`strip` gives a plain model of plain classes with the names of before, and the same outputs, bit for bit.
+    """`strip` gives a plain model of plain classes with the names of before, and the same outputs.
 
     Activation transforms that an algorithm leaves in place at strip are a part of the plain model: they keep their
     modules' classes and add names, and the model is copied and pickled with them.
@@ -208,7 +211,10 @@ def check_strip(case: Case) -> None:
     controller, model = case.compressed()
     expected = _run(model, case)
     plain = controller.strip()
-    _assert_same(_run(plain, case), expected)
+    if case.strip_tolerance:
+        _assert_close(_run(plain, case), expected, case.strip_tolerance)
+    else:
+        _assert_same(_run(plain, case), expected)
     _assert_same(_run(model, case), expected)
     original = case.model()
     if activation_transforms(plain):
@@ -250,9 +256,12 @@ def check_rolls_back_from_every_hook(case: Case) -> None:
 
 
 def check_rolls_back_from_every_forward(case: Case) -> None:
-    """An exception in the n-th forward of initialization leaves everything as it was, whatever n."""
-    counter = _CountingForward(0, ValueError())
+    """An exception in the n-th forward of initialization leaves everything as it was, whatever n.
+
+    A forward that is only tried, such as one with fake tensors, may fail with an exception without consequences.
+    """
     model = case.model()
+    counter = _CountingForward(model, 0, ValueError())
     handle = model.register_forward_pre_hook(counter)
     create_compressed_model(model, case.config, init_loader=case.loader)
     handle.remove()
@@ -260,8 +269,10 @@ def check_rolls_back_from_every_forward(case: Case) -> None:
     if not forwards:
         raise SkipTest("initialization with this config runs no forward")
     for count in range(1, forwards + 1):
-        for error in (ValueError("injected"), KeyboardInterrupt()):
-            assert _check_rollback(case, failing_forward=count, error=error), f"forward {count} was not reached"
+        interrupt = KeyboardInterrupt()
+        assert _check_rollback(case, failing_forward=count, error=interrupt), f"forward {count} was not reached"
+        reached = _check_rollback(case, failing_forward=count, error=ValueError("injected"))
+        assert reached or count > 1, "the model failed from the first forward on, and nobody cared"
 
 
 def check_rolls_back_from_the_loader(case: Case) -> None:
@@ -299,15 +310,22 @@ def _failing_observer(hook: str, error: BaseException) -> object:
 
 
 class _CountingForward:
-    """Fails at the n-th call of a model's forward."""
+    """Fails at the n-th call of a model's forward, and with an exception at all later ones; copies do not count."""
 
-    def __init__(self, limit: int, error: BaseException) -> None:
+    def __init__(self, model: nn.Module, limit: int, error: BaseException) -> None:
+        self.model = model
         self.left = limit
+        self.limit = limit
         self.error = error
 
-    def __call__(self, *_: Any) -> None:
+    def __deepcopy__(self, memo: Any) -> _CountingForward:
+        return self
+
+    def __call__(self, module: nn.Module, *_: Any) -> None:
+        if module is not self.model:
+            return
         self.left -= 1
-        if self.left == 0:
+        if self.limit and (self.left == 0 or (self.left < 0 and isinstance(self.error, Exception))):
             torch.rand(3)
             raise self.error
 
@@ -338,14 +356,14 @@ def _check_rollback(
     """Returns whether the error was reached."""
     model = case.model()
     if failing_forward:
-        model.register_forward_pre_hook(_CountingForward(failing_forward, error))
+        model.register_forward_pre_hook(_CountingForward(model, failing_forward, error))
     before = fingerprint(model)
     observers = [] if observer is None else [observer]
     data = case.loader if loader is None else loader
     try:
         create_compressed_model(model, case.config, state, init_loader=data, observers=observers)
     except BaseException as raised:
-        if raised is not error:
+        if raised is not error and raised.__cause__ is not error:
             raise
         after = fingerprint(model)
         assert after == before, _differences(before, after)
