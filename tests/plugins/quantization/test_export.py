@@ -509,7 +509,8 @@ def test_attention(kind, export):
         model = Wired(attention, qkv=nn.Linear(8, 24), out=nn.Linear(8, 8))
     x = torch.randn(4, 5, 8)
     report, file = export(create(model, [x]), x)
-    assert agrees(report)
+    # With optimizations on, ONNX Runtime rounds the input of the value projection, which has no quantizer, to 8 bits.
+    assert report.worst(optimized=False).relative_mean < 1e-6 and report.worst().relative_mean < 0.01
     # Three projections come from one weight that torch splits.
     shapes = [(8, 8)] * 4 if kind == "MultiheadAttention" else [(8, 8), (8, 24)]
     assert sorted(weight.shape for weight in file.weights()) == shapes
