@@ -26,6 +26,7 @@ from compress_core.statistics import Table
 from examples.common.datasets import DATASETS, Dataset
 from examples.common.networks import demo_network
 from examples.common.training import accuracy, train
+from examples.demo_pruning import prune
 from examples.demo_quantization import export, quantize
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -71,8 +72,8 @@ def trained_network(data: Dataset, folder: Path, epochs: int, flip: bool) -> tup
     return model, f"FP32, {epochs} epochs of training"
 
 
-def run(data: Dataset, folder: Path) -> tuple[Steps, CompressionController, Table]:
-    """Does everything and returns what was measured: the steps, the sparse network, and the exported files."""
+def run(data: Dataset, folder: Path) -> tuple[Steps, CompressionController, list[Table]]:
+    """Does everything and returns what was measured: the steps, the sparse network, small and exported networks."""
     epochs, tuning_epochs, flip = RECIPES[data.name]
     config = CompressionConfig.from_json(CONFIGS / f"{data.name}.json").source
     loader = data.loader(train=True, batch_size=64, shuffle=True)
@@ -109,7 +110,8 @@ def run(data: Dataset, folder: Path) -> tuple[Steps, CompressionController, Tabl
         torch.save(row["model"].state_dict(), folder / "stripped.pt")
 
     quantized = quantize(steps.step, fp32, data, config["compression"], flip=flip)
-    return steps, controller, export(quantized, fp32, data, folder)
+    small = prune(steps.step, fp32, data, flip=flip)
+    return steps, controller, [small, export(quantized, fp32, data, folder)]
 
 
 def save(folder: Path, steps: Steps, controller: CompressionController) -> None:
@@ -131,22 +133,13 @@ def plot(path: Path, steps: Steps, controller: CompressionController) -> None:
     import matplotlib.pyplot as plt  # noqa: PLC0415
 
     layers = controller.statistics().to_dict()["magnitude_sparsity"]["layers"]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 6.5), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 8.5), layout="constrained")
     names = [row["step"].split(":")[0].replace(", ", ",\n", 1) for row in steps.rows]
     names = [f"{name}\n({row['sparsity']:.0f} % zeros)" for name, row in zip(names, steps.rows, strict=True)]
     values = [row["accuracy"] for row in steps.rows]
-    colors = [
-        "#4c72b0",
-        "#c44e52",
-        "#dd8452",
-        "#dd8452",
-        "#55a868",
-        "#55a868",
-        "#dd8452",
-        "#dd8452",
-        "#55a868",
-        "#dd8452",
-    ]
+    # By what was done last: trained, damaged, adapted, trained again.
+    kinds = {"FP32": "#4c72b0", "no adaptation": "#c44e52", "calibrated": "#dd8452", "adapted": "#dd8452"}
+    colors = [next((color for kind, color in kinds.items() if kind in row["step"]), "#55a868") for row in steps.rows]
     bars = left.barh(names, values, color=colors)
     left.bar_label(bars, [f"{value:.1f}" for value in values], padding=3)
     left.invert_yaxis()
@@ -155,7 +148,7 @@ def plot(path: Path, steps: Steps, controller: CompressionController) -> None:
     right.bar_label(bars, [f"{100 * layer['level']:.0f}" for layer in layers], padding=3)
     right.invert_yaxis()
     right.set(xlim=(0, 112), xlabel="zeros, %", title="Sparsity of each layer")
-    figure.suptitle(f"Sparsity and quantization, {path.parent.name}")
+    figure.suptitle(f"Sparsity, quantization and filter pruning, {path.parent.name}")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -170,14 +163,14 @@ def main() -> None:
     torch.manual_seed(SEED)
     folder = options.runs / options.data
     folder.mkdir(parents=True, exist_ok=True)
-    steps, controller, files = run(DATASETS[options.data](), folder)
+    steps, controller, tables = run(DATASETS[options.data](), folder)
     save(folder, steps, controller)
     rows = [(row["step"], round(row["sparsity"], 1), row["accuracy"], row["seconds"]) for row in steps.rows]
     print(
         Table(f"{options.data}: what each step is worth", ("step", "zeros, %", "accuracy, %", "seconds"), rows).to_str()
     )
-    print()
-    print(files.to_str())
+    for table in tables:
+        print(f"\n{table.to_str()}")
     print()
     print(controller.statistics().magnitude_sparsity.to_str())
     print(f"\ncheckpoints, statistics and picture: {folder}")

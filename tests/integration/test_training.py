@@ -136,9 +136,14 @@ def test_demo_prints_its_table_and_leaves_its_results(tmp_path, monkeypatch, cap
         out = capsys.readouterr().out
         for part in (expected, "compressed, no adaptation", "32 samples", "2048 samples", "fine-tuned", "conv1.weight"):
             assert part in out
+        for part in ("8 bits, one epoch", "half of the filters, stripped", "GFLOPs", "int8.onnx"):
+            assert part in out
     report = json.loads((tmp_path / "digits" / "statistics.json").read_text())
     rows = {row["step"]: row["accuracy"] for row in report["steps"]}
     assert rows["compressed and adapted, 32 samples"] > rows["compressed, no adaptation"] + 20
+    assert rows["half of the filters, adapted"] > rows["half of the filters, no adaptation"]
+    assert rows["half of the filters, stripped: smaller tensors"] > rows["half of the filters, adapted"] + 20
+    assert rows["8 bits, calibrated and adapted"] > rows[expected] - 3
     checkpoint = torch.load(tmp_path / "digits" / "compressed.pt", weights_only=True)
     assert set(checkpoint) == {"state_dict", "compression_state"}
     assert (tmp_path / "digits" / "demo.png").read_bytes().startswith(b"\x89PNG")
