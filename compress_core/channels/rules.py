@@ -115,13 +115,17 @@ def barrier(step: Step) -> list[Dims]:
     return [untracked(len(shape)) for shape in step.result_shapes]
 
 
+@rule("aten._prelu_kernel", "aten.copy")
 def pointwise(step: Step) -> list[Dims]:
     """Element by element, with broadcasting: what meets is joined."""
     shape = step.result_shapes[0] if step.result_shapes else ()
     result: Dims = [None] * len(shape)
     operands = [(step.dims(tensor), step.shape(tensor)) for tensor in step.tensors()]
     for dim in range(-1, -len(shape) - 1, -1):
-        full = [(d[dim], s[dim]) for d, s in operands if len(s) >= -dim and s[dim] == shape[dim]]
+        meeting = [(d[dim], s[dim]) for d, s in operands if len(s) >= -dim]
+        full = [(labels, size) for labels, size in meeting if size == shape[dim]]
+        if len(full) < len(meeting):
+            step.fix([labels for labels, size in meeting if size != shape[dim]], "is broadcast")
         tracked = [labels for labels, _ in full if labels is not None]
         if not tracked:
             continue
@@ -155,11 +159,6 @@ def pointwise(step: Step) -> list[Dims]:
 )
 def _same(step: Step) -> list[Dims]:
     return [step.dims(step.argument(0)) for _ in step.result_shapes]
-
-
-@rule("aten.copy")
-def _copied(step: Step) -> list[Dims]:
-    return pointwise(step)
 
 
 @rule("aten.fill", "aten.zero")
