@@ -208,11 +208,13 @@ def test_in_place_call_makes_a_new_value_of_the_same_tensor():
     assert forward.outputs == [after]
 
 
-def test_write_to_an_input_is_one_to_a_copy():
+@pytest.mark.parametrize("real", [False, True])
+def test_write_to_an_input_is_one_to_a_copy(real):
     x = torch.ones(2, 4)
-    forward = forward_of(Function(lambda model, x: x.mul_(3)), x)
+    forward = forward_of(Function(lambda model, x: x.mul_(3) if not real or x[0, 0].item() else x), x)
+    assert forward.real == real
     assert torch.equal(x, torch.ones(2, 4))
-    (call,) = forward.calls
+    call = forward.calls[-1]
     assert call.writes == [forward.inputs[0].index]
     assert forward.outputs != forward.inputs
 
@@ -309,12 +311,14 @@ def test_model_is_untouched(real):
     def forward_function(model, x):
         model.seen = x.shape
         model.cache.append(x)
+        model.nested["masks"].append(x)
         x = model.norm(model.drop(model.layer(x)))
         x = x + torch.rand(4) + random.random() + np.random.rand()
         return x * x.sum().item() if real else x
 
     model = Function(forward_function, layer=nn.Linear(4, 4), drop=nn.Dropout(), norm=nn.BatchNorm1d(4))
     model.cache = []
+    model.nested = {"masks": []}
     model.layer.weight.requires_grad_(False)
     model.train()
     model.drop.eval()
@@ -329,7 +333,7 @@ def test_model_is_untouched(real):
     assert [module.training for module in model.modules()] == modes
     assert torch.equal(torch.get_rng_state(), generators[0])
     assert (random.getstate(), np.random.get_state()[1].tolist()) == generators[1:]
-    assert (model.cache, hasattr(model, "seen")) == ([], False)
+    assert (model.cache, model.nested, hasattr(model, "seen")) == ([], {"masks": []}, False)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     assert [p.requires_grad for p in model.parameters()] == [False, True, True, True]
     assert all(p.grad is None for p in model.parameters())
