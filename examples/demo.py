@@ -133,7 +133,7 @@ def plot(path: Path, steps: Steps, controller: CompressionController) -> None:
     import matplotlib.pyplot as plt  # noqa: PLC0415
 
     layers = controller.statistics().to_dict()["magnitude_sparsity"]["layers"]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 8.5), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 10), layout="constrained")
     names = [row["step"].split(":")[0].replace(", ", ",\n", 1) for row in steps.rows]
     names = [f"{name}\n({row['sparsity']:.0f} % zeros)" for name, row in zip(names, steps.rows, strict=True)]
     values = [row["accuracy"] for row in steps.rows]
