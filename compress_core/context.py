@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -185,9 +185,9 @@ class Context:
         if source is None:
             return None
         data = self.calibration_data(path, loader=source)
-        if iter(data.loader) is data.loader:
-            return None  # an iterator can be read once: its batches are for those who need the values
         with preserved_rng(data.loader):
+            if isinstance(data.loader, Iterator):
+                return None  # it can be read once: its batches are for those who need the values
             return Example.from_batch(data, next(iter(data.batches(1)))[0])
 
     def scope_filter(self, model: nn.Module, algorithm: Algorithm) -> ScopeFilter:

@@ -247,7 +247,7 @@ class BatchNormAdaptation(Initializer):
             return
         before = _statistics_of(layers)
         data = context.calibration_data(self.paths[0], BNAdaptationInitArgs)
-        if iter(data.loader) is data.loader:  # can be read once, and adaptation itself is still to come
+        if isinstance(data.loader, Iterator):  # can be read once, and adaptation itself is still to come
             yield
             return
         samples = min(self.num_samples, _PROVISIONAL_SAMPLES)

@@ -167,3 +167,12 @@ def test_iterator_is_left_for_those_who_need_its_values():
     with pytest.raises(DataError):
         context(init_loader=batches).trace(nn.Linear(4, 2), "section")
     assert len(list(batches)) == 1
+
+
+def test_a_shuffling_loader_goes_on_as_if_nobody_had_looked():
+    generator = torch.Generator().manual_seed(3)
+    data = torch.utils.data.TensorDataset(torch.arange(12.0).reshape(3, 4), torch.zeros(3))
+    loader = torch.utils.data.DataLoader(data, 2, shuffle=True, generator=generator)
+    before = generator.get_state()
+    context(init_loader=loader).trace(nn.Linear(4, 2), "section")
+    assert torch.equal(generator.get_state(), before)
