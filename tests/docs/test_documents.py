@@ -117,9 +117,10 @@ def test_public_names_are_importable_and_documented():
         assert name == "hookimpl" or inspect.getdoc(value), name
 
 
-def test_keys_of_the_docs_are_the_keys_of_the_schema(registry):
-    text = (ROOT / "docs" / "magnitude_sparsity.md").read_text()
-    fields = registry.section_class("magnitude_sparsity").model_fields["params"].annotation.model_fields
+@pytest.mark.parametrize("algorithm", ["magnitude_sparsity", "filter_pruning"])
+def test_keys_of_the_docs_are_the_keys_of_the_schema(registry, algorithm):
+    text = (ROOT / "docs" / f"{algorithm}.md").read_text()
+    fields = registry.section_class(algorithm).model_fields["params"].annotation.model_fields
     documented = set(re.findall(r"`params\.(\w+)`", text))
     assert documented == set(fields)
 
