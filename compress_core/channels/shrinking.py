@@ -169,7 +169,7 @@ def _exchange(tensor: torch.Tensor, values: torch.Tensor) -> None:
         fresh = nn.Parameter(values, tensor.requires_grad)
         fresh.__dict__.update(tensor.__dict__)
         try:
-            torch.utils.swap_tensors(tensor, fresh)
+            torch.utils.swap_tensors(tensor, fresh)  # type: ignore[no-untyped-call]
         except RuntimeError:  # somebody holds a weak reference, or a view
             pass
         else:
