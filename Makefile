@@ -7,7 +7,7 @@ DATA ?= digits
 # Two threads: what CI has, and what keeps results comparable between machines.
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test lint types tests install bench-data bench clean
+.PHONY: demo test lint types tests install bench-data bench zoo clean
 
 install: $(STAMP)
 
@@ -44,7 +44,14 @@ bench-data: $(STAMP)
 bench: bench-data
 	$(BIN)/python -m benchmarks.bn_cost
 	$(BIN)/python -m benchmarks.sparsity_cost
+	$(BIN)/python -m benchmarks.pruned_latency
+	$(BIN)/python -m benchmarks.exported_latency
+	$(BIN)/python -m benchmarks.quantization_cost
 	$(BIN)/python -m benchmarks.bn_adaptation
+
+# Channel groups of every network that is installed of torchvision, pytorchcv and transformers.
+zoo: $(STAMP)
+	$(BIN)/python -m benchmarks.zoo
 
 clean:
 	rm -rf $(VENV) runs dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis

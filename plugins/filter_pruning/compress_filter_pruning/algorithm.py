@@ -331,6 +331,13 @@ class FilterPruning(Algorithm):
     def _check_attainable(self, plan: PruningPlan) -> None:
         params = self.config.params
         if params.pruning_flops_target is None:
+            if self.target_pruning_level and all(group.rounded(1) == group.full_size for group in plan.groups):
+                largest = max(group.full_size for group in plan.groups)
+                raise ConfigError(
+                    f"{params.multiple_of} lets no channel go: the largest group that can be pruned has {largest} "
+                    "channels. Lower it",
+                    path="params.multiple_of",
+                )
             return
         most = Selector(plan.groups, plan.operations, True, params.all_weights).most()
         if params.pruning_flops_target > most:

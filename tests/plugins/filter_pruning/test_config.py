@@ -103,6 +103,13 @@ def test_a_model_with_nothing_to_prune_says_why():
         pruned(nn.Sequential(nn.Conv2d(3, 8, 3)), 0.5)
 
 
+def test_a_multiple_that_lets_nothing_go_is_refused():
+    with pytest.raises(
+        ConfigError, match=r"params\.multiple_of: 16 lets no channel go: the largest .* has 12 channels"
+    ):
+        pruned(seen(Chain()), 0.5, multiple_of=16)
+
+
 def test_without_an_example_input():
     document = config(0.5)
     del document["input_info"]
