@@ -24,6 +24,7 @@ from compress_core.initializers import (
     QuantizationRangeInitArgs,
 )
 from compress_core.layers import register_module
+from compress_core.levels import LevelAlgorithm
 from compress_core.stages import CompressionStage, Stage
 from compress_core.statistics import Statistics, Table, TableStatistics
 from compress_core.transforms import mask_weight
@@ -41,6 +42,7 @@ __all__ = [
     "ExportError",
     "Initializer",
     "InitializerConfig",
+    "LevelAlgorithm",
     "ModelError",
     "ModelEvaluationArgs",
     "Plan",

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from compress_core import (
-    Algorithm,
     AlgorithmConfig,
     CompressionStage,
     ConfigError,
+    LevelAlgorithm,
     ModelError,
     Plan,
     Stage,
@@ -35,7 +35,7 @@ from compress_filter_pruning.selection import Selector
 from compress_filter_pruning.statistics import FilterPruningStatistics, Latency, PrunedLayer
 
 
-class FilterPruning(Algorithm):
+class FilterPruning(LevelAlgorithm):
     """Structured pruning of groups of channels that belong together (Li et al. 2017; groups after Fang et al. 2023).
 
     Whatever makes a channel that is gone, and whatever reads it, is masked: the masked model computes what the smaller
@@ -68,7 +68,6 @@ class FilterPruning(Algorithm):
         self._plan: PruningPlan | None = None
         self._pruner: Pruner | None = None
         self._requested = 0.0
-        self._frozen = False
         self._latency: Latency | None = None
 
     # Hooks.
@@ -217,35 +216,13 @@ class FilterPruning(Algorithm):
         """Number of each group -> names of the layers that make its channels."""
         return {group.number: group.modules for group in self._active.groups}
 
-    @property
-    def compression_rate(self) -> float:
-        """Share that is gone, of what the target counts; setting it sets the level and freezes the masks."""
+    def level(self) -> float:
+        """Returns the share that is gone, of what the target counts."""
         return self._active.level()
 
-    @compression_rate.setter
-    def compression_rate(self, rate: float) -> None:
-        was_frozen, self._frozen = self._frozen, False
-        try:
-            self.set_pruning_level(rate)
-        except BaseException:
-            self._frozen = was_frozen
-            raise
-        self._frozen = True
-
-    @property
-    def frozen(self) -> bool:
-        """Whether the masks stay as they are."""
-        return self._frozen
-
-    def freeze(self, freeze: bool = True) -> None:
-        """Keeps the masks as they are, or lets them change again.
-
-        Raises:
-            UsageError: `freeze` is neither True nor False.
-        """
-        if not isinstance(freeze, bool):
-            raise UsageError(f"freeze takes True or False, got {freeze!r}")
-        self._frozen = freeze
+    def set_level(self, level: float) -> None:
+        """Does what `set_pruning_level` does."""
+        self.set_pruning_level(level)
 
     def set_pruning_level(
         self, pruning_level: float | Mapping[int, float], run_batchnorm_adaptation: bool = False
@@ -261,12 +238,9 @@ class FilterPruning(Algorithm):
         Raises:
             UsageError: A level is out of range, there is no such group, or the masks are frozen.
         """
-        if self._frozen:
-            raise UsageError("the masks are frozen; call controller.freeze(False) before setting a level")
         levels = pruning_level if isinstance(pruning_level, Mapping) else {0: pruning_level}
         for number, level in levels.items():
-            if isinstance(level, bool) or not isinstance(level, (int, float)) or not 0 <= level < 1:
-                raise UsageError(f"a pruning level must be a number in [0, 1), got {level!r}")
+            self._check_level("pruning level", level)
             if number not in range(len(self._active.groups)):
                 count = len(self._active.groups)
                 raise UsageError(f"there is no group {number!r}; groups are 0 to {count - 1}: see pruned_module_groups")

@@ -10,10 +10,10 @@ from pydantic import BaseModel, Field, ValidationError
 from torch import nn
 
 from compress_core import (
-    Algorithm,
     AlgorithmConfig,
     CompressionStage,
     ConfigError,
+    LevelAlgorithm,
     ModelError,
     Plan,
     Stage,
@@ -42,7 +42,7 @@ class SavedSparsity(BaseModel):
     schedule: dict[str, float]
 
 
-class MagnitudeSparsity(Algorithm):
+class MagnitudeSparsity(LevelAlgorithm):
     """Unstructured sparsity by magnitude (Han et al. 2015; schedules after Zhu & Gupta 2017).
 
     The masks are computed from the stored weights whenever the schedule sets a level, so a weight that was masked can
@@ -71,7 +71,6 @@ class MagnitudeSparsity(Algorithm):
         self._schedule: Schedule | None = None
         self._targets: tuple[str, ...] = ()
         self._requested = 0.0
-        self._frozen = False
 
     # Lifecycle.
 
@@ -198,40 +197,18 @@ class MagnitudeSparsity(Algorithm):
 
     current_sparsity_level = sparsity_level
 
-    @property
-    def compression_rate(self) -> float:
-        """The sparsity level; setting it sets the level and freezes the masks."""
+    def level(self) -> float:
+        """Returns the sparsity level."""
         return self.sparsity_level
 
-    @compression_rate.setter
-    def compression_rate(self, rate: float) -> None:
-        was_frozen, self._frozen = self._frozen, False
-        try:
-            self.set_sparsity_level(rate)
-        except BaseException:
-            self._frozen = was_frozen
-            raise
-        self._frozen = True
-
-    @property
-    def frozen(self) -> bool:
-        """Whether the masks stay as they are."""
-        return self._frozen
+    def set_level(self, level: float) -> None:
+        """Does what `set_sparsity_level` does."""
+        self.set_sparsity_level(level)
 
     @property
     def sparsified_module_info(self) -> list[str]:
         """Dotted names of the weights that have a mask."""
         return list(self._targets)
-
-    def freeze(self, freeze: bool = True) -> None:
-        """Keeps the masks as they are, or lets them change again.
-
-        Raises:
-            UsageError: `freeze` is neither True nor False.
-        """
-        if not isinstance(freeze, bool):
-            raise UsageError(f"freeze takes True or False, got {freeze!r}")
-        self._frozen = freeze
 
     def set_sparsity_level(
         self, level: float, module_info: str | None = None, run_batchnorm_adaptation: bool = False
@@ -246,10 +223,7 @@ class MagnitudeSparsity(Algorithm):
         Raises:
             UsageError: The level is out of range, the layer is not sparsified, or the masks are frozen.
         """
-        if isinstance(level, bool) or not isinstance(level, (int, float)) or not 0 <= level < 1:
-            raise UsageError(f"a sparsity level must be a number in [0, 1), got {level!r}")
-        if self._frozen:
-            raise UsageError("the masks are frozen; call controller.freeze(False) before setting a level")
+        self._check_level("sparsity level", level)
         names = self._targets if module_info is None else self._targets_below(module_info)
         controller = self._active_context.controller
         assert controller is not None
