@@ -48,16 +48,15 @@ class GraphEditor:
 
     def dequantize(self, weight: QuantizedWeight, before: Any) -> Any:
         """Returns the dequantized form of a weight, for the node `before`."""
-        inputs = [
-            self.add_constant(f"{weight.name}.integers", weight.integers),
-            self.add_constant(f"{weight.name}.scale", weight.scale),
-            self.add_constant(f"{weight.name}.zero_point", weight.zero_point),
-        ]
+        names = ["integers", "scale"]
+        # Biases are always around zero, and the runtime fuses them without being told so.
+        if weight.integers.dtype != np.int32:
+            names.append("zero_point")
+        inputs = [self.add_constant(f"{weight.name}.{name}", getattr(weight, name)) for name in names]
         attributes = {} if weight.axis is None else {"axis": weight.axis}
         node = self.ir.node("DequantizeLinear", inputs, attributes, version=OPSET)
         output = node.outputs[0]
         output.name = self._unique(f"{weight.name}.dequantized")
-        output.shape, output.dtype = self.ir.Shape(weight.integers.shape), self.ir.DataType.FLOAT
         self.graph.insert_before(before, node)
         return output
 
