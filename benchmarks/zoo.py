@@ -104,11 +104,9 @@ def measure(network: Network) -> Result:
 
 
 def _measure(network: Network, model: nn.Module, result: Result) -> None:
-    example, _ = _first_traced(network, model)
+    example, found_trace = _first_traced(network, model)
     result.input = str([list(tensor.shape) for _, tensor in tensors_with_paths(example.batch)])
-    result.trace_seconds, found_trace = _timed(lambda: trace(model, example))
-    if found_trace.unreached:  # classifiers that help in training
-        found_trace = trace(model, example, training=True)
+    result.trace_seconds, _ = _timed(lambda: trace(model, example))
     result.group_seconds, found = _timed(lambda: channel_groups(found_trace, model))
     made = [group for group in found.groups if any(member.role == Role.MAKES for member in group.members)]
     chosen = [group for group in made if group.obstacle is None and group.size > 1]
@@ -127,10 +125,17 @@ def _measure(network: Network, model: nn.Module, result: Result) -> None:
 
 
 def _first_traced(network: Network, model: nn.Module) -> tuple[Example, Trace]:
-    errors = []
+    """Returns the smallest example that the network takes, in training mode as well where that reaches more of it."""
+    errors: list[Exception] = []
     for example in network.small_examples(model):
         try:
-            return example, trace(model, example)
+            found = trace(model, example)
+            if found.unreached:  # such as classifiers that help in training
+                both = trace(model, example, training=True)
+                if None in both.training:
+                    raise ValueError("fails in training mode")
+                found = both
+            return example, found
         except Exception as error:
             errors.append(error)
     raise errors[0]
