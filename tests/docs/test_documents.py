@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from compress_core import create_compressed_model, hookspecs
+from compress_core import AlgorithmConfig, create_compressed_model, hookspecs
 from compress_core.plugin_checks import hook_names
 from tests.conftest import ROOT
 
@@ -117,12 +117,28 @@ def test_public_names_are_importable_and_documented():
         assert name == "hookimpl" or inspect.getdoc(value), name
 
 
-@pytest.mark.parametrize("algorithm", ["magnitude_sparsity", "filter_pruning"])
+@pytest.mark.parametrize("algorithm", ["magnitude_sparsity", "filter_pruning", "quantization"])
 def test_keys_of_the_docs_are_the_keys_of_the_schema(registry, algorithm):
     text = (ROOT / "docs" / f"{algorithm}.md").read_text()
     fields = registry.section_class(algorithm).model_fields["params"].annotation.model_fields
     documented = set(re.findall(r"`params\.(\w+)`", text))
     assert documented == set(fields)
+
+
+def test_keys_of_quantization_are_all_documented(registry):
+    text = (ROOT / "docs" / "quantization.md").read_text()
+    config, common = registry.section_class("quantization"), AlgorithmConfig.model_fields
+    sections = {"", "initializer.", "weights.", "activations.", "scope_overrides.", "params."}
+
+    def leaves(section, prefix=""):
+        for name, field in section.model_fields.items():
+            if f"{prefix}{name}." in sections:
+                yield from leaves(field.annotation, f"{prefix}{name}.")
+            elif prefix or name not in common:
+                yield f"{prefix}{name}"
+
+    documented = set(re.findall(r"`([\w.]+)`", text[text.index("## Keys") : text.index("## Ranges")]))
+    assert set(leaves(config)) - documented - {"initializer.batchnorm_adaptation"} == set()
 
 
 def test_every_hook_has_an_example_that_parses():
