@@ -103,6 +103,7 @@ def _half(algebra: Algebra) -> np.ndarray:
 def _carry(forward: ForwardTrace, algebra: Algebra) -> dict[int, Dims]:
     shapes = [value.shape for value in forward.values]
     labels: dict[int, Dims] = {}
+    activations = {value.index for value in forward.inputs}
     for value in forward.values:
         if value.parameter:
             labels[value.index] = algebra.parameter(value.parameter, value.shape)
@@ -111,7 +112,10 @@ def _carry(forward: ForwardTrace, algebra: Algebra) -> dict[int, Dims]:
     for operator in forward.operators:
         for index in operator.inputs:
             labels.setdefault(index, [None] * len(shapes[index]))
-        results = propagate(Step(algebra, operator, labels, shapes))
+        results = propagate(Step(algebra, operator, labels, shapes, activations))
+        if not activations.isdisjoint(operator.inputs):
+            activations.update(value for _, value in operator.outputs)
+            activations.update(operator.overwritten)
         for (_, index), dims in zip(operator.outputs, results, strict=False):
             labels[index] = dims if len(dims) == len(shapes[index]) else [None] * len(shapes[index])
         for index in operator.overwritten:

@@ -98,6 +98,19 @@ def _matmul(step: Step) -> list[Dims]:
     return step.same(_product(step, step.argument(0), step.argument(1)))
 
 
+@rule("aten.linear")
+def _linear(step: Step) -> list[Dims]:
+    x, weight, bias = (step.dims(step.argument(position)) for position in range(3))
+    step.algebra.mark(Role.MAKES, weight[0])
+    _contract(step, x[-1], weight[1])
+    if bias:
+        step.algebra.mark(Role.ADDS, bias[0])
+        step.met([weight[0], bias[0]])
+    result = [*x[:-1], weight[0]]
+    step.algebra.multiply([*zip(step.result_shapes[0], result, strict=True), (step.shape(step.argument(0))[-1], x[-1])])
+    return step.same(result)
+
+
 @rule("aten.addmm", "aten.baddbmm")
 def _add_matmul(step: Step) -> list[Dims]:
     result = _product(step, step.argument(1), step.argument(2))
@@ -116,6 +129,9 @@ def _add_matmul(step: Step) -> list[Dims]:
 def _product(step: Step, first: Any, second: Any) -> Dims:
     left, right = step.dims(first), step.dims(second)
     summed = right[-2] if len(right) > 1 else right[-1]
+    if step.activations.issuperset((first.value, second.value)):
+        # No weight reads the channels that could be masked, and what is not zero where they are masked would add up.
+        step.fix([left[-1], summed], "two activations are multiplied and summed over it")
     _contract(step, left[-1], summed)
     for made in [*left[-2:-1], *(right[-1:] if len(right) > 1 else [])]:
         step.algebra.mark(Role.MAKES, made)

@@ -38,7 +38,10 @@ _REASON = "a size is written in the code"
 # Functions that make a tensor of a shape that the caller computes, and others with sizes inside.
 _SHAPED = frozenset(
     f"torch.Tensor.{name}"
-    for name in ("view", "reshape", "expand", "unflatten", "repeat", "split", "split_with_sizes", "as_strided", "tile")
+    for name in (
+        *("view", "reshape", "expand", "unflatten", "repeat", "split", "split_with_sizes", "as_strided", "tile"),
+        *("new_empty", "new_zeros", "new_ones", "new_full"),
+    )
 ) | {
     "torch.reshape",
     "torch.split",

@@ -8,7 +8,7 @@ rule. An operator without a rule is a barrier: all dimensions that it reads keep
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -41,12 +41,14 @@ class Step:
         operator: The operator.
         labels: Labels of the values.
         shapes: Shapes of the values.
+        activations: Values that depend on the input of the model.
     """
 
     algebra: Algebra
     operator: Operator
     labels: dict[int, Dims]
     shapes: list[tuple[int, ...]]
+    activations: set[int] = field(default_factory=set)
 
     def argument(self, position: int, name: str = "", default: Any = None) -> Any:
         """Returns an argument, by position or by name."""
@@ -159,6 +161,15 @@ def pointwise(step: Step) -> list[Dims]:
 )
 def _same(step: Step) -> list[Dims]:
     return [step.dims(step.argument(0)) for _ in step.result_shapes]
+
+
+@rule("aten.new_empty", "aten.new_zeros", "aten.new_ones", "aten.new_full", "aten.new_empty_strided")
+def _like(step: Step) -> list[Dims]:
+    """A new tensor: dimensions that are as long as those of the tensor that it is like are taken for the same ones."""
+    dims, shape, made = step.dims(step.argument(0)), step.shape(step.argument(0)), step.result_shapes[0]
+    if len(shape) != len(made):
+        return [untracked(len(made))]
+    return [[labels if old == new else None for labels, old, new in zip(dims, shape, made, strict=True)]]
 
 
 @rule("aten.fill", "aten.zero")

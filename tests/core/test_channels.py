@@ -304,6 +304,18 @@ def test_layer_that_is_used_twice():
     check_shrinking(model, normal(2, 3))
 
 
+def test_products_of_two_activations_read_all_channels():
+    """A masked channel is not zero behind a sigmoid, and no weight stands between it and the sum."""
+
+    def forward(self, x):
+        return self.head(self.a(x).sigmoid() @ self.b(x).sigmoid().transpose(1, 2))
+
+    model = Function(forward, a=nn.Linear(3, 6), b=nn.Linear(3, 6), head=nn.Linear(4, 2))
+    found = groups_of(model, normal(2, 4, 3))
+    assert "two activations are multiplied" in str(group_with(found, "a.weight", 0).obstacle)
+    assert not found.prunable
+
+
 # Attention.
 
 
@@ -418,6 +430,42 @@ def test_embedding():
     assert "rows are chosen by number" in str(group_with(found, "0.weight", 0).obstacle)
     check_shrinking(model, torch.ones(2, 4, dtype=torch.long))
     assert model[0].embedding_dim == model[1].in_features < 6
+
+
+@pytest.mark.parametrize(
+    "dropout", [nn.Dropout(0.5), nn.Dropout2d(0.5), nn.AlphaDropout(0.5), nn.FeatureAlphaDropout()]
+)
+def test_dropout_in_training_is_no_obstacle(dropout):
+    model = nn.Sequential(nn.Conv2d(3, 6, 1), dropout, nn.Conv2d(6, 2, 1))
+    found = groups_of(model, normal(2, 3, 5, 5), training=True)
+    assert [group.size for group in found.prunable] == [6]
+    check_shrinking(model, normal(2, 3, 5, 5))
+
+
+def test_new_tensor_of_a_size_in_the_code():
+    def forward(self, x):
+        x = self.stem(x)
+        return self.head(x + x.new_zeros(1, 6 if self.fixed else x.shape[1], 1, 1))
+
+    model = Function(forward, stem=nn.Conv2d(3, 6, 1), head=nn.Conv2d(6, 2, 1), fixed=False)
+    x = normal(2, 3, 5, 5)
+    assert [group.size for group in channel_groups(trace(model.eval(), x), model).prunable] == [6]
+    model.fixed = True
+    group = group_with(channel_groups(trace(model, x), model), "stem.weight", 0)
+    assert str(group.obstacle) == "aten.new_zeros.default in 'model': a size is written in the code"
+
+
+def test_linear_that_torch_does_not_take_apart():
+    class Inference(Function):
+        def forward(self, x):
+            with torch.inference_mode():
+                return super().forward(x)
+
+    model = Inference(lambda self, x: self.b(self.a(x)), a=nn.Linear(3, 6), b=nn.Linear(6, 2))
+    found = groups_of(model, normal(2, 4, 3))
+    (group,) = found.prunable
+    assert set(slices(group)) == {"a.weight.0", "a.bias.0", "b.weight.1"}
+    assert operation_costs(found, [group]).of([6]) == 2 * 8 * (3 * 6 + 6 * 2)
 
 
 def test_prelu():
