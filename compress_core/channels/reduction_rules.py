@@ -159,6 +159,7 @@ _SPATIAL += [
         "_bicubic2d_aa",
     )
 ]
+_SPATIAL += [f"aten.{name}{n}d" for name in ("max_unpool", "fractional_max_pool", "grid_sampler_") for n in (2, 3)]
 _SPATIAL += ["aten._upsample_nearest_exact2d", "aten._upsample_bilinear2d_aa", "aten._upsample_bicubic2d_aa"]
 _SPATIAL += [f"aten.{name}_pad{n}d" for name in ("reflection", "replication") for n in (1, 2, 3)]
 
@@ -169,6 +170,8 @@ def _spatial(step: Step) -> list[Dims]:
     changed = next((f"{n}d" for n in "123" if f"{n}d" in step.operator.name), "2d")
     spatial = int(changed[0])
     step.fix(dims[-spatial:], "is a dimension in space")
+    if "grid_sampler" in step.operator.name:
+        step.fix(step.dims(step.argument(1)), "says where in space to look")
     return [dims[:-spatial] + [None] * spatial for _ in step.result_shapes]
 
 

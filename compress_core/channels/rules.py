@@ -117,7 +117,18 @@ def barrier(step: Step) -> list[Dims]:
     return [untracked(len(shape)) for shape in step.result_shapes]
 
 
-@rule("aten._prelu_kernel", "aten.copy")
+@rule(  # those that torch has not tagged
+    "aten._prelu_kernel",
+    "aten.copy",
+    "aten.hardswish",
+    "aten.log_sigmoid_forward",
+    "aten.rrelu_with_noise",
+    "aten.floor_divide",
+    "aten.complex",
+    "aten.polar",
+    "aten.fake_quantize_per_tensor_affine",
+    "aten.fake_quantize_per_tensor_affine_cachemask",
+)
 def pointwise(step: Step) -> list[Dims]:
     """Element by element, with broadcasting: what meets is joined."""
     shape = step.result_shapes[0] if step.result_shapes else ()
@@ -157,6 +168,14 @@ def pointwise(step: Step) -> list[Dims]:
     "aten.full_like",
     "aten.randn_like",
     "aten.positive",
+    "aten.exponential",
+    "aten.normal",
+    "aten.uniform",
+    "aten.random",
+    "aten._conj",
+    "aten.resolve_conj",
+    "aten.real",
+    "aten.imag",
     "aten.lift",
 )
 def _same(step: Step) -> list[Dims]:

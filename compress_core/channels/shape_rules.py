@@ -206,6 +206,25 @@ def _unfold(step: Step) -> list[Dims]:
     return step.same([dims[0], channels, None])
 
 
+@rule("aten.col2im")
+def _fold(step: Step) -> list[Dims]:
+    dims = step.dims(step.argument(0))
+    area = int(np.prod(step.argument(2)))
+    step.fix(dims[-1], "is a dimension in space")
+    channels = None if dims[-2] is None else step.algebra.join_all(dims[-2].reshape(-1, area).T)
+    return step.same([*dims[:-2], channels, None, None])
+
+
+@rule("aten.glu")
+def _gated(step: Step) -> list[Dims]:
+    dims = step.dims(step.argument(0))
+    axis = int(step.argument(1, "dim", -1))
+    labels = dims[axis]
+    if labels is not None:
+        dims[axis] = step.algebra.join_all(labels.reshape(2, -1))
+    return step.same(dims)
+
+
 @rule("aten.view", "aten._unsafe_view", "aten.reshape", "aten.flatten", "aten._reshape_alias", "aten.unflatten")
 def _view(step: Step) -> list[Dims]:
     data = step.argument(0)

@@ -468,6 +468,43 @@ def test_linear_that_torch_does_not_take_apart():
     assert operation_costs(found, [group]).of([6]) == 2 * 8 * (3 * 6 + 6 * 2)
 
 
+@pytest.mark.parametrize(
+    "function",
+    [
+        F.hardswish,
+        F.logsigmoid,
+        lambda x: F.rrelu(x, training=x.device.type == "none"),
+        lambda x: torch.where(x > 0, x, 0.1 * x),
+        lambda x: F.interpolate(x, scale_factor=2, mode="bilinear"),
+        lambda x: F.pad(x, (1, 1, 1, 1), mode="reflect"),
+        lambda x: F.glu(torch.cat([x, x], 1), 1),
+        lambda x: F.fold(F.unfold(x, 3, padding=1), (8, 8), 3, padding=1),
+        lambda x: F.grid_sample(x, x.new_zeros(2, 4, 4, 2), align_corners=False),
+        lambda x: F.max_unpool2d(*F.max_pool2d(x, 2, return_indices=True), 2),
+        lambda x: F.avg_pool2d(x, 2, ceil_mode=True),
+        lambda x: x.movedim(1, -1).repeat_interleave(2, 1).movedim(-1, 1),
+        lambda x: torch.roll(x, 1, 2).flip(3).cumsum(2),
+        lambda x: x @ x.transpose(2, 3),
+        lambda x: torch.einsum("nchw,nchw->nch", x, x)[..., None],
+        lambda x: torch.stack([x, 2 * x]).softmax(0).sum(0),
+        lambda x: x.std((2, 3), keepdim=True) * x.amax((2, 3), keepdim=True),
+        lambda x: x.clone(memory_format=torch.channels_last).contiguous(),
+    ],
+)
+def test_operators_that_leave_channels_alone(function):
+    model = Function(lambda self, x: self.b(function(self.a(x))), a=nn.Conv2d(3, 6, 1), b=nn.Conv2d(6, 2, 1))
+    (group,) = groups_of(model, normal(2, 3, 8, 8), training=True).prunable
+    assert group.size == 6
+    pairs = [(group, {0, 3, 4})]
+    mask(model, pairs)
+    prove(model, shrinkage(model, pairs), [InputSpec((0,), (2, 3, 8, 8), "float32")])
+
+
+def test_random_slopes_in_training():
+    model = nn.Sequential(nn.Conv2d(3, 6, 1), nn.RReLU(), nn.Conv2d(6, 2, 1))
+    assert [group.size for group in groups_of(model, normal(2, 3, 8, 8), training=True).prunable] == [6]
+
+
 def test_prelu():
     model = nn.Sequential(nn.Conv2d(3, 6, 1), nn.PReLU(6), nn.Conv2d(6, 2, 1))
     (group,) = groups_of(model, normal(2, 3, 5, 5)).prunable
