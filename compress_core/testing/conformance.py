@@ -36,8 +36,8 @@ class Case:
         config: The config; its algorithms must not need data unless `loader` gives it.
         loader: Calibration batches.
         tolerance: Largest difference that compilation may make, absolute and relative.
-        strip_tolerance: The same for `strip`: 0, unless the stripped model sums in another order because its tensors are
-            smaller.
+        strip_tolerance: The same for `strip`: 0, unless the stripped model sums in another order because its tensors
+            are smaller.
     """
 
     make_model: Callable[[], nn.Module]

@@ -302,6 +302,7 @@ def _facts(function: Any) -> _Facts:
 
 @functools.cache
 def name_of(function: Any) -> str:
+    """Returns the dotted name of a function of torch, such as `torch.nn.functional.relu`; others by module and name."""
     name = resolve_name(function)
     if name is None:
         name = f"{getattr(function, '__module__', None)}.{getattr(function, '__qualname__', repr(function))}"
