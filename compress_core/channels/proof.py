@@ -125,11 +125,11 @@ def prove(model: nn.Module, shrinkage: Shrinkage, specs: Sequence[InputSpec]) ->
     """
     with preserved_rng(), torch.no_grad():
         try:
-            return _prove(copy.deepcopy(model).double(), shrinkage, specs, torch.float64)
+            return _prove(model, shrinkage, specs, torch.float64)
         except _ReferenceError as error:
             logger.debug("comparing in the model's own dtype, because it does not run in float64: %s", error)
         try:
-            return _prove(copy.deepcopy(model), shrinkage, specs, None)
+            return _prove(model, shrinkage, specs, None)
         except _ReferenceError as error:
             raise ShrinkError(
                 f"the model does not run on random inputs like those it was traced with: {error}", reference=True
@@ -141,20 +141,22 @@ class _ReferenceError(Exception):
 
 
 def _prove(
-    reference: nn.Module, shrinkage: Shrinkage, specs: Sequence[InputSpec], dtype: torch.dtype | None
+    model: nn.Module, shrinkage: Shrinkage, specs: Sequence[InputSpec], dtype: torch.dtype | None
 ) -> Certificate:
-    device = next((p.device for p in reference.parameters()), torch.device("cpu"))
-    for module in reference.modules():
-        if isinstance(module, (nn.MultiheadAttention, nn.RNNBase)):
-            module.dropout = 0.0
-    shrunk = copy.deepcopy(reference)
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    # The small one first, and in float64 when it is small: there is never more than one large copy.
+    shrunk = _without_dropout(model)
     shrinkage.apply(shrunk)
+    reference = _without_dropout(model)
+    if dtype is not None:
+        shrunk.double()
+        reference.double()
     inputs = random_arguments(specs, device, dtype, small=True)
     try:
-        _run(reference.eval(), inputs)
+        expected = _run(reference.eval(), inputs)
     except Exception:  # a batch size that is written in the code
-        inputs = random_arguments(specs, device, dtype, small=False)
-    eval_difference = _compare(reference.eval(), shrunk.eval(), inputs, "eval")
+        inputs, expected = random_arguments(specs, device, dtype, small=False), None
+    eval_difference = _compare(reference.eval(), shrunk.eval(), inputs, "eval", expected)
     train_difference: float | None = None
     try:
         train_difference = _compare(reference.train(), shrunk.train(), inputs, "training")
@@ -166,9 +168,17 @@ def _prove(
     return Certificate(eval_difference, train_difference, name, tuple(spec.shape for spec in specs))
 
 
-def _compare(reference: nn.Module, shrunk: nn.Module, inputs: Any, mode: str) -> float:
+def _without_dropout(model: nn.Module) -> nn.Module:
+    copied = copy.deepcopy(model)
+    for module in copied.modules():
+        if isinstance(module, (nn.MultiheadAttention, nn.RNNBase)):
+            module.dropout = 0.0
+    return copied
+
+
+def _compare(reference: nn.Module, shrunk: nn.Module, inputs: Any, mode: str, given: Any = None) -> float:
     try:
-        expected = dict(tensors_with_paths(_run(reference, inputs)))
+        expected = dict(tensors_with_paths(_run(reference, inputs) if given is None else given))
     except Exception as error:
         raise _ReferenceError(str(error)) from error
     with _running_modules(shrunk) as running:
