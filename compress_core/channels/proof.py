@@ -6,10 +6,12 @@ import contextlib
 import copy
 import logging
 import math
+import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -287,6 +289,8 @@ class _NoDropout(TorchFunctionMode):
 
 def _run(model: nn.Module, inputs: Any) -> Any:
     torch.manual_seed(_SEED)
+    random.seed(_SEED)  # a forward may draw from these, too
+    np.random.seed(_SEED)
     # A forward may write to its arguments.
     args, kwargs = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, inputs)
     with _NoDropout(), torch.compiler.set_stance("force_eager"):

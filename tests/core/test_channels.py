@@ -2,6 +2,7 @@
 
 import copy
 import json
+import random
 
 import numpy as np
 import pytest
@@ -717,6 +718,20 @@ def test_proof_names_the_module_with_a_size_in_its_code():
         prove(model, shrinkage(model, pairs), input_specs(found_trace.forwards[0]))
     assert raised.value.module == "1.0"
     assert channel_groups(found_trace, model).prunable == []
+
+
+def test_proof_of_a_model_that_draws_random_numbers_anywhere():
+    def forward(self, x):
+        factor = random.random() + np.random.rand() + torch.rand(()) if self.training else 1.0
+        return self.b(self.a(x)) * factor
+
+    model = Function(forward, a=nn.Linear(3, 6), b=nn.Linear(6, 2))
+    found_trace = trace(model.eval(), normal(2, 3))
+    pairs = [(channel_groups(found_trace).prunable[0], {1})]
+    mask(model, pairs)
+    states = random.getstate(), np.random.get_state()[1].tolist()
+    assert prove(model, shrinkage(model, pairs), input_specs(found_trace.forwards[0])).train_difference is not None
+    assert states == (random.getstate(), np.random.get_state()[1].tolist())
 
 
 def test_proof_of_a_model_that_does_not_run_on_random_inputs():
