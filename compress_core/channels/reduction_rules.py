@@ -41,6 +41,17 @@ def _parallel(step: Step, labels: Labels, vectors: Iterable[Dims]) -> None:
         step.algebra.join(labels, vector[0])
 
 
+@rule(
+    "aten.fake_quantize_per_channel_affine",
+    "aten.fake_quantize_per_channel_affine_cachemask",
+    "aten._fake_quantize_learnable_per_channel_affine",
+)
+def _fake_quantize(step: Step) -> list[Dims]:
+    dims = step.dims(step.argument(0))
+    _parallel(step, dims[int(step.argument(3))], [step.dims(step.argument(position)) for position in (1, 2)])
+    return [list(dims) for _ in step.result_shapes]
+
+
 @rule("aten.native_layer_norm", "aten._fused_rms_norm", "aten.rms_norm", "aten.layer_norm")
 def _layer_norm(step: Step) -> list[Dims]:
     dims = step.dims(step.argument(0))

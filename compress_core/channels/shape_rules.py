@@ -231,7 +231,8 @@ def _view(step: Step) -> list[Dims]:
     dims, old, new = step.dims(data), step.shape(data), step.result_shapes[0]
     result: Dims = [None] * len(new)
     for before, after in _matching_dimensions(old, new):
-        tracked = [dim for dim in before if dims[dim] is not None]
+        tracked = [dim for dim in before if dims[dim] is not None and old[dim] > 1]
+        step.fix([dims[dim] for dim in before if old[dim] == 1], "has a single channel")
         if not tracked:
             continue
         sizes_before, sizes_after = [old[dim] for dim in before], [new[dim] for dim in after]

@@ -443,6 +443,34 @@ def test_dropout_in_training_is_no_obstacle(dropout):
     check_shrinking(model, normal(2, 3, 5, 5))
 
 
+def test_views_do_not_mix_channels_with_dimensions_of_size_one():
+    def forward(self, x):
+        scale = self.scale.view(-1)
+        return self.head(self.stem(x) * scale.view(1, -1, 1, 1))
+
+    model = Function(forward, stem=nn.Conv2d(3, 6, 1), head=nn.Conv2d(6, 2, 1), scale=None)
+    model.scale = nn.Parameter(torch.rand(1, 6, 1, 1))
+    (group,) = groups_of(model, normal(2, 3, 5, 5)).prunable
+    assert slices(group)["scale.1"] == [0, 1, 2, 3, 4, 5]
+    check_shrinking(model, normal(2, 3, 5, 5))
+
+
+def test_quantizer_with_a_scale_for_each_channel():
+    def forward(self, x):
+        return self.head(
+            torch.fake_quantize_per_channel_affine(self.stem(x), self.scale, self.zero_point, 1, -128, 127)
+        )
+
+    model = Function(forward, stem=nn.Conv2d(3, 6, 1), head=nn.Conv2d(6, 2, 1))
+    model.register_buffer("scale", torch.full((6,), 0.1))
+    model.register_buffer("zero_point", torch.zeros(6, dtype=torch.int32))
+    x = normal(2, 3, 5, 5)
+    (group,) = groups_of(model, x).prunable
+    assert {"scale.0", "zero_point.0"} <= slices(group).keys()
+    shrinkage(model, [(group, {1, 2})]).apply(model)
+    assert model(x).shape == (2, 2, 5, 5)
+
+
 def test_new_tensor_of_a_size_in_the_code():
     def forward(self, x):
         x = self.stem(x)
