@@ -17,6 +17,14 @@ from tests.zoo import ResidualNet
 SPARSE = {"compression": {"algorithm": "magnitude_sparsity", "sparsity_init": 0.3}}
 
 
+@pytest.fixture
+def _ctrl_c():
+    """Python's own handling of Ctrl-C: a shell that starts us in the background switches it off."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 class Failing:
     """An observer that fails once everything is committed."""
 
@@ -143,6 +151,7 @@ def test_replaced_data_and_modules_come_back():
     assert fingerprint(model) == before
 
 
+@pytest.mark.usefixtures("_ctrl_c")
 def test_interrupt_during_rollback_is_held_until_it_is_done():
     model = ResidualNet()
     snapshot = ModelSnapshot(model)
@@ -164,6 +173,7 @@ def test_interrupt_during_rollback_is_held_until_it_is_done():
     assert fingerprint(model) == before
 
 
+@pytest.mark.usefixtures("_ctrl_c")
 def test_held_interrupts_arrive_afterwards_and_only_then():
     reached = []
     with pytest.raises(KeyboardInterrupt), interrupts_held():

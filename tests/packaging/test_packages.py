@@ -73,14 +73,14 @@ def environment(tmp_path, wheel):
     return python
 
 
+BUILT_IN = ("filter_pruning", "magnitude_sparsity", "quantization")
+PACKAGES = ("compress_core", *(f"compress_{name}" for name in BUILT_IN))
+
+
 def test_wheel_holds_what_is_ours_and_nothing_else(wheel):
     names = zipfile.ZipFile(wheel).namelist()
-    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {
-        "compress_core",
-        "compress_magnitude_sparsity",
-        "compress_quantization",
-    }
-    for package in ("compress_core", "compress_magnitude_sparsity", "compress_quantization"):
+    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == set(PACKAGES)
+    for package in PACKAGES:
         assert f"{package}/py.typed" in names
     assert "compress_quantization/profiles/cpu.json" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
@@ -88,9 +88,7 @@ def test_wheel_holds_what_is_ours_and_nothing_else(wheel):
 
 def test_wheel_alone_finds_the_built_in_plugins(environment, tmp_path):
     found = json.loads(run(environment, "-c", JOB % '["magnitude_sparsity"]', cwd=tmp_path))
-    assert found["plugins"] == {
-        name: f"plugin '{name}' (compress-core 0.1.0)" for name in ("magnitude_sparsity", "quantization")
-    }
+    assert found["plugins"] == {name: f"plugin '{name}' (compress-core 0.1.0)" for name in BUILT_IN}
     assert found["failures"] == []
     assert found["samples"] == 32
     assert run(environment, "-c", "import compress_core; print(compress_core.__file__)", cwd=tmp_path).startswith(
