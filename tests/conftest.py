@@ -7,11 +7,16 @@ import os
 import tomllib
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
 from compress_core.hookspecs import ENTRY_POINT_GROUP
 from compress_core.registry import Registry, use_registry
+
+# The same examples in every run, so that a commit does not fail by chance; HYPOTHESIS_PROFILE=default draws new ones.
+hypothesis.settings.register_profile("repeatable", derandomize=True)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -30,6 +30,13 @@ def tuned(low, width, n):
     return low, high - low
 
 
+def has_one_zero_point(low, width, n):
+    """Tells whether the zero point is not so near to the middle between two integers that the dtype decides."""
+    low, high = min(low, 0.0), max(low + width, 0.0)
+    position = -low * n / (high - low)
+    return abs(position - np.floor(position) - 0.5) > 1e-5
+
+
 def is_tuned(low, width, n):
     """Tells whether zero is a multiple of the step away from the low end; see the test of the nearest value."""
     low, width = tuned(low, width, n)
@@ -93,6 +100,7 @@ def quantizers(draw, mode=None):
     module = AsymmetricFakeQuantize((1,), bits, half_range=half_range).double()
     low = draw(st.floats(-1.5, 0.5)) * abs(size)
     assume(is_tuned(low, abs(size) + EPS, module.levels()[1]))
+    assume(has_one_zero_point(low, abs(size) + EPS, module.levels()[1]))
     module.input_low.data.fill_(low)
     module.input_range.data.fill_(size)
     return module, Reference.asymmetric(low, size, module.levels()[1])
