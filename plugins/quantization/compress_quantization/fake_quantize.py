@@ -170,7 +170,7 @@ class FakeQuantize(nn.Module):
         with torch.no_grad():
             ranges = self.ranges(torch.float64 if x.dtype == torch.float64 else torch.float32)
         learned, offset = self._learned()
-        return fake_quantize(x, learned, offset, ranges, Task(dim, activation, self.lr_multiplier))
+        return fake_quantize(x, learned, offset, ranges, Task(dim, self.levels(), activation, self.lr_multiplier))
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

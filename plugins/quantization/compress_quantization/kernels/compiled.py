@@ -1,15 +1,20 @@
-"""The kernels as torch.compile makes them, one for each kind of tensor and task."""
+"""The kernels as torch's compiler makes them, one for each kind of tensor and task.
+
+`torch.compile` would look up, for each call, which of its compiled variants fits: four times as long as such a call
+takes otherwise. Here that is known beforehand. A kernel is traced once with sizes that stand for any, and called.
+"""
 
 from __future__ import annotations
 
 import itertools
 import logging
 import os
-import types
+import threading
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from compress_core.errors import UsageError
 
@@ -21,7 +26,9 @@ is an error, instead of a warning and slower kernels."""
 
 _MODES = ("auto", "eager", "compiled")
 
-Kernel = Callable[..., Any]
+Kernel = Callable[..., tuple[torch.Tensor, ...]]
+Example = tuple[torch.Size | tuple[int, ...], torch.dtype]
+"""Shape and dtype of a tensor that a kernel is traced with. Sizes that are equal stay equal, others may be any."""
 
 
 class _State:
@@ -32,6 +39,7 @@ class _State:
         self.enabled = self.mode != "eager"
         self.works = True
         self.kernels: dict[Any, Kernel] = {}
+        self.lock = threading.Lock()
         self.failures = itertools.count()  # next() is atomic, so that of several threads one logs
 
 
@@ -61,29 +69,48 @@ def is_available() -> bool:
     return _state.enabled and _state.works
 
 
-def run(function: Kernel, key: tuple[Any, ...], *args: Any) -> tuple[bool, Any]:
-    """Runs `function` compiled.
+def kernel_count() -> int:
+    """Returns how many kernels this process has compiled or loaded."""
+    return len(_state.kernels)
+
+
+def find(key: tuple[Any, ...], function: Kernel, examples: Callable[[], list[Example]]) -> Kernel | None:
+    """Returns `function` compiled, or None where there is no compiler: the first call finds out.
 
     Args:
-        function: One of `formulas`.
-        key: What a kernel may be specialized on. Each key gets a function with a code object of its own, because
-            torch.compile counts recompilations for each code object and silently stops compiling after the eighth.
-        *args: Its arguments; it may have written to tensors among them even when it failed.
-
-    Returns:
-        Whether it ran, and what it returned. It does not run where there is no compiler: the first call finds out.
+        key: What the kernel is specialized on; `function` is determined by it.
+        function: Takes tensors, and returns a tuple of new tensors.
+        examples: Returns what to trace with, when the kernel has to be made.
     """
-    full_key = (function, key, torch.is_inference_mode_enabled(), torch.get_num_threads())
+    full_key = (*key, torch.get_num_threads())
     kernel = _state.kernels.get(full_key)
     if kernel is None:
-        kernel = _state.kernels.setdefault(full_key, torch.compile(_clone(function), dynamic=True, fullgraph=True))
+        with _state.lock:
+            kernel = _state.kernels.get(full_key) or _made(function, examples(), key[0])
+            if kernel is not None:
+                _state.kernels[full_key] = kernel
+    return kernel
+
+
+def _made(function: Kernel, examples: list[Example], device: str) -> Kernel | None:
     try:
-        return True, kernel(*args)
+        # What surrounds the call, such as autocast, a default device or a mode of the user's, is not the kernel's.
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            torch.autocast(device, enabled=False),
+            torch._C.DisableTorchFunction(),
+        ):
+            tensors = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in examples]
+            graph = make_fx(function, tracing_mode="symbolic")(*tensors)
+            inputs = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
+            kernel: Kernel = torch._inductor.standalone_compile(graph, inputs)
+            return kernel
     except Exception as error:  # whatever a missing or broken tool chain raises: there is no common base
         if _state.mode == "compiled":
             raise
         _give_up(error)
-        return False, None
+        return None
 
 
 def _give_up(error: Exception) -> None:
@@ -92,15 +119,8 @@ def _give_up(error: Exception) -> None:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         logger.warning(
             "fake-quantize kernels cannot be compiled (%s: %s); eager ones are used, which are slower. "
-            "Install a C++ compiler, or set %s=eager",
+            "Install a C++ compiler and torch 2.8 or later, or set %s=eager",
             type(error).__name__,
             reason[0][:200],
             ENVIRONMENT_VARIABLE,
         )
-
-
-def _clone(function: Kernel) -> Kernel:
-    assert isinstance(function, types.FunctionType)
-    clone = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
-    clone.__kwdefaults__ = function.__kwdefaults__
-    return clone

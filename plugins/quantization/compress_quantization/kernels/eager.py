@@ -19,7 +19,6 @@ from compress_quantization.kernels.formulas import (
     Activation,
     Ranges,
     activate,
-    ends,
 )
 from compress_quantization.kernels.layout import Layout
 
@@ -91,39 +90,34 @@ def quantize_and_encode(
 
 
 def gradients_from_code(
-    grad: torch.Tensor,
-    code: torch.Tensor,
-    grad_x: torch.Tensor,
-    ranges: Ranges,
-    activation: Activation,
-    offset: bool,
-    layout: Layout,
-) -> tuple[torch.Tensor, ...]:
-    """Writes dx to `grad_x`, returns drange and, with `offset`, dlow, each of shape (channels,)."""
+    grad: torch.Tensor, code: torch.Tensor, grad_x: torch.Tensor, dtype: torch.dtype, layout: Layout
+) -> torch.Tensor:
+    """Writes dx to `grad_x`, returns the sums of `formulas`, of shape (3, channels) and `dtype`."""
 
-    def parts(codes: torch.Tensor, ranges: Ranges) -> tuple[torch.Tensor, torch.Tensor]:
-        value = codes.to(ranges[0].dtype)
+    def parts(kept: torch.Tensor, _: Ranges) -> tuple[torch.Tensor, torch.Tensor]:
+        value = kept.to(dtype)
         error = value.clamp(-LARGEST_ERROR, LARGEST_ERROR)
         side = value.sub_(error).mul_(1.0 / (ABOVE - LARGEST_ERROR)).round_()
         return error.sub_(side, alpha=LARGEST_ERROR).mul_(1.0 / ERROR_SCALE), side
 
-    return _gradients(grad, code, grad_x, ranges, layout, parts, ends(ranges, activation, offset), offset)
+    nothing = torch.empty(layout.channels, dtype=dtype, device=grad.device)
+    return _gradients(grad, code, grad_x, (nothing, nothing, nothing), layout, parts)
 
 
 def gradients_from_input(
-    grad: torch.Tensor, x: torch.Tensor, grad_x: torch.Tensor, ranges: Ranges, offset: bool, layout: Layout
-) -> tuple[torch.Tensor, ...]:
+    grad: torch.Tensor, x: torch.Tensor, grad_x: torch.Tensor, ranges: Ranges, layout: Layout
+) -> torch.Tensor:
     """Does what `gradients_from_code` does where x is at hand."""
 
-    def parts(source: torch.Tensor, ranges: Ranges) -> tuple[torch.Tensor, torch.Tensor]:
+    def parts(kept: torch.Tensor, ranges: Ranges) -> tuple[torch.Tensor, torch.Tensor]:
         step, low, high = ranges
-        value = source.to(step.dtype)
+        value = kept.to(step.dtype)
         clipped = value.clamp(low, high)
         side = torch.sub(value, clipped).sign_()
         ratio = clipped.div_(step)
         return ratio.round().sub_(ratio), side
 
-    return _gradients(grad, x, grad_x, ranges, layout, parts, ends(ranges, None, offset), offset)
+    return _gradients(grad, x, grad_x, ranges, layout, parts)
 
 
 def _gradients(
@@ -133,34 +127,27 @@ def _gradients(
     ranges: Ranges,
     layout: Layout,
     parts: Callable[[torch.Tensor, Ranges], tuple[torch.Tensor, torch.Tensor]],
-    outside: tuple[torch.Tensor | float, ...],
-    offset: bool,
-) -> tuple[torch.Tensor, ...]:
+) -> torch.Tensor:
     """Sums for each channel.
 
     `parts` gives for each element the rounding error in steps (0 outside) and the side: 1 above, -1 below, 0 inside.
     """
-    step, low, high = ranges
-    totals = [step.new_zeros(layout.channels) for _ in range(3)]
+    dtype = ranges[0].dtype
+    totals = torch.zeros(3, layout.channels, dtype=dtype, device=grad.device)
     for (given, keeping, target), local, channels in _each_block(layout, (grad, kept, grad_x), ranges):
         error, side = parts(keeping, local)
-        sums = _write_and_sum(given.to(step.dtype), error, side, target)
-        if channels is None:
-            totals = sums
-        else:
-            for total, part in zip(totals, sums, strict=True):
-                total[channels] += part
-    errors, signed, unsigned = totals
-    above, below = (unsigned + signed) / 2, (unsigned - signed) / 2
-    total = errors * (step / (high - low)) + above * outside[0] + below * outside[1]
-    return (total, above * outside[2] + below * outside[3]) if offset else (total,)
+        sums = _write_and_sum(given.to(dtype), error, side, target)
+        of_block = totals if channels is None else totals[:, channels]
+        of_block += torch.stack(sums)
+    return totals
 
 
 def _write_and_sum(
     grad: torch.Tensor, error: torch.Tensor, side: torch.Tensor, grad_x: torch.Tensor
 ) -> list[torch.Tensor]:
-    """Writes dx; returns, for each channel, the gradient's sums weighed by the error, the side, and the side's size."""
-    sums = [_sum(grad, error), _sum(grad, side)]
+    """Writes dx; returns, for each channel, the gradient's sums weighed by the error, above, and outside."""
+    # Not above from above + below and above - below: behind a ReLU half of all elements are below.
+    sums = [_sum(grad, error), _sum(grad, side.clamp_min(0.0))]
     side = side.abs_()
     sums.append(_sum(grad, side))
     if grad_x.dtype == grad.dtype:

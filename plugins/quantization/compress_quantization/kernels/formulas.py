@@ -1,4 +1,4 @@
-"""What the kernels compute, in plain torch; `compiled` turns these functions into one kernel each.
+"""What the kernels compute, for each element, in plain torch.
 
 With `step` the distance of two grid values and `low`, `high` the range, all from `FakeQuantize.ranges`:
 
@@ -13,18 +13,20 @@ arXiv:1903.08066, in NNCF's normalization: the rounding error counts in units of
     drange = sum dy * ((y - x) / range * inside + low / high * below (symmetric only) + above)
     dlow   = sum dy * (below + above)
 
-A code of one byte for each element is all that the backward pass needs: the rounding error y - x in steps, which is
-within +-0.5, times 240, or `ABOVE` or `BELOW`. Rounding it to 1/240 moves the sum over a tensor by about 0.1 %.
+so that three sums for each channel are enough: of dy * (y - x) / step inside, of dy above, and of dy outside, above or
+below. A code of one byte for each element is all that they need: the rounding error in steps, which is within +-0.5,
+times 240, or `ABOVE` or `BELOW`. Rounding it to 1/240 moves the sum over a tensor by about 0.1 %.
 
 An activation function before the quantizer is a part of it: None, "relu" or "relu6". Elements that it does not pass are
-`BELOW`, those that ReLU6 clips `ABOVE`; `ends` says what that means for the range.
+`BELOW`, those that ReLU6 clips `ABOVE`; `slopes` says what that means for the range.
 
-Arguments, everywhere: tensors as `Layout.view` gives them; `step`, `low`, `high` of shape (channels,) in the dtype
-that is computed in (float32, or float64 for float64 tensors); `kind` of `Layout`. Results go to tensors that are given:
-an autograd.Function that returns a view breaks under in-place operations on what it returned.
+Arguments, everywhere: `step`, `low`, `high` in the dtype that is computed in (float32, or float64 for float64
+tensors), of a shape that broadcasts against the elements.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 
@@ -37,16 +39,8 @@ UPPER = 6.0
 Activation = str | None
 Ranges = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 Number = torch.Tensor | float
-REDUCED = {"flat": (0,), "rows": (1,), "columns": (0,), "planes": (0, 2)}
-"""Dimensions of a view of a kind that a sum for each channel runs over."""
-
-
-def aligned(ranges: Ranges, kind: str) -> Ranges:
-    """Returns `step`, `low`, `high` so that they broadcast against a view of this kind."""
-    step, low, high = ranges
-    if kind in {"flat", "columns"}:
-        return step, low, high
-    return step.unsqueeze(-1), low.unsqueeze(-1), high.unsqueeze(-1)
+Slopes = tuple[float, tuple[Number, Number], tuple[float, float]]
+Parts = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def activate(x: torch.Tensor, activation: Activation) -> torch.Tensor:
@@ -56,140 +50,110 @@ def activate(x: torch.Tensor, activation: Activation) -> torch.Tensor:
     return x.clamp_min(0.0) if activation == "relu" else x.clamp(0.0, UPPER)
 
 
-def quantize(
-    x: torch.Tensor,
-    out: torch.Tensor,
-    step: torch.Tensor,
-    low: torch.Tensor,
-    high: torch.Tensor,
-    activation: Activation,
-    kind: str,
-) -> None:
-    """Writes y to `out`."""
-    step, low, high = aligned((step, low, high), kind)
+def quantized(x: torch.Tensor, ranges: Ranges, activation: Activation) -> torch.Tensor:
+    """Returns y."""
+    step, low, high = ranges
     value = activate(x.to(step.dtype), activation)
-    out.copy_(torch.round(value.clamp(low, high) / step) * step)
+    return torch.round(value.clamp(low, high) / step) * step
 
 
-def quantize_and_encode(
-    x: torch.Tensor,
-    out: torch.Tensor,
-    code: torch.Tensor,
-    step: torch.Tensor,
-    low: torch.Tensor,
-    high: torch.Tensor,
-    activation: Activation,
-    kind: str,
-) -> None:
-    """Writes y to `out` and the code of each element to `code` (int8)."""
-    step, low, high = aligned((step, low, high), kind)
+def encoded(x: torch.Tensor, ranges: Ranges, activation: Activation) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns y, and the code of each element in the dtype that is computed in."""
+    step, low, high = ranges
     x = x.to(step.dtype)
     value = activate(x, activation)
     ratio = value.clamp(low, high) / step
     rounded = torch.round(ratio)
-    out.copy_(rounded * step)
-    above, below = outside(x, low, high, activation)
-    error = torch.round((rounded - ratio) * ERROR_SCALE)
-    code.copy_(torch.where(above, ABOVE, torch.where(below, BELOW, error)))
+    # One `where` inside the other: masks that are combined make slower loops.
+    code = torch.where(value > high, ABOVE, torch.round((rounded - ratio) * ERROR_SCALE))
+    if activation == "relu6":
+        code = torch.where(x >= UPPER, ABOVE, code)
+    return rounded * step, torch.where(x < low if activation is None else x <= 0, BELOW, code)
 
 
-def outside(
-    x: torch.Tensor, low: torch.Tensor, high: torch.Tensor, activation: Activation
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns where elements get no gradient: above, and below."""
-    if activation is None:
-        return x > high, x < low
-    return (x > high) if activation == "relu" else (x > high) | (x >= UPPER), x <= 0
+def from_code(grad: torch.Tensor, code: torch.Tensor) -> Parts:
+    """Returns dx, and what the three sums run over; the code has the dtype that is computed in."""
+    # Codes between LARGEST_ERROR and the marks do not occur.
+    return _split(grad.to(code.dtype), code.abs() > ABOVE - 2, code > ABOVE - 2, code * (1.0 / ERROR_SCALE))
 
 
-def ends(ranges: Ranges, activation: Activation, offset: bool) -> tuple[Number, Number, Number, Number]:
-    """Returns what elements outside count: above and below for `drange`, above and below for `dlow`.
-
-    With `offset` the range is learned with its low end (asymmetric): `low` does not move with the range.
-    """
-    step, low, high = ranges
-    if activation is None:
-        return 1.0, 0.0 if offset else low / high, 1.0, 1.0
-    if activation == "relu":
-        return 1.0, 0.0, 1.0, 0.0
-    # What ReLU6 clips has the value 6, which may be inside the range.
-    six = torch.full_like(step, UPPER)
-    beyond, ratio = six > high, six / step
-    error = (torch.round(ratio) - ratio) * (step / (high - low))
-    return torch.where(beyond, 1.0, error), 0.0, beyond.to(step.dtype), 0.0
-
-
-def decoded(
-    code: torch.Tensor, ranges: Ranges, activation: Activation, offset: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns for each element dy/dx (bool), dy/drange and dy/dlow, from its code."""
-    step, low, high = ranges
-    value = code.to(step.dtype)
-    error = value * (step / ((high - low) * ERROR_SCALE))
-    return _slopes(error, value == ABOVE, value == BELOW, ends(ranges, activation, offset))
-
-
-def weighed(x: torch.Tensor, ranges: Ranges, offset: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns what `decoded` does, from x itself; there is no activation function."""
+def from_input(grad: torch.Tensor, x: torch.Tensor, ranges: Ranges) -> Parts:
+    """Does what `from_code` does where x is at hand; there is no activation function."""
     step, low, high = ranges
     x = x.to(step.dtype)
-    ratio = x.clamp(low, high) / step
-    above, below = outside(x, low, high, None)
-    error = (torch.round(ratio) - ratio) * (step / (high - low))
-    return _slopes(error, above, below, ends(ranges, None, offset))
+    clipped = x.clamp(low, high)
+    ratio = clipped / step
+    return _split(grad.to(step.dtype), x != clipped, x > high, torch.round(ratio) - ratio)
 
 
-def _slopes(
-    error: torch.Tensor,
-    above: torch.Tensor,
-    below: torch.Tensor,
-    outside: tuple[Number, Number, Number, Number],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    of_range = torch.where(above, outside[0], torch.where(below, outside[1], error))
-    zero = torch.zeros_like(error)
-    of_low = torch.where(above, outside[2], torch.where(below, outside[3], zero))
-    return ~(above | below), of_range, of_low
+def _split(grad: torch.Tensor, outside: torch.Tensor, above: torch.Tensor, error: torch.Tensor) -> Parts:
+    inside = torch.where(outside, 0.0, grad)
+    return inside, inside * error, torch.where(above, grad, 0.0), torch.where(outside, grad, 0.0)
 
 
-def gradients_from_code(
-    grad: torch.Tensor,
-    code: torch.Tensor,
-    grad_x: torch.Tensor,
-    step: torch.Tensor,
-    low: torch.Tensor,
-    high: torch.Tensor,
-    activation: Activation,
-    offset: bool,
-    kind: str,
-) -> tuple[torch.Tensor, ...]:
-    """Writes dx to `grad_x`; returns drange and, with `offset`, dlow, for each channel."""
-    slopes = decoded(code, aligned((step, low, high), kind), activation, offset)
-    return _gradients(grad, slopes, grad_x, offset, kind)
+def slopes(ranges: Ranges, levels: tuple[int, int], activation: Activation, offset: bool) -> Slopes:
+    """Returns what the sums count.
+
+    Args:
+        ranges: Of the shape of the sums.
+        levels: Smallest and largest integer of the grid.
+        activation: Function before the quantizer.
+        offset: Whether the range is learned with its low end (asymmetric): `low` does not move with the range.
+
+    Returns:
+        For the error: its factor in drange. For what is above and what is below: the factors in drange and in dlow.
+    """
+    smallest, largest = levels
+    of_error = 1.0 / (largest - smallest)
+    if activation is None:
+        return of_error, (1.0, 1.0), (0.0 if offset else smallest / largest, 1.0)
+    if activation == "relu":
+        return of_error, (1.0, 1.0), (0.0, 0.0)
+    # What ReLU6 clips has the value 6, which may be inside the range.
+    step, _, high = ranges
+    six = torch.full_like(step, UPPER)
+    beyond, ratio = six > high, six / step
+    error = (torch.round(ratio) - ratio) * of_error
+    return of_error, (torch.where(beyond, 1.0, error), beyond.to(step.dtype)), (0.0, 0.0)
 
 
-def gradients_from_input(
-    grad: torch.Tensor,
-    x: torch.Tensor,
-    grad_x: torch.Tensor,
-    step: torch.Tensor,
-    low: torch.Tensor,
-    high: torch.Tensor,
-    offset: bool,
-    kind: str,
-) -> tuple[torch.Tensor, ...]:
-    """Does what `gradients_from_code` does where x is at hand."""
-    return _gradients(grad, weighed(x, aligned((step, low, high), kind), offset), grad_x, offset, kind)
+def weighed(parts: Sequence[torch.Tensor], factors: Slopes, offset: bool) -> list[torch.Tensor]:
+    """Returns drange and, with `offset`, dlow, from the three sums (or from what they run over)."""
+    error, above, outside = parts
+    of_error, of_above, of_below = factors
+    results = []
+    for end in range(2 if offset else 1):
+        total = above if _is_one(of_above[end]) else above * of_above[end]
+        if of_below[end] != 0.0:
+            total = torch.add(total, outside - above, alpha=of_below[end])
+        results.append(torch.add(total, error, alpha=of_error) if end == 0 else total)
+    return results
 
 
-def _gradients(
-    grad: torch.Tensor,
-    slopes: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    grad_x: torch.Tensor,
-    offset: bool,
-    kind: str,
-) -> tuple[torch.Tensor, ...]:
-    inside, of_range, of_low = slopes
-    grad = grad.to(of_range.dtype)
-    grad_x.copy_(torch.where(inside, grad, 0.0))
-    total = (grad * of_range).sum(REDUCED[kind])
-    return (total, (grad * of_low).sum(REDUCED[kind])) if offset else (total,)
+def _is_one(factor: Number) -> bool:
+    return isinstance(factor, float) and factor == 1.0
+
+
+def weights_of_code(
+    code: torch.Tensor, ranges: Ranges, levels: tuple[int, int], activation: Activation, offset: bool
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Returns for each element dy/dx (0 or 1), and a list of dy/drange and, with `offset`, dy/dlow.
+
+    Args:
+        code: Codes of the elements, of any dtype.
+        ranges: Ranges that broadcast against them.
+        levels: See `slopes`.
+        activation: See `slopes`.
+        offset: See `slopes`.
+    """
+    code = code.to(ranges[0].dtype)
+    inside, *parts = from_code(torch.ones_like(code), code)
+    return inside, weighed(parts, slopes(ranges, levels, activation, offset), offset)
+
+
+def weights_of_input(
+    x: torch.Tensor, ranges: Ranges, levels: tuple[int, int], offset: bool
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Returns what `weights_of_code` does, from x itself; there is no activation function."""
+    inside, *parts = from_input(torch.ones_like(x, dtype=ranges[0].dtype), x, ranges)
+    return inside, weighed(parts, slopes(ranges, levels, None, offset), offset)

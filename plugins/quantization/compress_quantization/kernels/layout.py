@@ -8,6 +8,15 @@ from functools import cached_property, lru_cache
 
 import torch
 
+LANES = 4
+"""Codes of one byte in a word of 32 bits: loads of single bytes were measured ten times as slow."""
+
+LONGEST_ROW = 2048
+"""Sums run over rows that fit into the first-level cache."""
+
+_VECTOR = 8
+_BLOCK = 16  # rows of `columns` that are summed at a time
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -31,8 +40,8 @@ class Layout:
     def kind(self) -> str:
         """`flat`, `rows` (channels, inner), `columns` (outer, channels) or `planes` (all three).
 
-        Each kind has kernels of its own: loops over dimensions of size one cost time, and torch.compile specializes on
-        that size.
+        Each kind has kernels of its own: loops over dimensions of size one cost time, and compilers specialize on that
+        size.
         """
         if self.channels == 1:
             return "flat"
@@ -47,23 +56,37 @@ class Layout:
 
     @cached_property
     def view_shape(self) -> tuple[int, ...]:
-        """Shape of the tensor as a kernel of this kind sees it."""
+        """Shape of the tensor as a kernel sees it that treats elements one by one."""
         outer, channels, inner = self.outer, self.channels, self.inner
         shapes = {"flat": (outer * inner,), "rows": (channels, inner), "columns": (outer, channels)}
         return shapes.get(self.kind, (outer, channels, inner))
 
-    def view(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Returns the memory of `tensor`, which has this layout, as a contiguous view.
+    @cached_property
+    def lanes(self) -> int:
+        """How many neighbouring rows a kernel can treat together: `LANES` or 1."""
+        rows = {"flat": self.numel, "columns": self.outer}.get(self.kind, self.channels)
+        return 1 if rows % LANES else LANES
 
-        Detached: torch.compile guards what a view is a view of, and would compile again for other shapes of that.
+    def lane_shape(self, lanes: int) -> tuple[int, ...]:
+        """Returns the shape of the tensor as a kernel sees it that treats `lanes` rows together.
+
+        The last dimension but one is that of the lanes, the last one is within a row: (rows, lanes, row) for `flat`,
+        (channels, lanes, inner) for `rows`, (outer, channels, lanes, inner) for `planes`, and for `columns`
+        (blocks, rows, lanes, channels).
         """
-        shape = self.view_shape
-        return tensor.detach().as_strided(shape, _contiguous_strides(shape))
+        if self.kind == "flat":
+            row = _row_length(self.numel // lanes)
+            return self.numel // (lanes * row), lanes, row
+        if self.kind == "columns":
+            rows = self.outer // lanes
+            block = _largest_divisor(rows, _BLOCK)
+            return rows // block, block, lanes, self.channels
+        rows_shape = (self.channels // lanes, lanes, self.inner)
+        return rows_shape if self.kind == "rows" else (self.outer, *rows_shape)
 
     def blocks(self, tensor: torch.Tensor) -> torch.Tensor:
         """Returns the memory of `tensor`, which has this layout, as (outer, channels, inner); without a graph."""
-        shape = (self.outer, self.channels, self.inner)
-        return tensor.as_strided(shape, _contiguous_strides(shape))
+        return contiguous_view(tensor, (self.outer, self.channels, self.inner))
 
     @cached_property
     def unrolled(self) -> Layout:
@@ -79,9 +102,21 @@ class Layout:
             return tensor
         return torch.empty_strided(self.shape, self.strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
-    def empty(self, like: torch.Tensor) -> torch.Tensor:
+    def empty(self, like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Returns an uninitialized tensor in this layout."""
-        return torch.empty_strided(self.shape, self.strides, dtype=like.dtype, device=like.device)
+        return torch.empty_strided(self.shape, self.strides, dtype=dtype or like.dtype, device=like.device)
+
+    def restored(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Gives a new, contiguous tensor this shape and these strides, in place.
+
+        In place, because an autograd.Function that returns a view breaks under in-place operations on what it returned.
+        """
+        return tensor.as_strided_(self.shape, self.strides)
+
+
+def contiguous_view(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """Returns the memory of a dense tensor, from its first element on, as a contiguous tensor."""
+    return tensor.as_strided(shape, _contiguous_strides(shape))
 
 
 @lru_cache(maxsize=4096)
@@ -112,6 +147,19 @@ def _product(sizes: Iterable[int]) -> int:
     for size in sizes:
         result *= size
     return result
+
+
+def _row_length(count: int) -> int:
+    """Returns a divisor of `count` that is short enough, of whole vectors if possible; `count` where there is none."""
+    row = _largest_divisor(count, LONGEST_ROW, _VECTOR) or _largest_divisor(count, LONGEST_ROW)
+    return count if row < _VECTOR else row
+
+
+@lru_cache(maxsize=4096)
+def _largest_divisor(count: int, limit: int, multiple_of: int = 1) -> int:
+    """Returns the largest divisor of `count` up to `limit` that is a multiple of `multiple_of`, or 0."""
+    candidates = range(min(limit, count) // multiple_of * multiple_of, 0, -multiple_of)
+    return next((size for size in candidates if count % size == 0), 0)
 
 
 @lru_cache(maxsize=4096)

@@ -13,6 +13,7 @@ def fake_quantize(
     learned: torch.Tensor,
     offset: torch.Tensor | None,
     ranges: Ranges,
+    levels: tuple[int, int],
     activation: Activation,
     multiplier: float,
 ) -> torch.Tensor:
@@ -23,6 +24,7 @@ def fake_quantize(
         learned: Gets `drange` times its sign.
         offset: Gets `dlow`; None for a symmetric range.
         ranges: `step`, `low`, `high`, without a graph, of a shape that broadcasts against `x`.
+        levels: Smallest and largest integer of the grid.
         activation: Applied before.
         multiplier: Factor on the gradients of the range.
     """
@@ -31,12 +33,12 @@ def fake_quantize(
     clipped = torch.clamp(value, low, high)
     result = torch.round(clipped.detach() / step) * step
     if torch.is_grad_enabled():
-        _, weight, outside = formulas.weighed(value.detach(), ranges, offset is not None)
+        _, weights = formulas.weights_of_input(value.detach(), ranges, levels, offset is not None)
         # Each term is zero: the values stay on the grid exactly, and autograd sees the straight-through gradients.
         result = result + (clipped - clipped.detach())
-        result = result + _zero(learned, learned.detach().sign() * multiplier).reshape(step.shape) * weight
+        result = result + _zero(learned, learned.detach().sign() * multiplier).reshape(step.shape) * weights[0]
         if offset is not None:
-            result = result + _zero(offset, multiplier).reshape(step.shape) * outside
+            result = result + _zero(offset, multiplier).reshape(step.shape) * weights[1]
     return result.to(x.dtype)
 
 
