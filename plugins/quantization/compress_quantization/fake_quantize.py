@@ -11,11 +11,11 @@ from torch import nn
 
 from compress_core.errors import DataError, UsageError
 from compress_quantization.grid import Grid
-from compress_quantization.kernels import Task, fake_quantize
+from compress_quantization.kernels import Source, Task, fake_quantize
+from compress_quantization.kernels.formulas import Ranges
+from compress_quantization.kernels.sources import from_ends, levels_of, ranges_of
 
-_EPS = 1e-16
 _MINIMUM_SCALE = 0.1
-Ranges = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class FakeQuantize(nn.Module):
@@ -104,9 +104,15 @@ class FakeQuantize(nn.Module):
         """
         raise NotImplementedError
 
+    def _source(self, dtype: torch.dtype) -> Source:
+        """Returns what the range is computed from, in this dtype."""
+        raise NotImplementedError
+
+    @torch.no_grad()
     def ranges(self, dtype: torch.dtype = torch.float32) -> Ranges:
         """Returns `step`, `low` and `high` of `kernels.formulas`, of shape (channels,) and without a graph."""
-        raise NotImplementedError
+        step, low, high = ranges_of(self._source(dtype), levels_of(*self.levels(), dtype), dtype)
+        return step.reshape(-1), low.reshape(-1), high.reshape(-1)
 
     def _learned(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Returns what gets the gradient of the range's width, and what gets that of its low end."""
@@ -167,10 +173,10 @@ class FakeQuantize(nn.Module):
                     f"a quantizer for channels, of shape {self.shape}, got a tensor of shape {tuple(x.shape)}; "
                     "it was made for another layer or another layout"
                 )
-        with torch.no_grad():
-            ranges = self.ranges(torch.float64 if x.dtype == torch.float64 else torch.float32)
         learned, offset = self._learned()
-        return fake_quantize(x, learned, offset, ranges, Task(dim, self.levels(), activation, self.lr_multiplier))
+        source = self._source(torch.float64 if x.dtype == torch.float64 else torch.float32)
+        task = Task(dim, self.levels(), offset is not None, activation, self.lr_multiplier)
+        return fake_quantize(x, learned, offset, source, task)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -231,16 +237,12 @@ class SymmetricFakeQuantize(FakeQuantize):
             return -(2 ** (bits - 1)) + int(self.narrow_range), 2 ** (bits - 1) - 1
         return 0, 2**bits - 1 - int(self.narrow_range)
 
-    @torch.no_grad()
-    def ranges(self, dtype: torch.dtype = torch.float32) -> Ranges:
-        """See the base class."""
-        smallest, largest = self.levels()
-        scale = self.scale.detach()
-        scale = self._width(scale).to(dtype) if self.logarithm_scale else scale.to(dtype).abs() + _EPS
-        step = (scale / largest).reshape(-1)
-        # Both S and the largest value of the grid are inside the range, whatever rounding did to the step: a saturated
-        # value that comes back, or the 6 of a ReLU6, is not outside.
-        return step, step * smallest, step * (largest * (1 + 2 * torch.finfo(dtype).eps))
+    def _source(self, dtype: torch.dtype) -> Source:
+        if not self.logarithm_scale:
+            return Source("symmetric", (self.scale,))
+        smallest, largest, top = levels_of(*self.levels(), dtype)
+        step = self._width(self.scale.detach()).to(dtype).reshape(-1) / largest
+        return Source("given", (step, step * smallest, step * top))
 
     def _learned(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         return self._width(self.scale), None
@@ -286,16 +288,11 @@ class AsymmetricFakeQuantize(FakeQuantize):
         """Returns the smallest and the largest integer of the grid."""
         return 0, 2 ** (self.bits - 1 if self.half_range else self.bits) - 1
 
-    @torch.no_grad()
-    def ranges(self, dtype: torch.dtype = torch.float32) -> Ranges:
-        """See the base class."""
-        n = self.levels()[1]
-        low, width = self.input_low.detach().to(dtype), self.input_range.detach()
-        width = self._width(width).to(dtype) if self.logarithm_scale else width.to(dtype).abs() + _EPS
-        low, high, zero_point = _tuned(low, low + width, n)
-        step = (high - low) / n
-        low, high = torch.minimum(low, -zero_point * step), torch.maximum(high, (n - zero_point) * step)
-        return step.reshape(-1), low.reshape(-1), high.reshape(-1)
+    def _source(self, dtype: torch.dtype) -> Source:
+        if not self.logarithm_scale:
+            return Source("asymmetric", (self.input_low, self.input_range))
+        low, width = self.input_low.detach().to(dtype), self._width(self.input_range.detach()).to(dtype)
+        return Source("given", from_ends(low.reshape(-1), width.reshape(-1), self.levels()[1]))
 
     def _learned(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         return self._width(self.input_range), self.input_low
@@ -319,18 +316,6 @@ class AsymmetricFakeQuantize(FakeQuantize):
         width = torch.where(empty, _MINIMUM_SCALE, width)
         self._store(self.input_low, low)
         self._store(self.input_range, _logarithm(width) if self.logarithm_scale else width)
-
-
-def _tuned(low: torch.Tensor, high: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns the range with zero on the grid, and the integer that stands for zero."""
-    low, high = low.clamp_max(0), high.clamp_min(0)
-    # Both ends are zero where float32 has lost a tiny width next to a large negative `low`.
-    high = torch.where(high - low > 0, high, _EPS)
-    zero_point = torch.round(-low / (high - low) * n)
-    moved_low = torch.where(zero_point < n, zero_point / (zero_point - n).clamp_max(-1) * high, low)
-    moved_high = torch.where(zero_point > 0, (zero_point - n) / zero_point.clamp_min(1) * low, high)
-    first = high - moved_low > moved_high - low
-    return torch.where(first, moved_low, low), torch.where(first, high, moved_high), zero_point
 
 
 def _checked(minimum: torch.Tensor, maximum: torch.Tensor, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:

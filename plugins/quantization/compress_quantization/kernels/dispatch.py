@@ -2,27 +2,38 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 
-from compress_quantization.kernels import compiled, eager, lanes
+from compress_quantization.kernels import compiled, eager, formulas, lanes
 from compress_quantization.kernels.compiled import Example
-from compress_quantization.kernels.formulas import Activation, Ranges
+from compress_quantization.kernels.formulas import Ranges
+from compress_quantization.kernels.lanes import Variant
 from compress_quantization.kernels.layout import LANES, Layout, contiguous_view
+from compress_quantization.kernels.sources import Source, levels_of, ranges_of
+from compress_quantization.kernels.task import Task
 
 SMALL = 2048
 """Up to this many elements nothing is compiled: there is little to gain, and compiling takes seconds."""
 
-NARROW = 32
-"""Up to so many elements behind a channel, they are taken as channels of their own."""
-
 # Sizes that kernels are traced with: of `Layout.view_shape`, and of `Layout.lane_shape` without the lanes. They stand
 # for any, and tell the compiler what is long enough for threads, while sums stay below the 4096 elements from which it
 # would make them in a more precise and far slower way.
-_VIEWS = {"flat": (1_000_000,), "rows": (130, 1000), "planes": (30, 34, 1000), "columns": (868, 1000)}
-_ROWS = {"flat": (1022, 1000), "rows": (130, 1000), "planes": (30, 34, 1000), "columns": (62, 14, 1000)}
-
+_VIEWS = {
+    "flat": (1_000_000,),
+    "rows": (520, 1000),
+    "planes": (30, 136, 1000),
+    "columns": (868, 1000),
+    "narrow": (868, 100, 10),
+}
+_ROWS = {
+    "flat": (1022, 1000),
+    "rows": (130, 1000),
+    "planes": (30, 34, 1000),
+    "columns": (62, 14, 1000),
+    "narrow": (62, 14, 100, 10),
+}
 _BYTES = {1: torch.int8, LANES: torch.int32}
 
 
@@ -31,95 +42,119 @@ def is_small(layout: Layout) -> bool:
     return layout.numel <= SMALL
 
 
-def quantize(x: torch.Tensor, ranges: Ranges, activation: Activation, layout: Layout) -> torch.Tensor:
-    """Returns the quantized `x`, in its layout."""
+def quantize(x: torch.Tensor, source: Source, task: Task, layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the quantized `x`, in its layout, and the ranges, (3, channels)."""
+    dtype = compute_dtype(x)
     if _may_compile(layout):
-        wide, ranges_of = _unrolled(layout, ranges)
-        kind = wide.kind
+        variant = Variant(layout.kind, dtype, task.activation, source.kind)
+        channels = _channels(_VIEWS[layout.kind], layout.kind)
         kernel = compiled.find(
-            (x.device.type, "quantize", kind, x.dtype, ranges[0].dtype, activation),
-            partial(lanes.quantize, activation=activation, kind=kind),
-            lambda: [(_VIEWS[kind], x.dtype), *_example_ranges(kind, 1, ranges[0].dtype)],
+            (x.device.type, "quantize", x.dtype, source.tensors[0].dtype, variant),
+            partial(lanes.quantize, variant=variant),
+            lambda: [(_VIEWS[layout.kind], x.dtype), *_example_source(source, channels, dtype)],
         )
         if kernel is not None:
-            return layout.restored(kernel(contiguous_view(x, wide.view_shape), *ranges_of)[0])
+            y, ranges = kernel(contiguous_view(x, layout.view_shape), *_source(source, task, layout, dtype))
+            return layout.restored(y), ranges
+    steps = eager_ranges(source, task, dtype)
     out = layout.empty(x)
-    eager.quantize(x, out, ranges, activation, layout)
-    return out
+    eager.quantize(x, out, steps, task.activation, layout)
+    return out, torch.stack(steps)
 
 
 def quantize_and_encode(
-    x: torch.Tensor, ranges: Ranges, activation: Activation, layout: Layout
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the quantized `x`, in its layout, and codes; only this module knows how these are arranged."""
+    x: torch.Tensor, source: Source, task: Task, layout: Layout
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns the quantized `x`, in its layout, codes, and the ranges, (3, channels).
+
+    Only this module knows how codes are arranged.
+    """
+    dtype = compute_dtype(x)
     if _may_compile(layout):
-        wide, ranges_of = _unrolled(layout, ranges)
-        kind, count = wide.kind, _lanes(wide, x)
+        variant, count = Variant(layout.kind, dtype, task.activation, source.kind), _lanes(layout, x)
+        channels = _channels(_ROWS[layout.kind], layout.kind, count)
         kernel = compiled.find(
-            (x.device.type, "encode", kind, count, x.dtype, ranges[0].dtype, activation),
-            partial(lanes.quantize_and_encode, activation=activation, kind=kind),
-            lambda: [(_example(kind, count), x.dtype), *_example_ranges(kind, count, ranges[0].dtype)],
+            (x.device.type, "encode", count, x.dtype, source.tensors[0].dtype, variant),
+            partial(lanes.quantize_and_encode, variant=variant),
+            lambda: [(_example(variant, count), x.dtype), *_example_source(source, channels, dtype)],
         )
         if kernel is not None:
-            out, code = kernel(contiguous_view(x, wide.lane_shape(count)), *ranges_of)
-            return layout.restored(out), code
+            view = contiguous_view(x, layout.lane_shape(count))
+            out, code, ranges = kernel(view, *_source(source, task, layout, dtype))
+            return layout.restored(out), code, ranges
+    steps = eager_ranges(source, task, dtype)
     out, code = layout.empty(x), layout.empty(x, torch.int8)
-    eager.quantize_and_encode(x, out, code, ranges, activation, layout)
-    return out, code
+    eager.quantize_and_encode(x, out, code, steps, task.activation, layout)
+    return out, code, torch.stack(steps)
 
 
-def gradients_from_code(
-    grad: torch.Tensor, code: torch.Tensor, ranges: Ranges, layout: Layout
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns dx and the sums of `formulas`, of shape (3, channels)."""
-    grad, dtype = layout.arranged(grad), ranges[0].dtype
+def gradients(
+    grad: torch.Tensor, kept: torch.Tensor, ranges: torch.Tensor, learned: torch.Tensor, task: Task, layout: Layout
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Returns dx, and a list of drange times the sign of what is learned and, with an offset, dlow, (channels,) each.
+
+    Args:
+        grad: dy, of any layout.
+        kept: x, or codes.
+        ranges: What came with them.
+        learned: The parameter.
+        task: What was done.
+        layout: Layout of x.
+    """
+    grad, is_code = layout.arranged(grad), not kept.is_floating_point()
     if _may_compile(layout):
-        wide = _unrolled(layout, None)[0]
-        kind = "rows" if wide.kind == "planes" else wide.kind
-        count = LANES if code.dtype == torch.int32 else 1
+        variant = Variant(layout.kind, ranges.dtype, task.activation, offset=task.offset)
+        count = _lanes(layout, grad) if not is_code else LANES if kept.dtype == torch.int32 else 1
         kernel = compiled.find(
-            (grad.device.type, "from code", kind, count, grad.dtype, dtype),
-            partial(lanes.gradients_from_code, kind=kind, dtype=dtype),
-            lambda: [(_example(kind, count), grad.dtype), (_ROWS[kind], _BYTES[count])],
-        )
-        if kernel is not None:
-            shape = wide.lane_shape(count)
-            if wide.kind == "planes":
-                shape = (shape[0] * shape[1], *shape[2:])
-            code = contiguous_view(code, (*shape[:-2], shape[-1]))
-            grad_x, sums = kernel(contiguous_view(grad, shape), code)
-            return layout.restored(grad_x), _of_channels(sums, layout)
-    grad_x = layout.empty(grad)
-    return grad_x, eager.gradients_from_code(grad, code_of_elements(code, layout), grad_x, dtype, layout)
-
-
-def gradients_from_input(
-    grad: torch.Tensor, x: torch.Tensor, ranges: Ranges, layout: Layout
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Does what `gradients_from_code` does where x is at hand."""
-    grad = layout.arranged(grad)
-    if _may_compile(layout) and layout.kind == "rows":
-        count = _lanes(layout, x)
-        kernel = compiled.find(
-            (x.device.type, "from input", "rows", count, x.dtype, ranges[0].dtype),
-            partial(lanes.gradients_from_input, kind="rows"),
-            lambda: [
-                *[(_example("rows", count), x.dtype)] * 2,
-                *_example_ranges("rows", count, ranges[0].dtype),
-            ],
+            (grad.device.type, is_code, count, grad.dtype, learned.dtype, variant),
+            partial(lanes.gradients_from_code if is_code else lanes.gradients_from_input, variant=variant),
+            lambda: _example_gradients(variant, count, (grad.dtype, learned.dtype), is_code=is_code),
         )
         if kernel is not None:
             shape = layout.lane_shape(count)
-            grad_x, sums = kernel(contiguous_view(grad, shape), contiguous_view(x, shape), *ranges)
-            return layout.restored(grad_x), _of_channels(sums, layout)
+            dim = len(shape) + variant.lane_dim
+            kept_shape = shape[:dim] + shape[dim + 1 :] if is_code else shape
+            grad_x, *totals = kernel(
+                contiguous_view(grad, shape),
+                contiguous_view(kept, kept_shape),
+                ranges,
+                _constants(formulas.factors_of(task.levels), ranges.dtype, grad.device),
+                contiguous_view(learned, (layout.channels,)),
+            )
+            return layout.restored(grad_x), totals
+    return _eager_gradients(grad, kept, ranges, learned, task, layout)
+
+
+def _eager_gradients(
+    grad: torch.Tensor, kept: torch.Tensor, ranges: torch.Tensor, learned: torch.Tensor, task: Task, layout: Layout
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    step, low, high = ranges.unbind()
     grad_x = layout.empty(grad)
-    return grad_x, eager.gradients_from_input(grad, x, grad_x, ranges, layout)
+    if kept.is_floating_point():
+        sums = eager.gradients_from_input(grad, kept, grad_x, (step, low, high), layout)
+    else:
+        sums = eager.gradients_from_code(grad, code_of_elements(kept, layout), grad_x, ranges.dtype, layout)
+    slopes = formulas.slopes((step, low, high), formulas.factors_of(task.levels), task.activation, task.offset)
+    drange, *dlow = formulas.weighed(sums.unbind(), slopes, task.offset)
+    return grad_x, [drange * learned.reshape(-1).sign(), *dlow]
+
+
+def compute_dtype(x: torch.Tensor) -> torch.dtype:
+    """Returns what is computed in for a tensor."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def eager_ranges(source: Source, task: Task, dtype: torch.dtype) -> Ranges:
+    """Returns `step`, `low` and `high`, of shape (channels,)."""
+    step, low, high = ranges_of(source, levels_of(*task.levels, dtype), dtype)
+    return step.reshape(-1), low.reshape(-1), high.reshape(-1)
 
 
 def code_of_elements(code: torch.Tensor, layout: Layout) -> torch.Tensor:
     """Returns codes as int8, in the shape and the layout of the tensor that they belong to."""
     if code.dtype == torch.int32:
-        code = code.view(torch.int8).reshape(*code.shape, LANES).movedim(-1, -2).contiguous()
+        width = layout.channels * layout.inner if layout.kind == "narrow" else code.shape[-1]
+        code = code.view(torch.int8).reshape(-1, width, LANES).movedim(-1, -2).contiguous()
     return code.as_strided(layout.shape, layout.strides)
 
 
@@ -132,33 +167,40 @@ def _lanes(layout: Layout, x: torch.Tensor) -> int:
     return layout.lanes if x.device.type == "cpu" else 1
 
 
-def _unrolled(layout: Layout, ranges: Ranges | None) -> tuple[Layout, Ranges]:
-    """Returns a layout that suits compiled kernels, and the ranges that belong to it."""
-    if layout.kind != "planes" or layout.inner > NARROW:
-        return layout, ranges  # type: ignore[return-value]
-    repeated = None if ranges is None else tuple(values.repeat_interleave(layout.inner) for values in ranges)
-    return layout.unrolled, repeated  # type: ignore[return-value]
+@lru_cache(maxsize=256)
+def _constants(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    # An ordinary tensor, whatever mode the first call is made in.
+    with torch.inference_mode(False), torch._C.DisableTorchFunction():
+        return torch.tensor(values, dtype=dtype, device=device)
 
 
-def _of_channels(sums: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """Returns the sums of a compiled kernel as sums for each channel, (3, channels)."""
-    if layout.kind == "flat":
-        return sums.sum(1, keepdim=True)
-    if layout.kind == "columns":
-        return sums.sum(1)
-    if layout.kind == "planes" and layout.inner <= NARROW:
-        return sums.sum(1).reshape(3, layout.channels, layout.inner).sum(2)
-    lanes = sums.shape[1]
-    groups = sums if layout.kind == "rows" else sums.reshape(3, lanes, layout.outer, -1).sum(2)
-    return groups.transpose(1, 2).reshape(3, layout.channels)
+def _source(source: Source, task: Task, layout: Layout, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Returns what kernels take: the levels, and the tensors of the source as (channels,)."""
+    tensors = [tensor if tensor.ndim == 1 else contiguous_view(tensor, (layout.channels,)) for tensor in source.tensors]
+    return [_constants(levels_of(*task.levels, dtype), dtype, tensors[0].device), *tensors]
 
 
-def _example(kind: str, count: int) -> tuple[int, ...]:
-    *rows, row = _ROWS[kind]
-    return (*rows, count, row)
+def _channels(shape: tuple[int, ...], kind: str, count: int = 1) -> int:
+    """Returns how many channels the example shape has."""
+    if kind == "flat":
+        return 1
+    return shape[-1] if kind == "columns" else shape[-2] if kind == "narrow" else shape[-2] * count
 
 
-def _example_ranges(kind: str, count: int, dtype: torch.dtype) -> list[Example]:
-    shape = _ROWS[kind]
-    channels = {"flat": 1, "columns": shape[-1]}.get(kind, shape[-2] * count)
-    return [((channels,), dtype)] * 3
+def _example(variant: Variant, count: int) -> tuple[int, ...]:
+    shape = _ROWS[variant.kind]
+    dim = len(shape) + 1 + variant.lane_dim
+    return (*shape[:dim], count, *shape[dim:])
+
+
+def _example_source(source: Source, channels: int, dtype: torch.dtype) -> list[Example]:
+    return [((3,), dtype), *[((channels,), tensor.dtype) for tensor in source.tensors]]
+
+
+def _example_gradients(
+    variant: Variant, count: int, dtypes: tuple[torch.dtype, torch.dtype], *, is_code: bool
+) -> list[Example]:
+    shape, channels = _example(variant, count), _channels(_ROWS[variant.kind], variant.kind, count)
+    kept: Example = (_ROWS[variant.kind], _BYTES[count]) if is_code else (shape, dtypes[0])
+    others: list[Example] = [((3, channels), variant.dtype), ((2,), variant.dtype), ((channels,), dtypes[1])]
+    return [(shape, dtypes[0]), kept, *others]

@@ -39,7 +39,7 @@ UPPER = 6.0
 Activation = str | None
 Ranges = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 Number = torch.Tensor | float
-Slopes = tuple[float, tuple[Number, Number], tuple[float, float]]
+Slopes = tuple[Number, tuple[Number, Number], tuple[Number, Number]]
 Parts = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
@@ -91,69 +91,74 @@ def _split(grad: torch.Tensor, outside: torch.Tensor, above: torch.Tensor, error
     return inside, inside * error, torch.where(above, grad, 0.0), torch.where(outside, grad, 0.0)
 
 
-def slopes(ranges: Ranges, levels: tuple[int, int], activation: Activation, offset: bool) -> Slopes:
+def factors_of(levels: tuple[int, int]) -> tuple[float, float]:
+    """Returns what `slopes` needs to know of a grid: 1 / number of steps, smallest / largest integer."""
+    smallest, largest = levels
+    return 1.0 / (largest - smallest), smallest / largest
+
+
+def slopes(ranges: Ranges, factors: tuple[Number, Number], activation: Activation, offset: bool) -> Slopes:
     """Returns what the sums count.
 
     Args:
         ranges: Of the shape of the sums.
-        levels: Smallest and largest integer of the grid.
+        factors: See `factors_of`; numbers, or tensors of no dimension.
         activation: Function before the quantizer.
         offset: Whether the range is learned with its low end (asymmetric): `low` does not move with the range.
 
     Returns:
         For the error: its factor in drange. For what is above and what is below: the factors in drange and in dlow.
     """
-    smallest, largest = levels
-    of_error = 1.0 / (largest - smallest)
+    of_error, ratio = factors
     if activation is None:
-        return of_error, (1.0, 1.0), (0.0 if offset else smallest / largest, 1.0)
+        return of_error, (1.0, 1.0), (0.0 if offset else ratio, 1.0)
     if activation == "relu":
         return of_error, (1.0, 1.0), (0.0, 0.0)
     # What ReLU6 clips has the value 6, which may be inside the range.
     step, _, high = ranges
     six = torch.full_like(step, UPPER)
-    beyond, ratio = six > high, six / step
-    error = (torch.round(ratio) - ratio) * of_error
+    beyond, steps = six > high, six / step
+    error = (torch.round(steps) - steps) * of_error
     return of_error, (torch.where(beyond, 1.0, error), beyond.to(step.dtype)), (0.0, 0.0)
 
 
-def weighed(parts: Sequence[torch.Tensor], factors: Slopes, offset: bool) -> list[torch.Tensor]:
+def weighed(parts: Sequence[torch.Tensor], slopes: Slopes, offset: bool) -> list[torch.Tensor]:
     """Returns drange and, with `offset`, dlow, from the three sums (or from what they run over)."""
     error, above, outside = parts
-    of_error, of_above, of_below = factors
+    of_error, of_above, of_below = slopes
     results = []
     for end in range(2 if offset else 1):
-        total = above if _is_one(of_above[end]) else above * of_above[end]
-        if of_below[end] != 0.0:
-            total = torch.add(total, outside - above, alpha=of_below[end])
-        results.append(torch.add(total, error, alpha=of_error) if end == 0 else total)
+        total = above if _is(1.0, of_above[end]) else above * of_above[end]
+        if not _is(0.0, of_below[end]):
+            total = total + (outside - above) * of_below[end]
+        results.append(total + error * of_error if end == 0 else total)
     return results
 
 
-def _is_one(factor: Number) -> bool:
-    return isinstance(factor, float) and factor == 1.0
+def _is(number: float, factor: Number) -> bool:
+    return isinstance(factor, float) and factor == number
 
 
 def weights_of_code(
-    code: torch.Tensor, ranges: Ranges, levels: tuple[int, int], activation: Activation, offset: bool
+    code: torch.Tensor, ranges: Ranges, factors: tuple[Number, Number], activation: Activation, offset: bool
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Returns for each element dy/dx (0 or 1), and a list of dy/drange and, with `offset`, dy/dlow.
 
     Args:
         code: Codes of the elements, of any dtype.
         ranges: Ranges that broadcast against them.
-        levels: See `slopes`.
+        factors: See `slopes`.
         activation: See `slopes`.
         offset: See `slopes`.
     """
     code = code.to(ranges[0].dtype)
     inside, *parts = from_code(torch.ones_like(code), code)
-    return inside, weighed(parts, slopes(ranges, levels, activation, offset), offset)
+    return inside, weighed(parts, slopes(ranges, factors, activation, offset), offset)
 
 
 def weights_of_input(
-    x: torch.Tensor, ranges: Ranges, levels: tuple[int, int], offset: bool
+    x: torch.Tensor, ranges: Ranges, factors: tuple[Number, Number], offset: bool
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Returns what `weights_of_code` does, from x itself; there is no activation function."""
     inside, *parts = from_input(torch.ones_like(x, dtype=ranges[0].dtype), x, ranges)
-    return inside, weighed(parts, slopes(ranges, levels, None, offset), offset)
+    return inside, weighed(parts, slopes(ranges, factors, None, offset), offset)

@@ -4,99 +4,171 @@ A tensor comes in a view of `Layout.lane_shape`, (..., lanes, row), and its code
 of 32 bits that hold a byte of each, else bytes. Besides making codes cheap to load, this keeps the loop that writes
 elements and the loop that sums rows one loop: whole tensors would be written in a flat loop of their own.
 
-What is returned is new: with results in tensors that are given, the lanes would be written twice.
+What is returned is new: with results in tensors that are given, the lanes would be written twice. From the learned
+parameters to their gradients everything is in the kernels, because each operator that runs outside costs as much time
+as some ten thousand elements.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 
 from compress_quantization.kernels import formulas
 from compress_quantization.kernels.formulas import Activation, Parts, Ranges
+from compress_quantization.kernels.sources import Source, ranges_of
 
 
-def _of_lanes(ranges: Ranges, kind: str, lanes: int) -> list[Ranges]:
-    """Returns for each lane the ranges that broadcast against its rows."""
-    if kind in {"flat", "columns"}:
-        return [ranges] * lanes
-    step, low, high = (values.reshape(-1, lanes, 1) for values in ranges)
-    return [(step[:, lane], low[:, lane], high[:, lane]) for lane in range(lanes)]
+class Variant(NamedTuple):
+    """What a kernel is specialized on.
+
+    Attributes:
+        kind: Kind of the layout.
+        dtype: What is computed in.
+        activation: Activation function before the quantizer.
+        source: Kind of the source of the range, for kernels that compute it.
+        offset: Whether the range has a low end of its own, for gradients.
+    """
+
+    kind: str
+    dtype: torch.dtype
+    activation: Activation = None
+    source: str = ""
+    offset: bool = False
+
+    @property
+    def lane_dim(self) -> int:
+        """Dimension of the lanes in `Layout.lane_shape`."""
+        return -3 if self.kind == "narrow" else -2
 
 
 def quantize(
-    x: torch.Tensor, step: torch.Tensor, low: torch.Tensor, high: torch.Tensor, activation: Activation, kind: str
-) -> tuple[torch.Tensor]:
-    """Returns y. Here `x` is a view of `Layout.view_shape`: nothing but elements is computed."""
-    if kind in {"rows", "planes"}:
-        step, low, high = step.unsqueeze(-1), low.unsqueeze(-1), high.unsqueeze(-1)
-    return (formulas.quantized(x, (step, low, high), activation).to(x.dtype),)
+    x: torch.Tensor, levels: torch.Tensor, *source: torch.Tensor, variant: Variant
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns y and the ranges, (3, channels): step, low, high.
+
+    Here `x` is a view of `Layout.view_shape`: nothing but elements is computed.
+    """
+    ranges = _ranges(source, levels, variant)
+    step, low, high = ranges.unbind() if variant.kind in {"flat", "columns"} else ranges.unsqueeze(-1).unbind()
+    return formulas.quantized(x, (step, low, high), variant.activation).to(x.dtype), ranges
 
 
 def quantize_and_encode(
-    x: torch.Tensor, step: torch.Tensor, low: torch.Tensor, high: torch.Tensor, activation: Activation, kind: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns y, of the shape of `x`, and the codes."""
-    lanes = x.shape[-2]
-    parts = []
-    word = None
-    for lane, ranges in enumerate(_of_lanes((step, low, high), kind, lanes)):
-        y, code = formulas.encoded(x.select(-2, lane), ranges, activation)
+    x: torch.Tensor, levels: torch.Tensor, *source: torch.Tensor, variant: Variant
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns y, the codes, and the ranges, (3, channels)."""
+    ranges = _ranges(source, levels, variant)
+    lanes = x.shape[variant.lane_dim]
+    parts, words = [], []
+    for lane, local in enumerate(_of_lanes(ranges, x, variant)):
+        y, code = formulas.encoded(_lane(x, lane, variant), local, variant.activation)
         parts.append(y.to(x.dtype))
-        if lanes == 1:
-            word = code.to(torch.int8)
-        else:
-            byte = (code.to(torch.int32) & 255) << (8 * lane)
-            word = byte if word is None else word | byte
-    assert word is not None
-    return torch.stack(parts, -2), word
+        words.append(code.to(torch.int8) if lanes == 1 else (code.to(torch.int32) & 255) << (8 * lane))
+    word = words[0]
+    for other in words[1:]:
+        word = word | other
+    return torch.stack(parts, -2), word, ranges
 
 
 def gradients_from_code(
-    grad: torch.Tensor, code: torch.Tensor, kind: str, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns dx and the three sums of `formulas`.
+    grad: torch.Tensor,
+    code: torch.Tensor,
+    ranges: torch.Tensor,
+    factors: torch.Tensor,
+    learned: torch.Tensor,
+    *,
+    variant: Variant,
+) -> tuple[torch.Tensor, ...]:
+    """Returns dx, drange times the sign of what is learned, and, with an offset, dlow.
 
     Args:
-        grad: View of shape (rows, lanes, row), or (blocks, rows, lanes, channels) for `columns`.
-        code: View of the codes without the dimension of lanes.
-        kind: `flat`, `rows` or `columns`; planes come as rows.
-        dtype: What is computed in.
-
-    Returns:
-        dx, and sums of shape (3, rows) for `flat`, (3, lanes, rows) for `rows`, (3, blocks, channels) for `columns`.
+        grad: View of `Layout.lane_shape`.
+        code: View of the codes, without the dimension of lanes.
+        ranges: Of shape (3, channels).
+        factors: The two numbers of `formulas.slopes`.
+        learned: Of shape (channels,).
+        variant: What this is about.
     """
-    lanes = grad.shape[-2]
+    lanes = grad.shape[variant.lane_dim]
+    code = code.flatten(-2) if variant.kind == "narrow" else code
     parts = []
     for lane in range(lanes):
         # Shifted to the left and back, so that the sign comes along.
         byte = code if lanes == 1 else (code << (24 - 8 * lane)) >> 24
-        parts.append(formulas.from_code(grad.select(-2, lane), byte.to(dtype)))
-    return _collected(parts, kind, grad.dtype)
+        parts.append(formulas.from_code(_lane(grad, lane, variant), byte.to(variant.dtype)))
+    return _collected(grad, parts, ranges, factors, learned, variant)
 
 
 def gradients_from_input(
-    grad: torch.Tensor, x: torch.Tensor, step: torch.Tensor, low: torch.Tensor, high: torch.Tensor, kind: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Does what `gradients_from_code` does where x is at hand; all of a view of `Layout.lane_shape`."""
-    ranges_of = _of_lanes((step, low, high), kind, grad.shape[-2])
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    ranges: torch.Tensor,
+    factors: torch.Tensor,
+    learned: torch.Tensor,
+    *,
+    variant: Variant,
+) -> tuple[torch.Tensor, ...]:
+    """Does what `gradients_from_code` does where x, of the same view, is at hand."""
     parts = [
-        formulas.from_input(grad.select(-2, lane), x.select(-2, lane), ranges) for lane, ranges in enumerate(ranges_of)
+        formulas.from_input(_lane(grad, lane, variant), _lane(x, lane, variant), local)
+        for lane, local in enumerate(_of_lanes(ranges, x, variant))
     ]
-    return _collected(parts, kind, grad.dtype)
+    return _collected(grad, parts, ranges, factors, learned, variant)
 
 
-def _collected(parts: list[Parts], kind: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    grad_x = torch.stack([inside.to(dtype) for inside, *_ in parts], -2)
-    terms = [[part[index] for part in parts] for index in (1, 2, 3)]
-    if kind == "rows":
-        return grad_x, torch.stack([term.sum(-1) for lane in terms for term in lane]).view(3, len(parts), -1)
-    dim = 1 if kind == "columns" else -1
+def _ranges(source: tuple[torch.Tensor, ...], levels: torch.Tensor, variant: Variant) -> torch.Tensor:
+    # Stacked, so that they are computed once, and not for each element anew.
+    smallest, largest, top = levels.unbind()
+    return torch.stack(ranges_of(Source(variant.source, source), (smallest, largest, top), variant.dtype))
+
+
+def _lane(tensor: torch.Tensor, lane: int, variant: Variant) -> torch.Tensor:
+    rows = tensor.select(variant.lane_dim, lane)
+    return rows.flatten(-2) if variant.kind == "narrow" else rows
+
+
+def _of_lanes(ranges: torch.Tensor, x: torch.Tensor, variant: Variant) -> list[Ranges]:
+    """Returns for each lane the ranges that broadcast against its rows."""
+    lanes = x.shape[variant.lane_dim]
+    if variant.kind == "narrow":
+        repeated = [values.unsqueeze(-1).expand(-1, x.shape[-1]).flatten() for values in ranges.unbind()]
+        ranges = torch.stack(repeated)
+    if variant.kind in {"rows", "planes"}:
+        grouped = ranges.reshape(3, -1, lanes, 1)
+        return [(grouped[0, :, lane], grouped[1, :, lane], grouped[2, :, lane]) for lane in range(lanes)]
+    return [(ranges[0], ranges[1], ranges[2])] * lanes
+
+
+def _collected(
+    grad: torch.Tensor,
+    parts: list[Parts],
+    ranges: torch.Tensor,
+    factors: torch.Tensor,
+    learned: torch.Tensor,
+    variant: Variant,
+) -> tuple[torch.Tensor, ...]:
+    grad_x = torch.stack([inside.to(grad.dtype) for inside, *_ in parts], -2)
+    sums = [_sum([part[index] for part in parts], grad, variant) for index in (1, 2, 3)]
+    step, low, high = ranges.unbind()
+    of_error, ratio = factors.unbind()
+    slopes = formulas.slopes((step, low, high), (of_error, ratio), variant.activation, variant.offset)
+    drange, *dlow = formulas.weighed(sums, slopes, variant.offset)
+    return grad_x, drange * torch.sign(learned.to(drange.dtype)), *dlow
+
+
+def _sum(lanes: list[torch.Tensor], grad: torch.Tensor, variant: Variant) -> torch.Tensor:
+    """Returns sums of shape (channels,)."""
+    if variant.kind in {"rows", "planes"}:
+        sums = [lane.sum(-1) for lane in lanes]
+        of_channels = torch.stack(sums if variant.kind == "rows" else [total.sum(0) for total in sums], -1)
+        return of_channels.flatten()
     # Added before they are summed: a sum for each lane would not fit into the registers.
-    return grad_x, torch.stack([_added(lane).sum(dim) for lane in terms])
-
-
-def _added(terms: list[torch.Tensor]) -> torch.Tensor:
-    total = terms[0]
-    for term in terms[1:]:
-        total = total + term
-    return total
+    total = lanes[0]
+    for lane in lanes[1:]:
+        total = total + lane
+    if variant.kind == "flat":
+        return total.sum(-1).sum(0, keepdim=True)
+    columns = total.sum(1).sum(0)
+    return columns.view(grad.shape[-2:]).sum(1) if variant.kind == "narrow" else columns

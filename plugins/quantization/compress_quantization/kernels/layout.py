@@ -14,6 +14,9 @@ LANES = 4
 LONGEST_ROW = 2048
 """Sums run over rows that fit into the first-level cache."""
 
+NARROW = 32
+"""Up to so many elements behind a channel, loops run over channels and elements together."""
+
 _VECTOR = 8
 _BLOCK = 16  # rows of `columns` that are summed at a time
 
@@ -38,16 +41,18 @@ class Layout:
 
     @cached_property
     def kind(self) -> str:
-        """`flat`, `rows` (channels, inner), `columns` (outer, channels) or `planes` (all three).
+        """`flat`, `rows` (channels, inner), `columns` (outer, channels), `planes` or `narrow` (all three).
 
         Each kind has kernels of its own: loops over dimensions of size one cost time, and compilers specialize on that
-        size.
+        size. `narrow` are planes of few elements: loops over less than a vector register waste it.
         """
         if self.channels == 1:
             return "flat"
         if self.outer == 1:
             return "rows"
-        return "columns" if self.inner == 1 else "planes"
+        if self.inner == 1:
+            return "columns"
+        return "narrow" if self.inner <= NARROW else "planes"
 
     @cached_property
     def numel(self) -> int:
@@ -64,37 +69,30 @@ class Layout:
     @cached_property
     def lanes(self) -> int:
         """How many neighbouring rows a kernel can treat together: `LANES` or 1."""
-        rows = {"flat": self.numel, "columns": self.outer}.get(self.kind, self.channels)
+        rows = {"flat": self.numel, "columns": self.outer, "narrow": self.outer}.get(self.kind, self.channels)
         return 1 if rows % LANES else LANES
 
     def lane_shape(self, lanes: int) -> tuple[int, ...]:
         """Returns the shape of the tensor as a kernel sees it that treats `lanes` rows together.
 
-        The last dimension but one is that of the lanes, the last one is within a row: (rows, lanes, row) for `flat`,
-        (channels, lanes, inner) for `rows`, (outer, channels, lanes, inner) for `planes`, and for `columns`
-        (blocks, rows, lanes, channels).
+        Lanes come before what is within a row: (rows, lanes, row) for `flat`, (channels, lanes, inner) for `rows`,
+        (outer, channels, lanes, inner) for `planes`, (blocks, rows, lanes, channels) for `columns`, and
+        (blocks, rows, lanes, channels, inner) for `narrow`.
         """
         if self.kind == "flat":
             row = _row_length(self.numel // lanes)
             return self.numel // (lanes * row), lanes, row
-        if self.kind == "columns":
+        if self.kind in {"columns", "narrow"}:
             rows = self.outer // lanes
             block = _largest_divisor(rows, _BLOCK)
-            return rows // block, block, lanes, self.channels
+            shape = (rows // block, block, lanes, self.channels)
+            return shape if self.kind == "columns" else (*shape, self.inner)
         rows_shape = (self.channels // lanes, lanes, self.inner)
         return rows_shape if self.kind == "rows" else (self.outer, *rows_shape)
 
     def blocks(self, tensor: torch.Tensor) -> torch.Tensor:
         """Returns the memory of `tensor`, which has this layout, as (outer, channels, inner); without a graph."""
         return contiguous_view(tensor, (self.outer, self.channels, self.inner))
-
-    @cached_property
-    def unrolled(self) -> Layout:
-        """The same tensor with each element behind the channel as a channel of its own: `columns` for `planes`.
-
-        Loops over `inner` that are shorter than a vector register waste it.
-        """
-        return Layout(self.shape, self.strides, self.outer, self.channels * self.inner, 1)
 
     def arranged(self, tensor: torch.Tensor) -> torch.Tensor:
         """Returns `tensor`, of the same shape, in this layout; a copy unless it is so already."""

@@ -6,16 +6,11 @@ import torch
 
 from compress_quantization.kernels import formulas
 from compress_quantization.kernels.formulas import Activation, Ranges
+from compress_quantization.kernels.task import Task
 
 
 def fake_quantize(
-    x: torch.Tensor,
-    learned: torch.Tensor,
-    offset: torch.Tensor | None,
-    ranges: Ranges,
-    levels: tuple[int, int],
-    activation: Activation,
-    multiplier: float,
+    x: torch.Tensor, learned: torch.Tensor, offset: torch.Tensor | None, ranges: Ranges, task: Task
 ) -> torch.Tensor:
     """Returns `x` on the grid, with the values and the gradients of the kernels.
 
@@ -24,21 +19,19 @@ def fake_quantize(
         learned: Gets `drange` times its sign.
         offset: Gets `dlow`; None for a symmetric range.
         ranges: `step`, `low`, `high`, without a graph, of a shape that broadcasts against `x`.
-        levels: Smallest and largest integer of the grid.
-        activation: Applied before.
-        multiplier: Factor on the gradients of the range.
+        task: What is done.
     """
     step, low, high = ranges
-    value = _activate(x, activation).to(step.dtype)
+    value = _activate(x, task.activation).to(step.dtype)
     clipped = torch.clamp(value, low, high)
     result = torch.round(clipped.detach() / step) * step
     if torch.is_grad_enabled():
-        _, weights = formulas.weights_of_input(value.detach(), ranges, levels, offset is not None)
+        _, weights = formulas.weights_of_input(value.detach(), ranges, formulas.factors_of(task.levels), task.offset)
         # Each term is zero: the values stay on the grid exactly, and autograd sees the straight-through gradients.
         result = result + (clipped - clipped.detach())
-        result = result + _zero(learned, learned.detach().sign() * multiplier).reshape(step.shape) * weights[0]
+        result = result + _zero(learned, learned.detach().sign() * task.multiplier).reshape(step.shape) * weights[0]
         if offset is not None:
-            result = result + _zero(offset, multiplier).reshape(step.shape) * weights[1]
+            result = result + _zero(offset, task.multiplier).reshape(step.shape) * weights[1]
     return result.to(x.dtype)
 
 

@@ -1,0 +1,71 @@
+"""From learned parameters to the range of a grid."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from compress_quantization.kernels.formulas import Number, Ranges
+
+EPS = 1e-16
+Levels = tuple[Number, Number, Number]
+
+
+class Source(NamedTuple):
+    """What a range is computed from.
+
+    Attributes:
+        kind: `symmetric`: the scale S; `asymmetric`: the low end and the width; `given`: step, low and high.
+        tensors: These, of the shape of the learned range, or (channels,) when given.
+    """
+
+    kind: str
+    tensors: tuple[torch.Tensor, ...]
+
+
+def levels_of(smallest: int, largest: int, dtype: torch.dtype) -> tuple[float, float, float]:
+    """Returns the ends of the grid, in steps, and how far up values count as inside.
+
+    Both S and the largest value of the grid are inside the range, whatever rounding did to the step: a saturated value
+    that comes back, or the 6 of a ReLU6, is not outside.
+    """
+    return smallest, largest, largest * (1 + 2 * torch.finfo(dtype).eps)
+
+
+def ranges_of(source: Source, levels: Levels, dtype: torch.dtype) -> Ranges:
+    """Returns `step`, `low` and `high` of `formulas`, of the shape of the source.
+
+    Args:
+        source: Parameters, used without a graph.
+        levels: See `levels_of`; numbers, or tensors of no dimension.
+        dtype: What is computed in.
+    """
+    if source.kind == "given":
+        step, low, high = source.tensors
+        return step, low, high
+    if source.kind == "symmetric":
+        smallest, largest, top = levels
+        step = (source.tensors[0].detach().to(dtype).abs() + EPS) / largest
+        return step, step * smallest, step * top
+    low, width = (tensor.detach().to(dtype) for tensor in source.tensors)
+    return from_ends(low, width.abs() + EPS, levels[1])
+
+
+def from_ends(low: torch.Tensor, width: torch.Tensor, n: Number) -> Ranges:
+    """Returns the range, with zero on the grid, of `n` steps between a low end and `width` above it."""
+    low, high, zero_point = _tuned(low, low + width, n)
+    step = (high - low) / n
+    return step, torch.minimum(low, -zero_point * step), torch.maximum(high, (n - zero_point) * step)
+
+
+def _tuned(low: torch.Tensor, high: torch.Tensor, n: Number) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns the range with zero on the grid, and the integer that stands for zero."""
+    low, high = low.clamp_max(0), high.clamp_min(0)
+    # Both ends are zero where float32 has lost a tiny width next to a large negative `low`.
+    high = torch.where(high - low > 0, high, EPS)
+    zero_point = torch.round(-low / (high - low) * n)
+    moved_low = torch.where(zero_point < n, zero_point / (zero_point - n).clamp_max(-1) * high, low)
+    moved_high = torch.where(zero_point > 0, (zero_point - n) / zero_point.clamp_min(1) * low, high)
+    first = high - moved_low > moved_high - low
+    return torch.where(first, moved_low, low), torch.where(first, high, moved_high), zero_point
