@@ -47,14 +47,14 @@ def quantize(x: torch.Tensor, source: Source, task: Task, layout: Layout) -> tup
     dtype = compute_dtype(x)
     if _may_compile(layout):
         variant = Variant(layout.kind, dtype, task.activation, source.kind)
-        channels = _channels(_VIEWS[layout.kind], layout.kind)
+        channels = _example_channels(layout.kind)
         kernel = compiled.find(
             (x.device.type, "quantize", x.dtype, source.tensors[0].dtype, variant),
             partial(lanes.quantize, variant=variant),
             lambda: [(_VIEWS[layout.kind], x.dtype), *_example_source(source, channels, dtype)],
         )
         if kernel is not None:
-            y, ranges = kernel(contiguous_view(x, layout.view_shape), *_source(source, task, layout, dtype))
+            y, ranges = kernel(contiguous_view(x, layout.view_shape), *_source(source, task, (layout.channels,), dtype))
             return layout.restored(y), ranges
     steps = eager_ranges(source, task, dtype)
     out = layout.empty(x)
@@ -72,7 +72,7 @@ def quantize_and_encode(
     dtype = compute_dtype(x)
     if _may_compile(layout):
         variant, count = Variant(layout.kind, dtype, task.activation, source.kind), _lanes(layout, x)
-        channels = _channels(_ROWS[layout.kind], layout.kind, count)
+        channels = _example_channels(layout.kind, count)
         kernel = compiled.find(
             (x.device.type, "encode", count, x.dtype, source.tensors[0].dtype, variant),
             partial(lanes.quantize_and_encode, variant=variant),
@@ -80,7 +80,7 @@ def quantize_and_encode(
         )
         if kernel is not None:
             view = contiguous_view(x, layout.lane_shape(count))
-            out, code, ranges = kernel(view, *_source(source, task, layout, dtype))
+            out, code, ranges = kernel(view, *_source(source, task, _of_channels(layout, count), dtype))
             return layout.restored(out), code, ranges
     steps = eager_ranges(source, task, dtype)
     out, code = layout.empty(x), layout.empty(x, torch.int8)
@@ -103,7 +103,9 @@ def gradients(
     """
     grad, is_code = layout.arranged(grad), not kept.is_floating_point()
     if _may_compile(layout):
-        variant = Variant(layout.kind, ranges.dtype, task.activation, offset=task.offset)
+        # Only ReLU6 has gradients of its own; others are a matter of factors.
+        activation = task.activation if task.activation == "relu6" else None
+        variant = Variant(layout.kind, ranges.dtype, activation, offset=task.offset)
         count = _lanes(layout, grad) if not is_code else LANES if kept.dtype == torch.int32 else 1
         kernel = compiled.find(
             (grad.device.type, is_code, count, grad.dtype, learned.dtype, variant),
@@ -113,13 +115,14 @@ def gradients(
         if kernel is not None:
             shape = layout.lane_shape(count)
             dim = len(shape) + variant.lane_dim
+            of_channels = _of_channels(layout, count)
             kept_shape = shape[:dim] + shape[dim + 1 :] if is_code else shape
             grad_x, *totals = kernel(
                 contiguous_view(grad, shape),
                 contiguous_view(kept, kept_shape),
-                ranges,
-                _constants(formulas.factors_of(task.levels), ranges.dtype, grad.device),
-                contiguous_view(learned, (layout.channels,)),
+                contiguous_view(ranges, (3, *of_channels)),
+                _constants(task.factors, ranges.dtype, grad.device),
+                contiguous_view(learned, of_channels),
             )
             return layout.restored(grad_x), totals
     return _eager_gradients(grad, kept, ranges, learned, task, layout)
@@ -128,13 +131,13 @@ def gradients(
 def _eager_gradients(
     grad: torch.Tensor, kept: torch.Tensor, ranges: torch.Tensor, learned: torch.Tensor, task: Task, layout: Layout
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    step, low, high = ranges.unbind()
+    step, low, high = ranges.reshape(3, -1).unbind()
     grad_x = layout.empty(grad)
     if kept.is_floating_point():
         sums = eager.gradients_from_input(grad, kept, grad_x, (step, low, high), layout)
     else:
         sums = eager.gradients_from_code(grad, code_of_elements(kept, layout), grad_x, ranges.dtype, layout)
-    slopes = formulas.slopes((step, low, high), formulas.factors_of(task.levels), task.activation, task.offset)
+    slopes = formulas.slopes((step, low, high), task.factors, task.activation)
     drange, *dlow = formulas.weighed(sums.unbind(), slopes, task.offset)
     return grad_x, [drange * learned.reshape(-1).sign(), *dlow]
 
@@ -174,17 +177,24 @@ def _constants(values: tuple[float, ...], dtype: torch.dtype, device: torch.devi
         return torch.tensor(values, dtype=dtype, device=device)
 
 
-def _source(source: Source, task: Task, layout: Layout, dtype: torch.dtype) -> list[torch.Tensor]:
-    """Returns what kernels take: the levels, and the tensors of the source as (channels,)."""
-    tensors = [tensor if tensor.ndim == 1 else contiguous_view(tensor, (layout.channels,)) for tensor in source.tensors]
+def _source(source: Source, task: Task, shape: tuple[int, ...], dtype: torch.dtype) -> list[torch.Tensor]:
+    """Returns what kernels take: the levels, and the tensors of the source in the shape that channels have there."""
+    tensors = [tensor if tensor.shape == shape else contiguous_view(tensor, shape) for tensor in source.tensors]
     return [_constants(levels_of(*task.levels, dtype), dtype, tensors[0].device), *tensors]
 
 
-def _channels(shape: tuple[int, ...], kind: str, count: int = 1) -> int:
-    """Returns how many channels the example shape has."""
+def _of_channels(layout: Layout, count: int) -> tuple[int, ...]:
+    """Returns the shape in which kernels of this many lanes take what belongs to channels."""
+    return (layout.channels // count, count) if layout.kind in {"rows", "planes"} else (layout.channels,)
+
+
+def _example_channels(kind: str, count: int | None = None) -> tuple[int, ...]:
+    """Returns what `_of_channels` does, for the examples; without lanes, for `Layout.view_shape`."""
     if kind == "flat":
-        return 1
-    return shape[-1] if kind == "columns" else shape[-2] if kind == "narrow" else shape[-2] * count
+        return (1,)
+    if kind in {"columns", "narrow"}:
+        return (_VIEWS[kind][1],)
+    return (_VIEWS[kind][-2],) if count is None else (_ROWS[kind][-2], count)
 
 
 def _example(variant: Variant, count: int) -> tuple[int, ...]:
@@ -193,14 +203,14 @@ def _example(variant: Variant, count: int) -> tuple[int, ...]:
     return (*shape[:dim], count, *shape[dim:])
 
 
-def _example_source(source: Source, channels: int, dtype: torch.dtype) -> list[Example]:
-    return [((3,), dtype), *[((channels,), tensor.dtype) for tensor in source.tensors]]
+def _example_source(source: Source, channels: tuple[int, ...], dtype: torch.dtype) -> list[Example]:
+    return [((3,), dtype), *[(channels, tensor.dtype) for tensor in source.tensors]]
 
 
 def _example_gradients(
     variant: Variant, count: int, dtypes: tuple[torch.dtype, torch.dtype], *, is_code: bool
 ) -> list[Example]:
-    shape, channels = _example(variant, count), _channels(_ROWS[variant.kind], variant.kind, count)
+    shape, channels = _example(variant, count), _example_channels(variant.kind, count)
     kept: Example = (_ROWS[variant.kind], _BYTES[count]) if is_code else (shape, dtypes[0])
-    others: list[Example] = [((3, channels), variant.dtype), ((2,), variant.dtype), ((channels,), dtypes[1])]
+    others: list[Example] = [((3, *channels), variant.dtype), ((3,), variant.dtype), (channels, dtypes[1])]
     return [(shape, dtypes[0]), kept, *others]

@@ -39,6 +39,7 @@ UPPER = 6.0
 Activation = str | None
 Ranges = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 Number = torch.Tensor | float
+Factors = tuple[Number, Number, Number]
 Slopes = tuple[Number, tuple[Number, Number], tuple[Number, Number]]
 Parts = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -91,29 +92,33 @@ def _split(grad: torch.Tensor, outside: torch.Tensor, above: torch.Tensor, error
     return inside, inside * error, torch.where(above, grad, 0.0), torch.where(outside, grad, 0.0)
 
 
-def factors_of(levels: tuple[int, int]) -> tuple[float, float]:
-    """Returns what `slopes` needs to know of a grid: 1 / number of steps, smallest / largest integer."""
+def factors_of(levels: tuple[int, int], activation: Activation, offset: bool) -> tuple[float, float, float]:
+    """Returns what an error of a step counts in drange, and what an element below counts in drange and in dlow.
+
+    Args:
+        levels: Smallest and largest integer of the grid.
+        activation: Function before the quantizer; below, it passes nothing.
+        offset: Whether the range is learned with its low end (asymmetric): `low` does not move with the range.
+    """
     smallest, largest = levels
-    return 1.0 / (largest - smallest), smallest / largest
+    of_error = 1.0 / (largest - smallest)
+    return (of_error, 0.0, 0.0) if activation else (of_error, 0.0 if offset else smallest / largest, 1.0)
 
 
-def slopes(ranges: Ranges, factors: tuple[Number, Number], activation: Activation, offset: bool) -> Slopes:
+def slopes(ranges: Ranges, factors: Factors, activation: Activation) -> Slopes:
     """Returns what the sums count.
 
     Args:
         ranges: Of the shape of the sums.
         factors: See `factors_of`; numbers, or tensors of no dimension.
-        activation: Function before the quantizer.
-        offset: Whether the range is learned with its low end (asymmetric): `low` does not move with the range.
+        activation: "relu6", or anything else.
 
     Returns:
         For the error: its factor in drange. For what is above and what is below: the factors in drange and in dlow.
     """
-    of_error, ratio = factors
-    if activation is None:
-        return of_error, (1.0, 1.0), (0.0 if offset else ratio, 1.0)
-    if activation == "relu":
-        return of_error, (1.0, 1.0), (0.0, 0.0)
+    of_error, *of_below = factors
+    if activation != "relu6":
+        return of_error, (1.0, 1.0), (of_below[0], of_below[1])
     # What ReLU6 clips has the value 6, which may be inside the range.
     step, _, high = ranges
     six = torch.full_like(step, UPPER)
@@ -140,7 +145,7 @@ def _is(number: float, factor: Number) -> bool:
 
 
 def weights_of_code(
-    code: torch.Tensor, ranges: Ranges, factors: tuple[Number, Number], activation: Activation, offset: bool
+    code: torch.Tensor, ranges: Ranges, factors: Factors, activation: Activation, offset: bool
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Returns for each element dy/dx (0 or 1), and a list of dy/drange and, with `offset`, dy/dlow.
 
@@ -153,12 +158,12 @@ def weights_of_code(
     """
     code = code.to(ranges[0].dtype)
     inside, *parts = from_code(torch.ones_like(code), code)
-    return inside, weighed(parts, slopes(ranges, factors, activation, offset), offset)
+    return inside, weighed(parts, slopes(ranges, factors, activation), offset)
 
 
 def weights_of_input(
-    x: torch.Tensor, ranges: Ranges, factors: tuple[Number, Number], offset: bool
+    x: torch.Tensor, ranges: Ranges, factors: Factors, offset: bool
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Returns what `weights_of_code` does, from x itself; there is no activation function."""
     inside, *parts = from_input(torch.ones_like(x, dtype=ranges[0].dtype), x, ranges)
-    return inside, weighed(parts, slopes(ranges, factors, None, offset), offset)
+    return inside, weighed(parts, slopes(ranges, factors, None), offset)

@@ -108,12 +108,11 @@ def _gradients_with_graph(
     """
     step, low, high = ranges.unbind()
     kept, of_elements = kept.detach(), _aligned((step, low, high), grad.ndim, task)
-    factors = formulas.factors_of(task.levels)
     if kept.is_floating_point():
-        weights = formulas.weights_of_input(kept, of_elements, factors, task.offset)
+        weights = formulas.weights_of_input(kept, of_elements, task.factors, task.offset)
     else:
         code = dispatch.code_of_elements(kept, layout)
-        weights = formulas.weights_of_code(code, of_elements, factors, task.activation, task.offset)
+        weights = formulas.weights_of_code(code, of_elements, task.factors, task.activation, task.offset)
     inside, slopes = weights
     wide = grad.to(inside.dtype)
     dims = [dim for dim in range(grad.ndim) if dim != task.channel_dim]

@@ -19,6 +19,8 @@ from compress_quantization.kernels import formulas
 from compress_quantization.kernels.formulas import Activation, Parts, Ranges
 from compress_quantization.kernels.sources import Source, ranges_of
 
+_GROUPED = ("rows", "planes")  # kinds whose ranges come as (channels / lanes, lanes), since each lane has its own
+
 
 class Variant(NamedTuple):
     """What a kernel is specialized on.
@@ -58,7 +60,10 @@ def quantize(
 def quantize_and_encode(
     x: torch.Tensor, levels: torch.Tensor, *source: torch.Tensor, variant: Variant
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns y, the codes, and the ranges, (3, channels)."""
+    """Returns y, the codes, and the ranges, of the shape of the source, with a dimension of 3 before.
+
+    What belongs to channels has the shape (channels,), or (channels / lanes, lanes) for `rows` and `planes`.
+    """
     ranges = _ranges(source, levels, variant)
     lanes = x.shape[variant.lane_dim]
     parts, words = [], []
@@ -86,9 +91,9 @@ def gradients_from_code(
     Args:
         grad: View of `Layout.lane_shape`.
         code: View of the codes, without the dimension of lanes.
-        ranges: Of shape (3, channels).
-        factors: The two numbers of `formulas.slopes`.
-        learned: Of shape (channels,).
+        ranges: As `quantize_and_encode` returns them.
+        factors: The numbers of `formulas.factors_of`.
+        learned: Of the shape that ranges have for each channel.
         variant: What this is about.
     """
     lanes = grad.shape[variant.lane_dim]
@@ -135,8 +140,8 @@ def _of_lanes(ranges: torch.Tensor, x: torch.Tensor, variant: Variant) -> list[R
     if variant.kind == "narrow":
         repeated = [values.unsqueeze(-1).expand(-1, x.shape[-1]).flatten() for values in ranges.unbind()]
         ranges = torch.stack(repeated)
-    if variant.kind in {"rows", "planes"}:
-        grouped = ranges.reshape(3, -1, lanes, 1)
+    if variant.kind in _GROUPED:
+        grouped = ranges.unsqueeze(-1)
         return [(grouped[0, :, lane], grouped[1, :, lane], grouped[2, :, lane]) for lane in range(lanes)]
     return [(ranges[0], ranges[1], ranges[2])] * lanes
 
@@ -152,18 +157,17 @@ def _collected(
     grad_x = torch.stack([inside.to(grad.dtype) for inside, *_ in parts], -2)
     sums = [_sum([part[index] for part in parts], grad, variant) for index in (1, 2, 3)]
     step, low, high = ranges.unbind()
-    of_error, ratio = factors.unbind()
-    slopes = formulas.slopes((step, low, high), (of_error, ratio), variant.activation, variant.offset)
+    of_error, below_range, below_low = factors.unbind()
+    slopes = formulas.slopes((step, low, high), (of_error, below_range, below_low), variant.activation)
     drange, *dlow = formulas.weighed(sums, slopes, variant.offset)
     return grad_x, drange * torch.sign(learned.to(drange.dtype)), *dlow
 
 
 def _sum(lanes: list[torch.Tensor], grad: torch.Tensor, variant: Variant) -> torch.Tensor:
-    """Returns sums of shape (channels,)."""
-    if variant.kind in {"rows", "planes"}:
+    """Returns sums for each channel, of the shape that ranges have."""
+    if variant.kind in _GROUPED:
         sums = [lane.sum(-1) for lane in lanes]
-        of_channels = torch.stack(sums if variant.kind == "rows" else [total.sum(0) for total in sums], -1)
-        return of_channels.flatten()
+        return torch.stack(sums if variant.kind == "rows" else [total.sum(0) for total in sums], -1)
     # Added before they are summed: a sum for each lane would not fit into the registers.
     total = lanes[0]
     for lane in lanes[1:]:

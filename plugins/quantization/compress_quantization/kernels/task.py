@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from compress_quantization.kernels.formulas import Activation
+from compress_quantization.kernels.formulas import Activation, factors_of
 
 
 class Task(NamedTuple):
@@ -23,3 +23,8 @@ class Task(NamedTuple):
     offset: bool = False
     activation: Activation = None
     multiplier: float = 1.0
+
+    @property
+    def factors(self) -> tuple[float, float, float]:
+        """What errors and elements below the range count, see `formulas.factors_of`."""
+        return factors_of(self.levels, self.activation, self.offset)
