@@ -106,7 +106,7 @@ def gradients(
         # Only ReLU6 has gradients of its own; others are a matter of factors.
         activation = task.activation if task.activation == "relu6" else None
         variant = Variant(layout.kind, ranges.dtype, activation, offset=task.offset)
-        count = _lanes(layout, grad) if not is_code else LANES if kept.dtype == torch.int32 else 1
+        count = min(_lanes(layout, grad), 2) if not is_code else LANES if kept.dtype == torch.int32 else 1
         kernel = compiled.find(
             (grad.device.type, is_code, count, grad.dtype, learned.dtype, variant),
             partial(lanes.gradients_from_code if is_code else lanes.gradients_from_input, variant=variant),

@@ -51,11 +51,16 @@ def activate(x: torch.Tensor, activation: Activation) -> torch.Tensor:
     return x.clamp_min(0.0) if activation == "relu" else x.clamp(0.0, UPPER)
 
 
+def _clipped(value: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
+    # What clamp with tensors does, but compilers take that apart into many steps.
+    return torch.minimum(torch.maximum(value, low), high)
+
+
 def quantized(x: torch.Tensor, ranges: Ranges, activation: Activation) -> torch.Tensor:
     """Returns y."""
     step, low, high = ranges
     value = activate(x.to(step.dtype), activation)
-    return torch.round(value.clamp(low, high) / step) * step
+    return torch.round(_clipped(value, low, high) / step) * step
 
 
 def encoded(x: torch.Tensor, ranges: Ranges, activation: Activation) -> tuple[torch.Tensor, torch.Tensor]:
@@ -63,7 +68,7 @@ def encoded(x: torch.Tensor, ranges: Ranges, activation: Activation) -> tuple[to
     step, low, high = ranges
     x = x.to(step.dtype)
     value = activate(x, activation)
-    ratio = value.clamp(low, high) / step
+    ratio = _clipped(value, low, high) / step
     rounded = torch.round(ratio)
     # One `where` inside the other: masks that are combined make slower loops.
     code = torch.where(value > high, ABOVE, torch.round((rounded - ratio) * ERROR_SCALE))
@@ -82,7 +87,7 @@ def from_input(grad: torch.Tensor, x: torch.Tensor, ranges: Ranges) -> Parts:
     """Does what `from_code` does where x is at hand; there is no activation function."""
     step, low, high = ranges
     x = x.to(step.dtype)
-    clipped = x.clamp(low, high)
+    clipped = _clipped(x, low, high)
     ratio = clipped / step
     return _split(grad.to(step.dtype), x != clipped, x > high, torch.round(ratio) - ratio)
 
