@@ -15,6 +15,7 @@ from typing import TypeAlias
 
 from compress_core.trace.graph import Call, ForwardTrace, ModuleCall
 from compress_core.trace.tracer import Trace
+from compress_core.transforms.call_sites import RELUS
 from compress_core.transforms.places import (
     ActivationPlace,
     CallInput,
@@ -84,17 +85,34 @@ class Sites:
 
         Returns:
             The output of a module, where the module does nothing with the tensor but return it; else the call itself.
-            None when the examples contradict each other about which call it is.
+            A ReLU that ends a larger module is a place of its own, because a transform can take it over. None when the
+            examples contradict each other about which call it is.
         """
+        call = self._call(where)
+        of_module = self._module_output(where, path)
+        if of_module is not None and not (call.function in RELUS and self._is_one_of_many(where)):
+            return of_module
+        found = self._pattern(call)
+        return of_module if found is None else CallOutput(found[0], call.function, found[1], path)
+
+    def _module_output(self, where: CallRef, path: Path) -> ActivationPlace | None:
         call = self._call(where)
         if self._is_unique(call, len(call.frames) - 1):
             # Every turn of a loop has to end in the module's result: otherwise some would be left out.
             items = {self._returned_as(other, path) for other in self._calls_at[self.site(where)]}
             item = items.pop() if len(items) == 1 else None
-            if item is not None:
-                return ModuleOutput(call.module, item)
-        found = self._pattern(call)
-        return None if found is None else CallOutput(found[0], call.function, found[1], path)
+            return None if item is None else ModuleOutput(call.module, item)
+        return None
+
+    def _is_one_of_many(self, where: CallRef) -> bool:
+        """Tells whether the module that makes a call, or a module below it, makes others too."""
+        call = self._call(where)
+        run = (call.frames[-1].module, call.frames[-1].invocation)
+        return any(
+            run in {(frame.module, frame.invocation) for frame in other.frames}
+            for other in self._trace.forwards[where.forward].calls
+            if other.index != call.index
+        )
 
     def input_place(self, where: CallRef, path: Path) -> ActivationPlace | None:
         """Returns where an argument of a call can be transformed, for this call alone; None as in `output_place`."""

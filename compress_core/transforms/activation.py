@@ -17,9 +17,9 @@ from compress_core.stages import Stage
 from compress_core.transforms.call_sites import (
     CallSiteMode,
     TransformedFunction,
+    count_unmade,
     explains,
     functions_named,
-    is_counted,
     run_quietly,
     transformed_functions,
 )
@@ -111,7 +111,7 @@ class ActivationTransforms(TransformContainer):
             args, kwargs = run_quietly(self._transform_inputs, args, kwargs)
         if plan.relu is not None and len(args) == 1 and not kwargs:
             chain = self.chain(plan.outputs[0][0])
-            if chain.fuses_relu() and not is_counted(plan.relu[1]):
+            if chain.fuses_relu() and count_unmade(plan.relu[1]):
                 return run_quietly(chain.forward_relu, args[0], plan.relu[0])
         if plan.functions or issubclass(self.owner, nn.TransformerEncoder):
             # The mode is what keeps an encoder from packing its input for the fused layers.
@@ -173,7 +173,7 @@ class ActivationTransforms(TransformContainer):
     def _fused(self, function: TransformedFunction, chain_name: str, args: Any, kwargs: Any) -> torch.Tensor | None:
         chain = self.chain(chain_name)
         tensor = args[0] if args else kwargs.get("input")
-        if tensor is None or not chain.fuses_relu() or is_counted(function.objects):
+        if tensor is None or not chain.fuses_relu() or not count_unmade(function.objects):
             return None
         return run_quietly(chain.forward_relu, tensor, function.upper)
 

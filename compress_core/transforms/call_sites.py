@@ -25,7 +25,7 @@ from compress_core.transforms.places import CallInput, CallOutput, CallPattern, 
 T = TypeVar("T")
 
 # ReLUs that a transform can take over, and where they clip.
-_RELUS: dict[str, float | None] = {
+RELUS: dict[str, float | None] = {
     "torch.relu": None,
     "torch.relu_": None,
     "torch.Tensor.relu": None,
@@ -91,8 +91,8 @@ def transformed_functions(sites: dict[str, CallInput | CallOutput]) -> tuple[Tra
                 tuple(Site(c, p, p.argument) for c, p in mine.items() if isinstance(p, CallInput)),
                 tuple(Site(c, p, p.item) for c, p in mine.items() if isinstance(p, CallOutput)),
                 in_place=last.endswith("_") and not last.endswith("__"),
-                is_relu=name in _RELUS,
-                upper=_RELUS.get(name),
+                is_relu=name in RELUS,
+                upper=RELUS.get(name),
             )
         )
     return tuple(found)
@@ -154,6 +154,12 @@ class CallSiteMode(TorchFunctionMode):
                     return index
         return -1
 
+    def transforms_next(self, index: int) -> bool:
+        """Tells whether the next call of a function has a transform."""
+        function, call = self.functions[index], self.counts[index]
+        sites = (*function.inputs, *function.outputs)
+        return any(site.calls.includes(call, training=self.training) for site in sites)
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs a function call, with its transforms if it has any."""
         kwargs = {} if kwargs is None else kwargs
@@ -192,15 +198,26 @@ def _set_stack(modes: list[Any]) -> None:
         torch._C._push_on_torch_function_stack(mode)
 
 
-def is_counted(functions: tuple[Any, ...]) -> bool:
-    """Tells whether a mode that is active now counts the calls of one of the functions: they must be made then."""
+def count_unmade(functions: tuple[Any, ...]) -> bool:
+    """Counts a call of one of the functions that is about to be computed in another way.
+
+    Returns:
+        Whether that may be done: not when a mode that is active now transforms this very call. Then nothing is counted,
+        and the call must be made.
+    """
+    found: list[tuple[CallSiteMode, int]] = []
     for position in range(torch._C._len_torch_function_stack()):
         mode = torch._C._get_function_stack_at(position)
-        if isinstance(mode, CallSiteMode):
-            for function in functions:
-                if mode.index_of(function) >= 0:
-                    return True
-    return False
+        if not isinstance(mode, CallSiteMode):
+            continue
+        index = max(mode.index_of(function) for function in functions)
+        if index >= 0:
+            if mode.transforms_next(index):
+                return False
+            found.append((mode, index))
+    for mode, index in found:
+        mode.counts[index] += 1
+    return True
 
 
 def explains(pattern: CallPattern, seen: int, *, training: bool) -> bool:

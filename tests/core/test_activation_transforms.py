@@ -459,7 +459,8 @@ def test_relu_module_is_taken_over_by_the_transform(x, cls, upper, inplace):
     assert torch.equal(torch.compile(model, fullgraph=True, backend="eager")(x.clone()), expected)
 
 
-def test_relu_that_is_counted_above_is_called(x):
+@pytest.mark.parametrize("transformed", [0, 1])
+def test_relu_that_is_taken_over_is_counted_above(x, transformed):
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
@@ -470,9 +471,13 @@ def test_relu_that_is_counted_above_is_called(x):
 
     model, inner, outer = Net(), FusedScale(), FusedScale(3.0)
     add(model, ModuleOutput("act"), inner)
-    add(model, CallOutput("", "torch.nn.functional.relu", calls(1, (0, 1))), outer)
-    assert torch.equal(model(x), 3 * F.relu(10 * F.relu(x) - 1))
-    assert (inner.fused, outer.fused) == ([], [None])
+    add(model, CallOutput("", "torch.nn.functional.relu", calls(transformed, (0, 1))), outer)
+    if transformed:
+        assert torch.equal(model(x), 3 * F.relu(10 * F.relu(x) - 1))
+        assert (inner.fused, outer.fused) == ([None], [None])
+    else:  # both stand behind the same call, and only the outer one can take it over
+        assert torch.equal(model(x), F.relu(10 * 3 * F.relu(x) - 1))
+        assert (inner.fused, outer.fused) == ([], [None])
 
 
 def test_subclass_of_relu_keeps_its_own_forward(x):

@@ -52,6 +52,20 @@ def test_output_of_a_module_that_only_returns_the_result():
     assert torch.allclose(tenfold(model, place)(X), 10 * plain.relu())
 
 
+def test_relu_that_ends_a_larger_module_is_found_at_the_call():
+    # There, a transform can take the ReLU over.
+    class Block(nn.Module):
+        def forward(self, x):
+            return F.relu(F.relu(x) - 1)
+
+    model = nn.Sequential(Block(), nn.Linear(4, 4))
+    place = output_place(model, 2)
+    assert isinstance(place, CallOutput)
+    assert (place.module, place.function) == ("0", "torch.nn.functional.relu")
+    expected = model[1](10 * F.relu(F.relu(X) - 1))
+    assert torch.allclose(tenfold(model, place)(X), expected)
+
+
 def test_result_that_its_own_module_goes_on_with_is_found_at_the_call():
     model = Function(lambda model, x: F.relu(F.relu(x) - 1) + F.relu(x))
     place = output_place(model, 2)

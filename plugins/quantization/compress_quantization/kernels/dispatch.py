@@ -65,9 +65,10 @@ def quantize(x: torch.Tensor, source: Source, task: Task, layout: Layout) -> tup
 def quantize_and_encode(
     x: torch.Tensor, source: Source, task: Task, layout: Layout
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns the quantized `x`, in its layout, codes, and the ranges, (3, channels).
+    """Returns the quantized `x`, in its layout, what to keep for gradients, and the ranges, (3, channels).
 
-    Only this module knows how codes are arranged.
+    What is kept are codes of one byte, whose arrangement only this module knows, or, without compiled kernels, `x`:
+    making codes of many eager operators takes longer than anything else.
     """
     dtype = compute_dtype(x)
     if _may_compile(layout):
@@ -83,9 +84,9 @@ def quantize_and_encode(
             out, code, ranges = kernel(view, *_source(source, task, _of_channels(layout, count), dtype))
             return layout.restored(out), code, ranges
     steps = eager_ranges(source, task, dtype)
-    out, code = layout.empty(x), layout.empty(x, torch.int8)
-    eager.quantize_and_encode(x, out, code, steps, task.activation, layout)
-    return out, code, torch.stack(steps)
+    out = layout.empty(x)
+    eager.quantize(x, out, steps, task.activation, layout)
+    return out, x, torch.stack(steps)
 
 
 def gradients(
@@ -95,14 +96,14 @@ def gradients(
 
     Args:
         grad: dy, of any layout.
-        kept: x, or codes.
+        kept: x, or codes of a compiled kernel.
         ranges: What came with them.
         learned: The parameter.
         task: What was done.
         layout: Layout of x.
     """
     grad, is_code = layout.arranged(grad), not kept.is_floating_point()
-    if _may_compile(layout):
+    if _may_compile(layout) and (is_code or task.activation is None):
         # Only ReLU6 has gradients of its own; others are a matter of factors.
         activation = task.activation if task.activation == "relu6" else None
         variant = Variant(layout.kind, ranges.dtype, activation, offset=task.offset)
@@ -134,9 +135,12 @@ def _eager_gradients(
     step, low, high = ranges.reshape(3, -1).unbind()
     grad_x = layout.empty(grad)
     if kept.is_floating_point():
-        sums = eager.gradients_from_input(grad, kept, grad_x, (step, low, high), layout)
-    else:
-        sums = eager.gradients_from_code(grad, code_of_elements(kept, layout), grad_x, ranges.dtype, layout)
+        sums = eager.gradients(grad, kept, grad_x, (step, low, high), task.activation, layout)
+    else:  # compiled kernels have been switched off since
+        code = layout.blocks(code_of_elements(kept, layout)).to(step.dtype)
+        inside, *parts = formulas.from_code(layout.blocks(grad), code)
+        layout.blocks(grad_x).copy_(inside)
+        sums = torch.stack([part.sum((0, 2)) for part in parts])
     slopes = formulas.slopes((step, low, high), task.factors, task.activation)
     drange, *dlow = formulas.weighed(sums.unbind(), slopes, task.offset)
     return grad_x, [drange * learned.reshape(-1).sign(), *dlow]

@@ -1,31 +1,26 @@
 """The kernels without a compiler: torch's own operators, on blocks that stay in the cache of a core.
 
-One operator after another over a whole activation is bound by memory. And these are operators that torch vectorizes:
-comparisons, `where` and `masked_fill` were measured up to ten times as slow as arithmetic, so masks are computed as
-numbers.
+One operator after another over a whole activation is bound by memory. And these are operators that torch vectorizes
+well: comparisons, `where` and `masked_fill` were measured up to ten times as slow as arithmetic, while the backward
+operators of ReLU and hardtanh select elements in one pass. They compare with numbers, so everything is taken in steps,
+where the ends of a symmetric grid are the same for all channels. Where they are not, `formulas` is run as it stands.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 
-from compress_quantization.kernels.formulas import (
-    ABOVE,
-    ERROR_SCALE,
-    LARGEST_ERROR,
-    UPPER,
-    Activation,
-    Ranges,
-    activate,
-)
-from compress_quantization.kernels.layout import Layout
+from compress_quantization.kernels import formulas
+from compress_quantization.kernels.formulas import ERROR_SCALE, LARGEST_ERROR, UPPER, Activation, Ranges
+from compress_quantization.kernels.layout import Layout, contiguous_view
 
-BLOCK = 32768  # elements; a few float32 arrays of this size fit into a typical second-level cache
-_STEEP = 1e30  # makes any difference of two float32 numbers that matters larger than a code
+BLOCK = 65536  # elements; a few float32 arrays of this size fit into the caches of a core
 _Slices = tuple[slice, slice, slice]
-_Parts = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+_BELOW_UPPER = UPPER * (1 - 2**-23)  # in float32
+_OUTWARDS = torch.tensor([-torch.inf, torch.inf])
+_aten = torch.ops.aten
 
 
 def _blocks(layout: Layout) -> Iterator[_Slices]:
@@ -43,9 +38,15 @@ def _each_block(
     layout: Layout, tensors: tuple[torch.Tensor, ...], ranges: Ranges
 ) -> Iterator[tuple[tuple[torch.Tensor, ...], Ranges, slice | None]]:
     """Yields the tensors, the ranges that belong to them, and the channels (None for all), block after block."""
+    is_one = layout.numel <= BLOCK or tensors[0].device.type != "cpu"
+    if layout.channels == 1:
+        flat = [contiguous_view(tensor, (layout.numel,)) for tensor in tensors]
+        blocks = zip(*(torch.split(tensor, layout.numel if is_one else BLOCK) for tensor in flat), strict=True)
+        yield from ((block, ranges, None) for block in blocks)
+        return
     whole = tuple(layout.blocks(tensor) for tensor in tensors)
-    step, low, high = ranges if layout.channels == 1 else (values.unsqueeze(-1) for values in ranges)
-    if layout.numel <= BLOCK or tensors[0].device.type != "cpu":
+    step, low, high = (values.unsqueeze(-1) for values in ranges)
+    if is_one:
         yield whole, (step, low, high), None
         return
     for block in _blocks(layout):
@@ -53,111 +54,87 @@ def _each_block(
         yield tuple(tensor[block] for tensor in whole), (step[channels], low[channels], high[channels]), channels
 
 
+def _common_ends(ranges: Ranges) -> tuple[float, float] | None:
+    """Returns the ends of the range in steps, if they are the same for all channels but for rounding."""
+    step, low, high = ranges
+    ends = torch.stack([low / step, high / step])
+    smallest, largest = ends.amin(1).tolist(), ends.amax(1).tolist()
+    tolerance = 4 * torch.finfo(step.dtype).eps
+    if any(b - a > tolerance * abs(b) for a, b in zip(smallest, largest, strict=True)):
+        return None
+    return smallest[0], largest[1]
+
+
 def quantize(x: torch.Tensor, out: torch.Tensor, ranges: Ranges, activation: Activation, layout: Layout) -> None:
     """Writes the quantized `x` to `out`; both have the layout."""
-    for (source, target), (step, low, high), _ in _each_block(layout, (x, out), ranges):
-        value = activate(source.to(step.dtype), activation)
-        rounded = value.clamp(low, high).div_(step).round_()
-        _write(target, rounded, step)
+    dtype, ends = ranges[0].dtype, _common_ends(ranges)
+    for (source, target), local, _ in _each_block(layout, (x, out), ranges):
+        if ends is None:
+            target.copy_(formulas.quantized(source, local, activation))
+            continue
+        value = formulas.activate(source.to(dtype), activation)
+        rounded = torch.div(value, local[0]).clamp_(*ends).round_()
+        if target.dtype == dtype:
+            torch.mul(rounded, local[0], out=target)
+        else:
+            target.copy_(rounded.mul_(local[0]))
 
 
-def _write(target: torch.Tensor, rounded: torch.Tensor, step: torch.Tensor) -> None:
-    if target.dtype == rounded.dtype:
-        torch.mul(rounded, step, out=target)
-    else:
-        target.copy_(rounded * step)
-
-
-def quantize_and_encode(
-    x: torch.Tensor, out: torch.Tensor, code: torch.Tensor, ranges: Ranges, activation: Activation, layout: Layout
-) -> None:
-    """Writes the quantized `x` to `out` and codes to `code`; all have the layout."""
-    for (source, target, codes), (step, low, high), _ in _each_block(layout, (x, out, code), ranges):
-        given = source.to(step.dtype)
-        value = activate(given, activation)
-        clipped = value.clamp(low, high)
-        beyond = torch.sub(value, clipped)
-        ratio = clipped.div_(step)
-        rounded = ratio.round()
-        _write(target, rounded, step)
-        error = rounded.sub_(ratio).mul_(ERROR_SCALE).add_(beyond, alpha=_STEEP)
-        if activation is not None:
-            # The sign is 0 or -1 where ReLU does not pass, and UPPER - x is 0 or negative where ReLU6 clips.
-            error.add_(torch.sign(given).sub_(1.0), alpha=_STEEP)
-        if activation == "relu6":
-            error.sub_(torch.sign(UPPER - given).sub_(1.0), alpha=_STEEP)
-        codes.copy_(error.clamp_(-ABOVE, ABOVE).round_())
-
-
-def gradients_from_code(
-    grad: torch.Tensor, code: torch.Tensor, grad_x: torch.Tensor, dtype: torch.dtype, layout: Layout
+def gradients(
+    grad: torch.Tensor, x: torch.Tensor, grad_x: torch.Tensor, ranges: Ranges, activation: Activation, layout: Layout
 ) -> torch.Tensor:
-    """Writes dx to `grad_x`, returns the sums of `formulas`, of shape (3, channels) and `dtype`."""
-
-    def parts(kept: torch.Tensor, _: Ranges) -> tuple[torch.Tensor, torch.Tensor]:
-        value = kept.to(dtype)
-        error = value.clamp(-LARGEST_ERROR, LARGEST_ERROR)
-        side = value.sub_(error).mul_(1.0 / (ABOVE - LARGEST_ERROR)).round_()
-        return error.sub_(side, alpha=LARGEST_ERROR).mul_(1.0 / ERROR_SCALE), side
-
-    nothing = torch.empty(layout.channels, dtype=dtype, device=grad.device)
-    return _gradients(grad, code, grad_x, (nothing, nothing, nothing), layout, parts)
-
-
-def gradients_from_input(
-    grad: torch.Tensor, x: torch.Tensor, grad_x: torch.Tensor, ranges: Ranges, layout: Layout
-) -> torch.Tensor:
-    """Does what `gradients_from_code` does where x is at hand."""
-
-    def parts(kept: torch.Tensor, ranges: Ranges) -> tuple[torch.Tensor, torch.Tensor]:
-        step, low, high = ranges
-        value = kept.to(step.dtype)
-        clipped = value.clamp(low, high)
-        side = torch.sub(value, clipped).sign_()
-        ratio = clipped.div_(step)
-        return ratio.round().sub_(ratio), side
-
-    return _gradients(grad, x, grad_x, ranges, layout, parts)
-
-
-def _gradients(
-    grad: torch.Tensor,
-    kept: torch.Tensor,
-    grad_x: torch.Tensor,
-    ranges: Ranges,
-    layout: Layout,
-    parts: Callable[[torch.Tensor, Ranges], tuple[torch.Tensor, torch.Tensor]],
-) -> torch.Tensor:
-    """Sums for each channel.
-
-    `parts` gives for each element the rounding error in steps (0 outside) and the side: 1 above, -1 below, 0 inside.
-    """
-    dtype = ranges[0].dtype
+    """Writes dx to `grad_x`, returns the sums of `formulas`, of shape (3, channels); all have the layout."""
+    dtype, ends = ranges[0].dtype, _common_ends(ranges)
     totals = torch.zeros(3, layout.channels, dtype=dtype, device=grad.device)
-    for (given, keeping, target), local, channels in _each_block(layout, (grad, kept, grad_x), ranges):
-        error, side = parts(keeping, local)
-        sums = _write_and_sum(given.to(dtype), error, side, target)
+    dims = () if layout.channels == 1 else (0, 2)
+    for (given, source, target), local, channels in _each_block(layout, (grad, x, grad_x), ranges):
+        out = target if target.dtype == dtype else torch.empty_like(given, dtype=dtype)
+        error, *others = _parts(given.to(dtype), source.to(dtype), out, local, activation, ends)
+        if out is not target:
+            target.copy_(out)
+        of_error = (out * error).sum(dims) if dims else torch.dot(out, error)
         of_block = totals if channels is None else totals[:, channels]
-        of_block += torch.stack(sums)
+        of_block += torch.stack([of_error, *(part.sum(dims) for part in others)]).view(3, -1)
+    if activation == "relu6" and ends is not None:
+        # Where the range ends before 6, what is above the range, otherwise what ReLU6 clips.
+        totals[1] = torch.where(UPPER / ranges[0] > ends[1], totals[1], totals[2])
+    if activation is not None:
+        totals[2] = totals[1]  # below, nothing counts
     return totals
 
 
-def _write_and_sum(
-    grad: torch.Tensor, error: torch.Tensor, side: torch.Tensor, grad_x: torch.Tensor
-) -> list[torch.Tensor]:
-    """Writes dx; returns, for each channel, the gradient's sums weighed by the error, above, and outside."""
-    # Not above from above + below and above - below: behind a ReLU half of all elements are below.
-    sums = [_sum(grad, error), _sum(grad, side.clamp_min(0.0))]
-    side = side.abs_()
-    sums.append(_sum(grad, side))
-    if grad_x.dtype == grad.dtype:
-        torch.addcmul(grad, grad, side, value=-1, out=grad_x)
-    else:
-        grad_x.copy_(torch.addcmul(grad, grad, side, value=-1))
-    return sums
+def _parts(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    grad_x: torch.Tensor,
+    ranges: Ranges,
+    activation: Activation,
+    ends: tuple[float, float] | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Writes dx to `grad_x`; returns the rounding error in steps, and what the other sums run over.
 
-
-def _sum(grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    if grad.shape[1] == 1:
-        return torch.dot(grad.reshape(-1), weight.reshape(-1)).reshape(1)
-    return (grad * weight).sum((0, 2))
+    These are what is above, and what is outside; behind a ReLU6, what it clips.
+    """
+    if ends is None:
+        _, code = formulas.encoded(x, ranges, activation)
+        inside, _, above, outside = formulas.from_code(grad, code)
+        grad_x.copy_(inside)
+        return code.clamp_(-LARGEST_ERROR, LARGEST_ERROR).mul_(1.0 / ERROR_SCALE), above, outside
+    value = formulas.activate(x, activation)
+    ratio = torch.div(value, ranges[0])
+    # With one range for all, ends are compared exactly; in steps, rounding may move what is within it of an end.
+    compared, low, high = (value, *(bound.item() for bound in ranges[1:])) if ranges[0].ndim == 1 else (ratio, *ends)
+    inside = grad
+    if activation == "relu":
+        inside = _aten.threshold_backward(grad, x, 0.0)
+    elif activation == "relu6":
+        inside = _aten.hardtanh_backward(grad, x, 0.0, UPPER)
+    # These leave out their ends, which are inside the range.
+    below_low, above_high = (torch.tensor([low, high], dtype=ratio.dtype).nextafter(_OUTWARDS.to(ratio.dtype))).tolist()
+    _aten.hardtanh_backward.grad_input(inside, compared, below_low, above_high, grad_input=grad_x)
+    above = _aten.threshold_backward(grad, compared, high)
+    ratio.clamp_(*ends)
+    error = ratio.round().sub_(ratio)
+    if activation == "relu6":
+        return error, above, _aten.threshold_backward(grad, x, _BELOW_UPPER)
+    return error, above, above if activation else grad - grad_x

@@ -108,10 +108,13 @@ def _gradients_with_graph(
     """
     step, low, high = ranges.unbind()
     kept, of_elements = kept.detach(), _aligned((step, low, high), grad.ndim, task)
-    if kept.is_floating_point():
+    if kept.is_floating_point() and task.activation is None:
         weights = formulas.weights_of_input(kept, of_elements, task.factors, task.offset)
     else:
-        code = dispatch.code_of_elements(kept, layout)
+        if kept.is_floating_point():
+            code = formulas.encoded(kept, of_elements, task.activation)[1]
+        else:
+            code = dispatch.code_of_elements(kept, layout)
         weights = formulas.weights_of_code(code, of_elements, task.factors, task.activation, task.offset)
     inside, slopes = weights
     wide = grad.to(inside.dtype)
