@@ -58,9 +58,18 @@ def check_plugin(plugin: object, label: str) -> None:
         raise PluginError(f"{label} implements no hook; mark its implementations with @compress_core.hookimpl")
 
 
+class _Manager(pluggy.PluginManager):
+    """Never computes a property because somebody registers a plugin, as pluggy before 1.7 would."""
+
+    def parse_hookimpl_opts(self, plugin: Any, name: str) -> Any:
+        if isinstance(inspect.getattr_static(plugin, name, None), property):
+            return None
+        return super().parse_hookimpl_opts(plugin, name)
+
+
 def new_manager() -> pluggy.PluginManager:
     """Returns a plugin manager that knows the contract."""
-    manager = pluggy.PluginManager(hookspecs.PROJECT)
+    manager = _Manager(hookspecs.PROJECT)
     manager.add_hookspecs(hookspecs)
     return manager
 

@@ -2,6 +2,7 @@ import importlib.metadata
 import logging
 import types
 
+import pluggy
 import pytest
 
 from compress_core import (
@@ -15,7 +16,7 @@ from compress_core import (
     hookimpl,
 )
 from compress_core.hookspecs import ENTRY_POINT_GROUP
-from compress_core.plugin_checks import hook_names
+from compress_core.plugin_checks import hook_names, new_manager
 from compress_core.registry import Registry
 from tests.zoo import ResidualNet
 
@@ -101,6 +102,26 @@ def test_strict_registration(bad, message):
 def test_algorithm_classes_are_checked(members, message):
     with pytest.raises(PluginError, match=message):
         Registry().register(contributing(algorithm(**members)), "bad")
+
+
+def test_properties_are_not_computed_by_older_pluggy_either(monkeypatch):
+    class Plugin:
+        @property
+        def state(self):
+            raise AssertionError("computed")
+
+        @hookimpl
+        def compress_algorithms(self):
+            return []
+
+    def parse_of_pluggy_1_6(self, plugin, name):
+        method = getattr(plugin, name)
+        return getattr(method, f"{self.project_name}_impl", None) if callable(method) else None
+
+    monkeypatch.setattr(pluggy.PluginManager, "parse_hookimpl_opts", parse_of_pluggy_1_6)
+    manager = new_manager()
+    manager.register(Plugin())
+    assert manager.hook.compress_algorithms() == [[]]
 
 
 def test_algorithm_that_is_none_is_refused():
