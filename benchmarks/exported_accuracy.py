@@ -1,6 +1,6 @@
 """Does the integer file say what the model in torch says? Public networks on CIFAR-10, quantized after training.
 
-Usage: python -m benchmarks.exported_accuracy [--networks resnet56 vgg16-bn] [--test-images 2000]
+Usage: python -m benchmarks.exported_accuracy [--networks resnet56 vgg16-bn] [--test-images 1000]
 
 8 bits, the default config, ranges from 256 training images, no fine-tuning. Accuracy of the network in FP32, of the
 fake-quantized model in torch, and of the exported file in ONNX Runtime; `agreement` is how often the last two name the
@@ -28,7 +28,6 @@ from compress_core import create_compressed_model
 from compress_core.statistics import Table
 from examples.common.datasets import cifar10
 from examples.common.networks import resnet56_cifar10, vgg16_bn_cifar10
-from examples.common.training import accuracy
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {"resnet56": resnet56_cifar10, "vgg16-bn": vgg16_bn_cifar10}
 SETTINGS: dict[str, dict[str, Any]] = {"defaults": {}, "8-bit weights": {"overflow_fix": "disable"}}
@@ -66,15 +65,19 @@ def measure(name: str, settings: dict[str, Any], test_images: int) -> dict[str, 
         exported = controller.export_onnx(Path(folder) / "int8.onnx", test[0][:64], tolerance=float("inf"))
         runtime = RuntimeModel(exported.path)
         model.eval()
-        pairs = [(model(images), runtime(images)) for images in test[0].split(BATCH)]
-        of_torch, of_file = (torch.cat(parts) for parts in zip(*pairs, strict=True))
-        return {
-            "FP32": accuracy(plain, test),
-            "fake-quantized": accuracy(model, test),
-            "file": accuracy(runtime, test),
-            "agreement": 100 * (of_torch.argmax(1) == of_file.argmax(1)).double().mean().item(),
-            "mean difference": 100 * ((of_torch - of_file).abs().mean() / of_torch.abs().mean()).item(),
+        batches = test[0].split(BATCH)
+        outputs = {
+            "FP32": torch.cat([plain(images) for images in batches]),
+            "fake-quantized": torch.cat([model(images) for images in batches]),
+            "file": torch.cat([runtime(images) for images in batches]),
         }
+    correct = {key: 100 * (output.argmax(1) == test[1]).double().mean().item() for key, output in outputs.items()}
+    of_torch, of_file = outputs["fake-quantized"], outputs["file"]
+    return {
+        **correct,
+        "agreement": 100 * (of_torch.argmax(1) == of_file.argmax(1)).double().mean().item(),
+        "mean difference": 100 * ((of_torch - of_file).abs().mean() / of_torch.abs().mean()).item(),
+    }
 
 
 def shown(results: dict[str, dict[str, dict[str, Any]]]) -> Table:
@@ -92,7 +95,7 @@ def main() -> None:
     """Measures, prints, and writes results/exported_accuracy.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
-    parser.add_argument("--test-images", type=int, default=2000)
+    parser.add_argument("--test-images", type=int, default=1000)
     options = parser.parse_args()
     logging.disable(logging.WARNING)
     results: dict[str, dict[str, Any]] = {}
