@@ -130,6 +130,23 @@ class TestAgreement:
         with torch.no_grad():
             assert torch.equal(module(x), with_graph)
 
+    @pytest.mark.parametrize("enabled", [True, False], ids=["compiled", "eager"])
+    @pytest.mark.parametrize("upper", [..., 6.0], ids=["plain", "relu6"])
+    def test_under_another_default_device(self, upper, enabled):
+        module, x = make("tensor")
+        kernels.set_compiled(enabled)
+        expected = results(module, x, upper)
+
+        def run(tensor):
+            with torch.device("meta"):
+                out = module(tensor) if upper is ... else module.relu(tensor, upper)
+                out.sum().backward(retain_graph=True)
+            module.zero_grad()
+            tensor.grad = None
+            return out
+
+        assert_same(expected, results(module, x, run=run), exact_sums=True)
+
     def test_with_a_block_that_ends_in_the_middle_of_a_row(self):
         # Rows longer than a block of the eager kernels, and a number of rows that blocks do not divide.
         kernels.set_compiled(False)

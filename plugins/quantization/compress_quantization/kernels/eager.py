@@ -8,8 +8,10 @@ where the ends of a symmetric grid are the same for all channels. Where they are
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 
 from compress_quantization.kernels import formulas
@@ -19,7 +21,6 @@ from compress_quantization.kernels.layout import Layout, contiguous_view
 BLOCK = 65536  # elements; a few float32 arrays of this size fit into the caches of a core
 _Slices = tuple[slice, slice, slice]
 _BELOW_UPPER = UPPER * (1 - 2**-23)  # in float32
-_OUTWARDS = torch.tensor([-torch.inf, torch.inf])
 _aten = torch.ops.aten
 
 
@@ -63,6 +64,17 @@ def _common_ends(ranges: Ranges) -> tuple[float, float] | None:
     if any(b - a > tolerance * abs(b) for a, b in zip(smallest, largest, strict=True)):
         return None
     return smallest[0], largest[1]
+
+
+def _just_outside(low: float, high: float, dtype: torch.dtype) -> tuple[float, float]:
+    """Returns the next numbers of this dtype below `low` and above `high`."""
+    if dtype == torch.float64:
+        return math.nextafter(low, -math.inf), math.nextafter(high, math.inf)
+    single = np.float32
+    return (
+        float(np.nextafter(single(low), single(-np.inf))),
+        float(np.nextafter(single(high), single(np.inf))),
+    )
 
 
 def quantize(x: torch.Tensor, out: torch.Tensor, ranges: Ranges, activation: Activation, layout: Layout) -> None:
@@ -130,7 +142,7 @@ def _parts(
     elif activation == "relu6":
         inside = _aten.hardtanh_backward(grad, x, 0.0, UPPER)
     # These leave out their ends, which are inside the range.
-    below_low, above_high = (torch.tensor([low, high], dtype=ratio.dtype).nextafter(_OUTWARDS.to(ratio.dtype))).tolist()
+    below_low, above_high = _just_outside(low, high, ratio.dtype)
     _aten.hardtanh_backward.grad_input(inside, compared, below_low, above_high, grad_input=grad_x)
     above = _aten.threshold_backward(grad, compared, high)
     ratio.clamp_(*ends)
