@@ -135,7 +135,9 @@ def _parts(
     value = formulas.activate(x, activation)
     ratio = torch.div(value, ranges[0])
     # With one range for all, ends are compared exactly; in steps, rounding may move what is within it of an end.
-    compared, low, high = (value, *(bound.item() for bound in ranges[1:])) if ranges[0].ndim == 1 else (ratio, *ends)
+    compared, (low, high) = ratio, ends
+    if ranges[0].ndim == 1:
+        compared, low, high = value, float(ranges[1]), float(ranges[2])
     inside = grad
     if activation == "relu":
         inside = _aten.threshold_backward(grad, x, 0.0)
