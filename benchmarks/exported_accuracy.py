@@ -28,27 +28,11 @@ from compress_core import create_compressed_model
 from compress_core.statistics import Table
 from examples.common.datasets import cifar10
 from examples.common.networks import resnet56_cifar10, vgg16_bn_cifar10
+from examples.demo_quantization import OnnxModel
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {"resnet56": resnet56_cifar10, "vgg16-bn": vgg16_bn_cifar10}
 SETTINGS: dict[str, dict[str, Any]] = {"defaults": {}, "8-bit weights": {"overflow_fix": "disable"}}
 BATCH = 250
-
-
-class RuntimeModel(nn.Module):
-    """A file in ONNX Runtime, as a module."""
-
-    def __init__(self, path: str) -> None:
-        super().__init__()
-        import onnxruntime  # noqa: PLC0415 - an extra
-
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        self.input = self.session.get_inputs()[0].name
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Returns the file's first output."""
-        return torch.from_numpy(self.session.run(None, {self.input: x.numpy()})[0])
 
 
 def measure(name: str, settings: dict[str, Any], test_images: int) -> dict[str, Any]:
@@ -63,7 +47,7 @@ def measure(name: str, settings: dict[str, Any], test_images: int) -> dict[str, 
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         # What is measured here is the difference that this call would refuse.
         exported = controller.export_onnx(Path(folder) / "int8.onnx", test[0][:64], tolerance=float("inf"))
-        runtime = RuntimeModel(exported.path)
+        runtime = OnnxModel(Path(exported.path))
         model.eval()
         batches = test[0].split(BATCH)
         outputs = {

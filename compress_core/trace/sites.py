@@ -9,6 +9,7 @@ Calls are the same *site* when they stand at the same code positions below the m
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -71,6 +72,10 @@ class Sites:
             {(run.module, run.invocation): run for run in forward.module_calls} for forward in trace.forwards
         ]
         self._consumers = [forward.consumers() for forward in trace.forwards]
+        self._call_counts = [
+            Counter(run for call in forward.calls for run in {(f.module, f.invocation) for f in call.frames})
+            for forward in trace.forwards
+        ]
 
     def site(self, where: CallRef) -> SiteKey:
         """Returns the site of a call: equal for calls that cannot be told apart in later forwards."""
@@ -97,22 +102,17 @@ class Sites:
 
     def _module_output(self, where: CallRef, path: Path) -> ActivationPlace | None:
         call = self._call(where)
-        if self._is_unique(call, len(call.frames) - 1):
-            # Every turn of a loop has to end in the module's result: otherwise some would be left out.
-            items = {self._returned_as(other, path) for other in self._calls_at[self.site(where)]}
-            item = items.pop() if len(items) == 1 else None
-            return None if item is None else ModuleOutput(call.module, item)
-        return None
+        if not self._is_unique(call, len(call.frames) - 1):
+            return None
+        # Every turn of a loop has to end in the module's result: otherwise some would be left out.
+        items = {self._returned_as(other, path) for other in self._calls_at[self.site(where)]}
+        item = items.pop() if len(items) == 1 else None
+        return None if item is None else ModuleOutput(call.module, item)
 
     def _is_one_of_many(self, where: CallRef) -> bool:
         """Tells whether the module that makes a call, or a module below it, makes others too."""
-        call = self._call(where)
-        run = (call.frames[-1].module, call.frames[-1].invocation)
-        return any(
-            run in {(frame.module, frame.invocation) for frame in other.frames}
-            for other in self._trace.forwards[where.forward].calls
-            if other.index != call.index
-        )
+        frame = self._call(where).frames[-1]
+        return self._call_counts[where.forward][frame.module, frame.invocation] > 1
 
     def input_place(self, where: CallRef, path: Path) -> ActivationPlace | None:
         """Returns where an argument of a call can be transformed, for this call alone; None as in `output_place`."""

@@ -13,7 +13,7 @@ from compress_core.errors import DataError, UsageError
 from compress_quantization.grid import Grid
 from compress_quantization.kernels import Source, Task, fake_quantize
 from compress_quantization.kernels.formulas import Ranges
-from compress_quantization.kernels.sources import from_ends, levels_of, ranges_of
+from compress_quantization.kernels.sources import compute_dtype, from_ends, levels_of, ranges_of_channels
 
 _MINIMUM_SCALE = 0.1
 
@@ -111,8 +111,7 @@ class FakeQuantize(nn.Module):
     @torch.no_grad()
     def ranges(self, dtype: torch.dtype = torch.float32) -> Ranges:
         """Returns `step`, `low` and `high` of `kernels.formulas`, of shape (channels,) and without a graph."""
-        step, low, high = ranges_of(self._source(dtype), levels_of(*self.levels(), dtype), dtype)
-        return step.reshape(-1), low.reshape(-1), high.reshape(-1)
+        return ranges_of_channels(self._source(dtype), self.levels(), dtype)
 
     def _learned(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Returns what gets the gradient of the range's width, and what gets that of its low end."""
@@ -174,7 +173,7 @@ class FakeQuantize(nn.Module):
                     "it was made for another layer or another layout"
                 )
         learned, offset = self._learned()
-        source = self._source(torch.float64 if x.dtype == torch.float64 else torch.float32)
+        source = self._source(compute_dtype(x.dtype))
         task = Task(dim, self.levels(), offset is not None, activation, self.lr_multiplier)
         return fake_quantize(x, learned, offset, source, task)
 
@@ -199,7 +198,7 @@ class FakeQuantize(nn.Module):
     def _width(self, parameter: torch.Tensor) -> torch.Tensor:
         """Returns a scale or width from its parameter: positive, with a graph in the logarithmic form only."""
         if self.logarithm_scale:
-            return parameter.to(_wide(parameter.dtype)).exp().clamp_min(torch.finfo(torch.float32).tiny)
+            return parameter.to(compute_dtype(parameter.dtype)).exp().clamp_min(torch.finfo(torch.float32).tiny)
         return parameter
 
     def __getstate__(self) -> dict[str, Any]:
@@ -334,7 +333,3 @@ def _checked(minimum: torch.Tensor, maximum: torch.Tensor, shape: tuple[int, ...
 
 def _logarithm(values: torch.Tensor) -> torch.Tensor:
     return values.detach().double().abs().clamp_min(torch.finfo(torch.float32).tiny).log()
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32

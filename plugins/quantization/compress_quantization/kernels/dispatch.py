@@ -8,10 +8,9 @@ import torch
 
 from compress_quantization.kernels import compiled, eager, formulas, lanes
 from compress_quantization.kernels.compiled import Example
-from compress_quantization.kernels.formulas import Ranges
 from compress_quantization.kernels.lanes import Variant
 from compress_quantization.kernels.layout import LANES, Layout, contiguous_view
-from compress_quantization.kernels.sources import Source, levels_of, ranges_of
+from compress_quantization.kernels.sources import Source, compute_dtype, levels_of, ranges_of_channels
 from compress_quantization.kernels.task import Task
 
 SMALL = 2048
@@ -44,7 +43,7 @@ def is_small(layout: Layout) -> bool:
 
 def quantize(x: torch.Tensor, source: Source, task: Task, layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the quantized `x`, in its layout, and the ranges, (3, channels)."""
-    dtype = compute_dtype(x)
+    dtype = compute_dtype(x.dtype)
     if _may_compile(layout):
         variant = Variant(layout.kind, dtype, task.activation, source.kind)
         channels = _example_channels(layout.kind)
@@ -56,10 +55,7 @@ def quantize(x: torch.Tensor, source: Source, task: Task, layout: Layout) -> tup
         if kernel is not None:
             y, ranges = kernel(contiguous_view(x, layout.view_shape), *_source(source, task, (layout.channels,), dtype))
             return layout.restored(y), ranges
-    steps = eager_ranges(source, task, dtype)
-    out = layout.empty(x)
-    eager.quantize(x, out, steps, task.activation, layout)
-    return out, torch.stack(steps)
+    return _eager_quantize(x, source, task, layout)
 
 
 def quantize_and_encode(
@@ -70,7 +66,7 @@ def quantize_and_encode(
     What is kept are codes of one byte, whose arrangement only this module knows, or, without compiled kernels, `x`:
     making codes of many eager operators takes longer than anything else.
     """
-    dtype = compute_dtype(x)
+    dtype = compute_dtype(x.dtype)
     if _may_compile(layout):
         variant, count = Variant(layout.kind, dtype, task.activation, source.kind), _lanes(layout, x)
         channels = _example_channels(layout.kind, count)
@@ -83,10 +79,8 @@ def quantize_and_encode(
             view = contiguous_view(x, layout.lane_shape(count))
             out, code, ranges = kernel(view, *_source(source, task, _of_channels(layout, count), dtype))
             return layout.restored(out), code, ranges
-    steps = eager_ranges(source, task, dtype)
-    out = layout.empty(x)
-    eager.quantize(x, out, steps, task.activation, layout)
-    return out, x, torch.stack(steps)
+    out, ranges = _eager_quantize(x, source, task, layout)
+    return out, x, ranges
 
 
 def gradients(
@@ -129,6 +123,13 @@ def gradients(
     return _eager_gradients(grad, kept, ranges, learned, task, layout)
 
 
+def _eager_quantize(x: torch.Tensor, source: Source, task: Task, layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
+    ranges = ranges_of_channels(source, task.levels, compute_dtype(x.dtype))
+    out = layout.empty(x)
+    eager.quantize(x, out, ranges, task.activation, layout)
+    return out, torch.stack(ranges)
+
+
 def _eager_gradients(
     grad: torch.Tensor, kept: torch.Tensor, ranges: torch.Tensor, learned: torch.Tensor, task: Task, layout: Layout
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -144,17 +145,6 @@ def _eager_gradients(
     slopes = formulas.slopes((step, low, high), task.factors, task.activation)
     drange, *dlow = formulas.weighed(sums.unbind(), slopes, task.offset)
     return grad_x, [drange * learned.reshape(-1).sign(), *dlow]
-
-
-def compute_dtype(x: torch.Tensor) -> torch.dtype:
-    """Returns what is computed in for a tensor."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def eager_ranges(source: Source, task: Task, dtype: torch.dtype) -> Ranges:
-    """Returns `step`, `low` and `high`, of shape (channels,)."""
-    step, low, high = ranges_of(source, levels_of(*task.levels, dtype), dtype)
-    return step.reshape(-1), low.reshape(-1), high.reshape(-1)
 
 
 def code_of_elements(code: torch.Tensor, layout: Layout) -> torch.Tensor:

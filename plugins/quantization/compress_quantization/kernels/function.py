@@ -9,7 +9,7 @@ import torch
 from compress_quantization.kernels import dispatch, formulas, traceable
 from compress_quantization.kernels.formulas import Ranges
 from compress_quantization.kernels.layout import Layout, layout_of
-from compress_quantization.kernels.sources import Source
+from compress_quantization.kernels.sources import Source, compute_dtype, ranges_of_channels
 from compress_quantization.kernels.task import Task
 
 
@@ -26,7 +26,7 @@ def fake_quantize(
         task: The rest.
     """
     if torch.compiler.is_compiling() or not _is_ordinary(x):
-        ranges = _aligned(dispatch.eager_ranges(source, task, dispatch.compute_dtype(x)), x.ndim, task)
+        ranges = _aligned(ranges_of_channels(source, task.levels, compute_dtype(x.dtype)), x.ndim, task)
         return traceable.fake_quantize(x, learned, offset, ranges, task)
     layout = layout_of(tuple(x.shape), x.stride(), task.channel_dim)
     if layout is None:

@@ -98,11 +98,11 @@ class Layout:
         """Returns `tensor`, of the same shape, in this layout; a copy unless it is so already."""
         if tensor.stride() == self.strides:
             return tensor
-        return torch.empty_strided(self.shape, self.strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+        return self.empty(tensor).copy_(tensor)
 
-    def empty(self, like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    def empty(self, like: torch.Tensor) -> torch.Tensor:
         """Returns an uninitialized tensor in this layout."""
-        return torch.empty_strided(self.shape, self.strides, dtype=dtype or like.dtype, device=like.device)
+        return torch.empty_strided(self.shape, self.strides, dtype=like.dtype, device=like.device)
 
     def restored(self, tensor: torch.Tensor) -> torch.Tensor:
         """Gives a new, contiguous tensor this shape and these strides, in place.

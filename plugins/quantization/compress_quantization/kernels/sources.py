@@ -52,6 +52,17 @@ def ranges_of(source: Source, levels: Levels, dtype: torch.dtype) -> Ranges:
     return from_ends(low, width.abs() + EPS, levels[1])
 
 
+def ranges_of_channels(source: Source, levels: tuple[int, int], dtype: torch.dtype) -> Ranges:
+    """Returns `step`, `low` and `high` of a grid with these levels, of shape (channels,)."""
+    step, low, high = ranges_of(source, levels_of(*levels, dtype), dtype)
+    return step.reshape(-1), low.reshape(-1), high.reshape(-1)
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Returns what is computed in for tensors of a dtype."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def from_ends(low: torch.Tensor, width: torch.Tensor, n: Number) -> Ranges:
     """Returns the range, with zero on the grid, of `n` steps between a low end and `width` above it."""
     low, high, zero_point = _tuned(low, low + width, n)
