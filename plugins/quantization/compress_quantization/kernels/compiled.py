@@ -101,16 +101,30 @@ def _made(function: Kernel, examples: list[Example], device: str) -> Kernel | No
             torch.autocast(device, enabled=False),
             torch._C.DisableTorchFunction(),
         ):
-            tensors = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in examples]
-            graph = make_fx(function, tracing_mode="symbolic")(*tensors)
-            inputs = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
-            kernel: Kernel = torch._inductor.standalone_compile(graph, inputs)
-            return kernel
+            return _compiled(function, [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in examples])
     except Exception as error:  # whatever a missing or broken tool chain raises: there is no common base
         if _state.mode == "compiled":
             raise
         _give_up(error)
         return None
+
+
+def _compiled(function: Kernel, tensors: list[torch.Tensor]) -> Kernel:
+    # Imported here, because it takes more than a second.
+    from torch._inductor import config  # noqa: PLC0415
+    from torch._inductor.compile_fx import compile_fx_inner  # noqa: PLC0415
+    from torch._inductor.decomposition import select_decomp_table  # noqa: PLC0415
+
+    traced = make_fx(function, decomposition_table=select_decomp_table(), tracing_mode="symbolic")(*tensors)
+    # Without what tracing attached to it, so that the compiler's cache can tell whether it knows the graph.
+    graph = torch.fx.GraphModule({}, traced.graph)
+    inputs = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
+    # The compiler's inner function, because the outer one traces anew, and wraps in what functions need that change
+    # their inputs or have a graph: a third of the time to compile, and a quarter of that of a call with little to do.
+    with torch._guards.tracing(torch._guards.TracingContext(inputs[0].fake_mode)), config.patch(size_asserts=False):
+        code = compile_fx_inner(graph, inputs, is_inference=True)
+    call = code.current_callable
+    return lambda *arguments: call(list(arguments))
 
 
 def _give_up(error: Exception) -> None:
