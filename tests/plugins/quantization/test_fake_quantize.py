@@ -438,6 +438,7 @@ class TestTensors:
         [
             lambda x: x[:, ::2],
             lambda x: x.transpose(0, 3),
+            lambda x: x[:, :, :20].permute(0, 3, 2, 1),
             lambda x: x.expand(3, -1, -1, -1, -1),
             lambda x: x[0, 0, 0, 0],
             lambda x: x[:0],
@@ -453,6 +454,8 @@ class TestTensors:
         out.sum().backward()
         assert out.shape == view.shape
         assert torch.equal(out.detach(), module(make(x).clone(memory_format=torch.contiguous_format)).detach())
+        # As torch's own functions of elements have it: a view of a transposed result that works must go on working.
+        assert out.stride() == torch.relu(make(x)).stride()
         expected = (view.detach() >= -128 / 127) & (view.detach() <= 1)
         assert torch.equal(view.grad, expected.float())
 

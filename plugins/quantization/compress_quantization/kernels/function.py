@@ -30,7 +30,7 @@ def fake_quantize(
         return traceable.fake_quantize(x, learned, offset, ranges, task)
     layout = layout_of(tuple(x.shape), x.stride(), task.channel_dim)
     if layout is None:
-        x = x.contiguous()
+        x = x.clone()  # dense, in the order that x has: gradients of attention come in that of its inputs
         layout = layout_of(tuple(x.shape), x.stride(), task.channel_dim)
         assert layout is not None
     needs_graph = x.requires_grad or learned.requires_grad or (offset is not None and offset.requires_grad)
