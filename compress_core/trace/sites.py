@@ -16,7 +16,7 @@ from typing import TypeAlias
 
 from compress_core.trace.graph import Call, ForwardTrace, ModuleCall
 from compress_core.trace.tracer import Trace
-from compress_core.transforms.call_sites import RELUS
+from compress_core.transforms.activation_functions import activation_called
 from compress_core.transforms.places import (
     ActivationPlace,
     CallInput,
@@ -90,12 +90,14 @@ class Sites:
 
         Returns:
             The output of a module, where the module does nothing with the tensor but return it; else the call itself.
-            A ReLU that ends a larger module is a place of its own, because a transform can take it over. None when the
-            examples contradict each other about which call it is.
+            An activation function that ends a larger module is a place of its own, because a transform can take it
+            over. None when the examples contradict each other about which call it is.
         """
         call = self._call(where)
         of_module = self._module_output(where, path)
-        if of_module is not None and not (call.function in RELUS and self._is_one_of_many(where)):
+        # torch.compile hides calls of hardswish, so that their places keep a module from being compiled.
+        can_take_over = activation_called(call.function) in {"relu", "relu6"}
+        if of_module is not None and not (can_take_over and self._is_one_of_many(where)):
             return of_module
         found = self._pattern(call)
         return of_module if found is None else CallOutput(found[0], call.function, found[1], path)

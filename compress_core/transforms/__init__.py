@@ -14,6 +14,7 @@ from compress_core.transforms.activation import (
     get_activation_transform,
     strip_activation_transforms,
 )
+from compress_core.transforms.activation_functions import ACTIVATION_FUNCTIONS
 from compress_core.transforms.mask import WeightMask, mask_weight
 from compress_core.transforms.model_wide import bake_transforms, bypass_transforms, has_transforms
 from compress_core.transforms.places import (
@@ -33,6 +34,7 @@ from compress_core.transforms.weight import (
 )
 
 __all__ = [
+    "ACTIVATION_FUNCTIONS",
     "ActivationPlace",
     "ActivationTransformHandle",
     "CallInput",

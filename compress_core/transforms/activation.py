@@ -14,6 +14,7 @@ from torch._C._dynamo.eval_frame import get_eval_frame_callback
 
 from compress_core.errors import TransformError
 from compress_core.stages import Stage
+from compress_core.transforms.activation_functions import activation_module
 from compress_core.transforms.call_sites import (
     CallSiteMode,
     TransformedFunction,
@@ -35,12 +36,6 @@ from compress_core.transforms.places import ActivationPlace, CallInput, CallOutp
 
 logger = logging.getLogger(__name__)
 
-# Modules that only clip, where, and the function whose call they are.
-_RELU_MODULES: dict[type[nn.Module], tuple[float | None, str]] = {
-    nn.ReLU: (None, "torch.nn.functional.relu"),
-    nn.ReLU6: (6.0, "torch.nn.functional.hardtanh"),
-}
-
 
 @dataclass
 class _Plan:
@@ -49,8 +44,8 @@ class _Plan:
     inputs: tuple[tuple[str, ModuleInput], ...] = ()
     outputs: tuple[tuple[str, ModuleOutput], ...] = ()
     functions: tuple[TransformedFunction, ...] = ()
-    # The ReLU module whose clipping the transform may take over: where it clips, and the functions it would call.
-    relu: tuple[float | None, tuple[Any, ...]] | None = None
+    # What the transform may take over of a module that is an activation function: which, and what it would call.
+    activation: tuple[str, tuple[Any, ...]] | None = None
     # Parameters of the module's forward: those that can be passed by position, and all.
     positional: tuple[str, ...] = ()
     parameters: frozenset[str] = frozenset()
@@ -89,9 +84,9 @@ class ActivationTransforms(TransformContainer):
             tuple((name, place) for name, place in places.items() if isinstance(place, ModuleOutput)),
             transformed_functions(calls),
         )
-        if self.owner in _RELU_MODULES and len(plan.outputs) == 1 and not calls:
-            upper, function = _RELU_MODULES[self.owner]
-            plan.relu = (upper, functions_named(function))
+        known = activation_module(self.owner)
+        if known is not None and len(plan.outputs) == 1 and not calls:
+            plan.activation = (known[0], functions_named(known[1]))
         if plan.inputs:
             plan.positional, plan.parameters = _parameters(self.owner)
         self._plan = plan
@@ -109,10 +104,10 @@ class ActivationTransforms(TransformContainer):
         plan = self._plan
         if plan.inputs:
             args, kwargs = run_quietly(self._transform_inputs, args, kwargs)
-        if plan.relu is not None and len(args) == 1 and not kwargs:
-            chain = self.chain(plan.outputs[0][0])
-            if chain.fuses_relu() and count_unmade(plan.relu[1]):
-                return run_quietly(chain.forward_relu, args[0], plan.relu[0])
+        if plan.activation is not None and len(args) == 1 and not kwargs:
+            chain, (activation, functions) = self.chain(plan.outputs[0][0]), plan.activation
+            if chain.fuses(activation) and count_unmade(functions):
+                return run_quietly(chain.forward_fused, args[0], activation)
         if plan.functions or issubclass(self.owner, nn.TransformerEncoder):
             # The mode is what keeps an encoder from packing its input for the fused layers.
             output = self._run_counted(forward, module, args, kwargs)
@@ -159,8 +154,8 @@ class ActivationTransforms(TransformContainer):
         for site in inputs:
             args, kwargs = run_quietly(replace_argument, args, kwargs, site.path, self.chain(site.chain), site.place)
         result = None
-        if function.is_relu and len(outputs) == 1:
-            result = self._fused(function, outputs[0].chain, args, kwargs)
+        if function.activation is not None and len(outputs) == 1:
+            result = self._fused(function, function.activation, outputs[0].chain, args, kwargs)
         if result is None:
             result = func(*args, **kwargs)
             for site in outputs:
@@ -170,12 +165,14 @@ class ActivationTransforms(TransformContainer):
             return written
         return result
 
-    def _fused(self, function: TransformedFunction, chain_name: str, args: Any, kwargs: Any) -> torch.Tensor | None:
+    def _fused(
+        self, function: TransformedFunction, activation: str, chain_name: str, args: Any, kwargs: Any
+    ) -> torch.Tensor | None:
         chain = self.chain(chain_name)
         tensor = args[0] if args else kwargs.get("input")
-        if tensor is None or not chain.fuses_relu() or not count_unmade(function.objects):
+        if tensor is None or not chain.fuses(activation) or not count_unmade(function.objects):
             return None
-        return run_quietly(chain.forward_relu, tensor, function.upper)
+        return run_quietly(chain.forward_fused, tensor, activation)
 
     def _check_counts(self, mode: CallSiteMode) -> None:
         for function, seen in zip(mode.functions, mode.counts, strict=True):
@@ -260,9 +257,10 @@ def add_activation_transform(
         place: Which tensor.
         transform: Maps it to one of the same shape. Its parameters are trained, its buffers saved with the module of
             the place. It must return a new tensor or the one it was given (not a view of it), and its backward must not
-            need the tensor that it returned: what comes next may write to it in place. Where it stands directly behind
-            a ReLU it may have a method `relu(x, upper)` that returns `self(x.clamp(0, upper))` in one pass (`upper` is
-            None, or 6.0 for ReLU6), which is called instead of ReLU and transform.
+            need the tensor that it returned: what comes next may write to it in place. It may take over activation
+            functions that it stands directly behind: with an attribute `fused_activations`, the names of these (of
+            `ACTIVATION_FUNCTIONS`), and a method `fused(x, activation)` that returns
+            `self(ACTIVATION_FUNCTIONS[activation](x))` in one pass and is called instead of function and transform.
         stage: Where in the chain of this place it stands.
         key: Its name in the chain and so in `state_dict`, unique at each place; by default its class name in lower
             case. Algorithms use their own name.

@@ -20,20 +20,10 @@ import torch
 from torch.overrides import TorchFunctionMode, get_overridable_functions, resolve_name
 
 from compress_core.errors import TransformError
+from compress_core.transforms.activation_functions import activation_called
 from compress_core.transforms.places import CallInput, CallOutput, CallPattern, Path
 
 T = TypeVar("T")
-
-# ReLUs that a transform can take over, and where they clip.
-RELUS: dict[str, float | None] = {
-    "torch.relu": None,
-    "torch.relu_": None,
-    "torch.Tensor.relu": None,
-    "torch.Tensor.relu_": None,
-    "torch.nn.functional.relu": None,
-    "torch.nn.functional.relu_": None,
-    "torch.nn.functional.relu6": 6.0,
-}
 
 
 @dataclass(frozen=True)
@@ -60,8 +50,7 @@ class TransformedFunction:
         inputs: Sites at its arguments.
         outputs: Sites at its results.
         in_place: Whether it writes to its first argument, so that callers may ignore what it returns.
-        is_relu: Whether it is a ReLU.
-        upper: Where this ReLU clips.
+        activation: Which activation function it is, of those that a transform can take over.
     """
 
     name: str
@@ -69,8 +58,7 @@ class TransformedFunction:
     inputs: tuple[Site, ...]
     outputs: tuple[Site, ...]
     in_place: bool
-    is_relu: bool
-    upper: float | None
+    activation: str | None
 
     @property
     def calls(self) -> CallPattern:
@@ -91,8 +79,7 @@ def transformed_functions(sites: dict[str, CallInput | CallOutput]) -> tuple[Tra
                 tuple(Site(c, p, p.argument) for c, p in mine.items() if isinstance(p, CallInput)),
                 tuple(Site(c, p, p.item) for c, p in mine.items() if isinstance(p, CallOutput)),
                 in_place=last.endswith("_") and not last.endswith("__"),
-                is_relu=name in RELUS,
-                upper=RELUS.get(name),
+                activation=activation_called(name),
             )
         )
     return tuple(found)

@@ -46,18 +46,18 @@ class TransformChain(nn.Module):
             tensor = transform(tensor)  # type: ignore[misc]
         return tensor
 
-    def fuses_relu(self) -> bool:
-        """Tells whether the first transform can take over a ReLU that stands before it."""
+    def fuses(self, activation: str) -> bool:
+        """Tells whether the first transform can take over an activation function that stands before it."""
         if self.bypassed:
             return False
         first = next(iter(self._modules.values()), None)
-        return first is not None and not first._forward_hooks and callable(getattr(first, "relu", None))
+        return first is not None and not first._forward_hooks and activation in getattr(first, "fused_activations", ())
 
-    def forward_relu(self, tensor: torch.Tensor, upper: float | None) -> torch.Tensor:
-        """Returns what `forward` would for `clamp(tensor, 0, upper)`, in one pass of the first transform."""
+    def forward_fused(self, tensor: torch.Tensor, activation: str) -> torch.Tensor:
+        """Returns what `forward` would behind the activation function, in one pass of the first transform."""
         first = True
         for transform in self._modules.values():
-            tensor = transform.relu(tensor, upper) if first else transform(tensor)  # type: ignore[misc, union-attr, operator]
+            tensor = transform.fused(tensor, activation) if first else transform(tensor)  # type: ignore[misc, union-attr, operator]
             first = False
         return tensor
 

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from compress_core import Stage, TransformError, mask_weight
 from compress_core.transforms import (
+    ACTIVATION_FUNCTIONS,
     CallInput,
     CallOutput,
     CallPattern,
@@ -42,11 +43,13 @@ class Scale(nn.Module):
 class FusedScale(Scale):
     def __init__(self, factor=10.0):
         super().__init__(factor)
-        self.fused = []
+        self.taken = []
 
-    def relu(self, x, upper):
-        self.fused.append(upper)
-        return self(x.clamp(min=0) if upper is None else x.clamp(0, upper))
+    fused_activations = frozenset(ACTIVATION_FUNCTIONS)
+
+    def fused(self, x, activation):
+        self.taken.append(activation)
+        return self(ACTIVATION_FUNCTIONS[activation](x))
 
 
 class Function(nn.Module):
@@ -417,46 +420,66 @@ def test_out_argument_gets_the_transformed_value(x):
     assert torch.equal(model(x, x), 20 * x)
 
 
-# ReLU.
+# Activation functions.
 
 
 @pytest.mark.parametrize(
-    ("function", "name", "upper"),
+    ("function", "name", "activation"),
     [
-        (F.relu, "torch.nn.functional.relu", None),
-        (lambda t: F.relu(t * 1, inplace=True), "torch.nn.functional.relu", None),
-        (torch.relu, "torch.relu", None),
-        (lambda t: t.relu(), "torch.Tensor.relu", None),
-        (F.relu6, "torch.nn.functional.relu6", 6.0),
+        (F.relu, "torch.nn.functional.relu", "relu"),
+        (lambda t: F.relu(t * 1, inplace=True), "torch.nn.functional.relu", "relu"),
+        (torch.relu, "torch.relu", "relu"),
+        (lambda t: t.relu(), "torch.Tensor.relu", "relu"),
+        (F.relu6, "torch.nn.functional.relu6", "relu6"),
+        (lambda t: F.relu6(input=t), "torch.nn.functional.relu6", "relu6"),
+        (F.hardswish, "torch.nn.functional.hardswish", "hardswish"),
     ],
 )
-def test_relu_call_is_taken_over_by_the_transform(x, function, name, upper):
+def test_activation_call_is_taken_over_by_the_transform(x, function, name, activation):
     x = 8 * x
     model, plain = Function(function), Function(function)
     transform = FusedScale()
     add(model, CallOutput("", name, calls()), transform)
     add(plain, CallOutput("", name, calls()), Scale())
     assert torch.equal(model(x), plain(x))
-    assert transform.fused == [upper]
+    assert transform.taken == [activation]
     with bypass_transforms(model):
         assert torch.equal(model(x), function(x))
 
 
-@pytest.mark.parametrize("inplace", [False, True])
-@pytest.mark.parametrize(("cls", "upper"), [(nn.ReLU, None), (nn.ReLU6, 6.0)])
-def test_relu_module_is_taken_over_by_the_transform(x, cls, upper, inplace):
+@pytest.mark.parametrize(
+    ("make", "activation"),
+    [
+        (nn.ReLU, "relu"),
+        (lambda: nn.ReLU(inplace=True), "relu"),
+        (nn.ReLU6, "relu6"),
+        (lambda: nn.ReLU6(inplace=True), "relu6"),
+        (nn.Hardswish, "hardswish"),
+        (lambda: nn.Hardswish(inplace=True), "hardswish"),
+    ],
+)
+def test_activation_module_is_taken_over_by_the_transform(x, make, activation):
     x = 8 * x
-    model, transform = nn.Sequential(nn.Identity(), cls(inplace)), FusedScale()
+    model, transform = nn.Sequential(nn.Identity(), make()), FusedScale()
+    expected = 10 * model(x.clone())
     add(model, ModuleOutput("1"), transform)
-    expected = 10 * x.clamp(0, upper)
     assert torch.equal(model(x.clone()), expected)
-    assert transform.fused == [upper]
+    assert transform.taken == [activation]
     handle = transform.register_forward_hook(lambda module, args, output: output + 1)
     assert torch.equal(model(x.clone()), expected + 1)
-    assert len(transform.fused) == 1
+    assert len(transform.taken) == 1
     handle.remove()
     torch.compiler.reset()
     assert torch.equal(torch.compile(model, fullgraph=True, backend="eager")(x.clone()), expected)
+
+
+def test_only_named_activations_are_taken_over(x):
+    model, transform = nn.Sequential(nn.Hardswish(), nn.ReLU()), FusedScale()
+    transform.fused_activations = {"relu"}
+    add(model, ModuleOutput("0"), transform)
+    add(model, ModuleOutput("1"), transform)
+    assert torch.equal(model(x), 10 * F.relu(10 * F.hardswish(x)))
+    assert transform.taken == ["relu"]
 
 
 @pytest.mark.parametrize("transformed", [0, 1])
@@ -474,10 +497,10 @@ def test_relu_that_is_taken_over_is_counted_above(x, transformed):
     add(model, CallOutput("", "torch.nn.functional.relu", calls(transformed, (0, 1))), outer)
     if transformed:
         assert torch.equal(model(x), 3 * F.relu(10 * F.relu(x) - 1))
-        assert (inner.fused, outer.fused) == ([None], [None])
+        assert (inner.taken, outer.taken) == (["relu"], ["relu"])
     else:  # both stand behind the same call, and only the outer one can take it over
         assert torch.equal(model(x), F.relu(10 * 3 * F.relu(x) - 1))
-        assert (inner.fused, outer.fused) == ([], [None])
+        assert (inner.taken, outer.taken) == ([], ["relu"])
 
 
 def test_subclass_of_relu_keeps_its_own_forward(x):
@@ -488,7 +511,7 @@ def test_subclass_of_relu_keeps_its_own_forward(x):
     model, transform = nn.Sequential(Shifted()), FusedScale()
     add(model, ModuleOutput("0"), transform)
     assert torch.equal(model(x), 10 * (F.relu(x) + 1))
-    assert not transform.fused
+    assert not transform.taken
 
 
 # Adding, finding, removing.

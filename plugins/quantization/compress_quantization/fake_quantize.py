@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from compress_core.errors import DataError, UsageError
+from compress_core.transforms import ACTIVATION_FUNCTIONS
 from compress_quantization.grid import Grid
 from compress_quantization.kernels import Source, Task, fake_quantize
 from compress_quantization.kernels.formulas import Ranges
@@ -34,9 +34,11 @@ class FakeQuantize(nn.Module):
         lr_multiplier: Factor on the gradients of the range.
         observer: While set, called with each tensor, which passes as it is.
         cacheable: For weights, equal inputs and an equal range give an equal output.
+        fused_activations: Activation functions that `fused` computes in one pass.
     """
 
     cacheable = True
+    fused_activations = frozenset(ACTIVATION_FUNCTIONS)
     _logarithmic = ""  # name of the parameter that `logarithm_scale` is about
 
     def __init__(
@@ -147,21 +149,17 @@ class FakeQuantize(nn.Module):
             return x
         return self._quantize(x, None)
 
-    def relu(self, x: torch.Tensor, upper: float | None = None) -> torch.Tensor:
-        """Returns `self(x.clamp(0, upper))` in one pass.
+    def fused(self, x: torch.Tensor, activation: str) -> torch.Tensor:
+        """Returns `self(function(x))` in one pass.
 
         Args:
-            x: What the ReLU takes.
-            upper: Where the ReLU clips; None for a plain one. In one pass for None and 6.
+            x: What the activation function takes.
+            activation: Its name, of `compress_core.transforms.ACTIVATION_FUNCTIONS`.
         """
-        if self.observer is None and self.enabled and x.is_floating_point() and upper in {None, 6.0}:
-            return self._quantize(x, "relu" if upper is None else "relu6")
-        result: torch.Tensor = self.forward(F.relu(x) if upper is None else F.hardtanh(x, 0.0, upper))
+        if self.observer is None and self.enabled and x.is_floating_point():
+            return self._quantize(x, activation)
+        result: torch.Tensor = self.forward(ACTIVATION_FUNCTIONS[activation](x))
         return result
-
-    def relu6(self, x: torch.Tensor) -> torch.Tensor:
-        """Returns `self(relu6(x))` in one pass."""
-        return self.relu(x, 6.0)
 
     def _quantize(self, x: torch.Tensor, activation: str | None) -> torch.Tensor:
         dim = self._channel_dim

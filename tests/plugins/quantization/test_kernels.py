@@ -10,6 +10,7 @@ import torch
 import torch._dynamo
 from torch import nn
 
+from compress_core.transforms import ACTIVATION_FUNCTIONS
 from compress_quantization import kernels
 from compress_quantization.fake_quantize import AsymmetricFakeQuantize, SymmetricFakeQuantize
 
@@ -28,6 +29,18 @@ KINDS = {
     "odd rows": ((21, 1, 1), (21, 10, 101), torch.contiguous_format),
     "last": ((8,), (3000, 8), torch.contiguous_format),
 }
+
+
+SMOOTH = set(ACTIVATION_FUNCTIONS) - {"relu", "relu6"}  # x is kept, and no code
+CASES = [
+    *[(kind, activation) for kind in KINDS for activation in (None, "relu", "relu6")],
+    *[("tensor", activation) for activation in ACTIVATION_FUNCTIONS if activation in SMOOTH],
+    *[("planes", "hardswish"), ("columns", "hardswish"), ("narrow, odd", "hardswish")],
+]
+
+
+def applied(module, x, activation):
+    return module(x) if activation is None else module.fused(x, activation)
 
 
 @pytest.fixture(autouse=True)
@@ -53,9 +66,9 @@ def make(kind, cls=SymmetricFakeQuantize, **options):
     return module, (torch.randn(size) * 3).contiguous(memory_format=memory_format)
 
 
-def results(module, x, upper=..., *, run=None):
+def results(module, x, activation=None, *, run=None):
     """Returns the output and all gradients."""
-    run = run or (lambda tensor: module(tensor) if upper is ... else module.relu(tensor, upper))
+    run = run or (lambda tensor: applied(module, tensor, activation))
     module.zero_grad()
     tensor = x.clone(memory_format=torch.preserve_format).requires_grad_()
     out = run(tensor)
@@ -64,9 +77,15 @@ def results(module, x, upper=..., *, run=None):
     return out.detach(), tensor.grad, [parameter.grad.clone() for parameter in module.parameters()]
 
 
-def assert_same(left, right, *, exact_sums=False):
-    assert torch.equal(left[0], right[0])
-    assert torch.equal(left[1], right[1])
+def assert_same(left, right, *, exact_sums=False, exact=True):
+    if exact:
+        assert torch.equal(left[0], right[0])
+        assert torch.equal(left[1], right[1])
+    else:  # compilers round smooth functions otherwise: rarely, that is at the middle of two values or at an end
+        for ours, theirs, largest in zip(left[:2], right[:2], (0.03, torch.inf), strict=True):
+            difference = (ours - theirs).abs()
+            assert difference.max() <= largest
+            assert (difference > 1e-5).float().mean() < 5e-4
     for ours, theirs in zip(left[2], right[2], strict=True):
         scale = theirs.abs().max().item() or 1.0
         torch.testing.assert_close(ours, theirs, rtol=0, atol=(1e-5 if exact_sums else 5e-3) * scale)
@@ -74,46 +93,48 @@ def assert_same(left, right, *, exact_sums=False):
 
 class TestAgreement:
     @pytest.mark.usefixtures("_needs_compiler")
-    @pytest.mark.parametrize("upper", [..., None, 6.0], ids=["plain", "relu", "relu6"])
     @pytest.mark.parametrize("cls", [SymmetricFakeQuantize, AsymmetricFakeQuantize])
-    @pytest.mark.parametrize("kind", list(KINDS))
-    def test_compiled_and_eager(self, kind, cls, upper):
+    @pytest.mark.parametrize(("kind", "activation"), CASES)
+    def test_compiled_and_eager(self, kind, cls, activation):
         module, x = make(kind, cls)
-        compiled = results(module, x, upper)
+        compiled = results(module, x, activation)
         assert kernels.is_available()
         kernels.set_compiled(False)
         # Codes of one byte round the error of each element, where rows (weights) and eager kernels keep x itself.
-        assert_same(compiled, results(module, x, upper), exact_sums=kind == "rows" and upper is ...)
+        exact_sums = activation in SMOOTH or (kind == "rows" and activation is None)
+        exact = activation not in SMOOTH
+        assert_same(compiled, results(module, x, activation), exact_sums=exact_sums and exact, exact=exact)
 
-    @pytest.mark.parametrize("upper", [..., None, 6.0], ids=["plain", "relu", "relu6"])
     @pytest.mark.parametrize("cls", [SymmetricFakeQuantize, AsymmetricFakeQuantize])
-    @pytest.mark.parametrize("kind", list(KINDS))
-    def test_eager_and_operators_that_compilers_follow(self, kind, cls, upper):
+    @pytest.mark.parametrize(("kind", "activation"), CASES)
+    def test_eager_and_operators_that_compilers_follow(self, kind, cls, activation):
         torch._dynamo.reset()  # the function below is compiled for each case, and there is a limit of eight
         module, x = make(kind, cls)
         kernels.set_compiled(False)
-        ours = results(module, x, upper)
+        ours = results(module, x, activation)
         run = torch.compile(
-            (lambda t: module(t)) if upper is ... else (lambda t: module.relu(t, upper)),
+            lambda t: applied(module, t, activation),
             backend="eager",
             fullgraph=True,
         )
-        assert_same(ours, results(module, x, run=run), exact_sums=True)
+        # What is not contiguous meets torch's vectorized functions in another order, with another last bit.
+        exact = activation not in SMOOTH
+        assert_same(ours, results(module, x, run=run), exact_sums=exact, exact=exact)
 
     @pytest.mark.usefixtures("_needs_compiler")
-    @pytest.mark.parametrize("upper", [..., None, 6.0], ids=["plain", "relu", "relu6"])
-    @pytest.mark.parametrize("kind", list(KINDS))
-    def test_compiled_kernels_that_are_switched_off_before_backward(self, kind, upper):
+    @pytest.mark.parametrize(("kind", "activation"), CASES)
+    def test_compiled_kernels_that_are_switched_off_before_backward(self, kind, activation):
         module, x = make(kind)
-        expected = results(module, x, upper)
+        expected = results(module, x, activation)
 
         def run(tensor):
             kernels.set_compiled(True)
-            out = module(tensor) if upper is ... else module.relu(tensor, upper)
+            out = applied(module, tensor, activation)
             kernels.set_compiled(False)
             return out
 
-        assert_same(expected, results(module, x, run=run), exact_sums=True)
+        exact = activation not in SMOOTH  # x is kept, and eager kernels compute the function anew
+        assert_same(expected, results(module, x, run=run), exact_sums=exact, exact=exact)
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
     def test_of_other_dtypes(self, dtype):
@@ -131,15 +152,15 @@ class TestAgreement:
             assert torch.equal(module(x), with_graph)
 
     @pytest.mark.parametrize("enabled", [True, False], ids=["compiled", "eager"])
-    @pytest.mark.parametrize("upper", [..., 6.0], ids=["plain", "relu6"])
-    def test_under_another_default_device(self, upper, enabled):
+    @pytest.mark.parametrize("activation", [None, "relu6", "hardswish"])
+    def test_under_another_default_device(self, activation, enabled):
         module, x = make("tensor")
         kernels.set_compiled(enabled)
-        expected = results(module, x, upper)
+        expected = results(module, x, activation)
 
         def run(tensor):
             with torch.device("meta"):
-                out = module(tensor) if upper is ... else module.relu(tensor, upper)
+                out = applied(module, tensor, activation)
                 out.sum().backward(retain_graph=True)
             module.zero_grad()
             tensor.grad = None
@@ -167,7 +188,7 @@ class TestCompilation:
         def steps(size):
             weight = torch.randn(16, 3 + size, 11, 13, requires_grad=True)
             batch = torch.randn(1 + size, 5, 50, 41 + size, requires_grad=True)
-            (weights(weight).sum() + activations(batch).sum() + activations.relu(batch).sum()).backward()
+            (weights(weight).sum() + activations(batch).sum() + activations.fused(batch, "relu").sum()).backward()
 
         # Numbers of elements that four does not divide have kernels of their own: the first sizes have both.
         for size in (1, 2, 3):
@@ -219,7 +240,7 @@ STEP = """
     torch.manual_seed(0)
     module, x = SymmetricFakeQuantize((1,), signed=True), torch.randn(20000, requires_grad=True)
     for _ in range(2):
-        module.relu(x).sum().backward()
+        module.fused(x, "relu").sum().backward()
     print(x.grad.sum().item(), module.scale.grad.item())
 """
 

@@ -97,9 +97,9 @@ def gradients(
         layout: Layout of x.
     """
     grad, is_code = layout.arranged(grad), not kept.is_floating_point()
-    if _may_compile(layout) and (is_code or task.activation is None):
-        # Only ReLU6 has gradients of its own; others are a matter of factors.
-        activation = task.activation if task.activation == "relu6" else None
+    if _may_compile(layout) and (is_code or not formulas.is_clip(task.activation)):
+        # The gradients of a plain ReLU are a matter of factors.
+        activation = None if task.activation == "relu" else task.activation
         variant = Variant(layout.kind, ranges.dtype, activation, offset=task.offset)
         count = min(_lanes(layout, grad), 2) if not is_code else LANES if kept.dtype == torch.int32 else 1
         kernel = compiled.find(

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from compress_quantization.kernels import formulas
-from compress_quantization.kernels.formulas import ERROR_SCALE, LARGEST_ERROR, UPPER, Activation, Ranges
+from compress_quantization.kernels.formulas import ERROR_SCALE, LARGEST_ERROR, SMOOTH, UPPER, Activation, Ranges
 from compress_quantization.kernels.layout import Layout, contiguous_view
 
 BLOCK = 65536  # elements; a few float32 arrays of this size fit into the caches of a core
@@ -101,16 +101,18 @@ def gradients(
     dims = () if layout.channels == 1 else (0, 2)
     for (given, source, target), local, channels in _each_block(layout, (grad, x, grad_x), ranges):
         out = target if target.dtype == dtype else torch.empty_like(given, dtype=dtype)
-        error, *others = _parts(given.to(dtype), source.to(dtype), out, local, activation, ends)
-        if out is not target:
-            target.copy_(out)
+        taken = source.to(dtype)
+        error, *others = _parts(given.to(dtype), taken, out, local, activation, ends)
         of_error = (out * error).sum(dims) if dims else torch.dot(out, error)
         of_block = totals if channels is None else totals[:, channels]
         of_block += torch.stack([of_error, *(part.sum(dims) for part in others)]).view(3, -1)
+        result = SMOOTH[activation](out, taken) if activation in SMOOTH else out
+        if result is not target:
+            target.copy_(result)
     if activation == "relu6" and ends is not None:
         # Where the range ends before 6, what is above the range, otherwise what ReLU6 clips.
         totals[1] = torch.where(UPPER / ranges[0] > ends[1], totals[1], totals[2])
-    if activation is not None:
+    if formulas.is_clip(activation):
         totals[2] = totals[1]  # below, nothing counts
     return totals
 
@@ -125,7 +127,8 @@ def _parts(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Writes dx to `grad_x`; returns the rounding error in steps, and what the other sums run over.
 
-    These are what is above, and what is outside; behind a ReLU6, what it clips.
+    These are what is above, and what is outside; behind a ReLU6, what it clips. The backward of a smooth activation
+    function is not part of dx yet.
     """
     if ends is None:
         _, code = formulas.encoded(x, ranges, activation)
@@ -151,4 +154,4 @@ def _parts(
     error = ratio.round().sub_(ratio)
     if activation == "relu6":
         return error, above, _aten.threshold_backward(grad, x, _BELOW_UPPER)
-    return error, above, above if activation else grad - grad_x
+    return error, above, above if formulas.is_clip(activation) else grad - grad_x

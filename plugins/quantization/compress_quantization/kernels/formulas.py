@@ -17,8 +17,9 @@ so that three sums for each channel are enough: of dy * (y - x) / step inside, o
 below. A code of one byte for each element is all that they need: the rounding error in steps, which is within +-0.5,
 times 240, or `ABOVE` or `BELOW`. Rounding it to 1/240 moves the sum over a tensor by about 0.1 %.
 
-An activation function before the quantizer is a part of it: None, "relu" or "relu6". Elements that it does not pass are
-`BELOW`, those that ReLU6 clips `ABOVE`; `slopes` says what that means for the range.
+An activation function before the quantizer can be a part of it. Those that clip, "relu" and "relu6", are part of the
+code: elements that they do not pass are `BELOW`, those that ReLU6 clips `ABOVE`; `slopes` says what that means for the
+range. Smooth ones (`SMOOTH`) need x for their own gradient, so x is kept, and everything computed from it.
 
 Arguments, everywhere: `step`, `low`, `high` in the dtype that is computed in (float32, or float64 for float64
 tensors), of a shape that broadcasts against the elements.
@@ -26,9 +27,11 @@ tensors), of a shape that broadcasts against the elements.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
+
+from compress_core.transforms import ACTIVATION_FUNCTIONS
 
 ERROR_SCALE = 240
 LARGEST_ERROR = 120
@@ -44,10 +47,23 @@ Slopes = tuple[Number, tuple[Number, Number], tuple[Number, Number]]
 Parts = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
+# Their backward operators: (dy, x) -> dx. Not GELU and SiLU: torch's own functions are faster than a compiler's.
+SMOOTH: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "hardswish": torch.ops.aten.hardswish_backward,
+}
+
+
+def is_clip(activation: Activation) -> bool:
+    """Tells whether the activation function only clips, which codes can say."""
+    return activation in {"relu", "relu6"}
+
+
 def activate(x: torch.Tensor, activation: Activation) -> torch.Tensor:
     """Returns `x` behind its activation function."""
     if activation is None:
         return x
+    if activation in SMOOTH:
+        return ACTIVATION_FUNCTIONS[activation](x)
     return x.clamp_min(0.0) if activation == "relu" else x.clamp(0.0, UPPER)
 
 
@@ -74,7 +90,7 @@ def encoded(x: torch.Tensor, ranges: Ranges, activation: Activation) -> tuple[to
     code = torch.where(value > high, ABOVE, torch.round((rounded - ratio) * ERROR_SCALE))
     if activation == "relu6":
         code = torch.where(x >= UPPER, ABOVE, code)
-    return rounded * step, torch.where(x < low if activation is None else x <= 0, BELOW, code)
+    return rounded * step, torch.where(x <= 0 if is_clip(activation) else value < low, BELOW, code)
 
 
 def from_code(grad: torch.Tensor, code: torch.Tensor) -> Parts:
@@ -83,13 +99,15 @@ def from_code(grad: torch.Tensor, code: torch.Tensor) -> Parts:
     return _split(grad.to(code.dtype), code.abs() > ABOVE - 2, code > ABOVE - 2, code * (1.0 / ERROR_SCALE))
 
 
-def from_input(grad: torch.Tensor, x: torch.Tensor, ranges: Ranges) -> Parts:
-    """Does what `from_code` does where x is at hand; there is no activation function."""
+def from_input(grad: torch.Tensor, x: torch.Tensor, ranges: Ranges, activation: Activation) -> Parts:
+    """Does what `from_code` does where x is at hand; the activation function is None or smooth."""
     step, low, high = ranges
     x = x.to(step.dtype)
-    clipped = _clipped(x, low, high)
+    value = activate(x, activation)
+    clipped = _clipped(value, low, high)
     ratio = clipped / step
-    return _split(grad.to(step.dtype), x != clipped, x > high, torch.round(ratio) - ratio)
+    inside, *others = _split(grad.to(step.dtype), value != clipped, value > high, torch.round(ratio) - ratio)
+    return (inside if activation is None else SMOOTH[activation](inside, x)), *others
 
 
 def _split(grad: torch.Tensor, outside: torch.Tensor, above: torch.Tensor, error: torch.Tensor) -> Parts:
@@ -102,12 +120,12 @@ def factors_of(levels: tuple[int, int], activation: Activation, offset: bool) ->
 
     Args:
         levels: Smallest and largest integer of the grid.
-        activation: Function before the quantizer; below, it passes nothing.
+        activation: Function before the quantizer; one that clips passes nothing below.
         offset: Whether the range is learned with its low end (asymmetric): `low` does not move with the range.
     """
     smallest, largest = levels
     of_error = 1.0 / (largest - smallest)
-    return (of_error, 0.0, 0.0) if activation else (of_error, 0.0 if offset else smallest / largest, 1.0)
+    return (of_error, 0.0, 0.0) if is_clip(activation) else (of_error, 0.0 if offset else smallest / largest, 1.0)
 
 
 def slopes(ranges: Ranges, factors: Factors, activation: Activation) -> Slopes:
@@ -169,6 +187,6 @@ def weights_of_code(
 def weights_of_input(
     x: torch.Tensor, ranges: Ranges, factors: Factors, offset: bool
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Returns what `weights_of_code` does, from x itself; there is no activation function."""
-    inside, *parts = from_input(torch.ones_like(x, dtype=ranges[0].dtype), x, ranges)
+    """Returns what `weights_of_code` does, from what the quantizer itself takes; there is no activation function."""
+    inside, *parts = from_input(torch.ones_like(x, dtype=ranges[0].dtype), x, ranges, None)
     return inside, weighed(parts, slopes(ranges, factors, None), offset)

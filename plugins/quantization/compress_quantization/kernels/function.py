@@ -75,8 +75,9 @@ class _FakeQuantize(torch.autograd.Function):
         task: Task,
         layout: Layout,
     ) -> torch.Tensor:
-        # Weights are kept anyway, and small tensors cost little: they need no code.
-        if task.activation is None and (layout.kind == "rows" or dispatch.is_small(layout)):
+        # Weights are kept anyway, and small tensors cost little: they need no code. Smooth functions need x themselves.
+        is_kept = layout.kind == "rows" or dispatch.is_small(layout)
+        if task.activation in formulas.SMOOTH or (task.activation is None and is_kept):
             kept = x
             out, ranges = dispatch.quantize(x, source, task, layout)
         else:
@@ -104,12 +105,15 @@ def _gradients_with_graph(
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Does what `dispatch.gradients` does in operators that autograd follows, for derivatives of the gradients.
 
-    The straight-through surrogate is linear in x and in the range: what the gradients depend on is `grad` alone.
+    The straight-through surrogate is linear in the range and in what is quantized: what the gradients depend on is
+    `grad` alone, and x where a smooth activation function has a gradient that does.
     """
     step, low, high = ranges.unbind()
-    kept, of_elements = kept.detach(), _aligned((step, low, high), grad.ndim, task)
-    if kept.is_floating_point() and task.activation is None:
-        weights = formulas.weights_of_input(kept, of_elements, task.factors, task.offset)
+    x, kept, of_elements = kept, kept.detach(), _aligned((step, low, high), grad.ndim, task)
+    is_smooth = task.activation in formulas.SMOOTH
+    if kept.is_floating_point() and (task.activation is None or is_smooth):
+        value = formulas.activate(kept.to(step.dtype), task.activation)
+        weights = formulas.weights_of_input(value, of_elements, task.factors, task.offset)
     else:
         if kept.is_floating_point():
             code = formulas.encoded(kept, of_elements, task.activation)[1]
@@ -120,4 +124,8 @@ def _gradients_with_graph(
     wide = grad.to(inside.dtype)
     dims = [dim for dim in range(grad.ndim) if dim != task.channel_dim]
     drange, *dlow = [(wide * slope).sum(dims) for slope in slopes]
-    return torch.where(inside != 0, grad, 0.0), [drange * learned.reshape(-1).sign(), *dlow]
+    grad_x = torch.where(inside != 0, grad, 0.0)
+    if is_smooth and x.requires_grad:
+        # By autograd: not all backward operators of activation functions have a derivative.
+        (grad_x,) = torch.autograd.grad(formulas.activate(x, task.activation), x, grad_x, create_graph=True)
+    return grad_x, [drange * learned.reshape(-1).sign(), *dlow]

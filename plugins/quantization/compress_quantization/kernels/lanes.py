@@ -117,7 +117,7 @@ def gradients_from_input(
 ) -> tuple[torch.Tensor, ...]:
     """Does what `gradients_from_code` does where x, of the same view, is at hand."""
     parts = [
-        formulas.from_input(_lane(grad, lane, variant), _lane(x, lane, variant), local)
+        formulas.from_input(_lane(grad, lane, variant), _lane(x, lane, variant), local, variant.activation)
         for lane, local in enumerate(_of_lanes(ranges, x, variant))
     ]
     return _collected(grad, parts, ranges, factors, learned, variant)

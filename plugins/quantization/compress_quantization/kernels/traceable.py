@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from compress_core.transforms import ACTIVATION_FUNCTIONS
 from compress_quantization.kernels import formulas
 from compress_quantization.kernels.formulas import Activation, Ranges
 from compress_quantization.kernels.task import Task
@@ -22,7 +23,7 @@ def fake_quantize(
         task: What is done.
     """
     step, low, high = ranges
-    value = _activate(x, task.activation).to(step.dtype)
+    value = _activate(x.to(step.dtype), task.activation)
     clipped = torch.clamp(value, low, high)
     result = torch.round(clipped.detach() / step) * step
     if torch.is_grad_enabled():
@@ -36,9 +37,8 @@ def fake_quantize(
 
 
 def _activate(x: torch.Tensor, activation: Activation) -> torch.Tensor:
-    if activation is None:
-        return x
-    return torch.relu(x) if activation == "relu" else torch.nn.functional.relu6(x)
+    # Not `formulas.activate`: the gradients of ReLUs and of the clamps there differ at the ends.
+    return x if activation is None else ACTIVATION_FUNCTIONS[activation](x)
 
 
 def _zero(parameter: torch.Tensor, slope: torch.Tensor | float) -> torch.Tensor:
