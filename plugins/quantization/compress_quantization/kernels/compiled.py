@@ -122,7 +122,7 @@ def _compiled(function: Kernel, tensors: list[torch.Tensor]) -> Kernel:
     # The compiler's inner function, because the outer one traces anew, and wraps in what functions need that change
     # their inputs or have a graph: a third of the time to compile, and a quarter of that of a call with little to do.
     with torch._guards.tracing(torch._guards.TracingContext(inputs[0].fake_mode)), config.patch(size_asserts=False):
-        code = compile_fx_inner(graph, inputs, is_inference=True)
+        code: Any = compile_fx_inner(graph, inputs, is_inference=True)
     call = code.current_callable
     return lambda *arguments: call(list(arguments))
 

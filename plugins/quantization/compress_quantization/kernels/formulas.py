@@ -106,8 +106,10 @@ def from_input(grad: torch.Tensor, x: torch.Tensor, ranges: Ranges, activation: 
     value = activate(x, activation)
     clipped = _clipped(value, low, high)
     ratio = clipped / step
-    inside, *others = _split(grad.to(step.dtype), value != clipped, value > high, torch.round(ratio) - ratio)
-    return (inside if activation is None else SMOOTH[activation](inside, x)), *others
+    inside, error, above, outside = _split(
+        grad.to(step.dtype), value != clipped, value > high, torch.round(ratio) - ratio
+    )
+    return (inside if activation is None else SMOOTH[activation](inside, x)), error, above, outside
 
 
 def _split(grad: torch.Tensor, outside: torch.Tensor, above: torch.Tensor, error: torch.Tensor) -> Parts:
