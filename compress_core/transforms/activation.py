@@ -21,6 +21,7 @@ from compress_core.transforms.call_sites import (
     count_unmade,
     explains,
     functions_named,
+    is_observed,
     run_quietly,
     transformed_functions,
 )
@@ -35,6 +36,16 @@ from compress_core.transforms.nested import replace_argument, replace_at
 from compress_core.transforms.places import ActivationPlace, CallInput, CallOutput, ModuleInput, ModuleOutput
 
 logger = logging.getLogger(__name__)
+
+
+# Modules that return a tensor which they have just made, and which nobody else has: not their input, not a view.
+_MAKERS: frozenset[type[nn.Module]] = frozenset(
+    [
+        *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+        *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.LayerNorm, nn.GroupNorm),
+        *(nn.GELU, nn.Sigmoid, nn.Tanh, nn.Softmax),
+    ]
+)
 
 
 @dataclass
@@ -113,7 +124,11 @@ class ActivationTransforms(TransformContainer):
             output = self._run_counted(forward, module, args, kwargs)
         else:
             output = forward(module, *args, **kwargs)
-        return run_quietly(self._transform_outputs, output) if plan.outputs else output
+        if not plan.outputs:
+            return output
+        if self.owner in _MAKERS and isinstance(output, torch.Tensor) and not is_observed():
+            return run_quietly(self._transform_own, output)
+        return run_quietly(self._transform_outputs, output)
 
     def _run_counted(self, forward: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
         if not torch.compiler.is_compiling() and get_eval_frame_callback() not in (None, False):
@@ -135,6 +150,11 @@ class ActivationTransforms(TransformContainer):
             names = (self._plan.positional, self._plan.parameters)
             args, kwargs = replace_argument(args, kwargs, place.argument, self.chain(name), place, *names)
         return args, kwargs
+
+    def _transform_own(self, output: torch.Tensor) -> torch.Tensor:
+        for name, _ in self._plan.outputs:
+            output = self.chain(name).forward_owned(output)
+        return output
 
     def _transform_outputs(self, output: Any) -> Any:
         for name, place in self._plan.outputs:
@@ -260,7 +280,9 @@ def add_activation_transform(
             need the tensor that it returned: what comes next may write to it in place. It may take over activation
             functions that it stands directly behind: with an attribute `fused_activations`, the names of these (of
             `ACTIVATION_FUNCTIONS`), and a method `fused(x, activation)` that returns
-            `self(ACTIVATION_FUNCTIONS[activation](x))` in one pass and is called instead of function and transform.
+            `self(ACTIVATION_FUNCTIONS[activation](x))` in one pass and is called instead of function and transform. And
+            it may have a method `forward_owned(x)` that is called instead of `forward` where nobody else has x, so
+            that it can write its result there (not where autograd records).
         stage: Where in the chain of this place it stands.
         key: Its name in the chain and so in `state_dict`, unique at each place; by default its class name in lower
             case. Algorithms use their own name.

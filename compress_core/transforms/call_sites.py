@@ -178,6 +178,12 @@ def run_quietly(function: Callable[..., T], *args: Any) -> T:
         _set_stack(stack)
 
 
+def is_observed() -> bool:
+    """Tells whether a function mode other than ours is active, which may keep what functions return."""
+    size = torch._C._len_torch_function_stack()
+    return not all(isinstance(torch._C._get_function_stack_at(i), CallSiteMode) for i in range(size))
+
+
 def _set_stack(modes: list[Any]) -> None:
     for _ in range(torch._C._len_torch_function_stack()):
         torch._C._pop_torch_function_stack()

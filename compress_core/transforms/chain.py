@@ -46,6 +46,15 @@ class TransformChain(nn.Module):
             tensor = transform(tensor)  # type: ignore[misc]
         return tensor
 
+    def forward_owned(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Does what `forward` does with a tensor that nobody else has, so that transforms may write to it."""
+        if self.bypassed:
+            return tensor
+        for transform in self._modules.values():
+            owned = None if transform._forward_hooks else getattr(transform, "forward_owned", None)  # type: ignore[union-attr]
+            tensor = (owned or transform)(tensor)  # type: ignore[misc]
+        return tensor
+
     def fuses(self, activation: str) -> bool:
         """Tells whether the first transform can take over an activation function that stands before it."""
         if self.bypassed:

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from compress_core import Stage, TransformError, mask_weight
@@ -514,6 +515,75 @@ def test_subclass_of_relu_keeps_its_own_forward(x):
     assert not transform.taken
 
 
+# Tensors that nobody else has.
+
+
+class OwningScale(Scale):
+    def __init__(self):
+        super().__init__()
+        self.owned = 0
+
+    def forward_owned(self, x):
+        self.owned += 1
+        return self(x) if torch.is_grad_enabled() else x.mul_(self.factor)
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Linear(3, 3), nn.GELU, lambda: nn.LayerNorm(3)])
+def test_what_a_layer_has_just_made_may_be_written_to(x, make):
+    model, transform = nn.Sequential(nn.Identity(), make()), OwningScale()
+    expected = 10 * model(x)
+    add(model, ModuleOutput("1"), transform)
+    kept = x.clone()
+    with torch.no_grad():
+        assert torch.equal(model(x), expected)
+        assert transform.owned == 1
+        handle = transform.register_forward_hook(lambda module, args, output: output + 1)
+        assert torch.equal(model(x), expected + 1)
+        handle.remove()
+        assert transform.owned == 1
+        with bypass_transforms(model):
+            torch.testing.assert_close(10 * model(x), expected)
+    assert torch.equal(x, kept)
+
+
+class KeepingMode(TorchFunctionMode):
+    def __init__(self):
+        super().__init__()
+        self.kept = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func is F.linear:
+            self.kept.append(result)
+        return result
+
+
+class ReturnsItsInput(nn.Linear):
+    def forward(self, x):
+        return x
+
+
+@pytest.mark.parametrize("make", [nn.Identity, nn.Dropout, nn.Flatten, nn.ReLU, lambda: ReturnsItsInput(3, 3)])
+def test_what_others_may_have_is_not_written_to(x, make):
+    model, transform = nn.Sequential(make()).eval(), OwningScale()
+    add(model, ModuleOutput("0"), transform)
+    kept = x.clone()
+    with torch.no_grad():
+        model(x)
+    assert transform.owned == 0
+    assert torch.equal(x, kept)
+
+
+def test_what_a_mode_of_the_user_may_keep_is_not_written_to(x):
+    model, transform = nn.Sequential(nn.Linear(3, 3)), OwningScale()
+    expected = model(x)
+    add(model, ModuleOutput("0"), transform)
+    with torch.no_grad(), KeepingMode() as mode:
+        model(x)
+    assert transform.owned == 0
+    assert torch.equal(mode.kept[0], expected)
+
+
 # Adding, finding, removing.
 
 
@@ -694,20 +764,12 @@ def test_functional_call(x):
     assert torch.allclose(model(x), 2 * plain)
 
 
-def test_wrapped_for_data_parallel_training_and_for_averaging(x, tmp_path):
+def test_averaged(x):
     model = nn.Sequential(nn.Linear(3, 3))
     add(model, ModuleOutput("0"), Scale(2.0))
     averaged = torch.optim.swa_utils.AveragedModel(model)
     averaged.update_parameters(model)
     assert torch.equal(averaged(x), model(x))
-    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        wrapped = nn.parallel.DistributedDataParallel(model)
-        wrapped(x).sum().backward()
-        assert get_activation_transform(model, ModuleOutput("0"), "q").factor.grad is not None
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])

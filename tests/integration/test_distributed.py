@@ -12,8 +12,9 @@ import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from compress_core import ModelError, create_compressed_model
+from compress_core import ModelError, Stage, create_compressed_model
 from compress_core.registry import use_registry
+from compress_core.transforms import ModuleOutput, add_activation_transform
 from tests.zoo import images
 
 pytestmark = pytest.mark.slow
@@ -53,9 +54,41 @@ def worker(rank, folder):
     del parallel, optimizer  # the reducer must be gone before the group that it works with
     dist.barrier()
     dist.destroy_process_group()
-    # gloo's threads can abort a process that is being torn down ("terminate called without an active exception"). What
-    # is tested has been written; an error before this line still fails the test.
+    leave()
+
+
+def leave():
+    """Ends a worker.
+
+    gloo's threads can abort a process that is being torn down ("terminate called without an active exception"), or wait
+    for the GIL while their destructor, which has it, waits for them. What is tested has been written; an error before
+    still fails the test.
+    """
     os._exit(0)
+
+
+class Scale(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.factor = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, x):
+        return x * self.factor
+
+
+def worker_with_an_activation_transform(rank, folder):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=1)
+    model = nn.Sequential(nn.Linear(3, 3))
+    handle = add_activation_transform(model, ModuleOutput("0"), Scale(), stage=Stage.PRECISION, key="q")
+    DistributedDataParallel(model)(torch.ones(2, 3)).sum().backward()
+    torch.save((handle.transform.factor.grad, model[0](torch.ones(2, 3)).sum() / 2), f"{folder}/gradient.pt")
+    leave()
+
+
+def test_parameters_of_activation_transforms_take_part(tmp_path):
+    mp.spawn(worker_with_an_activation_transform, (str(tmp_path),), nprocs=1)
+    gradient, expected = torch.load(tmp_path / "gradient.pt", weights_only=True)
+    torch.testing.assert_close(gradient, expected)
 
 
 def test_two_processes_end_like_one(tmp_path):

@@ -149,6 +149,13 @@ class FakeQuantize(nn.Module):
             return x
         return self._quantize(x, None)
 
+    def forward_owned(self, x: torch.Tensor) -> torch.Tensor:
+        """Does what `forward` does, and may write the result to `x`, which nobody else has."""
+        if self.observer is None and self.enabled and x.is_floating_point():
+            return self._quantize(x, None, owned=True)
+        result: torch.Tensor = self.forward(x)
+        return result
+
     def fused(self, x: torch.Tensor, activation: str) -> torch.Tensor:
         """Returns `self(function(x))` in one pass.
 
@@ -161,7 +168,7 @@ class FakeQuantize(nn.Module):
         result: torch.Tensor = self.forward(ACTIVATION_FUNCTIONS[activation](x))
         return result
 
-    def _quantize(self, x: torch.Tensor, activation: str | None) -> torch.Tensor:
+    def _quantize(self, x: torch.Tensor, activation: str | None, *, owned: bool = False) -> torch.Tensor:
         dim = self._channel_dim
         if dim is not None:
             dim += x.ndim - len(self.shape)
@@ -173,7 +180,7 @@ class FakeQuantize(nn.Module):
         learned, offset = self._learned()
         source = self._source(compute_dtype(x.dtype))
         task = Task(dim, self.levels(), offset is not None, activation, self.lr_multiplier)
-        return fake_quantize(x, learned, offset, source, task)
+        return fake_quantize(x, learned, offset, source, task, owned=owned)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -497,6 +497,15 @@ class TestTensors:
         module.enabled = False
         assert module(x) is x
 
+    @torch.no_grad()
+    def test_what_a_disabled_quantizer_owns_stays_as_it_is(self):
+        module, x = SymmetricFakeQuantize((1,)), torch.randn(3)
+        module.enabled, kept = False, x.clone()
+        assert torch.equal(module.forward_owned(x), kept)
+        integers = torch.arange(5)
+        module.enabled = True
+        assert module.forward_owned(integers) is integers
+
     def test_an_observed_quantizer_returns_what_it_is_given(self):
         module, x, seen = SymmetricFakeQuantize((1,)), torch.randn(3), []
         module.observer = seen.append

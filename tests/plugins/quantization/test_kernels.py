@@ -152,6 +152,19 @@ class TestAgreement:
             assert torch.equal(module(x), with_graph)
 
     @pytest.mark.parametrize("enabled", [True, False], ids=["compiled", "eager"])
+    @pytest.mark.parametrize("kind", list(KINDS))
+    def test_in_place_where_there_is_no_graph(self, kind, enabled):
+        module, x = make(kind)
+        kernels.set_compiled(enabled)
+        expected, given = module(x).detach(), x.clone(memory_format=torch.preserve_format)
+        assert torch.equal(module.forward_owned(x).detach(), expected)
+        assert torch.equal(x, given)
+        with torch.no_grad():
+            out = module.forward_owned(x)
+        assert out is x
+        assert torch.equal(out, expected)
+
+    @pytest.mark.parametrize("enabled", [True, False], ids=["compiled", "eager"])
     @pytest.mark.parametrize("activation", [None, "relu6", "hardswish"])
     def test_under_another_default_device(self, activation, enabled):
         module, x = make("tensor")

@@ -41,21 +41,24 @@ def is_small(layout: Layout) -> bool:
     return layout.numel <= SMALL
 
 
-def quantize(x: torch.Tensor, source: Source, task: Task, layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the quantized `x`, in its layout, and the ranges, (3, channels)."""
+def quantize(
+    x: torch.Tensor, source: Source, task: Task, layout: Layout, *, in_place: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the quantized `x`, in its layout, and the ranges, (3, channels); `in_place` writes it to `x`."""
     dtype = compute_dtype(x.dtype)
     if _may_compile(layout):
         variant = Variant(layout.kind, dtype, task.activation, source.kind)
         channels = _example_channels(layout.kind)
         kernel = compiled.find(
-            (x.device.type, "quantize", x.dtype, source.tensors[0].dtype, variant),
-            partial(lanes.quantize, variant=variant),
+            (x.device.type, "quantize", in_place, x.dtype, source.tensors[0].dtype, variant),
+            partial(lanes.quantize_in_place if in_place else lanes.quantize, variant=variant),
             lambda: [(_VIEWS[layout.kind], x.dtype), *_example_source(source, channels, dtype)],
         )
         if kernel is not None:
-            y, ranges = kernel(contiguous_view(x, layout.view_shape), *_source(source, task, (layout.channels,), dtype))
-            return layout.restored(y), ranges
-    return _eager_quantize(x, source, task, layout)
+            view = contiguous_view(x, layout.view_shape)
+            *new, ranges = kernel(view, *_source(source, task, (layout.channels,), dtype))
+            return layout.restored(new[0]) if new else x, ranges
+    return _eager_quantize(x, source, task, layout, in_place=in_place)
 
 
 def quantize_and_encode(
@@ -123,9 +126,11 @@ def gradients(
     return _eager_gradients(grad, kept, ranges, learned, task, layout)
 
 
-def _eager_quantize(x: torch.Tensor, source: Source, task: Task, layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
+def _eager_quantize(
+    x: torch.Tensor, source: Source, task: Task, layout: Layout, *, in_place: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
     ranges = ranges_of_channels(source, task.levels, compute_dtype(x.dtype))
-    out = layout.empty(x)
+    out = x if in_place else layout.empty(x)
     eager.quantize(x, out, ranges, task.activation, layout)
     return out, torch.stack(ranges)
 

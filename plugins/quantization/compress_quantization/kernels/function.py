@@ -14,7 +14,13 @@ from compress_quantization.kernels.task import Task
 
 
 def fake_quantize(
-    x: torch.Tensor, learned: torch.Tensor, offset: torch.Tensor | None, source: Source, task: Task
+    x: torch.Tensor,
+    learned: torch.Tensor,
+    offset: torch.Tensor | None,
+    source: Source,
+    task: Task,
+    *,
+    owned: bool = False,
 ) -> torch.Tensor:
     """Returns `x` on the grid; its dtype and memory format.
 
@@ -24,6 +30,7 @@ def fake_quantize(
         offset: The parameter that gets `dlow`; None when the range has no low end of its own (symmetric).
         source: What the range is computed from, without a graph.
         task: The rest.
+        owned: Whether nobody else has `x`, so that it may be written to where there is no graph.
     """
     if torch.compiler.is_compiling() or not _is_ordinary(x):
         ranges = _aligned(ranges_of_channels(source, task.levels, compute_dtype(x.dtype)), x.ndim, task)
@@ -31,6 +38,7 @@ def fake_quantize(
     layout = layout_of(tuple(x.shape), x.stride(), task.channel_dim)
     if layout is None:
         x = x.clone()  # dense, in the order that x has: gradients of attention come in that of its inputs
+        owned = True
         layout = layout_of(tuple(x.shape), x.stride(), task.channel_dim)
         assert layout is not None
     needs_graph = x.requires_grad or learned.requires_grad or (offset is not None and offset.requires_grad)
@@ -38,7 +46,7 @@ def fake_quantize(
         result: torch.Tensor = _FakeQuantize.apply(x, learned, offset, source, task, layout)  # type: ignore[no-untyped-call]
         return result
     with torch.no_grad():
-        return dispatch.quantize(x, source, task, layout)[0]
+        return dispatch.quantize(x, source, task, layout, in_place=owned)[0]
 
 
 def _aligned(ranges: Ranges, ndim: int, task: Task) -> Ranges:

@@ -4,7 +4,7 @@ A tensor comes in a view of `Layout.lane_shape`, (..., lanes, row), and its code
 of 32 bits that hold a byte of each, else bytes. Besides making codes cheap to load, this keeps the loop that writes
 elements and the loop that sums rows one loop: whole tensors would be written in a flat loop of their own.
 
-What is returned is new: with results in tensors that are given, the lanes would be written twice. From the learned
+What comes out of lanes is new: with results in tensors that are given, they would be written twice. From the learned
 parameters to their gradients everything is in the kernels, because each operator that runs outside costs as much time
 as some ten thousand elements.
 """
@@ -55,6 +55,15 @@ def quantize(
     ranges = _ranges(source, levels, variant)
     step, low, high = ranges.unbind() if variant.kind in {"flat", "columns"} else ranges.unsqueeze(-1).unbind()
     return formulas.quantized(x, (step, low, high), variant.activation).to(x.dtype), ranges
+
+
+def quantize_in_place(
+    x: torch.Tensor, levels: torch.Tensor, *source: torch.Tensor, variant: Variant
+) -> tuple[torch.Tensor, ...]:
+    """Does what `quantize` does, writes y to `x`, and returns the ranges."""
+    y, ranges = quantize(x, levels, *source, variant=variant)
+    x.copy_(y)
+    return (ranges,)
 
 
 def quantize_and_encode(
