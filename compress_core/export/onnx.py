@@ -23,6 +23,7 @@ from compress_core.export.inputs import Inputs
 from compress_core.export.report import ExportReport
 from compress_core.export.target import GraphRewrite
 from compress_core.export.verification import Reference, compare, optimized_operators, runtime_name
+from compress_core.transforms.generated import ACTIVATIONS_ATTRIBUTE
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +36,7 @@ _SATURATION = (
     "sums of two products of 8 bits; weights on half-range grids (quantization's overflow_fix) prevent it"
 )
 _LARGEST_FILE = 2**31 - 1  # protobuf's
+_LARGEST_DUPLICATE = 16384  # elements: zero points of many channels, not weights
 
 
 @dataclass(frozen=True)
@@ -224,13 +226,19 @@ def _no_fused_attention() -> Iterator[None]:
 
 
 def _clean(graph: Any) -> None:
-    """Drops nodes and weights that nothing reads, and what the exporter notes about the machine it ran on."""
-    from onnx_ir.passes.common import RemoveUnusedNodesPass  # noqa: PLC0415 - an extra
+    """Drops nodes and weights that nothing reads, what is there twice, and what the exporter notes about the machine."""
+    from onnx_ir.passes.common import DeduplicateInitializersPass, RemoveUnusedNodesPass  # noqa: PLC0415 - an extra
 
     RemoveUnusedNodesPass()(graph)
     for name, value in list(graph.graph.initializers.items()):
         if not value.uses() and not value.is_graph_output():
             del graph.graph.initializers[name]
+    DeduplicateInitializersPass(_LARGEST_DUPLICATE)(graph)
+    for name in list(graph.graph.initializers):
+        # Where transforms stand in the model matters to no reader of the file.
+        short = f".{name}".replace(f".{ACTIVATIONS_ATTRIBUTE}.", ".")[1:]
+        if short not in graph.graph.initializers:
+            graph.graph.initializers[name].name = short
     # Stack traces with paths of the machine, for each node.
     graph.metadata_props.clear()
     graph.graph.metadata_props.clear()

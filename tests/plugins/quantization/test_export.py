@@ -148,6 +148,13 @@ def test_a_layer_that_is_called_twice_is_stored_once(export):
     assert len({file.makers[node.input[1]].input[0] for node in calls}) == 1
 
 
+def test_nothing_is_stored_twice_and_names_are_those_of_the_model(export):
+    _, file = export(create(trained_model("resnet")), images(8), verify=False)
+    tensors = [(tensor.data_type, *tensor.dims, bytes(tensor.raw_data)) for tensor in file.proto.graph.initializer]
+    assert len(set(tensors)) == len(tensors)
+    assert not any("activation_transforms" in name or "parametrizations" in name for name in file.constants)
+
+
 def test_a_file_tells_nothing_about_the_machine(export):
     report, file = export(small(), images(8))
     assert str(ROOT).encode() not in file.path.read_bytes()
