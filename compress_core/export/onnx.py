@@ -226,7 +226,7 @@ def _no_fused_attention() -> Iterator[None]:
 
 
 def _clean(graph: Any) -> None:
-    """Drops nodes and weights that nothing reads, what is there twice, and what the exporter notes about the machine."""
+    """Drops what nothing reads, what is there twice, and what the exporter notes about the machine it ran on."""
     from onnx_ir.passes.common import DeduplicateInitializersPass, RemoveUnusedNodesPass  # noqa: PLC0415 - an extra
 
     RemoveUnusedNodesPass()(graph)

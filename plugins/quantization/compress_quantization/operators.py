@@ -35,7 +35,7 @@ _KINDS: dict[str, str] = {
     **dict.fromkeys(("group_norm", "instance_norm"), "group_norm"),
     "batch_norm": "batch_norm",
     "scaled_dot_product_attention": "scaled_dot_product_attention",
-    "multi_head_attention_forward": "scaled_dot_product_attention",
+    "multi_head_attention_forward": "multi_head_attention",
     **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell"), "rnn"),
     **dict.fromkeys(("rnn_tanh_cell", "rnn_relu_cell"), "rnn"),
     "round": "round",
@@ -76,7 +76,7 @@ ARITHMETIC_KINDS = frozenset(["add", "sub", "mul", "div"])
 _DATA_ARGUMENTS: dict[str, tuple[int | str, ...]] = {
     **dict.fromkeys(LINEAR_KINDS - {"matmul"}, (0, "input")),
     **dict.fromkeys(("layer_norm", "group_norm", "batch_norm", "interpolate"), (0, "input")),
-    "scaled_dot_product_attention": (0, 1, 2, "query", "key", "value"),
+    **dict.fromkeys(("scaled_dot_product_attention", "multi_head_attention"), (0, 1, 2, "query", "key", "value")),
 }
 
 # Where the weight of an operator is.

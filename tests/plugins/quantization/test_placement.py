@@ -208,6 +208,27 @@ def test_attention():
     assert counts(layer)[0] == 4  # projections in and out, two linear layers
 
 
+class CrossAttention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(8) for _ in range(3))
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, *tensors):
+        tensors = [norm(x) for norm, x in zip(self.norms, tensors, strict=False)]
+        return self.attention(*(tensors * 3)[:3])[0]
+
+
+@pytest.mark.parametrize("device", ["CPU", "GPU", "NPU", "TRIAL"])
+@pytest.mark.parametrize("number", [1, 3])
+def test_what_the_projections_of_multi_head_attention_read(number, device):
+    inputs = [torch.ones(2, 5, 8)] * number
+    found = plan(CrossAttention(), *inputs, device=device)
+    # One tensor for all three stays one tensor: attention computes its projections together then.
+    assert [[f"norms.{index}: output"] in places(found) for index in range(3)] == [index < number for index in range(3)]
+    assert not any("multi_head" in place for group in places(found) for place in group)
+
+
 def test_weights_without_a_layer_are_found_by_their_use():
     class Functional(nn.Module):
         def __init__(self):

@@ -2,38 +2,16 @@
 
 from __future__ import annotations
 
-from functools import lru_cache, partial
-
 import torch
 
-from compress_quantization.kernels import compiled, eager, formulas, lanes
-from compress_quantization.kernels.compiled import Example
-from compress_quantization.kernels.lanes import Variant
+from compress_quantization.kernels import compiled, eager, formulas
 from compress_quantization.kernels.layout import LANES, Layout, contiguous_view
-from compress_quantization.kernels.sources import Source, compute_dtype, levels_of, ranges_of_channels
+from compress_quantization.kernels.plans import plan_encode, plan_gradients, plan_quantize
+from compress_quantization.kernels.sources import Source, compute_dtype, ranges_of_channels
 from compress_quantization.kernels.task import Task
 
 SMALL = 2048
 """Up to this many elements nothing is compiled: there is little to gain, and compiling takes seconds."""
-
-# Sizes that kernels are traced with: of `Layout.view_shape`, and of `Layout.lane_shape` without the lanes. They stand
-# for any, and tell the compiler what is long enough for threads, while sums stay below the 4096 elements from which it
-# would make them in a more precise and far slower way.
-_VIEWS = {
-    "flat": (1_000_000,),
-    "rows": (520, 1000),
-    "planes": (30, 136, 1000),
-    "columns": (868, 1000),
-    "narrow": (868, 100, 10),
-}
-_ROWS = {
-    "flat": (1022, 1000),
-    "rows": (130, 1000),
-    "planes": (30, 34, 1000),
-    "columns": (62, 14, 1000),
-    "narrow": (62, 14, 100, 10),
-}
-_BYTES = {1: torch.int8, LANES: torch.int32}
 
 
 def is_small(layout: Layout) -> bool:
@@ -45,19 +23,11 @@ def quantize(
     x: torch.Tensor, source: Source, task: Task, layout: Layout, *, in_place: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the quantized `x`, in its layout, and the ranges, (3, channels); `in_place` writes it to `x`."""
-    dtype = compute_dtype(x.dtype)
-    if _may_compile(layout):
-        variant = Variant(layout.kind, dtype, task.activation, source.kind)
-        channels = _example_channels(layout.kind)
-        kernel = compiled.find(
-            (x.device.type, "quantize", in_place, x.dtype, source.tensors[0].dtype, variant),
-            partial(lanes.quantize_in_place if in_place else lanes.quantize, variant=variant),
-            lambda: [(_VIEWS[layout.kind], x.dtype), *_example_source(source, channels, dtype)],
-        )
-        if kernel is not None:
-            view = contiguous_view(x, layout.view_shape)
-            *new, ranges = kernel(view, *_source(source, task, (layout.channels,), dtype))
-            return layout.restored(new[0]) if new else x, ranges
+    plan = plan_quantize(x, source, task, layout, in_place=in_place) if _may_compile(layout) else None
+    if plan is not None:
+        tensors = [_seen_as(tensor, plan.of_channels) for tensor in source.tensors]
+        *new, ranges = plan.kernel(contiguous_view(x, plan.shape), plan.constants, *tensors)
+        return layout.restored(new[0]) if new else x, ranges
     return _eager_quantize(x, source, task, layout, in_place=in_place)
 
 
@@ -69,19 +39,11 @@ def quantize_and_encode(
     What is kept are codes of one byte, whose arrangement only this module knows, or, without compiled kernels, `x`:
     making codes of many eager operators takes longer than anything else.
     """
-    dtype = compute_dtype(x.dtype)
-    if _may_compile(layout):
-        variant, count = Variant(layout.kind, dtype, task.activation, source.kind), _lanes(layout, x)
-        channels = _example_channels(layout.kind, count)
-        kernel = compiled.find(
-            (x.device.type, "encode", count, x.dtype, source.tensors[0].dtype, variant),
-            partial(lanes.quantize_and_encode, variant=variant),
-            lambda: [(_example(variant, count), x.dtype), *_example_source(source, channels, dtype)],
-        )
-        if kernel is not None:
-            view = contiguous_view(x, layout.lane_shape(count))
-            out, code, ranges = kernel(view, *_source(source, task, _of_channels(layout, count), dtype))
-            return layout.restored(out), code, ranges
+    plan = plan_encode(x, source, task, layout) if _may_compile(layout) else None
+    if plan is not None:
+        tensors = [_seen_as(tensor, plan.of_channels) for tensor in source.tensors]
+        out, code, ranges = plan.kernel(contiguous_view(x, plan.shape), plan.constants, *tensors)
+        return layout.restored(out), code, ranges
     out, ranges = _eager_quantize(x, source, task, layout)
     return out, x, ranges
 
@@ -99,30 +61,19 @@ def gradients(
         task: What was done.
         layout: Layout of x.
     """
-    grad, is_code = layout.arranged(grad), not kept.is_floating_point()
-    if _may_compile(layout) and (is_code or not formulas.is_clip(task.activation)):
-        # The gradients of a plain ReLU are a matter of factors.
-        activation = None if task.activation == "relu" else task.activation
-        variant = Variant(layout.kind, ranges.dtype, activation, offset=task.offset)
-        count = min(_lanes(layout, grad), 2) if not is_code else LANES if kept.dtype == torch.int32 else 1
-        kernel = compiled.find(
-            (grad.device.type, is_code, count, grad.dtype, learned.dtype, variant),
-            partial(lanes.gradients_from_code if is_code else lanes.gradients_from_input, variant=variant),
-            lambda: _example_gradients(variant, count, (grad.dtype, learned.dtype), is_code=is_code),
+    grad = layout.arranged(grad)
+    # Behind a function that clips, eager kernels have kept x, and compiled ones make codes.
+    may_compile = _may_compile(layout) and not (kept.is_floating_point() and formulas.is_clip(task.activation))
+    plan = plan_gradients(grad, kept, ranges, learned, task, layout) if may_compile else None
+    if plan is not None:
+        grad_x, *totals = plan.kernel(
+            contiguous_view(grad, plan.shape),
+            _seen_as(kept, plan.kept_shape),
+            _seen_as(ranges, (3, *plan.of_channels)),
+            plan.constants,
+            _seen_as(learned, plan.of_channels),
         )
-        if kernel is not None:
-            shape = layout.lane_shape(count)
-            dim = len(shape) + variant.lane_dim
-            of_channels = _of_channels(layout, count)
-            kept_shape = shape[:dim] + shape[dim + 1 :] if is_code else shape
-            grad_x, *totals = kernel(
-                contiguous_view(grad, shape),
-                contiguous_view(kept, kept_shape),
-                contiguous_view(ranges, (3, *of_channels)),
-                _constants(task.factors, ranges.dtype, grad.device),
-                contiguous_view(learned, of_channels),
-            )
-            return layout.restored(grad_x), totals
+        return layout.restored(grad_x), totals
     return _eager_gradients(grad, kept, ranges, learned, task, layout)
 
 
@@ -160,56 +111,10 @@ def code_of_elements(code: torch.Tensor, layout: Layout) -> torch.Tensor:
     return code.as_strided(layout.shape, layout.strides)
 
 
+def _seen_as(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """Returns the memory of a tensor as a contiguous one; the tensor itself where it is that."""
+    return tensor if tensor.shape == shape and tensor.is_contiguous() else contiguous_view(tensor, shape)
+
+
 def _may_compile(layout: Layout) -> bool:
     return not is_small(layout) and compiled.is_available()
-
-
-def _lanes(layout: Layout, x: torch.Tensor) -> int:
-    # Compilers for GPUs load bytes as well as anything.
-    return layout.lanes if x.device.type == "cpu" else 1
-
-
-@lru_cache(maxsize=256)
-def _constants(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    # An ordinary tensor, whatever mode the first call is made in.
-    with torch.inference_mode(False), torch._C.DisableTorchFunction():
-        return torch.tensor(values, dtype=dtype, device=device)
-
-
-def _source(source: Source, task: Task, shape: tuple[int, ...], dtype: torch.dtype) -> list[torch.Tensor]:
-    """Returns what kernels take: the levels, and the tensors of the source in the shape that channels have there."""
-    tensors = [tensor if tensor.shape == shape else contiguous_view(tensor, shape) for tensor in source.tensors]
-    return [_constants(levels_of(*task.levels, dtype), dtype, tensors[0].device), *tensors]
-
-
-def _of_channels(layout: Layout, count: int) -> tuple[int, ...]:
-    """Returns the shape in which kernels of this many lanes take what belongs to channels."""
-    return (layout.channels // count, count) if layout.kind in {"rows", "planes"} else (layout.channels,)
-
-
-def _example_channels(kind: str, count: int | None = None) -> tuple[int, ...]:
-    """Returns what `_of_channels` does, for the examples; without lanes, for `Layout.view_shape`."""
-    if kind == "flat":
-        return (1,)
-    if kind in {"columns", "narrow"}:
-        return (_VIEWS[kind][1],)
-    return (_VIEWS[kind][-2],) if count is None else (_ROWS[kind][-2], count)
-
-
-def _example(variant: Variant, count: int) -> tuple[int, ...]:
-    shape = _ROWS[variant.kind]
-    dim = len(shape) + 1 + variant.lane_dim
-    return (*shape[:dim], count, *shape[dim:])
-
-
-def _example_source(source: Source, channels: tuple[int, ...], dtype: torch.dtype) -> list[Example]:
-    return [((3,), dtype), *[(channels, tensor.dtype) for tensor in source.tensors]]
-
-
-def _example_gradients(
-    variant: Variant, count: int, dtypes: tuple[torch.dtype, torch.dtype], *, is_code: bool
-) -> list[Example]:
-    shape, channels = _example(variant, count), _example_channels(variant.kind, count)
-    kept: Example = (_ROWS[variant.kind], _BYTES[count]) if is_code else (shape, dtypes[0])
-    others: list[Example] = [((3, *channels), variant.dtype), ((3,), variant.dtype), (channels, dtypes[1])]
-    return [(shape, dtypes[0]), kept, *others]

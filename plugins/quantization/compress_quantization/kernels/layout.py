@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
+from typing import Any
 
 import torch
 
@@ -31,6 +32,7 @@ class Layout:
         outer: Number of elements before the channel, counted in the order of memory.
         channels: Number of channels; 1 for one grid for the whole tensor.
         inner: Number of elements behind the channel.
+        plans: How kernels are called for such tensors, see `plans`.
     """
 
     shape: tuple[int, ...]
@@ -38,6 +40,7 @@ class Layout:
     outer: int
     channels: int
     inner: int
+    plans: dict[tuple[object, ...], Any] = field(default_factory=dict, compare=False, repr=False)
 
     @cached_property
     def kind(self) -> str:

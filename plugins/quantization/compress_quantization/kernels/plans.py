@@ -1,0 +1,187 @@
+"""How kernels are called: which one, in what views of the tensors, with which constants.
+
+Computed once for each layout and kept with it: at each call it would take as long as some ten thousand elements do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache, partial
+from typing import NamedTuple
+
+import torch
+
+from compress_quantization.kernels import compiled, lanes
+from compress_quantization.kernels.compiled import Example, Kernel
+from compress_quantization.kernels.lanes import Variant
+from compress_quantization.kernels.layout import LANES, Layout
+from compress_quantization.kernels.sources import Source, compute_dtype, levels_of
+from compress_quantization.kernels.task import Task
+
+# Sizes that kernels are traced with: of `Layout.view_shape`, and of `Layout.lane_shape` without the lanes. They stand
+# for any, and tell the compiler what is long enough for threads, while sums stay below the 4096 elements from which it
+# would make them in a more precise and far slower way.
+_VIEWS = {
+    "flat": (1_000_000,),
+    "rows": (520, 1000),
+    "planes": (30, 136, 1000),
+    "columns": (868, 1000),
+    "narrow": (868, 100, 10),
+}
+_ROWS = {
+    "flat": (1022, 1000),
+    "rows": (130, 1000),
+    "planes": (30, 34, 1000),
+    "columns": (62, 14, 1000),
+    "narrow": (62, 14, 100, 10),
+}
+_BYTES = {1: torch.int8, LANES: torch.int32}
+
+
+class Plan(NamedTuple):
+    """How one kernel is called.
+
+    Attributes:
+        kernel: What is called.
+        shape: View of x or dy that it takes.
+        of_channels: Shape in which it takes what belongs to channels.
+        constants: The levels, or the factors of gradients.
+        kept_shape: View of what was kept for gradients.
+    """
+
+    kernel: Kernel
+    shape: tuple[int, ...]
+    of_channels: tuple[int, ...]
+    constants: torch.Tensor
+    kept_shape: tuple[int, ...] = ()
+
+
+def plan_quantize(x: torch.Tensor, source: Source, task: Task, layout: Layout, *, in_place: bool) -> Plan | None:
+    """Returns how `lanes.quantize` or `lanes.quantize_in_place` is called; None where nothing can be compiled."""
+    given = source.tensors[0].dtype
+
+    def make() -> Plan | None:
+        dtype = compute_dtype(x.dtype)
+        variant = Variant(layout.kind, dtype, task.activation, source.kind)
+        channels = _example_channels(layout.kind)
+        kernel = compiled.find(
+            (x.device.type, "quantize", in_place, x.dtype, given, variant),
+            partial(lanes.quantize_in_place if in_place else lanes.quantize, variant=variant),
+            lambda: [(_VIEWS[layout.kind], x.dtype), *_example_source(source, channels, dtype)],
+        )
+        return kernel and Plan(kernel, layout.view_shape, (layout.channels,), _levels(task, dtype, x.device))
+
+    return _kept(layout, ("quantize", in_place, x.device, x.dtype, given, source.kind, task), make)
+
+
+def plan_encode(x: torch.Tensor, source: Source, task: Task, layout: Layout) -> Plan | None:
+    """Returns how `lanes.quantize_and_encode` is called; None where nothing can be compiled."""
+    given = source.tensors[0].dtype
+
+    def make() -> Plan | None:
+        dtype = compute_dtype(x.dtype)
+        # Compilers for GPUs load bytes as well as anything.
+        count = layout.lanes if x.device.type == "cpu" else 1
+        variant = Variant(layout.kind, dtype, task.activation, source.kind)
+        channels = _example_channels(layout.kind, count)
+        kernel = compiled.find(
+            (x.device.type, "encode", count, x.dtype, given, variant),
+            partial(lanes.quantize_and_encode, variant=variant),
+            lambda: [(_example(variant, count), x.dtype), *_example_source(source, channels, dtype)],
+        )
+        of_channels, constants = _of_channels(layout, count), _levels(task, dtype, x.device)
+        return kernel and Plan(kernel, layout.lane_shape(count), of_channels, constants)
+
+    return _kept(layout, ("encode", x.device, x.dtype, given, source.kind, task), make)
+
+
+def plan_gradients(
+    grad: torch.Tensor, kept: torch.Tensor, ranges: torch.Tensor, learned: torch.Tensor, task: Task, layout: Layout
+) -> Plan | None:
+    """Returns how `lanes.gradients_from_code` or `_from_input` is called; None where nothing can be compiled.
+
+    Args:
+        grad: dy.
+        kept: x, or codes.
+        ranges: What came with them.
+        learned: The parameter.
+        task: What was done.
+        layout: Layout of x.
+    """
+
+    def make() -> Plan | None:
+        is_code = not kept.is_floating_point()
+        # The gradients of a plain ReLU are a matter of factors.
+        activation = None if task.activation == "relu" else task.activation
+        variant = Variant(layout.kind, ranges.dtype, activation, offset=task.offset)
+        if is_code:
+            count = LANES if kept.dtype == torch.int32 else 1
+        else:
+            count = min(layout.lanes, 2) if grad.device.type == "cpu" else 1
+        kernel = compiled.find(
+            (grad.device.type, is_code, count, grad.dtype, learned.dtype, variant),
+            partial(lanes.gradients_from_code if is_code else lanes.gradients_from_input, variant=variant),
+            lambda: _example_gradients(variant, count, (grad.dtype, learned.dtype), is_code=is_code),
+        )
+        shape = layout.lane_shape(count)
+        dim = len(shape) + variant.lane_dim
+        kept_shape = shape[:dim] + shape[dim + 1 :] if is_code else shape
+        constants = _constants(task.factors, ranges.dtype, grad.device)
+        return kernel and Plan(kernel, shape, _of_channels(layout, count), constants, kept_shape)
+
+    key = ("gradients", grad.device, grad.dtype, kept.dtype, ranges.dtype, learned.dtype, task)
+    return _kept(layout, key, make)
+
+
+def _kept(layout: Layout, key: tuple[object, ...], make: Callable[[], Plan | None]) -> Plan | None:
+    key = (*key, torch.get_num_threads())
+    plan: Plan | None = layout.plans.get(key)
+    if plan is None:
+        plan = make()
+        if plan is not None:
+            layout.plans[key] = plan
+    return plan
+
+
+def _levels(task: Task, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return _constants(levels_of(*task.levels, dtype), dtype, device)
+
+
+@lru_cache(maxsize=256)
+def _constants(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    # An ordinary tensor, whatever mode the first call is made in.
+    with torch.inference_mode(False), torch._C.DisableTorchFunction():
+        return torch.tensor(values, dtype=dtype, device=device)
+
+
+def _of_channels(layout: Layout, count: int) -> tuple[int, ...]:
+    """Returns the shape in which kernels of this many lanes take what belongs to channels."""
+    return (layout.channels // count, count) if layout.kind in {"rows", "planes"} else (layout.channels,)
+
+
+def _example_channels(kind: str, count: int | None = None) -> tuple[int, ...]:
+    """Returns what `_of_channels` does, for the examples; without lanes, for `Layout.view_shape`."""
+    if kind == "flat":
+        return (1,)
+    if kind in {"columns", "narrow"}:
+        return (_VIEWS[kind][1],)
+    return (_VIEWS[kind][-2],) if count is None else (_ROWS[kind][-2], count)
+
+
+def _example(variant: Variant, count: int) -> tuple[int, ...]:
+    shape = _ROWS[variant.kind]
+    dim = len(shape) + 1 + variant.lane_dim
+    return (*shape[:dim], count, *shape[dim:])
+
+
+def _example_source(source: Source, channels: tuple[int, ...], dtype: torch.dtype) -> list[Example]:
+    return [((3,), dtype), *[(channels, tensor.dtype) for tensor in source.tensors]]
+
+
+def _example_gradients(
+    variant: Variant, count: int, dtypes: tuple[torch.dtype, torch.dtype], *, is_code: bool
+) -> list[Example]:
+    shape, channels = _example(variant, count), _example_channels(variant.kind, count)
+    kept: Example = (_ROWS[variant.kind], _BYTES[count]) if is_code else (shape, dtypes[0])
+    others: list[Example] = [((3, *channels), variant.dtype), ((3,), variant.dtype), (channels, dtypes[1])]
+    return [(shape, dtypes[0]), kept, *others]
