@@ -185,7 +185,7 @@ class TestAgreement:
         # Rows longer than a block of the eager kernels, and a number of rows that blocks do not divide.
         kernels.set_compiled(False)
         module = SymmetricFakeQuantize((3, 1), signed=True)
-        x = torch.randn(3, 70_001)
+        x = torch.randn(3, 140_001)
         ours = results(module, x)
         for row in range(3):
             single = SymmetricFakeQuantize((1,), signed=True)

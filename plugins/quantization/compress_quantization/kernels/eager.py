@@ -18,7 +18,7 @@ from compress_quantization.kernels import formulas
 from compress_quantization.kernels.formulas import ERROR_SCALE, LARGEST_ERROR, SMOOTH, UPPER, Activation, Ranges
 from compress_quantization.kernels.layout import Layout, contiguous_view
 
-BLOCK = 65536  # elements; a few float32 arrays of this size fit into the caches of a core
+BLOCK = 131072  # elements; a few float32 arrays of this size fit into the caches of a core
 _Slices = tuple[slice, slice, slice]
 _BELOW_UPPER = UPPER * (1 - 2**-23)  # in float32
 _aten = torch.ops.aten
@@ -98,17 +98,23 @@ def gradients(
     """Writes dx to `grad_x`, returns the sums of `formulas`, of shape (3, channels); all have the layout."""
     dtype, ends = ranges[0].dtype, _common_ends(ranges)
     totals = torch.zeros(3, layout.channels, dtype=dtype, device=grad.device)
+    of_all: list[torch.Tensor] = []
     dims = () if layout.channels == 1 else (0, 2)
     for (given, source, target), local, channels in _each_block(layout, (grad, x, grad_x), ranges):
         out = target if target.dtype == dtype else torch.empty_like(given, dtype=dtype)
         taken = source.to(dtype)
         error, *others = _parts(given.to(dtype), taken, out, local, activation, ends)
         of_error = (out * error).sum(dims) if dims else torch.dot(out, error)
-        of_block = totals if channels is None else totals[:, channels]
-        of_block += torch.stack([of_error, *(part.sum(dims) for part in others)]).view(3, -1)
+        sums = [of_error, *(part.sum(dims) for part in others)]
+        if channels is None:
+            of_all += sums
+        else:
+            totals[:, channels] += torch.stack(sums)
         result = SMOOTH[activation](out, taken) if activation in SMOOTH else out
         if result is not target:
             target.copy_(result)
+    if of_all:
+        totals = torch.stack(of_all).view(-1, 3, layout.channels).sum(0)
     if activation == "relu6" and ends is not None:
         # Where the range ends before 6, what is above the range, otherwise what ReLU6 clips.
         totals[1] = torch.where(UPPER / ranges[0] > ends[1], totals[1], totals[2])
