@@ -82,8 +82,9 @@ class FakeQuantize(nn.Module):
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the learned range; it follows the tensors when pruning makes them smaller."""
-        learned = next(iter(self._parameters.values()), None)
-        return self._first_shape if learned is None else tuple(learned.shape)
+        for learned in self._parameters.values():  # not next(iter(...)), which torch.compile of 2.8 cannot follow
+            return tuple(learned.shape)  # type: ignore[union-attr]
+        return self._first_shape
 
     @property
     def channel_dim(self) -> int | None:

@@ -94,6 +94,9 @@ def find(key: tuple[Any, ...], function: Kernel, examples: Callable[[], list[Exa
 
 def _made(function: Kernel, examples: list[Example], device: str) -> Kernel | None:
     try:
+        # Imported here, because it takes more than a second, and before modes change: some versions cannot otherwise.
+        from torch._inductor import compile_fx  # noqa: F401, PLC0415
+
         # What surrounds the call, such as autocast, a default device or a mode of the user's, is not the kernel's.
         with (
             torch.inference_mode(False),
@@ -110,7 +113,6 @@ def _made(function: Kernel, examples: list[Example], device: str) -> Kernel | No
 
 
 def _compiled(function: Kernel, tensors: list[torch.Tensor]) -> Kernel:
-    # Imported here, because it takes more than a second.
     from torch._inductor import config  # noqa: PLC0415
     from torch._inductor.compile_fx import compile_fx_inner  # noqa: PLC0415
     from torch._inductor.decomposition import select_decomp_table  # noqa: PLC0415

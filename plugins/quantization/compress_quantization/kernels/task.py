@@ -14,7 +14,7 @@ class Task(NamedTuple):
         channel_dim: Dimension of the channels; None for one grid for the whole tensor.
         levels: Smallest and largest integer of the grid; counted from the low end when the range has an offset.
         offset: Whether the range has a low end of its own (asymmetric).
-        activation: Activation function that is applied before: None, "relu" or "relu6".
+        activation: Activation function that is applied before, of `ACTIVATION_FUNCTIONS`, or None.
         multiplier: Factor on the gradients of the range.
     """
 

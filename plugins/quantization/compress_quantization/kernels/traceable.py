@@ -27,7 +27,8 @@ def fake_quantize(
     clipped = torch.clamp(value, low, high)
     result = torch.round(clipped.detach() / step) * step
     if torch.is_grad_enabled():
-        _, weights = formulas.weights_of_input(value.detach(), ranges, task.factors, task.offset)
+        factors = formulas.factors_of(task.levels, task.activation, task.offset)
+        _, weights = formulas.weights_of_input(value.detach(), ranges, factors, task.offset)
         # Each term is zero: the values stay on the grid exactly, and autograd sees the straight-through gradients.
         result = result + (clipped - clipped.detach())
         result = result + _zero(learned, learned.detach().sign() * task.multiplier).reshape(step.shape) * weights[0]
