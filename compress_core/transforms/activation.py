@@ -37,7 +37,6 @@ from compress_core.transforms.places import ActivationPlace, CallInput, CallOutp
 
 logger = logging.getLogger(__name__)
 
-
 # Modules that return a tensor which they have just made, and which nobody else has: not their input, not a view.
 _MAKERS: frozenset[type[nn.Module]] = frozenset(
     [
@@ -57,6 +56,8 @@ class _Plan:
     functions: tuple[TransformedFunction, ...] = ()
     # What the transform may take over of a module that is an activation function: which, and what it would call.
     activation: tuple[str, tuple[Any, ...]] | None = None
+    # Whether nobody else has what the module returns.
+    is_maker: bool = False
     # Parameters of the module's forward: those that can be passed by position, and all.
     positional: tuple[str, ...] = ()
     parameters: frozenset[str] = frozenset()
@@ -95,6 +96,7 @@ class ActivationTransforms(TransformContainer):
             tuple((name, place) for name, place in places.items() if isinstance(place, ModuleOutput)),
             transformed_functions(calls),
         )
+        plan.is_maker = self.owner in _MAKERS
         known = activation_module(self.owner)
         if known is not None and len(plan.outputs) == 1 and not calls:
             plan.activation = (known[0], functions_named(known[1]))
@@ -126,7 +128,7 @@ class ActivationTransforms(TransformContainer):
             output = forward(module, *args, **kwargs)
         if not plan.outputs:
             return output
-        if self.owner in _MAKERS and isinstance(output, torch.Tensor) and not is_observed():
+        if plan.is_maker and isinstance(output, torch.Tensor) and not is_observed():
             return run_quietly(self._transform_own, output)
         return run_quietly(self._transform_outputs, output)
 

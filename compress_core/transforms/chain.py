@@ -59,8 +59,9 @@ class TransformChain(nn.Module):
         """Tells whether the first transform can take over an activation function that stands before it."""
         if self.bypassed:
             return False
-        first = next(iter(self._modules.values()), None)
-        return first is not None and not first._forward_hooks and activation in getattr(first, "fused_activations", ())
+        for first in self._modules.values():  # not next(iter(...)), which torch.compile of 2.8 cannot follow
+            return not first._forward_hooks and activation in getattr(first, "fused_activations", ())  # type: ignore[union-attr]
+        return False
 
     def forward_fused(self, tensor: torch.Tensor, activation: str) -> torch.Tensor:
         """Returns what `forward` would behind the activation function, in one pass of the first transform."""
