@@ -233,7 +233,8 @@ def _clean(graph: Any) -> None:
     for name, value in list(graph.graph.initializers.items()):
         if not value.uses() and not value.is_graph_output():
             del graph.graph.initializers[name]
-    DeduplicateInitializersPass(_LARGEST_DUPLICATE)(graph)
+    with _quiet():
+        DeduplicateInitializersPass(_LARGEST_DUPLICATE)(graph)
     for name in list(graph.graph.initializers):
         # Where transforms stand in the model matters to no reader of the file.
         short = f".{name}".replace(f".{ACTIVATIONS_ATTRIBUTE}.", ".")[1:]

@@ -119,8 +119,9 @@ class ActivationTransforms(TransformContainer):
             args, kwargs = run_quietly(self._transform_inputs, args, kwargs)
         if plan.activation is not None and len(args) == 1 and not kwargs:
             chain, (activation, functions) = self.chain(plan.outputs[0][0]), plan.activation
-            if chain.fuses(activation) and count_unmade(functions):
-                return run_quietly(chain.forward_fused, args[0], activation)
+            in_place = bool(getattr(module, "inplace", False))
+            if chain.fuses(activation, in_place=in_place) and count_unmade(functions):
+                return run_quietly(chain.forward_fused, args[0], activation, in_place)
         if plan.functions or issubclass(self.owner, nn.TransformerEncoder):
             # The mode is what keeps an encoder from packing its input for the fused layers.
             output = self._run_counted(forward, module, args, kwargs)
@@ -192,9 +193,10 @@ class ActivationTransforms(TransformContainer):
     ) -> torch.Tensor | None:
         chain = self.chain(chain_name)
         tensor = args[0] if args else kwargs.get("input")
-        if tensor is None or not chain.fuses(activation) or not count_unmade(function.objects):
+        in_place = bool(args[1] if len(args) > 1 else kwargs.get("inplace", False))
+        if tensor is None or not chain.fuses(activation, in_place=in_place) or not count_unmade(function.objects):
             return None
-        return run_quietly(chain.forward_fused, tensor, activation)
+        return run_quietly(chain.forward_fused, tensor, activation, in_place)
 
     def _check_counts(self, mode: CallSiteMode) -> None:
         for function, seen in zip(mode.functions, mode.counts, strict=True):
@@ -282,9 +284,11 @@ def add_activation_transform(
             need the tensor that it returned: what comes next may write to it in place. It may take over activation
             functions that it stands directly behind: with an attribute `fused_activations`, the names of these (of
             `ACTIVATION_FUNCTIONS`), and a method `fused(x, activation)` that returns
-            `self(ACTIVATION_FUNCTIONS[activation](x))` in one pass and is called instead of function and transform. And
-            it may have a method `forward_owned(x)` that is called instead of `forward` where nobody else has x, so
-            that it can write its result there (not where autograd records).
+            `self(ACTIVATION_FUNCTIONS[activation](x))` in one pass and is called instead of function and transform. For
+            functions that work in place it takes a method `fused_in_place(x, activation)` that leaves in x what the
+            function would, or what it returns: others may go on with x. And it may have a method `forward_owned(x)`
+            that is called instead of `forward` where nobody else has x, so that it can write its result there (not
+            where autograd records).
         stage: Where in the chain of this place it stands.
         key: Its name in the chain and so in `state_dict`, unique at each place; by default its class name in lower
             case. Algorithms use their own name.

@@ -51,25 +51,44 @@ class TransformChain(nn.Module):
         if self.bypassed:
             return tensor
         for transform in self._modules.values():
-            owned = None if transform._forward_hooks else getattr(transform, "forward_owned", None)  # type: ignore[union-attr]
+            owned = None if _has_hooks(transform) else getattr(transform, "forward_owned", None)  # type: ignore[arg-type]
             tensor = (owned or transform)(tensor)  # type: ignore[misc]
         return tensor
 
-    def fuses(self, activation: str) -> bool:
-        """Tells whether the first transform can take over an activation function that stands before it."""
+    def fuses(self, activation: str, *, in_place: bool) -> bool:
+        """Tells whether the first transform can take over an activation function that stands before it.
+
+        Args:
+            activation: Which one.
+            in_place: Whether it is to write its result to its argument: then there must be no other transform.
+        """
         if self.bypassed:
             return False
         for first in self._modules.values():  # not next(iter(...)), which torch.compile of 2.8 cannot follow
-            return not first._forward_hooks and activation in getattr(first, "fused_activations", ())  # type: ignore[union-attr]
+            if in_place and not (len(self._modules) == 1 and hasattr(first, "fused_in_place")):
+                return False
+            return not _has_hooks(first) and activation in getattr(first, "fused_activations", ())  # type: ignore[arg-type]
         return False
 
-    def forward_fused(self, tensor: torch.Tensor, activation: str) -> torch.Tensor:
+    def forward_fused(self, tensor: torch.Tensor, activation: str, in_place: bool) -> torch.Tensor:
         """Returns what `forward` would behind the activation function, in one pass of the first transform."""
         first = True
         for transform in self._modules.values():
+            if in_place:
+                return transform.fused_in_place(tensor, activation)  # type: ignore[union-attr, operator, no-any-return]
             tensor = transform.fused(tensor, activation) if first else transform(tensor)  # type: ignore[misc, union-attr, operator]
             first = False
         return tensor
+
+
+def _has_hooks(transform: nn.Module) -> bool:
+    """Tells whether a transform has hooks, which only a call of the module itself runs."""
+    return bool(
+        transform._forward_hooks
+        or transform._forward_pre_hooks
+        or transform._backward_hooks
+        or transform._backward_pre_hooks
+    )
 
 
 class TransformContainer(nn.Module):

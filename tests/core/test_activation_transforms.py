@@ -52,6 +52,10 @@ class FusedScale(Scale):
         self.taken.append(activation)
         return self(ACTIVATION_FUNCTIONS[activation](x))
 
+    def fused_in_place(self, x, activation):
+        self.taken.append(activation)
+        return self(ACTIVATION_FUNCTIONS[activation](x, inplace=True))
+
 
 class Function(nn.Module):
     """A model that is one function, with a parameter for the sake of gradients."""
@@ -474,6 +478,37 @@ def test_activation_module_is_taken_over_by_the_transform(x, make, activation):
     assert torch.equal(torch.compile(model, fullgraph=True, backend="eager")(x.clone()), expected)
 
 
+@pytest.mark.parametrize("cls", [Scale, FusedScale])
+@pytest.mark.parametrize(
+    "function", [lambda m, t: m(t), lambda m, t: F.relu(t, inplace=True), lambda m, t: F.relu(t, True)]
+)
+def test_what_works_in_place_still_does(x, function, cls):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.act = nn.ReLU(inplace=True)
+
+        def forward(self, t):
+            out = function(self.act, t)
+            return out, t + 1
+
+    model, transform = Net(), cls()
+    add(model, CallOutput("", "torch.nn.functional.relu", calls()), transform)
+    out, after = model(x.clone())
+    assert torch.equal(out, 10 * F.relu(x))
+    assert torch.equal(after, F.relu(x) + 1)
+
+
+@pytest.mark.parametrize("hook", ["forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"])
+@pytest.mark.parametrize("make", [nn.ReLU, lambda: nn.Linear(3, 3)])
+def test_hooks_of_a_transform_are_called(x, make, hook):
+    model, transform, seen = nn.Sequential(make()), OwningScale(), []
+    add(model, ModuleOutput("0"), transform)
+    getattr(transform, f"register_{hook}")(lambda *args: seen.append(1))
+    model(x.requires_grad_()).sum().backward()
+    assert seen == [1]
+
+
 def test_only_named_activations_are_taken_over(x):
     model, transform = nn.Sequential(nn.Hardswish(), nn.ReLU()), FusedScale()
     transform.fused_activations = {"relu"}
@@ -518,7 +553,7 @@ def test_subclass_of_relu_keeps_its_own_forward(x):
 # Tensors that nobody else has.
 
 
-class OwningScale(Scale):
+class OwningScale(FusedScale):
     def __init__(self):
         super().__init__()
         self.owned = 0

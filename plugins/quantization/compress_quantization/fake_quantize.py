@@ -10,6 +10,7 @@ from torch import nn
 
 from compress_core.errors import DataError, UsageError
 from compress_core.transforms import ACTIVATION_FUNCTIONS
+from compress_quantization import kernels
 from compress_quantization.grid import Grid
 from compress_quantization.kernels import Source, Task, fake_quantize
 from compress_quantization.kernels.formulas import Ranges
@@ -167,6 +168,19 @@ class FakeQuantize(nn.Module):
         if self.observer is None and self.enabled and x.is_floating_point():
             return self._quantize(x, activation)
         result: torch.Tensor = self.forward(ACTIVATION_FUNCTIONS[activation](x))
+        return result
+
+    def fused_in_place(self, x: torch.Tensor, activation: str) -> torch.Tensor:
+        """Returns `self(function(x, inplace=True))`: x becomes what is returned, or what the function returns.
+
+        Args:
+            x: What the activation function takes.
+            activation: Its name, of `compress_core.transforms.ACTIVATION_FUNCTIONS`.
+        """
+        is_active = self.observer is None and self.enabled and x.is_floating_point()
+        if is_active and kernels.can_replace(x, activation):
+            return self._quantize(x, activation, owned=True)
+        result: torch.Tensor = self.forward(ACTIVATION_FUNCTIONS[activation](x, inplace=True))
         return result
 
     def _quantize(self, x: torch.Tensor, activation: str | None, *, owned: bool = False) -> torch.Tensor:

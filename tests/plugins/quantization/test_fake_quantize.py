@@ -7,6 +7,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -14,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from compress_core import DataError, UsageError
 from compress_core.transforms import ACTIVATION_FUNCTIONS
+from compress_quantization import kernels
 from compress_quantization.fake_quantize import AsymmetricFakeQuantize, SymmetricFakeQuantize
 
 EPS = 1e-16
@@ -364,6 +366,62 @@ class TestFusedActivation:
         for ours, expected in zip(*results, strict=True):
             # Codes of clipping functions hold rounding errors in 1/240 of a step.
             torch.testing.assert_close(ours, expected, rtol=5e-3, atol=5e-3 / 255)
+
+    @pytest.mark.parametrize("activation", list(ACTIVATION_FUNCTIONS))
+    @pytest.mark.parametrize("size", [100, 50_000])
+    @pytest.mark.parametrize("compiled", [True, False])
+    def test_in_place(self, compiled, size, activation):
+        torch.manual_seed(0)
+        module = SymmetricFakeQuantize((1,), signed=activation == "hardswish")
+        values, grad, results = torch.randn(size) * 3, torch.randn(size), []
+        before = kernels.set_compiled(compiled)
+        for in_place in (False, True):
+            leaf = values.clone().requires_grad_()
+            module.zero_grad()
+            x = leaf * 1
+            out = module.fused_in_place(x, activation) if in_place else module.fused(x, activation)
+            out.backward(grad)
+            results.append((out.detach(), leaf.grad, module.scale.grad.clone()))
+        for left, right in zip(*results, strict=True):  # sums in another order
+            torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-5)
+        # Whoever goes on with x finds what the function has left, on the grid or not.
+        torch.testing.assert_close(module(x.detach()), results[0][0])
+        with torch.no_grad():
+            x = values.clone()
+            assert torch.equal(module.fused_in_place(x, activation), results[1][0])
+            torch.testing.assert_close(module(x), results[0][0])
+        kernels.set_compiled(before)
+
+    @pytest.mark.parametrize("make", [lambda x: x[:, ::2], lambda x: x.view(-1), lambda x: x[:5]])
+    def test_in_place_in_a_view(self, make):
+        module, base = SymmetricFakeQuantize((1,)), torch.randn(10, 400)
+        part = base.clone().requires_grad_() * 1
+        out = module.fused_in_place(make(part), "relu")
+        assert torch.equal(out, module.fused(make(base), "relu"))
+        assert torch.equal(make(part), F.relu(make(base)))
+
+    @pytest.mark.parametrize("size", [100, 50_000])
+    @pytest.mark.parametrize("compiled", [True, False])
+    def test_relu_does_not_need_what_it_was_given(self, compiled, size):
+        # As in `x += branch(relu(x))`, which torch allows.
+        module, values = SymmetricFakeQuantize((1,)), torch.randn(size)
+        before = kernels.set_compiled(compiled)
+        leaf = values.clone().requires_grad_()
+        x = leaf * 1
+        out = module.fused(x, "relu")
+        x += 5
+        out.sum().backward()
+        kernels.set_compiled(before)
+        assert torch.equal(leaf.grad, ((values > 0) & (values <= 1)).float())
+
+    @pytest.mark.parametrize("activation", list(ACTIVATION_FUNCTIONS))
+    @pytest.mark.parametrize("size", [100, 50_000])
+    def test_of_tensors_from_inference_mode(self, size, activation):
+        with torch.inference_mode():
+            x = torch.randn(size)
+        module = SymmetricFakeQuantize((1,))
+        module.fused(x, activation).sum().backward()
+        assert module.scale.grad is not None
 
     def test_observer_sees_the_clipped_tensor(self):
         module, seen = SymmetricFakeQuantize((1,)), []

@@ -30,7 +30,8 @@ def fake_quantize(
         offset: The parameter that gets `dlow`; None when the range has no low end of its own (symmetric).
         source: What the range is computed from, without a graph.
         task: The rest.
-        owned: Whether nobody else has `x`, so that it may be written to where there is no graph.
+        owned: Whether `x` may become the result: nobody else has it, or others want it. Without a graph it does, with
+            one only where an activation function comes first (see `can_replace`).
     """
     if torch.compiler.is_compiling() or not _is_ordinary(x):
         ranges = _aligned(ranges_of_channels(source, task.levels, compute_dtype(x.dtype)), x.ndim, task)
@@ -43,10 +44,30 @@ def fake_quantize(
         assert layout is not None
     needs_graph = x.requires_grad or learned.requires_grad or (offset is not None and offset.requires_grad)
     if needs_graph and torch.is_grad_enabled():
-        result: torch.Tensor = _FakeQuantize.apply(x, learned, offset, source, task, layout)  # type: ignore[no-untyped-call]
+        function = _Replace if owned and task.activation is not None else _FakeQuantize
+        result: torch.Tensor = function.apply(x, learned, offset, source, task, layout)  # type: ignore[no-untyped-call]
         return result
     with torch.no_grad():
         return dispatch.quantize(x, source, task, layout, in_place=owned)[0]
+
+
+def can_replace(x: torch.Tensor, activation: str) -> bool:
+    """Tells whether a tensor can become what a quantizer behind an activation function makes of it, in one pass.
+
+    Args:
+        x: The tensor.
+        activation: The function; smooth ones need x for their gradients.
+    """
+    if not formulas.is_clip(activation):
+        return False
+    if torch.compiler.is_compiling() or not _is_ordinary(x) or x.dim() == 0:
+        return False
+    if layout_of(tuple(x.shape), x.stride(), None) is None:
+        return False
+    if not torch.is_grad_enabled():
+        return True
+    # A view shares its memory with others, and torch refuses leaves.
+    return not x._is_view() and not (x.is_leaf and x.requires_grad) and not x.is_inference()
 
 
 def _aligned(ranges: Ranges, ndim: int, task: Task) -> Ranges:
@@ -83,13 +104,10 @@ class _FakeQuantize(torch.autograd.Function):
         task: Task,
         layout: Layout,
     ) -> torch.Tensor:
-        # Weights are kept anyway, and small tensors cost little: they need no code. Smooth functions need x themselves.
-        is_kept = layout.kind == "rows" or dispatch.is_small(layout)
-        if task.activation in formulas.SMOOTH or (task.activation is None and is_kept):
-            kept = x
-            out, ranges = dispatch.quantize(x, source, task, layout)
-        else:
-            out, kept, ranges = dispatch.quantize_and_encode(x, source, task, layout)
+        out, kept, ranges = _computed(x, source, task, layout)
+        if kept is x and (task.activation == "relu" or x.is_inference()):
+            # Others may write to x: torch's ReLU keeps its result. And tensors of inference mode cannot be kept.
+            kept = x.clone()
         ctx.task, ctx.layout = task, layout
         ctx.save_for_backward(kept, ranges, learned.detach())
         return out
@@ -106,6 +124,39 @@ class _FakeQuantize(torch.autograd.Function):
                 value = total if total.shape == learned.shape else total.reshape(learned.shape)
                 results[index] = value if task.multiplier == 1 else value * task.multiplier
         return grad_x if ctx.needs_input_grad[0] else None, *results, None, None, None
+
+
+class _Replace(_FakeQuantize):
+    """The same, and x becomes the result: it gets its memory, while that of x may be kept for the gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        learned: torch.Tensor,
+        offset: torch.Tensor | None,
+        source: Source,
+        task: Task,
+        layout: Layout,
+    ) -> torch.Tensor:
+        out, kept, ranges = _computed(x.detach(), source, task, layout)
+        x.set_(out)  # type: ignore[call-overload]
+        ctx.mark_dirty(x)
+        ctx.task, ctx.layout = task, layout
+        ctx.save_for_backward(kept, ranges, learned.detach())
+        return x
+
+
+def _computed(
+    x: torch.Tensor, source: Source, task: Task, layout: Layout
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns y, what to keep for gradients (x or codes), and the ranges."""
+    # Weights are kept anyway, and small tensors cost little: they need no code. Smooth functions need x themselves.
+    is_kept = layout.kind == "rows" or dispatch.is_small(layout)
+    if task.activation in formulas.SMOOTH or (task.activation is None and is_kept):
+        out, ranges = dispatch.quantize(x, source, task, layout)
+        return out, x, ranges
+    return dispatch.quantize_and_encode(x, source, task, layout)
 
 
 def _gradients_with_graph(
