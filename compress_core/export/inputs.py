@@ -76,8 +76,10 @@ def inputs_of(example: Example, model: nn.Module) -> Inputs:
     """
     seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
-    def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         seen.append((args, kwargs))
+        # The model may write to what it is given.
+        return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, (args, kwargs))
 
     handle = model.register_forward_pre_hook(note, with_kwargs=True)
     try:

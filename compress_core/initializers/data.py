@@ -125,7 +125,8 @@ class CalibrationData:
         """
         device = self._args.device or _device_of(model)
         try:
-            moved = tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf, batch)
+            # A copy: models may write to what they are given, and loaders may give the same tensors again.
+            moved = tree_map(lambda leaf: leaf.to(device, copy=True) if isinstance(leaf, torch.Tensor) else leaf, batch)
             if self._args.forward_fn is not None:
                 self._args.forward_fn(model, moved)
                 return
