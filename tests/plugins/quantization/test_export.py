@@ -512,11 +512,17 @@ def attention_of_three(m, x):
     return m.attention(x, m.first(x), m.second(x))
 
 
-@pytest.mark.parametrize("kind", ["scaled_dot_product_attention", "MultiheadAttention", "of three tensors"])
+KINDS_OF_ATTENTION = ["scaled_dot_product_attention", "MultiheadAttention", "of three tensors", "of other widths"]
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_ATTENTION)
 def test_attention(kind, export):
     layer = nn.MultiheadAttention(8, 2, batch_first=True)
     if kind == "MultiheadAttention":
         model = Wired(lambda m, x: m.attention(x, x, x), attention=layer)
+    elif kind == "of other widths":  # three weights in one layer
+        layer = nn.MultiheadAttention(8, 2, batch_first=True, kdim=6, vdim=4)
+        model = Wired(attention_of_three, attention=layer, first=nn.Linear(8, 6), second=nn.Linear(8, 4))
     elif kind == "of three tensors":
         model = Wired(attention_of_three, attention=layer, first=nn.LayerNorm(8), second=nn.LayerNorm(8))
     else:
@@ -526,8 +532,8 @@ def test_attention(kind, export):
     # With optimizations on, ONNX Runtime rounds what the last projection of nn.MultiheadAttention reads to 8 bits.
     assert report.worst(optimized=False).relative_mean < 1e-6 and report.worst().relative_mean < 0.01
     # One tensor is projected at once; for three, torch splits the weight.
-    shapes = [(8, 8)] * 4 if kind == "of three tensors" else [(8, 8), (8, 24)]
-    assert sorted(weight.shape for weight in file.weights()) == shapes
+    shapes = {"of three tensors": [(8, 8)] * 4, "of other widths": [(4, 8), (6, 8), (8, 4), (8, 6), (8, 8), (8, 8)]}
+    assert sorted(weight.shape for weight in file.weights()) == shapes.get(kind, [(8, 8), (8, 24)])
     assert report.runtime_operators["MatMulIntegerToFloat"] >= 1
 
 

@@ -47,6 +47,7 @@ def _replace_activations(model: nn.Module) -> None:
 
 @torch.no_grad()
 def _replace_weights(model: nn.Module) -> None:
+    replacements: list[tuple[nn.Module, str, DequantizedWeight]] = []
     for places in parameter_places(model).values():
         transformed = [(owner, name) for _, owner, name in places if chain_of(owner, name) is not None]
         if not transformed:
@@ -63,7 +64,10 @@ def _replace_weights(model: nn.Module) -> None:
         for transform in before:
             values = transform(values)
         dequantized = DequantizedWeight(values, last.grid()).eval()
-        for owner, name in transformed:
-            detach_chain(owner, name)
-            # unsafe: the checks would run the operator, which has values in the exported graph only.
-            parametrize.register_parametrization(owner, name, dequantized, unsafe=True)
+        replacements += [(owner, name, dequantized) for owner, name in transformed]
+    # All chains go before the first parametrization comes: both change the class of a layer, which may have several.
+    for owner, name, _ in replacements:
+        detach_chain(owner, name)
+    for owner, name, dequantized in replacements:
+        # unsafe: the checks would run the operator, which has values in the exported graph only.
+        parametrize.register_parametrization(owner, name, dequantized, unsafe=True)
