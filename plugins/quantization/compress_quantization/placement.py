@@ -51,12 +51,14 @@ class Placed:
         places: Where it stands; several when tensors that meet at a concatenation share it.
         modules: Dotted names of the modules that make the quantized tensor, and of those that demand it.
         shape: Shape of the first of its tensors in the example.
+        is_constant: Whether no input of the model reaches its tensors: they need not have a dimension of samples.
     """
 
     spec: QuantizerSpec
     places: tuple[ActivationPlace, ...]
     modules: tuple[str, ...]
     shape: tuple[int, ...]
+    is_constant: bool = False
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,7 @@ class _Wish:
         readers: None when the tensor is quantized for everybody; else the calls that get it quantized.
         modules: Names of the modules that demand it.
         shape: The tensor's shape.
+        is_constant: Whether no input of the model reaches the tensor.
     """
 
     value: ValueId
@@ -109,6 +112,7 @@ class _Wish:
     readers: list[tuple[int, Path]] | None
     modules: list[str]
     shape: tuple[int, ...]
+    is_constant: bool
 
 
 @dataclass
@@ -135,6 +139,7 @@ class _Propagation:
         self._number = number
         self._consumers = forward.consumers()
         self._fused = fused_calls(forward)
+        self._reached = _reached_by_inputs(forward)
         # Values that are quantized for everybody, and the others that some reader wants quantized.
         self._whole: dict[ValueId, _Wish] = {}
         self._partial: list[_Wish] = []
@@ -183,7 +188,8 @@ class _Propagation:
                 self._whole.pop(replaced, None)
                 if ask.unified:
                     self._groups.join(group, ("value", self._number, replaced))
-        return _Wish(value, spec, group, None, modules, self._forward.values[value].shape)
+        shape = self._forward.values[value].shape
+        return _Wish(value, spec, group, None, modules, shape, value not in self._reached)
 
     def _ask(self, call: Call, path: Path) -> _Ask:
         reader = (call.index, path)
@@ -235,6 +241,16 @@ def _places(wish: _Wish, number: int, forward: ForwardTrace, sites: Sites) -> li
     return [(sites.input_place(CallRef(number, reader.index), at), _name(reader)) for reader, at in readers]
 
 
+def _reached_by_inputs(forward: ForwardTrace) -> set[ValueId]:
+    """Returns the values that are computed from an input of the model, among others."""
+    reached = {value.index for value in forward.values if value.inputs}
+    for call in forward.calls:
+        if any(value in reached for _, value in call.inputs):
+            reached.update(value for _, value in call.outputs)
+            reached.update(call.overwritten)
+    return reached
+
+
 def _name(call: Call) -> str:
     return f"{call.module or 'model'}: {call.function}"
 
@@ -247,7 +263,8 @@ def _merged(wishes: dict[ActivationPlace, _Wish], groups: _Groups) -> list[Place
     for places in members.values():
         first = wishes[places[0]]
         modules = dict.fromkeys(name for place in places for name in (place.module, *wishes[place].modules))
-        found.append(Placed(first.spec, tuple(places), tuple(modules), first.shape))
+        is_constant = all(wishes[place].is_constant for place in places)
+        found.append(Placed(first.spec, tuple(places), tuple(modules), first.shape, is_constant))
     return found
 
 

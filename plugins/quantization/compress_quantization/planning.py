@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -297,13 +297,17 @@ class Planner:
         spec = self.resolver.with_bits(placed.spec, QuantizerPlace(own, "activations", "add", port))
         place = QuantizerPlace((*own, *self._module_names(list(placed.modules))), "activations", "add", port)
         channel = 1 if spec.per_channel and len(placed.shape) > 1 else None
+        initial_range = InitialRange.of(self.resolver.range_for(place)[0])
+        if placed.is_constant and initial_range.type == "mixed_min_max":
+            # The mean over samples of what has none would be one over whatever comes first in its shape.
+            initial_range = replace(initial_range, type="min_max")
         return PlannedQuantizer(
             f"{where}|{port}",
             "activations",
             spec,
             _scale_shape(placed.shape, channel),
             places=placed.places,
-            initial_range=InitialRange.of(self.resolver.range_for(place)[0]),
+            initial_range=initial_range,
         )
 
     def _names_of_place(self, place: ActivationPlace, where: str) -> tuple[ScopedModule, ...]:

@@ -56,6 +56,16 @@ def test_input_range_is_that_of_mixed_min_max():
     torch.testing.assert_close(quantizer.scale, expected_scale(data).reshape(1))
 
 
+def test_what_no_input_reaches_has_no_samples():
+    class Biased(Small):
+        def forward(self, x):
+            distances = torch.arange(36.0, device=x.device).view(6, 6)
+            return self.fc((self.conv(x) + distances).flatten(1))
+
+    controller, _ = create(Biased(), images(8).split(4))
+    assert controller.non_weight_quantizers["model/torch.arange#0|OUTPUT"].scale.item() == 35
+
+
 def test_ranges_are_measured_with_quantized_weights_and_unquantized_activations():
     data = images(8)
     controller, model = create(Small(), [data])
