@@ -135,7 +135,7 @@ def _give_up(error: Exception) -> None:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         logger.warning(
             "fake-quantize kernels cannot be compiled (%s: %s); eager ones are used, which are slower. "
-            "Install a C++ compiler and torch 2.8 or later, or set %s=eager",
+            "Install a C++ compiler, or set %s=eager",
             type(error).__name__,
             reason[0][:200],
             ENVIRONMENT_VARIABLE,
