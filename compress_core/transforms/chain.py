@@ -72,11 +72,10 @@ class TransformChain(nn.Module):
 
     def forward_fused(self, tensor: torch.Tensor, activation: str, in_place: bool) -> torch.Tensor:
         """Returns what `forward` would behind the activation function, in one pass of the first transform."""
+        method = "fused_in_place" if in_place else "fused"
         first = True
         for transform in self._modules.values():
-            if in_place:
-                return transform.fused_in_place(tensor, activation)  # type: ignore[union-attr, operator, no-any-return]
-            tensor = transform.fused(tensor, activation) if first else transform(tensor)  # type: ignore[misc, union-attr, operator]
+            tensor = getattr(transform, method)(tensor, activation) if first else transform(tensor)  # type: ignore[misc]
             first = False
         return tensor
 

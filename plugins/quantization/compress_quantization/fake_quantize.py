@@ -144,16 +144,15 @@ class FakeQuantize(nn.Module):
         Raises:
             UsageError: `x` does not have the number of channels of the quantizer.
         """
+        if self._is_active(x):
+            return self._quantize(x, None)
         if self.observer is not None:
             self.observer(x)
-            return x
-        if not self.enabled or not x.is_floating_point():
-            return x
-        return self._quantize(x, None)
+        return x
 
     def forward_owned(self, x: torch.Tensor) -> torch.Tensor:
         """Does what `forward` does, and may write the result to `x`, which nobody else has."""
-        if self.observer is None and self.enabled and x.is_floating_point():
+        if self._is_active(x):
             return self._quantize(x, None, owned=True)
         result: torch.Tensor = self.forward(x)
         return result
@@ -165,7 +164,7 @@ class FakeQuantize(nn.Module):
             x: What the activation function takes.
             activation: Its name, of `compress_core.transforms.ACTIVATION_FUNCTIONS`.
         """
-        if self.observer is None and self.enabled and x.is_floating_point():
+        if self._is_active(x):
             return self._quantize(x, activation)
         result: torch.Tensor = self.forward(ACTIVATION_FUNCTIONS[activation](x))
         return result
@@ -177,11 +176,13 @@ class FakeQuantize(nn.Module):
             x: What the activation function takes.
             activation: Its name, of `compress_core.transforms.ACTIVATION_FUNCTIONS`.
         """
-        is_active = self.observer is None and self.enabled and x.is_floating_point()
-        if is_active and kernels.can_replace(x, activation):
+        if self._is_active(x) and kernels.can_replace(x, activation):
             return self._quantize(x, activation, owned=True)
         result: torch.Tensor = self.forward(ACTIVATION_FUNCTIONS[activation](x, inplace=True))
         return result
+
+    def _is_active(self, x: torch.Tensor) -> bool:
+        return self.observer is None and self.enabled and x.is_floating_point()
 
     def _quantize(self, x: torch.Tensor, activation: str | None, *, owned: bool = False) -> torch.Tensor:
         dim = self._channel_dim

@@ -44,8 +44,8 @@ def fake_quantize(
         assert layout is not None
     needs_graph = x.requires_grad or learned.requires_grad or (offset is not None and offset.requires_grad)
     if needs_graph and torch.is_grad_enabled():
-        function = _Replace if owned and task.activation is not None else _FakeQuantize
-        result: torch.Tensor = function.apply(x, learned, offset, source, task, layout)  # type: ignore[no-untyped-call]
+        replaces = owned and task.activation is not None
+        result: torch.Tensor = _FakeQuantize.apply(x, learned, offset, source, task, layout, replaces)  # type: ignore[no-untyped-call]
         return result
     with torch.no_grad():
         return dispatch.quantize(x, source, task, layout, in_place=owned)[0]
@@ -103,9 +103,14 @@ class _FakeQuantize(torch.autograd.Function):
         source: Source,
         task: Task,
         layout: Layout,
+        replaces: bool,
     ) -> torch.Tensor:
-        out, kept, ranges = _computed(x, source, task, layout)
-        if kept is x and (task.activation == "relu" or x.is_inference()):
+        out, kept, ranges = _computed(x.detach() if replaces else x, source, task, layout)
+        if replaces:
+            # x gets the memory of the result, while its own may be kept for the gradients.
+            out = x.set_(out)  # type: ignore[call-overload]
+            ctx.mark_dirty(x)
+        elif kept is x and (task.activation == "relu" or x.is_inference()):
             # Others may write to x: torch's ReLU keeps its result. And tensors of inference mode cannot be kept.
             kept = x.clone()
         ctx.task, ctx.layout = task, layout
@@ -123,28 +128,7 @@ class _FakeQuantize(torch.autograd.Function):
             if ctx.needs_input_grad[1 + index]:
                 value = total if total.shape == learned.shape else total.reshape(learned.shape)
                 results[index] = value if task.multiplier == 1 else value * task.multiplier
-        return grad_x if ctx.needs_input_grad[0] else None, *results, None, None, None
-
-
-class _Replace(_FakeQuantize):
-    """The same, and x becomes the result: it gets its memory, while that of x may be kept for the gradients."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        learned: torch.Tensor,
-        offset: torch.Tensor | None,
-        source: Source,
-        task: Task,
-        layout: Layout,
-    ) -> torch.Tensor:
-        out, kept, ranges = _computed(x.detach(), source, task, layout)
-        x.set_(out)  # type: ignore[call-overload]
-        ctx.mark_dirty(x)
-        ctx.task, ctx.layout = task, layout
-        ctx.save_for_backward(kept, ranges, learned.detach())
-        return x
+        return grad_x if ctx.needs_input_grad[0] else None, *results, None, None, None, None
 
 
 def _computed(
