@@ -30,6 +30,7 @@ from compress_core.rng import preserved_rng
 from compress_core.trace.graph import Call, ForwardTrace, tensors_with_paths
 from compress_core.trace.recorder import fake_batch_norm, name_of
 from compress_core.transforms import has_transforms
+from compress_core.transforms.attention import inside_of
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +50,6 @@ _SHAPED = frozenset(
     "torch.unflatten",
     "torch.tile",
     "torch.broadcast_to",
-    "torch.nn.functional.multi_head_attention_forward",
     "torch._native_multi_head_attention",
     "torch._transformer_encoder_layer_fwd",
 }
@@ -252,6 +252,9 @@ class _Comparison(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self._inside:
             return func(*args, **(kwargs or {}))
+        if (inside := inside_of(func)) is not None:
+            with self:
+                return inside(*args, **(kwargs or {}))
         self._inside = True
         try:
             result = func(*args, **(kwargs or {}))

@@ -1,7 +1,8 @@
 """Recording one forward at two levels: function calls and the ATen operators inside them.
 
-A `TorchFunctionMode` sees the functions that the model's Python code calls, outermost ones only; a `TorchDispatchMode`
-sees what these do. Forward hooks, for the time of the recording, tell which module is running.
+A `TorchFunctionMode` sees the functions that the model's Python code calls, outermost ones only (but the inside of
+`nn.MultiheadAttention`); a `TorchDispatchMode` sees what these do. Forward hooks, for the time of the recording, tell
+which module is running.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from compress_core.trace.graph import Call, ForwardTrace, Frame, ModuleCall, Ope
 from compress_core.trace.graph import tensors_with_paths as tensors_of
 from compress_core.trace.positions import RunningFrame, location_below, result_is_used
 from compress_core.trace.values import Taken, ValueTable, Write
+from compress_core.transforms.attention import inside_of
 
 # Questions that torch's own shape functions ask by the dozen; nothing to record.
 _QUERIES = frozenset({"prim.device.default", "prim.layout.default"})
@@ -258,6 +260,9 @@ class _CallMode(TorchFunctionMode):
         self._recorder = recorder
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if (inside := inside_of(func)) is not None:
+            with self:
+                return inside(*args, **(kwargs or {}))
         return self._recorder.call(func, args, kwargs or {})
 
 

@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode, get_overridable_functions, resolv
 
 from compress_core.errors import TransformError
 from compress_core.transforms.activation_functions import activation_called
+from compress_core.transforms.attention import inside_of
 from compress_core.transforms.places import CallInput, CallOutput, CallPattern, Path
 
 T = TypeVar("T")
@@ -150,7 +151,13 @@ class CallSiteMode(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs a function call, with its transforms if it has any."""
         kwargs = {} if kwargs is None else kwargs
+        inside = inside_of(func)
+        if inside is not None:
+            with self:
+                return inside(*args, **kwargs)
         index = self.index_of(func)
+        if func is torch.Tensor.unflatten and torch.compiler.is_dynamo_compiling():
+            func = torch.unflatten  # dynamo cannot trace the method while a mode is active
         if index < 0:
             return func(*args, **kwargs)
         call = self.counts[index]

@@ -868,6 +868,69 @@ def test_fused_transformer_layers_are_off_where_they_would_bypass_transforms():
     assert type(model) is nn.TransformerEncoder
 
 
+class Attention(nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True, **options)
+
+    def forward(self, x, y, attn_mask=None, key_padding_mask=None, need_weights=False):
+        masks = {"attn_mask": attn_mask, "key_padding_mask": key_padding_mask}
+        return self.attention(x, y, y, need_weights=need_weights, **masks)[0]
+
+
+CAUSAL, PADDING = torch.ones(5, 5, dtype=torch.bool).triu(1), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+
+
+@pytest.mark.parametrize("number", [1, 2], ids=["self", "cross"])
+@pytest.mark.parametrize("masks", [(), (CAUSAL,), (CAUSAL, PADDING)], ids=["no mask", "causal", "causal and padding"])
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_inside_of_multi_head_attention(number, masks, need_weights):
+    torch.manual_seed(0)
+    tensors = [torch.randn(2, 5, 8) for _ in range(number)]
+    args = (tensors[0], tensors[-1], *masks)
+    model = Attention()
+    with torch.no_grad():
+        model.attention.in_proj_bias.uniform_(-1, 1)
+        model.attention.out_proj.bias.uniform_(-1, 1)
+    plain = copy.deepcopy(model)
+    # A factor behind the first projection is one on its weight and bias: of queries, or of queries, keys and values.
+    rows = 8 if number == 2 else 24
+    factors = torch.cat([torch.full((rows,), 3.0), torch.ones(24 - rows)])
+    with torch.no_grad():
+        plain.attention.in_proj_weight *= factors[:, None]
+        plain.attention.in_proj_bias *= factors
+        plain.attention.out_proj.weight *= 0.5
+    sites = tuple(range(number + 1))
+    add(model, CallOutput("attention", "torch.nn.functional.linear", calls(0, sites)), Scale(3.0))
+    add(model, CallInput("attention", "torch.nn.functional.linear", calls(number, sites), (0,)), Scale(0.5))
+    expected = plain(*args, need_weights=need_weights)
+    torch.compiler.reset()
+    for run in (model, torch.compile(model, fullgraph=True, backend="eager")):
+        for training in (True, False):
+            model.train(training)
+            assert torch.allclose(run(*args, need_weights=need_weights), expected, atol=1e-6)
+            with torch.no_grad():  # where the fused attention would be taken
+                assert torch.allclose(run(*args, need_weights=need_weights), expected, atol=1e-6)
+    exported = torch.export.export(model, args, {"need_weights": need_weights}, strict=False).module()
+    assert torch.allclose(exported(*args, need_weights=need_weights), expected, atol=1e-6)
+
+
+def test_attention_that_the_user_has_put_in_the_place_of_torchs_own_is_called(monkeypatch):
+    model = Attention()
+    add(model, CallInput("attention", "torch.nn.functional.linear", calls(1, (0, 1)), (0,)), Scale(2.0))
+    x = torch.randn(2, 5, 8)
+    model(x, x)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda query, *_: torch.zeros_like(query))
+    assert torch.equal(model(x, x), model.attention.out_proj.bias.expand(2, 5, 8))
+
+
+def test_wrong_masks_are_refused_as_before():
+    model, x = Attention(), torch.randn(2, 5, 8)
+    add(model, CallInput("attention", "torch.nn.functional.linear", calls(1, (0, 1)), (0,)), Scale(2.0))
+    with pytest.raises(AssertionError, match="key_padd"):
+        model(x, x, None, PADDING[:, :3])
+
+
 def test_user_modes_and_default_devices_stay_in_force(x):
     seen = []
 

@@ -172,13 +172,26 @@ def test_networks_of_the_zoo_give_shapes_of_a_real_forward(name):
         assert [value.shape for value in found.forwards[0].outputs] == [model(*inputs()).shape]
 
 
-def test_multi_head_attention_is_one_call_of_the_code():
+@pytest.mark.parametrize(
+    ("need_weights", "products"), [(False, ["scaled_dot_product_attention"]), (True, ["bmm", "softmax", "bmm"])]
+)
+def test_multi_head_attention_is_seen_inside(need_weights, products):
     forward = forward_of(
-        Function(lambda model, x: model.attention(x, x, x)[0], attention=nn.MultiheadAttention(4, 2)),
+        Function(
+            lambda model, x: model.attention(x, x, x, need_weights=need_weights)[0],
+            attention=nn.MultiheadAttention(4, 2),
+        ),
         torch.ones(3, 2, 4),
     )
-    assert [(name, len(call.operators) > 5) for (_, name), call in zip(calls(forward), forward.calls, strict=True)] == [
-        ("multi_head_attention_forward", True)
+    seen = [name for _, name in calls(forward)]
+    assert not any("multi_head" in name for name in seen)
+    computing = [name for name in seen if name in {"linear", "softmax", "bmm", "scaled_dot_product_attention"}]
+    assert computing == ["linear", *products, "linear"]
+    assert {call.module for call in forward.calls} == {"attention"}
+    read = [forward.values[value].parameter for call in forward.calls for _, value in call.inputs]
+    assert [name for name in read if name.endswith("weight")] == [
+        "attention.in_proj_weight",
+        "attention.out_proj.weight",
     ]
 
 

@@ -35,7 +35,6 @@ _KINDS: dict[str, str] = {
     **dict.fromkeys(("group_norm", "instance_norm"), "group_norm"),
     "batch_norm": "batch_norm",
     "scaled_dot_product_attention": "scaled_dot_product_attention",
-    "multi_head_attention_forward": "multi_head_attention",
     **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell"), "rnn"),
     **dict.fromkeys(("rnn_tanh_cell", "rnn_relu_cell"), "rnn"),
     "round": "round",
@@ -76,8 +75,11 @@ ARITHMETIC_KINDS = frozenset(["add", "sub", "mul", "div"])
 _DATA_ARGUMENTS: dict[str, tuple[int | str, ...]] = {
     **dict.fromkeys(LINEAR_KINDS - {"matmul"}, (0, "input")),
     **dict.fromkeys(("layer_norm", "group_norm", "batch_norm", "interpolate"), (0, "input")),
-    **dict.fromkeys(("scaled_dot_product_attention", "multi_head_attention"), (0, 1, 2, "query", "key", "value")),
+    "scaled_dot_product_attention": (0, 1, 2, "query", "key", "value"),
 }
+
+# Products to which the first argument is added, as a bias is.
+_WITH_ADDEND = frozenset({"addmm", "addbmm", "baddbmm"})
 
 # Where the weight of an operator is.
 _WEIGHT_ARGUMENTS = (1, "weight")
@@ -121,9 +123,17 @@ def is_activation(function: str) -> bool:
 def is_data_argument(call: Call, path: Path) -> bool:
     """Tells whether a tensor argument of a call is an activation (and not a weight, a bias or a statistic)."""
     wanted = _DATA_ARGUMENTS.get(kind_of(call.function))
-    if base_name(call.function) == "einsum":
-        return True
+    if base_name(call.function) in _WITH_ADDEND:
+        return path[0] not in (0, "input")
     return wanted is None or path[0] in wanted
+
+
+def is_mask_argument(call: Call, path: Path) -> bool:
+    """Tells whether a tensor argument of a call is added to the scores of attention, to leave some of them out."""
+    name = base_name(call.function)
+    if name == "scaled_dot_product_attention":
+        return path[0] in (3, "attn_mask")
+    return name == "baddbmm" and path[0] in (0, "input")
 
 
 def is_weight_argument(call: Call, path: Path) -> bool:

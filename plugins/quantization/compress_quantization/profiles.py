@@ -6,7 +6,6 @@ Operators go by these kinds, whatever module or function of torch computes them:
     add sub mul div min max (of two tensors) compare pow mean sum norm (L2) round
     avg_pool interpolate (linear, cubic, area) interpolate_nearest pixel_shuffle
     batch_norm group_norm layer_norm scaled_dot_product_attention concat
-    multi_head_attention (the one function of nn.MultiheadAttention: what its projections, linear layers, read)
 
 A kind that a profile does not list is not quantized there. The order in a file is an order of preference: the first
 scheme, and the first number of bits, mode and granularity in it, is what a quantizer gets unless the config says

@@ -216,17 +216,39 @@ class CrossAttention(nn.Module):
 
     def forward(self, *tensors):
         tensors = [norm(x) for norm, x in zip(self.norms, tensors, strict=False)]
-        return self.attention(*(tensors * 3)[:3])[0]
+        return self.attention(*(tensors * 3)[:3], need_weights=False)[0]
 
 
 @pytest.mark.parametrize("device", ["CPU", "GPU", "NPU", "TRIAL"])
 @pytest.mark.parametrize("number", [1, 3])
-def test_what_the_projections_of_multi_head_attention_read(number, device):
+def test_multi_head_attention_is_quantized_inside(number, device):
     inputs = [torch.ones(2, 5, 8)] * number
     found = plan(CrossAttention(), *inputs, device=device)
     # One tensor for all three stays one tensor: attention computes its projections together then.
     assert [[f"norms.{index}: output"] in places(found) for index in range(3)] == [index < number for index in range(3)]
-    assert not any("multi_head" in place for group in places(found) for place in group)
+    # Queries and keys, where they have been made, if the device has a fused attention; what the last projection reads.
+    inside = [place for group in places(found) for place in group if place.startswith("attention")]
+    function = "torch.Tensor.__getitem__" if number == 1 else "torch.nn.functional.linear"
+    made = [f"attention: {function}#{index} output" for index in range(2) if device in ("CPU", "NPU")]
+    assert inside == [*made, "attention: torch.nn.functional.scaled_dot_product_attention#0 output"]
+    assert {q.parameter for q in found.quantizers if q.group == "weights"} == {
+        "attention.in_proj_weight",
+        "attention.out_proj.weight",
+    }
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_masks_of_attention_are_left_alone(need_weights):
+    def forward(model, x):
+        causal = torch.ones(5, 5, dtype=torch.bool, device=x.device).triu(1)
+        padding = torch.zeros(2, 5, device=x.device).masked_fill(x[:, :, 0] > 1, -torch.inf)
+        return model.a(x, x, x, attn_mask=causal, key_padding_mask=padding, need_weights=need_weights)[0]
+
+    model = Block(forward)
+    model.a = nn.MultiheadAttention(8, 2, batch_first=True)
+    found = [place for group in places(plan(model, torch.randn(2, 5, 8))) for place in group]
+    assert not any("add" in place or "masked_fill" in place or "baddbmm" in place for place in found)
+    assert len(found) == (5 if need_weights else 4)
 
 
 def test_weights_without_a_layer_are_found_by_their_use():

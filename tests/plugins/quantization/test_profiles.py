@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[3]
 WEIGHTED = ["conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear"]
 ON_EVERY_DEVICE = [
     *WEIGHTED,
-    *("matmul", "multi_head_attention", "add", "mul", "div", "mean", "avg_pool", "layer_norm", "batch_norm"),
+    *("matmul", "add", "mul", "div", "mean", "avg_pool", "layer_norm", "batch_norm"),
 ]
 DEVICES = ["CPU", "GPU", "NPU", "TRIAL"]
 
