@@ -20,7 +20,7 @@ from compress_core.errors import StateError, UsageError
 from compress_core.snapshot import ModelSnapshot
 from compress_core.trace import Example, trace
 from compress_core.transforms import bake_transforms
-from compress_core.transforms.activation import ActivationTransforms
+from compress_core.transforms.activation_forward import ActivationTransforms
 
 
 def shrink_model(

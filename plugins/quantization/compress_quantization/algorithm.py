@@ -31,7 +31,8 @@ from compress_quantization.config import QuantizationConfig
 from compress_quantization.config_checks import check_config
 from compress_quantization.export import prepare, rewrite
 from compress_quantization.fake_quantize import FakeQuantize
-from compress_quantization.planning import PlannedQuantizer, Planner
+from compress_quantization.plan import PlannedQuantizer
+from compress_quantization.planning import Planner
 from compress_quantization.profiles import load_profile
 from compress_quantization.quantizers import find_quantizer, make_quantizer, replace_by_native
 from compress_quantization.ranges import collector_for

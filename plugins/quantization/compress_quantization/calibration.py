@@ -17,7 +17,7 @@ from compress_core.initializers.data import CalibrationData
 from compress_core.rng import preserved_rng
 from compress_core.transforms.weight import resolve_parameter
 from compress_quantization.fake_quantize import FakeQuantize
-from compress_quantization.planning import PlannedQuantizer
+from compress_quantization.plan import PlannedQuantizer
 from compress_quantization.ranges import RangeStatistics
 
 logger = logging.getLogger(__name__)

@@ -2,131 +2,23 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from dataclasses import replace
 
 from torch import nn
 
 from compress_core import ConfigError
 from compress_core.layers import WeightedLayer, WeightTensor, weight_tensors
 from compress_core.scopes import ScopedModule, ScopeFilter, scoped_modules
-from compress_core.trace import Call, ForwardTrace, Trace
-from compress_core.trace.graph import ValueId
-from compress_core.transforms.places import (
-    ActivationPlace,
-    CallOutput,
-    ModuleInput,
-    ModuleOutput,
-    Path,
-    place_from_dict,
-)
-from compress_quantization.config import QuantizationConfig, QuantizerGroup, RangeConfig
-from compress_quantization.operators import LINEAR_KINDS, base_name, is_weight_argument, kind_of
+from compress_core.trace import Call, Trace
+from compress_core.transforms.places import ActivationPlace, CallOutput, ModuleInput, ModuleOutput, Path
+from compress_quantization.calls import call_key, call_names, first_convolutions, is_depthwise, is_of, weight_uses
+from compress_quantization.config import QuantizationConfig
+from compress_quantization.operators import LINEAR_KINDS, kind_of
 from compress_quantization.placement import Placed, Rules, place_quantizers
+from compress_quantization.plan import InitialRange, PlannedQuantizer, QuantizationPlan
 from compress_quantization.profiles import Profile
 from compress_quantization.quantizer_config import QuantizerPlace, QuantizerSpec, Resolver, check_strict_bits
-
-
-@dataclass(frozen=True)
-class InitialRange:
-    """How the range of a quantizer is initialized; see `RangeConfig`.
-
-    Attributes:
-        type: The statistic.
-        num_init_samples: Samples to collect it on; 0 for none.
-        percentiles: For the percentile types: lower and upper one.
-    """
-
-    type: str = "mixed_min_max"
-    num_init_samples: int = 256
-    percentiles: tuple[float, float] | None = None
-
-    @classmethod
-    def of(cls, config: RangeConfig) -> InitialRange:
-        """Returns what a section says; percentiles are read for those types alone that have them."""
-        percentiles = None
-        if config.type in ("percentile", "mean_percentile"):
-            percentiles = (config.params.min_percentile, config.params.max_percentile)
-        return cls(config.type, config.num_init_samples, percentiles)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> InitialRange:
-        """Takes back what `dataclasses.asdict` returned."""
-        percentiles = values["percentiles"]
-        found = None if percentiles is None else (percentiles[0], percentiles[1])
-        return cls(values["type"], values["num_init_samples"], found)
-
-    def to_config(self) -> RangeConfig:
-        """Returns a section that says the same."""
-        low, high = self.percentiles or (0.1, 99.9)
-        params = {"min_percentile": low, "max_percentile": high}
-        values = {"type": self.type, "num_init_samples": self.num_init_samples, "params": params}
-        return RangeConfig.model_validate(values)
-
-
-@dataclass(frozen=True)
-class PlannedQuantizer:
-    """One quantizer.
-
-    Attributes:
-        name: What statistics and `bitwidth_per_scope` call it: `<where>|WEIGHT`, `|OUTPUT` or `|INPUT<n>`.
-        group: `weights` or `activations`.
-        spec: What it is like.
-        shape: Shape of its scale, which broadcasts against the tensor.
-        parameter: Dotted name of the weight; empty for activations.
-        places: Where activations are quantized; empty for weights.
-        initial_range: How its range is initialized: type, number of samples and percentiles.
-    """
-
-    name: str
-    group: QuantizerGroup
-    spec: QuantizerSpec
-    shape: tuple[int, ...]
-    parameter: str = ""
-    places: tuple[ActivationPlace, ...] = ()
-    initial_range: InitialRange = InitialRange()
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns JSON-able values."""
-        return {
-            "name": self.name,
-            "group": self.group,
-            "spec": self.spec.to_dict(),
-            "shape": list(self.shape),
-            "parameter": self.parameter,
-            "places": [place.to_dict() for place in self.places],
-            "initial_range": asdict(self.initial_range),
-        }
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> PlannedQuantizer:
-        """Takes back what `to_dict` returned."""
-        return cls(
-            name=values["name"],
-            group=values["group"],
-            spec=QuantizerSpec.from_dict(values["spec"]),
-            shape=tuple(values["shape"]),
-            parameter=values["parameter"],
-            places=tuple(place_from_dict(place) for place in values["places"]),
-            initial_range=InitialRange.from_dict(values["initial_range"]),
-        )
-
-
-@dataclass
-class QuantizationPlan:
-    """All quantizers of a model.
-
-    Attributes:
-        quantizers: Weights first, then activations, each in the order of the forward.
-        skipped: What could be quantized -> why it is not.
-        potential: Group -> how many quantizers there would be without scopes.
-    """
-
-    quantizers: list[PlannedQuantizer] = field(default_factory=list)
-    skipped: dict[str, str] = field(default_factory=dict)
-    potential: dict[str, int] = field(default_factory=dict)
 
 
 class Planner:
@@ -150,7 +42,7 @@ class Planner:
         self._scopes = scopes
         self._names = {module.name: module for module in scoped_modules(model)}
         self._calls = call_names(trace, self._names)
-        scopes.add({_call_key(*key): name for key, name in self._calls.items()})
+        scopes.add({call_key(*key): name for key, name in self._calls.items()})
         self._reached = trace.reached
         self.resolver = Resolver(config, profile)
         self._plan = QuantizationPlan()
@@ -158,7 +50,7 @@ class Planner:
     @property
     def scope_candidates(self) -> list[str]:
         """What scopes can mean: all modules, and calls that are no modules."""
-        return [*self._names, *(_call_key(*key) for key in self._calls)]
+        return [*self._names, *(call_key(*key) for key in self._calls)]
 
     def plan(self) -> QuantizationPlan:
         """Returns the plan.
@@ -274,12 +166,12 @@ class Planner:
             return None
         key = self._key(call)
         place = self._place(call, kind, f"INPUT{position}")
-        if self._scopes.reason_to_skip([call.module, _call_key(*key)]) or self.resolver.reason_to_skip(place):
+        if self._scopes.reason_to_skip([call.module, call_key(*key)]) or self.resolver.reason_to_skip(place):
             return None
         return self.resolver.resolve(place)
 
     def _key(self, call: Call) -> tuple[int, int]:
-        number = next(n for n, forward in enumerate(self._trace.forwards) if _is_of(call, forward))
+        number = next(n for n, forward in enumerate(self._trace.forwards) if is_of(call, forward))
         return number, call.index
 
     def _place(self, call: Call, kind: str, port: str) -> QuantizerPlace:
@@ -339,81 +231,6 @@ class Planner:
 def _where(place: ActivationPlace) -> str:
     text = str(place)
     return text.replace(": output", "").replace(" output", "").replace(": ", "/").replace("torch.nn.functional.", "")
-
-
-def call_names(trace: Trace, modules: Mapping[str, ScopedModule]) -> dict[tuple[int, int], ScopedModule]:
-    """Returns (number of the forward, number of the call) -> what scopes can call it.
-
-    A call has a dotted name, `layer1.0.add`, and NNCF's, which count the calls of a function by a module:
-    `ResNet/Sequential[layer1]/BasicBlock[0]/__iadd___0`.
-    """
-    found = {}
-    for number, forward in enumerate(trace.forwards):
-        counts: Counter[tuple[str, str]] = Counter()
-        for call in forward.calls:
-            function = base_name(call.function)
-            owner = modules.get(call.module, ScopedModule(call.module))
-            turn = counts[call.module, call.function]
-            counts[call.module, call.function] += 1
-            aliases = (function, f"__{function}__", f"__i{function}__")
-            addresses = dict.fromkeys(n.rpartition("/")[0] if _is_operator(n) else n for n in owner.nncf_names)
-            nncf = tuple(f"{address}/{alias}_{turn}" for address in addresses for alias in aliases)
-            found[number, call.index] = ScopedModule(f"{call.module}.{function}".strip("."), nncf)
-    return found
-
-
-def _call_key(forward: int, call: int) -> str:
-    return f"call {call} of example {forward}"
-
-
-def _is_of(call: Call, forward: ForwardTrace) -> bool:
-    return call.index < len(forward.calls) and forward.calls[call.index] is call
-
-
-def _is_operator(nncf_name: str) -> bool:
-    return "[" not in nncf_name.rpartition("/")[2] and "/" in nncf_name
-
-
-def weight_uses(trace: Trace) -> dict[str, Call]:
-    """Returns, for each parameter that some call uses as its weight, the first such call."""
-    uses: dict[str, Call] = {}
-    for forward in trace.forwards:
-        for call in forward.calls:
-            for path, value in call.inputs:
-                name = forward.values[value].parameter
-                if name and is_weight_argument(call, path):
-                    uses.setdefault(name, call)
-    return uses
-
-
-def is_depthwise(call: Call, trace: Trace) -> bool:
-    """Tells whether a call is a convolution with one filter group for each input channel."""
-    if not kind_of(call.function).startswith("conv"):
-        return False
-    groups = call.keywords.get("groups", call.arguments[6] if len(call.arguments) > 6 else 1)
-    return isinstance(groups, int) and groups > 1 and groups == _input_channels(call, trace)
-
-
-def _input_channels(call: Call, trace: Trace) -> int:
-    for forward in trace.forwards:
-        if _is_of(call, forward):
-            return forward.values[call.inputs[0][1]].shape[1]
-    return 0
-
-
-def first_convolutions(trace: Trace) -> set[int]:
-    """Returns the calls of convolutions in 2 or 3 dimensions that an input reaches without passing another one."""
-    found: set[int] = set()
-    for forward in trace.forwards:
-        reached: set[ValueId] = {value.index for value in forward.inputs}
-        for call in forward.calls:
-            if not any(value in reached for _, value in call.inputs):
-                continue
-            if kind_of(call.function) in ("conv2d", "conv3d"):
-                found.add(call.index)
-            elif kind_of(call.function) not in LINEAR_KINDS:
-                reached.update(call.results)
-    return found
 
 
 def _weight_kind(tensor: WeightTensor, call: Call | None) -> str:

@@ -14,7 +14,7 @@ from compress_core.transforms import (
     get_weight_transform,
 )
 from compress_quantization.fake_quantize import AsymmetricFakeQuantize, FakeQuantize, SymmetricFakeQuantize
-from compress_quantization.planning import PlannedQuantizer
+from compress_quantization.plan import PlannedQuantizer
 from compress_quantization.quantizer_config import QuantizerSpec
 
 

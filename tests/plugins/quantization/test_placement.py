@@ -11,7 +11,8 @@ from compress_core import ConfigError
 from compress_core.scopes import ScopeFilter
 from compress_core.trace import trace
 from compress_quantization.config import QuantizationConfig
-from compress_quantization.planning import Planner, QuantizationPlan
+from compress_quantization.plan import PlannedQuantizer, QuantizationPlan
+from compress_quantization.planning import Planner
 from compress_quantization.profiles import load_profile
 from examples.common.networks import resnet18
 
@@ -271,8 +272,6 @@ def test_layers_that_no_example_reaches_are_left_alone_and_listed():
 
 def test_a_plan_survives_json():
     import json
-
-    from compress_quantization.planning import PlannedQuantizer
 
     found = plan(resnet18(), torch.ones(2, 3, 64, 64), initializer={"range": {"type": "percentile"}})
     again = [PlannedQuantizer.from_dict(json.loads(json.dumps(q.to_dict()))) for q in found.quantizers]

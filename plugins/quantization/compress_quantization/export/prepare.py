@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from compress_core.transforms.activation import ActivationTransforms
+from compress_core.transforms.activation_forward import ActivationTransforms
 from compress_core.transforms.chain import TransformChain
 from compress_core.transforms.weight import chain_of, detach_chain, parameter_places
 from compress_quantization.export.modules import DequantizedWeight, QuantizeDequantize

@@ -1,0 +1,227 @@
+"""What a module with activation transforms computes: its forward, with the chains of all places applied."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
+
+from compress_core.errors import TransformError
+from compress_core.transforms.activation_functions import activation_module
+from compress_core.transforms.call_sites import (
+    CallSiteMode,
+    TransformedFunction,
+    count_unmade,
+    explains,
+    functions_named,
+    is_observed,
+    run_quietly,
+    transformed_functions,
+)
+from compress_core.transforms.chain import TransformChain, TransformContainer
+from compress_core.transforms.nested import replace_argument, replace_at
+from compress_core.transforms.places import ActivationPlace, CallInput, CallOutput, ModuleInput, ModuleOutput
+
+logger = logging.getLogger(__name__)
+
+# Modules that return a tensor which they have just made, and which nobody else has: not their input, not a view.
+_MAKERS: frozenset[type[nn.Module]] = frozenset(
+    [
+        *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+        *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.LayerNorm, nn.GroupNorm),
+        *(nn.GELU, nn.Sigmoid, nn.Tanh, nn.Softmax),
+    ]
+)
+
+
+@dataclass
+class _Plan:
+    """What the forward has to do, derived from the places."""
+
+    inputs: tuple[tuple[str, ModuleInput], ...] = ()
+    outputs: tuple[tuple[str, ModuleOutput], ...] = ()
+    functions: tuple[TransformedFunction, ...] = ()
+    # What the transform may take over of a module that is an activation function: which, and what it would call.
+    activation: tuple[str, tuple[Any, ...]] | None = None
+    # Whether nobody else has what the module returns.
+    is_maker: bool = False
+    # Parameters of the module's forward: those that can be passed by position, and all.
+    positional: tuple[str, ...] = ()
+    parameters: frozenset[str] = frozenset()
+
+
+class ActivationTransforms(TransformContainer):
+    """The attribute `activation_transforms` of a module: a chain for each place.
+
+    Args:
+        owner: Class of the module, as it was before any transform.
+    """
+
+    def __init__(self, owner: type[nn.Module]) -> None:
+        super().__init__()
+        self.owner = owner
+        self.places: dict[str, ActivationPlace] = {}
+        self._warned = False
+        self._plan = _Plan()
+        # torch's fused transformer layers bypass their children unless one of these has a hook. Nobody calls us.
+        self._forward_pre_hooks[0] = _no_fast_path
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Function objects such as torch.relu are found anew by name; not all of them can be pickled.
+        return {name: value for name, value in self.__dict__.items() if name != "_plan"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.make_plan()
+
+    def make_plan(self) -> None:
+        """Derives from the places what the forward has to do; called whenever they change."""
+        places = self.places
+        calls = {name: place for name, place in places.items() if isinstance(place, CallInput | CallOutput)}
+        plan = _Plan(
+            tuple((name, place) for name, place in places.items() if isinstance(place, ModuleInput)),
+            tuple((name, place) for name, place in places.items() if isinstance(place, ModuleOutput)),
+            transformed_functions(calls),
+        )
+        plan.is_maker = self.owner in _MAKERS
+        known = activation_module(self.owner)
+        if known is not None and len(plan.outputs) == 1 and not calls:
+            plan.activation = (known[0], functions_named(known[1]))
+        if plan.inputs:
+            plan.positional, plan.parameters = _parameters(self.owner)
+        self._plan = plan
+
+    def chain(self, name: str) -> TransformChain:
+        """Returns the chain of one place."""
+        return cast("TransformChain", self._modules[name])
+
+    def chain_name(self, place: ActivationPlace) -> str | None:
+        """Returns the name of the chain at a place, or None."""
+        return next((name for name, other in self.places.items() if other == place), None)
+
+    def run(self, forward: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Calls `forward(module, *args, **kwargs)` with all transforms applied."""
+        plan = self._plan
+        if plan.inputs:
+            args, kwargs = run_quietly(self._transform_inputs, args, kwargs)
+        if plan.activation is not None and len(args) == 1 and not kwargs:
+            chain, (activation, functions) = self.chain(plan.outputs[0][0]), plan.activation
+            in_place = bool(getattr(module, "inplace", False))
+            if chain.fuses(activation, in_place=in_place) and count_unmade(functions):
+                return run_quietly(chain.forward_fused, args[0], activation, in_place)
+        if plan.functions or issubclass(self.owner, nn.TransformerEncoder):
+            # The mode is what keeps an encoder from packing its input for the fused layers.
+            output = self._run_counted(forward, module, args, kwargs)
+        else:
+            output = forward(module, *args, **kwargs)
+        if not plan.outputs:
+            return output
+        if plan.is_maker and isinstance(output, torch.Tensor) and not is_observed():
+            return run_quietly(self._transform_own, output)
+        return run_quietly(self._transform_outputs, output)
+
+    def _run_counted(self, forward: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling() and get_eval_frame_callback() not in (None, False):
+            # A compiled model has fallen back to eager here, perhaps because dynamo hides a function from modes. It
+            # would go on to compile parts of this forward by themselves, and hide it there.
+            forward = torch.compiler.disable(forward)  # type: ignore[no-untyped-call]
+        mode = CallSiteMode(self._plan.functions, module.training, self._call)
+        try:
+            with mode:
+                output = forward(module, *args, **kwargs)
+            self._check_counts(mode)
+        except TransformError:
+            # Dynamo cannot break a graph within `try`: where the check asks it to, it leaves all of this to eager.
+            raise
+        return output
+
+    def _transform_inputs(self, args: Any, kwargs: Any) -> Any:
+        for name, place in self._plan.inputs:
+            names = (self._plan.positional, self._plan.parameters)
+            args, kwargs = replace_argument(args, kwargs, place.argument, self.chain(name), place, *names)
+        return args, kwargs
+
+    def _transform_own(self, output: torch.Tensor) -> torch.Tensor:
+        for name, _ in self._plan.outputs:
+            output = self.chain(name).forward_owned(output)
+        return output
+
+    def _transform_outputs(self, output: Any) -> Any:
+        for name, place in self._plan.outputs:
+            output = replace_at(output, place.item, self.chain(name), place)
+        return output
+
+    def _call(self, function: TransformedFunction, call: int, training: bool, func: Any, args: Any, kwargs: Any) -> Any:
+        """Makes one call of a function with the transforms of its sites."""
+        inputs = [site for site in function.inputs if site.calls.includes(call, training=training)]
+        outputs = [site for site in function.outputs if site.calls.includes(call, training=training)]
+        if not inputs and not outputs:
+            return func(*args, **kwargs)
+        written = args[0] if function.in_place else kwargs.get("out")
+        if function.in_place and torch.is_grad_enabled():
+            # The result is written back below; what autograd keeps of this call must not be overwritten by that.
+            args = (run_quietly(torch.clone, args[0]), *args[1:])
+        for site in inputs:
+            args, kwargs = run_quietly(replace_argument, args, kwargs, site.path, self.chain(site.chain), site.place)
+        result = None
+        if function.activation is not None and len(outputs) == 1:
+            result = self._fused(function, function.activation, outputs[0].chain, args, kwargs)
+        if result is None:
+            result = func(*args, **kwargs)
+            for site in outputs:
+                result = run_quietly(replace_at, result, site.path, self.chain(site.chain), site.place)
+        if isinstance(written, torch.Tensor) and result is not written:
+            run_quietly(torch.Tensor.copy_, written, result)
+            return written
+        return result
+
+    def _fused(
+        self, function: TransformedFunction, activation: str, chain_name: str, args: Any, kwargs: Any
+    ) -> torch.Tensor | None:
+        chain = self.chain(chain_name)
+        tensor = args[0] if args else kwargs.get("input")
+        in_place = bool(args[1] if len(args) > 1 else kwargs.get("inplace", False))
+        if tensor is None or not chain.fuses(activation, in_place=in_place) or not count_unmade(function.objects):
+            return None
+        return run_quietly(chain.forward_fused, tensor, activation, in_place)
+
+    def _check_counts(self, mode: CallSiteMode) -> None:
+        for function, seen in zip(mode.functions, mode.counts, strict=True):
+            expected = function.calls.expected(training=mode.training)
+            if seen == len(expected):
+                continue
+            if torch.compiler.is_compiling():
+                if seen == 0 and torch.compiler.is_dynamo_compiling():
+                    torch._dynamo.skip_frame(f"torch.compile hides calls of {function.name} from function modes")
+            elif not self._warned and not explains(function.calls, seen, training=mode.training):
+                self._warned = True
+                place = (*function.inputs, *function.outputs)[0].place
+                logger.warning(
+                    "%s: a forward in %s mode called %s %d times where the example input led to %d calls, so "
+                    "some activations may be compressed as others should be, or not at all; give an example input for "
+                    "each path through the model",
+                    place.module or "model",
+                    "training" if mode.training else "eval",
+                    function.name,
+                    seen,
+                    len(expected),
+                )
+
+
+def _no_fast_path(module: nn.Module, args: Any) -> None:
+    return None
+
+
+def _parameters(owner: type[nn.Module]) -> tuple[tuple[str, ...], frozenset[str]]:
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    try:
+        parameters = list(inspect.signature(owner.forward).parameters.values())[1:]
+    except (TypeError, ValueError):
+        return (), frozenset()
+    return tuple(p.name for p in parameters if p.kind in kinds), frozenset(p.name for p in parameters)

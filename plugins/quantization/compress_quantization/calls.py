@@ -1,0 +1,88 @@
+"""What a trace says about single calls: what scopes can call them, and which weight they use."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+
+from compress_core.scopes import ScopedModule
+from compress_core.trace import Call, ForwardTrace, Trace
+from compress_core.trace.graph import ValueId
+from compress_quantization.operators import LINEAR_KINDS, base_name, is_weight_argument, kind_of
+
+
+def call_names(trace: Trace, modules: Mapping[str, ScopedModule]) -> dict[tuple[int, int], ScopedModule]:
+    """Returns (number of the forward, number of the call) -> what scopes can call it.
+
+    A call has a dotted name, `layer1.0.add`, and NNCF's, which count the calls of a function by a module:
+    `ResNet/Sequential[layer1]/BasicBlock[0]/__iadd___0`.
+    """
+    found = {}
+    for number, forward in enumerate(trace.forwards):
+        counts: Counter[tuple[str, str]] = Counter()
+        for call in forward.calls:
+            function = base_name(call.function)
+            owner = modules.get(call.module, ScopedModule(call.module))
+            turn = counts[call.module, call.function]
+            counts[call.module, call.function] += 1
+            aliases = (function, f"__{function}__", f"__i{function}__")
+            addresses = dict.fromkeys(n.rpartition("/")[0] if _is_operator(n) else n for n in owner.nncf_names)
+            nncf = tuple(f"{address}/{alias}_{turn}" for address in addresses for alias in aliases)
+            found[number, call.index] = ScopedModule(f"{call.module}.{function}".strip("."), nncf)
+    return found
+
+
+def call_key(forward: int, call: int) -> str:
+    """Returns what a call is called inside a scope filter: no name that a user would give."""
+    return f"call {call} of example {forward}"
+
+
+def is_of(call: Call, forward: ForwardTrace) -> bool:
+    """Tells whether a call was made in this forward."""
+    return call.index < len(forward.calls) and forward.calls[call.index] is call
+
+
+def _is_operator(nncf_name: str) -> bool:
+    return "[" not in nncf_name.rpartition("/")[2] and "/" in nncf_name
+
+
+def weight_uses(trace: Trace) -> dict[str, Call]:
+    """Returns, for each parameter that some call uses as its weight, the first such call."""
+    uses: dict[str, Call] = {}
+    for forward in trace.forwards:
+        for call in forward.calls:
+            for path, value in call.inputs:
+                name = forward.values[value].parameter
+                if name and is_weight_argument(call, path):
+                    uses.setdefault(name, call)
+    return uses
+
+
+def is_depthwise(call: Call, trace: Trace) -> bool:
+    """Tells whether a call is a convolution with one filter group for each input channel."""
+    if not kind_of(call.function).startswith("conv"):
+        return False
+    groups = call.keywords.get("groups", call.arguments[6] if len(call.arguments) > 6 else 1)
+    return isinstance(groups, int) and groups > 1 and groups == _input_channels(call, trace)
+
+
+def _input_channels(call: Call, trace: Trace) -> int:
+    for forward in trace.forwards:
+        if is_of(call, forward):
+            return forward.values[call.inputs[0][1]].shape[1]
+    return 0
+
+
+def first_convolutions(trace: Trace) -> set[int]:
+    """Returns the calls of convolutions in 2 or 3 dimensions that an input reaches without passing another one."""
+    found: set[int] = set()
+    for forward in trace.forwards:
+        reached: set[ValueId] = {value.index for value in forward.inputs}
+        for call in forward.calls:
+            if not any(value in reached for _, value in call.inputs):
+                continue
+            if kind_of(call.function) in ("conv2d", "conv3d"):
+                found.add(call.index)
+            elif kind_of(call.function) not in LINEAR_KINDS:
+                reached.update(call.results)
+    return found

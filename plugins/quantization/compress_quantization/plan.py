@@ -1,0 +1,111 @@
+"""A plan: all quantizers that a model is to get, as values that survive JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from compress_core.transforms.places import ActivationPlace, place_from_dict
+from compress_quantization.config import QuantizerGroup, RangeConfig
+from compress_quantization.quantizer_config import QuantizerSpec
+
+
+@dataclass(frozen=True)
+class InitialRange:
+    """How the range of a quantizer is initialized; see `RangeConfig`.
+
+    Attributes:
+        type: The statistic.
+        num_init_samples: Samples to collect it on; 0 for none.
+        percentiles: For the percentile types: lower and upper one.
+    """
+
+    type: str = "mixed_min_max"
+    num_init_samples: int = 256
+    percentiles: tuple[float, float] | None = None
+
+    @classmethod
+    def of(cls, config: RangeConfig) -> InitialRange:
+        """Returns what a section says; percentiles are read for those types alone that have them."""
+        percentiles = None
+        if config.type in ("percentile", "mean_percentile"):
+            percentiles = (config.params.min_percentile, config.params.max_percentile)
+        return cls(config.type, config.num_init_samples, percentiles)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> InitialRange:
+        """Takes back what `dataclasses.asdict` returned."""
+        percentiles = values["percentiles"]
+        found = None if percentiles is None else (percentiles[0], percentiles[1])
+        return cls(values["type"], values["num_init_samples"], found)
+
+    def to_config(self) -> RangeConfig:
+        """Returns a section that says the same."""
+        low, high = self.percentiles or (0.1, 99.9)
+        params = {"min_percentile": low, "max_percentile": high}
+        values = {"type": self.type, "num_init_samples": self.num_init_samples, "params": params}
+        return RangeConfig.model_validate(values)
+
+
+@dataclass(frozen=True)
+class PlannedQuantizer:
+    """One quantizer.
+
+    Attributes:
+        name: What statistics and `bitwidth_per_scope` call it: `<where>|WEIGHT`, `|OUTPUT` or `|INPUT<n>`.
+        group: `weights` or `activations`.
+        spec: What it is like.
+        shape: Shape of its scale, which broadcasts against the tensor.
+        parameter: Dotted name of the weight; empty for activations.
+        places: Where activations are quantized; empty for weights.
+        initial_range: How its range is initialized: type, number of samples and percentiles.
+    """
+
+    name: str
+    group: QuantizerGroup
+    spec: QuantizerSpec
+    shape: tuple[int, ...]
+    parameter: str = ""
+    places: tuple[ActivationPlace, ...] = ()
+    initial_range: InitialRange = InitialRange()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns JSON-able values."""
+        return {
+            "name": self.name,
+            "group": self.group,
+            "spec": self.spec.to_dict(),
+            "shape": list(self.shape),
+            "parameter": self.parameter,
+            "places": [place.to_dict() for place in self.places],
+            "initial_range": asdict(self.initial_range),
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> PlannedQuantizer:
+        """Takes back what `to_dict` returned."""
+        return cls(
+            name=values["name"],
+            group=values["group"],
+            spec=QuantizerSpec.from_dict(values["spec"]),
+            shape=tuple(values["shape"]),
+            parameter=values["parameter"],
+            places=tuple(place_from_dict(place) for place in values["places"]),
+            initial_range=InitialRange.from_dict(values["initial_range"]),
+        )
+
+
+@dataclass
+class QuantizationPlan:
+    """All quantizers of a model.
+
+    Attributes:
+        quantizers: Weights first, then activations, each in the order of the forward.
+        skipped: What could be quantized -> why it is not.
+        potential: Group -> how many quantizers there would be without scopes.
+    """
+
+    quantizers: list[PlannedQuantizer] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    potential: dict[str, int] = field(default_factory=dict)
