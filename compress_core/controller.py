@@ -208,6 +208,7 @@ class CompressionController:
             ExportError: A package is missing (`pip install 'compress-core[onnx]'`), the model cannot be exported, or
                 the difference is larger than the tolerance. No file is left then.
             DataError: There is no example input.
+            UsageError: An option has a value that is not possible.
         """
         lifecycle = self._active
         options = export.Options(tolerance, opset, input_names, output_names, dynamic_batch, verify)

@@ -27,7 +27,9 @@ def _as_list_of_objects(value: Any) -> Any:
 class InputInfo(Section):
     """One tensor argument of the model's forward."""
 
-    sample_size: list[Count] | None = Field(None, description="full shape, batch dimension included")
+    sample_size: list[Annotated[Count, Field(ge=1)]] | None = Field(
+        None, description="full shape, batch dimension included"
+    )
     type: str = Field("float", description="name of a torch dtype, such as float or long")
     filler: Literal["zeros", "ones", "random"] = Field("ones", description="what an example tensor is filled with")
     keyword: str | None = Field(None, description="name of the argument, when it is passed by keyword")

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from compress_core.errors import ExportError, UsageError
 from compress_core.export.inputs import Inputs
+from compress_core.export.names import name_inputs_and_outputs
 from compress_core.export.report import ExportReport
 from compress_core.export.target import GraphRewrite
 from compress_core.export.verification import Reference, compare, optimized_operators, runtime_name
@@ -109,11 +110,13 @@ def export(
     Raises:
         ExportError: It cannot be exported, or differs by more than the tolerance. No file is left, and one that was
             there stays as it was.
+        UsageError: The names do not fit.
     """
     graph = _graph(model, references[0].inputs, options)
     for rewrite in rewrites:
         rewrite(graph)
     _clean(graph)
+    name_inputs_and_outputs(graph, options.input_names, options.output_names)
     report = ExportReport(
         opset=options.opset,
         algorithms=tuple(algorithms),
@@ -142,8 +145,6 @@ def _graph(model: nn.Module, inputs: Inputs, options: Options) -> Any:
                 program,
                 dynamo=True,
                 opset_version=options.opset,
-                input_names=options.input_names,
-                output_names=options.output_names,
                 verbose=False,
                 optimize=True,
             )

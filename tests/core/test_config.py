@@ -153,6 +153,13 @@ def test_missing_data_is_an_error_before_anything_is_touched():
             ["compression.magnitude_sparsity.sparsity_init: input should be less than 1, got 1.0"],
         ),
         (section(sparsity_init="0.5"), ["sparsity_init:", "valid number", "'0.5'"]),
+        (
+            {**section(), "input_info": {"sample_size": [-1, 3, 8, 8]}},
+            [
+                "input_info.0.sample_size.0: input should be greater than or equal to 1, got -1",
+                "batch dimension included",
+            ],
+        ),
         (section(params={"schedule": "polynominal"}), ["params.schedule:", "Did you mean 'polynomial'?"]),
         (section(params={"power": True}), ["params.power:", "True"]),
         (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -202,6 +203,31 @@ def test_one_batch_size_where_that_is_asked_for(export):
     report, file = export(controller, images(4), dynamic_batch=False, input_names=["pixels"], output_names=["scores"])
     assert (report.inputs, report.outputs) == (("pixels",), ("scores",))
     assert [dim.dim_value for dim in file.graph.input[0].type.tensor_type.shape.dim] == [4, 3, 8, 8]
+
+
+def test_names_that_the_file_has_already(export):
+    controller, x = create(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), [torch.randn(8, 4)]), torch.randn(8, 4)
+    _, file = export(controller, x)
+    taken = [next(iter(file.constants)), file.graph.node[0].output[0]]
+    report, again = export(controller, x, input_names=taken[:1], output_names=taken[1:])
+    assert (report.inputs, report.outputs) == ((taken[0],), (taken[1],))
+    assert agrees(report)
+    assert [value.name for value in (*again.graph.input, *again.graph.output)] == taken
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"input_names": ["a", "b"]}, "input_names: 2 names for 1 input"),
+        ({"output_names": []}, "output_names: 0 names for 1 output"),
+        ({"input_names": ["x"], "output_names": ["x"]}, "'x' is given twice"),
+        ({"input_names": [""]}, "input_names: '' is no name"),
+    ],
+)
+def test_names_that_cannot_be_given(export, tmp_path, options, message):
+    with pytest.raises(UsageError, match=re.escape(message)):
+        export(small(), images(2), **options)
+    assert not (tmp_path / "model.onnx").exists()
 
 
 # The report.

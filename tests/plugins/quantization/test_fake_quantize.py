@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from compress_core import DataError, UsageError
@@ -666,6 +667,26 @@ class TestAutograd:
             assert torch.equal(module(x), expected)
             inference = torch.randn(size)
         assert torch.equal(module(inference.clone()), module(inference.clone()))
+
+    @SIZES
+    @pytest.mark.parametrize("grad_enabled", [True, False])
+    def test_forward_mode_derivatives_are_those_of_backward_mode(self, size, grad_enabled):
+        torch.manual_seed(0)
+        module = AsymmetricFakeQuantize((1,)).double()
+        module.set_range(torch.tensor(-0.7), torch.tensor(1.1))
+        x, tangent = (torch.randn(size, dtype=torch.float64) for _ in range(2))
+        weight = torch.randn(size, dtype=torch.float64)
+        inputs = (x.clone().requires_grad_(), module.input_low, module.input_range)
+        gradients = torch.autograd.grad((module(inputs[0]) * weight).sum(), inputs)
+        tangents = (tangent, torch.tensor([0.3]).double(), torch.tensor([-0.2]).double())
+        expected = sum((gradient * along).sum() for gradient, along in zip(gradients, tangents, strict=True))
+        parameters = {"input_low": tangents[1], "input_range": tangents[2]}
+        with torch.set_grad_enabled(grad_enabled), forward_ad.dual_level():
+            duals = {name: forward_ad.make_dual(getattr(module, name), along) for name, along in parameters.items()}
+            out = torch.func.functional_call(module, duals, (forward_ad.make_dual(x, tangent),))
+            found = (forward_ad.unpack_dual(out).tangent * weight).sum()
+        # Codes of one byte round the error to 1/240.
+        assert torch.allclose(found, expected, rtol=1e-3)
 
     @SIZES
     def test_derivatives_of_gradients_are_those_of_the_surrogate(self, size):

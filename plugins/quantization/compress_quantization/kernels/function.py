@@ -88,6 +88,7 @@ def _is_ordinary(x: torch.Tensor) -> bool:
         and not torch._C._len_torch_dispatch_stack()
         and torch._C._functorch.peek_interpreter_stack() is None
         and torch._C._get_tracing_state() is None
+        and not traceable.is_forward_mode()
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch.autograd import forward_ad
 
 from compress_core.transforms import ACTIVATION_FUNCTIONS
 from compress_quantization.kernels import formulas
@@ -26,7 +27,7 @@ def fake_quantize(
     value = _activate(x.to(step.dtype), task.activation)
     clipped = torch.clamp(value, low, high)
     result = torch.round(clipped.detach() / step) * step
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or is_forward_mode():
         factors = formulas.factors_of(task.levels, task.activation, task.offset)
         _, weights = formulas.weights_of_input(value.detach(), ranges, factors, task.offset)
         # Each term is zero: the values stay on the grid exactly, and autograd sees the straight-through gradients.
@@ -35,6 +36,11 @@ def fake_quantize(
         if offset is not None:
             result = result + _zero(offset, task.multiplier).reshape(step.shape) * weights[1]
     return result.to(x.dtype)
+
+
+def is_forward_mode() -> bool:
+    """Tells whether derivatives are computed along with values (`torch.autograd.forward_ad`)."""
+    return forward_ad._current_level >= 0
 
 
 def _activate(x: torch.Tensor, activation: Activation) -> torch.Tensor:
