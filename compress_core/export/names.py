@@ -37,8 +37,8 @@ def name_inputs_and_outputs(graph: Any, input_names: Sequence[str] | None, outpu
             if names.count(name) > 1:
                 raise UsageError(f"{option}: {name!r} is given twice; a file needs different names")
     renamed = [pair for values, wanted in given.values() for pair in zip(values, wanted or (), strict=False)]
-    own = {id(value) for value, _ in renamed}
-    others = [value for value in _values(graph) if id(value) not in own]
+    chosen = {id(value) for value, _ in renamed}
+    others = [value for value in _values(graph) if id(value) not in chosen]
     taken = {value.name for value in others} | set(names)
     for value in others:
         if value.name in names:
