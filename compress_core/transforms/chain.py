@@ -51,7 +51,7 @@ class TransformChain(nn.Module):
         if self.bypassed:
             return tensor
         for transform in self._modules.values():
-            owned = None if _has_hooks(transform) else getattr(transform, "forward_owned", None)  # type: ignore[arg-type]
+            owned = None if has_hooks(transform) else getattr(transform, "forward_owned", None)  # type: ignore[arg-type]
             tensor = (owned or transform)(tensor)  # type: ignore[misc]
         return tensor
 
@@ -67,7 +67,7 @@ class TransformChain(nn.Module):
         for first in self._modules.values():  # not next(iter(...)), which torch.compile of 2.8 cannot follow
             if in_place and not (len(self._modules) == 1 and hasattr(first, "fused_in_place")):
                 return False
-            return not _has_hooks(first) and activation in getattr(first, "fused_activations", ())  # type: ignore[arg-type]
+            return not has_hooks(first) and activation in getattr(first, "fused_activations", ())  # type: ignore[arg-type]
         return False
 
     def forward_fused(self, tensor: torch.Tensor, activation: str, in_place: bool) -> torch.Tensor:
@@ -80,7 +80,7 @@ class TransformChain(nn.Module):
         return tensor
 
 
-def _has_hooks(transform: nn.Module) -> bool:
+def has_hooks(transform: nn.Module) -> bool:
     """Tells whether a transform has hooks, which only a call of the module itself runs."""
     return bool(
         transform._forward_hooks

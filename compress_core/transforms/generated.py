@@ -30,6 +30,7 @@ from torch import nn
 from compress_core.errors import TransformError
 from compress_core.transforms.call_sites import run_quietly
 from compress_core.transforms.generated_forward import activation_methods
+from compress_core.transforms.recomputation import layer_forward
 
 # The child module of a transformed layer that holds the chains, one for each transformed parameter.
 TRANSFORMS_ATTRIBUTE = "weight_transforms"
@@ -91,8 +92,11 @@ def _generate(base: type[nn.Module], names: frozenset[str], activations: bool) -
         "_compress_names": tuple(sorted(names)),
         "_compress_activations": activations,
     }
+    forward = layer_forward(base) if names else None
+    if forward is not None:
+        namespace["forward"] = forward
     if activations:
-        namespace.update(activation_methods(base, ACTIVATIONS_ATTRIBUTE))
+        namespace.update(activation_methods(base, ACTIVATIONS_ATTRIBUTE, forward or base.forward))
     for name in names:
         namespace[name] = _weight_property(name)
     if hasattr(base, "__deepcopy__"):

@@ -10,10 +10,16 @@ import torch
 from torch import nn
 
 
-def activation_methods(base: type[nn.Module], attribute: str) -> dict[str, Any]:
-    """Returns methods of a subclass of `base` whose instances hold a container of transforms in `attribute`."""
+def activation_methods(base: type[nn.Module], attribute: str, forward: Callable[..., Any]) -> dict[str, Any]:
+    """Returns methods of a subclass of `base` whose instances hold a container of transforms in `attribute`.
+
+    Args:
+        base: The original class.
+        attribute: Name of the attribute.
+        forward: The forward that is surrounded by transforms.
+    """
     return {
-        "forward": _forward(base, attribute),
+        "forward": _forward(forward, attribute),
         "named_modules": _named_modules(base, attribute),
         "_save_to_state_dict": _save_to_state_dict(base, attribute),
         "_load_from_state_dict": _load_from_state_dict(base, attribute),
@@ -23,10 +29,10 @@ def activation_methods(base: type[nn.Module], attribute: str) -> dict[str, Any]:
     }
 
 
-def _forward(base: type[nn.Module], attribute: str) -> Callable[..., Any]:
-    @functools.wraps(base.forward)
+def _forward(original: Callable[..., Any], attribute: str) -> Callable[..., Any]:
+    @functools.wraps(original)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return self.__dict__[attribute].run(base.forward, self, args, kwargs)
+        return self.__dict__[attribute].run(original, self, args, kwargs)
 
     return forward
 

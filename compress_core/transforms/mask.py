@@ -25,6 +25,7 @@ class WeightMask(nn.Module):
 
     mask: torch.Tensor
     cacheable = True
+    recomputable = True
 
     def __init__(self, mask: torch.Tensor) -> None:
         super().__init__()

@@ -55,6 +55,10 @@ def add_weight_transform(
     tensor have an attribute `cacheable = True`: what they compute in eval mode depends on nothing but the weight,
     their parameters and buffers, and attributes that are replaced when they change, not modified.
 
+    In training, convolutions and linear layers do not keep the result for the backward pass, where it is computed
+    again, if all transforms have an attribute `recomputable = True`: what they compute depends on the same things,
+    whatever the mode, and they change no attribute in doing so.
+
     Args:
         module: The layer, or any module above it.
         name: The parameter's name below `module`, dotted: `"weight"`, `"layer1.0.conv1.weight"`.

@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.autograd import forward_ad
 
 from compress_core.transforms.chain import TransformChain
+from compress_core.transforms.execution import is_plain_execution
+from compress_core.transforms.recomputation import note
 
 _SAMPLES = 16
 # Attributes of these types may be replaced by equal ones; of others, the object has to be the same.
@@ -113,9 +114,13 @@ class WeightChain(TransformChain):
 
     def forward(self, tensor: torch.Tensor) -> torch.Tensor:
         """Maps the stored parameter to the tensor that the layer computes with; the shape stays."""
-        if torch.compiler.is_compiling() or self.training or torch.is_grad_enabled() or self.bypassed:
+        if torch.compiler.is_compiling():
             return super().forward(tensor)
-        if not _is_plain_execution():
+        if self.training or torch.is_grad_enabled() or self.bypassed:
+            result = super().forward(tensor)
+            note(self, tensor, result)
+            return result
+        if not is_plain_execution():
             return super().forward(tensor)
         entry: _Entry | None = self.__dict__[_ENTRY]
         if entry is not None and entry.is_valid(tensor):
@@ -171,16 +176,6 @@ class WeightChain(TransformChain):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, _ENTRY: None}
-
-
-def _is_plain_execution() -> bool:
-    """Tells that nobody traces, wraps or differentiates what is computed now."""
-    return (
-        torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and torch._C._get_tracing_state() is None
-        and forward_ad._current_level < 0
-    )
 
 
 def _can_be_watched(tensor: torch.Tensor) -> bool:

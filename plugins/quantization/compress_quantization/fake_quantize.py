@@ -35,10 +35,12 @@ class FakeQuantize(nn.Module):
         lr_multiplier: Factor on the gradients of the range.
         observer: While set, called with each tensor, which passes as it is.
         cacheable: For weights, equal inputs and an equal range give an equal output.
+        recomputable: For weights, likewise, in training as well.
         fused_activations: Activation functions that `fused` computes in one pass.
     """
 
     cacheable = True
+    recomputable = True
     fused_activations = frozenset(ACTIVATION_FUNCTIONS)
     _logarithmic = ""  # name of the parameter that `logarithm_scale` is about
 

@@ -1,0 +1,173 @@
+"""Transformed weights that are computed again in the backward pass, instead of being kept for it.
+
+For the gradient of its input a layer needs its weight. What a chain of transforms makes of one is a tensor of its own,
+so between forward and backward each compressed layer would hold its weight twice; for large models and small batches
+that is most of the memory that compression costs. Computing it again takes as long as a few elementwise operators.
+
+It is done where every transform of the weight declares `recomputable = True`, in layers that only multiply with their
+weight, and where nobody else has a say about what is kept for the backward pass (checkpointing, offloading, compilers).
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from compress_core.transforms.chain import TransformChain, has_hooks
+from compress_core.transforms.execution import is_plain_execution
+
+# Layers whose forward is one operator that keeps its input and its weight and nothing else.
+_LAYERS: tuple[type[nn.Module], ...] = (
+    *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+)
+_FORWARDS = frozenset(layer.forward for layer in _LAYERS)
+
+# Attributes of these types are compared by value, others by identity.
+_SIMPLE = (bool, int, float, str, tuple)
+
+_autograd: Any = torch._C._autograd
+
+
+class _Running(threading.local):
+    weights: _Weights | None = None
+
+
+_running = _Running()
+
+
+def layer_forward(base: type[nn.Module]) -> Callable[..., Any] | None:
+    """Returns a forward for subclasses of `base` whose weight is transformed; None where weights have to be kept."""
+    if base.forward not in _FORWARDS:
+        return None
+    original: Callable[..., Any] = base.forward
+
+    @functools.wraps(original)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not _may_hook():
+            return original(self, *args, **kwargs)
+        weights = _Weights()
+        _running.weights = weights
+        try:
+            with saved_tensors_hooks(weights.pack, unpacked):
+                return original(self, *args, **kwargs)
+        finally:
+            _running.weights = None
+            weights.close()
+
+    return forward
+
+
+def note(chain: TransformChain, weight: torch.Tensor, result: torch.Tensor) -> None:
+    """Takes notice of what a chain has made of a weight, for the layer that is running in this thread."""
+    weights = _running.weights
+    if weights is not None and is_recomputable(chain):
+        weights.add(chain, weight, result)
+
+
+def is_recomputable(chain: TransformChain) -> bool:
+    """Tells whether a chain computes the same each time."""
+    return not chain.bypassed and all(
+        getattr(transform, "recomputable", False) and not has_hooks(transform)  # type: ignore[arg-type]
+        for transform in chain._modules.values()
+    )
+
+
+def _may_hook() -> bool:
+    return (
+        _running.weights is None
+        and is_plain_execution()
+        # Whoever has set hooks decides what is kept. Under autocast layers keep a copy of their weight.
+        and _autograd._saved_tensors_hooks_is_enabled()
+        and _autograd._top_saved_tensors_default_hooks(False) is None
+        and not torch._C._is_any_autocast_enabled()
+    )
+
+
+class _Kept(NamedTuple):
+    """A tensor that is kept, and its version: with hooks torch no longer checks it itself."""
+
+    tensor: torch.Tensor
+    version: int
+
+
+class _Recipe(NamedTuple):
+    """How to compute a transformed weight, and as what its layer has kept it."""
+
+    chain: TransformChain
+    weight: torch.Tensor
+    state: tuple[Any, ...]
+    strides: tuple[int, ...]
+    view: tuple[tuple[int, ...], tuple[int, ...], int]
+
+
+class _Weights:
+    """The transformed weights of a layer that is running."""
+
+    def __init__(self) -> None:
+        # Held until the layer is done, lest another tensor gets the same memory.
+        self._results: dict[int, tuple[TransformChain, torch.Tensor, torch.Tensor]] = {}
+
+    def add(self, chain: TransformChain, weight: torch.Tensor, result: torch.Tensor) -> None:
+        if result._is_view() or result.untyped_storage()._cdata == weight.untyped_storage()._cdata:
+            return  # disabled, or observed: there is nothing to save
+        self._results[result.untyped_storage()._cdata] = chain, weight, result
+
+    def close(self) -> None:
+        self._results.clear()
+
+    def pack(self, tensor: torch.Tensor) -> _Kept | _Recipe:
+        """Called with each tensor that the layer's operators keep."""
+        found = self._results.get(tensor.untyped_storage()._cdata)
+        if found is None or tensor.dtype != found[2].dtype:
+            return _Kept(tensor, tensor._version)
+        chain, weight, result = found
+        view = (tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))
+        return _Recipe(chain, weight, _state(chain, weight), result.stride(), view)
+
+
+def unpacked(packed: _Kept | _Recipe) -> torch.Tensor:
+    """Called in the backward pass for what `_Weights.pack` returned.
+
+    Raises:
+        RuntimeError: Something has changed in between, so that gradients would be wrong.
+    """
+    if isinstance(packed, _Kept):
+        if packed.tensor._version != packed.version:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation: a "
+                f"tensor of shape {tuple(packed.tensor.shape)}, kept by a compressed layer, is at version "
+                f"{packed.tensor._version}; expected version {packed.version} instead"
+            )
+        return packed.tensor
+    if _state(packed.chain, packed.weight) != packed.state:
+        raise RuntimeError(
+            "one of the variables needed for gradient computation has been modified: a weight of shape "
+            f"{tuple(packed.weight.shape)}, or what transforms it, was changed between the forward and the backward "
+            "pass (an optimizer step, a step of a scheduler, a switch); make it after the backward pass"
+        )
+    with torch.no_grad():
+        result = TransformChain.forward(packed.chain, packed.weight)
+        if result.stride() != packed.strides:  # the parameter has another memory format now
+            result = torch.empty_strided(result.shape, packed.strides, dtype=result.dtype, device=result.device).copy_(
+                result
+            )
+        return result.as_strided(*packed.view)
+
+
+def _state(chain: TransformChain, weight: torch.Tensor) -> tuple[Any, ...]:
+    """Returns what the result depends on: versions of tensors, and attributes."""
+    state: list[Any] = [id(weight), weight._version]
+    for module in chain.modules():
+        for stored in (module._parameters, module._buffers):
+            state.extend((id(tensor), tensor._version) for tensor in stored.values() if tensor is not None)
+        for name, value in module.__dict__.items():
+            if name != "training":
+                state.append(value if isinstance(value, _SIMPLE) else id(value))
+    return tuple(state)
