@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from torch import nn
@@ -88,7 +88,10 @@ class Planner:
         for tensor in self._weight_tensors(uses):
             call = uses.get(tensor.name)
             kind = _weight_kind(tensor, call)
-            names = tuple(self._names.get(name, ScopedModule(name)) for name in tensor.module_names)
+            names = self._module_names(tensor.module_names)
+            if tensor.name.rpartition(".")[2] != "weight":
+                # Recurrent layers and attention have several: each goes by its own name first.
+                names = (ScopedModule(tensor.name, (tensor.name,)), *names)
             place = QuantizerPlace(
                 names, "weights", kind, "WEIGHT", first_layer=call is not None and call.index in first
             )
@@ -100,7 +103,7 @@ class Planner:
             shape = _scale_shape(tuple(tensor.shape), _output_dim(tensor, kind) if spec.per_channel else None)
             initial_range = InitialRange.of(self.resolver.range_for(place)[0])
             found[tensor.name] = PlannedQuantizer(
-                f"{tensor.module_names[0]}|WEIGHT", "weights", spec, shape, tensor.name, initial_range=initial_range
+                f"{names[0].name}|WEIGHT", "weights", spec, shape, tensor.name, initial_range=initial_range
             )
         return found
 
@@ -178,7 +181,7 @@ class Planner:
         names = (self._calls[self._key(call)], *self._module_names([call.module]))
         return QuantizerPlace(names, "activations", kind, port, depthwise=is_depthwise(call, self._trace))
 
-    def _module_names(self, modules: list[str]) -> tuple[ScopedModule, ...]:
+    def _module_names(self, modules: Iterable[str]) -> tuple[ScopedModule, ...]:
         return tuple(self._names.get(name, ScopedModule(name)) for name in modules)
 
     def _planned(self, placed: Placed) -> PlannedQuantizer:

@@ -252,6 +252,48 @@ def test_masks_of_attention_are_left_alone(need_weights):
     assert len(found) == (5 if need_weights else 4)
 
 
+SEVERAL_WEIGHTS = {
+    "lstm": (lambda: nn.LSTM(8, 4, 2, bidirectional=True, batch_first=True), 8),
+    "gru": (lambda: nn.GRU(8, 4, batch_first=True), 2),
+    "attention": (lambda: nn.MultiheadAttention(8, 2, kdim=8, vdim=8, batch_first=True), 2),
+    "attention of other widths": (lambda: Unpacked(), 4),
+}
+
+
+class Unpacked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.key, self.attention = nn.LayerNorm(6), nn.MultiheadAttention(8, 2, kdim=6, vdim=8, batch_first=True)
+
+    def forward(self, x):
+        return self.attention(x, self.key(x[..., :6]), x)[0]
+
+
+@pytest.mark.parametrize("kind", SEVERAL_WEIGHTS)
+def test_quantizers_of_layers_with_several_weights_have_names_of_their_own(kind):
+    make, number = SEVERAL_WEIGHTS[kind]
+    layer = make()
+    if isinstance(layer, nn.MultiheadAttention):
+        model = Block(lambda m, x: m.a(x, x, x)[0])
+    else:
+        model = Block(lambda m, x: m.a(x)[0] if isinstance(m.a, nn.RNNBase) else m.a(x))
+    model.a = layer
+    found = [q.name for q in plan(model, torch.ones(2, 5, 8)).quantizers]
+    assert len(set(found)) == len(found)
+    weights = [name for name in found if name.endswith("|WEIGHT")]
+    assert len(weights) == number
+    chosen = weights[0].removesuffix("|WEIGHT")
+    bits = {q.name: q.spec.bits for q in plan(model, torch.ones(2, 5, 8), **of_bits(chosen)).quantizers}
+    assert [name for name, value in bits.items() if value == 4] == [weights[0]]
+
+
+def of_bits(name):
+    return {
+        "device": "TRIAL",
+        "initializer": {"precision": {"type": "manual", "bitwidth_per_scope": [[4, f"{name}|WEIGHT"]]}},
+    }
+
+
 def test_weights_without_a_layer_are_found_by_their_use():
     class Functional(nn.Module):
         def __init__(self):

@@ -197,6 +197,30 @@ def test_switched_off_the_model_is_the_floating_point_one_and_comes_back():
         assert torch.equal(model(x), quantized)
 
 
+class SeveralWeights(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lstm = nn.LSTM(8, 6, batch_first=True)
+        self.attention = nn.MultiheadAttention(8, 2, kdim=6, vdim=6, batch_first=True)
+
+    def forward(self, x):
+        features = self.lstm(x)[0]
+        return self.attention(x, features, features)[0]
+
+
+def test_switches_reach_every_weight_of_a_layer():
+    torch.manual_seed(0)
+    plain, x = SeveralWeights().eval(), torch.randn(2, 5, 8)
+    document = {"compression": {"algorithm": "quantization"}}
+    controller, model = create_compressed_model(copy.deepcopy(plain), document, init_loader=[(x, 0)] * 2)
+    assert len(controller.weight_quantizers) == 6
+    controller.freeze_quantizers()
+    assert not any(p.requires_grad for name, p in model.named_parameters() if name.endswith("scale"))
+    controller.disable_weight_quantization()
+    controller.disable_activation_quantization()
+    assert torch.equal(model.eval()(x), plain(x))
+
+
 def test_the_stage_follows_what_is_on():
     controller, _ = create()
     assert controller.compression_stage() == CompressionStage.FULLY_COMPRESSED
