@@ -18,7 +18,8 @@ from compress_core.trace.graph import ValueId
 from compress_core.trace.sites import CallRef, Sites
 from compress_core.transforms.places import ActivationPlace, Path
 from compress_quantization.fusing import fused_calls
-from compress_quantization.operators import is_data_argument, is_mask_argument, is_transparent, kind_of
+from compress_quantization.masks import masks_of, reads_mask
+from compress_quantization.operators import is_data_argument, is_transparent, kind_of
 from compress_quantization.quantizer_config import QuantizerSpec
 
 # What an operator demands of one of its inputs, or None.
@@ -140,7 +141,7 @@ class _Propagation:
         self._consumers = forward.consumers()
         self._fused = fused_calls(forward)
         self._reached = _reached_by_inputs(forward)
-        self._masks = _masks(forward)
+        self._masks = masks_of(forward)
         # Values that are quantized for everybody, and the others that some reader wants quantized.
         self._whole: dict[ValueId, _Wish] = {}
         self._partial: list[_Wish] = []
@@ -194,7 +195,7 @@ class _Propagation:
 
     def _ask(self, call: Call, path: Path) -> _Ask:
         reader = (call.index, path)
-        if call.index in self._fused or (call.results and self._masks.issuperset(call.results)):
+        if call.index in self._fused or reads_mask(call, self._masks):
             return _Ask(None, reader)
         if kind_of(call.function) == "concat":
             return self._concat(call, reader)
@@ -250,20 +251,6 @@ def _reached_by_inputs(forward: ForwardTrace) -> set[ValueId]:
             reached.update(value for _, value in call.outputs)
             reached.update(call.overwritten)
     return reached
-
-
-def _masks(forward: ForwardTrace) -> set[ValueId]:
-    """Returns the values that are read as masks of attention and as nothing else, which may be infinite."""
-    found: set[ValueId] = set()
-    consumers = forward.consumers()
-    for value in reversed(forward.values):
-        readers = [(forward.calls[index], path) for index, path in consumers[value.index]]
-        is_mask = [
-            is_mask_argument(call, path) or (call.results and found.issuperset(call.results)) for call, path in readers
-        ]
-        if readers and all(is_mask) and not value.outputs:
-            found.add(value.index)
-    return found
 
 
 def _name(call: Call) -> str:

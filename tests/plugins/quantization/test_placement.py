@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from compress_core import ConfigError
+from compress_core import ConfigError, create_compressed_model
 from compress_core.scopes import ScopeFilter
 from compress_core.trace import trace
 from compress_quantization.config import QuantizationConfig
@@ -250,6 +250,54 @@ def test_masks_of_attention_are_left_alone(need_weights):
     found = [place for group in places(plan(model, torch.randn(2, 5, 8))) for place in group]
     assert not any("add" in place or "masked_fill" in place or "baddbmm" in place for place in found)
     assert len(found) == (5 if need_weights else 4)
+
+
+LOWEST = torch.finfo(torch.float32).min
+MASKS = {
+    "finfo.min": lambda m: (1.0 - m.float()) * LOWEST,
+    "a large number": lambda m: (1.0 - m.float()) * -10000,
+    "negated first": lambda m: -1e9 * (m == 0).float(),
+    "infinity": lambda m: torch.zeros_like(m, dtype=torch.float32).masked_fill(m == 0, -torch.inf),
+    "triangle": lambda m: torch.triu(torch.full((6, 6), -torch.inf, device=m.device), 1)[None].expand(len(m), -1, -1),
+    "where": lambda m: torch.where(m == 0, LOWEST, 0.0),
+    "sum": lambda m: torch.full((6, 6), -1e30, device=m.device).triu(1) + ((1.0 - m.float()) * -1e30)[:, None],
+}
+
+
+class WrittenAttention(nn.Module):
+    def __init__(self, mask):
+        super().__init__()
+        self.q, self.k, self.v, self.out = (nn.Linear(8, 8) for _ in range(4))
+        self.mask = mask
+
+    def forward(self, x, mask):
+        mask = self.mask(mask)
+        scores = self.q(x) @ self.k(x).transpose(1, 2) + (mask if mask.dim() == 3 else mask[:, None])
+        return self.out(scores.softmax(-1) @ self.v(x))
+
+
+@pytest.mark.parametrize("kind", MASKS)
+def test_masks_that_the_code_computes_are_left_alone(kind):
+    x, mask = torch.randn(3, 6, 8), torch.tensor([[1, 1, 1, 1, 1, 0]] * 3)
+    found = places(plan(WrittenAttention(MASKS[kind]), x, mask))
+    # Input, queries, keys, values, softmax, what the last layer reads: nothing at the sum of scores and mask.
+    assert len(found) == 6
+    assert [group[0].split(":")[0] for group in found] == ["model", "q", "k", "model", "v", "model"]
+    assert [name in found[index][0] for index, name in ((0, "input 0"), (3, "softmax"), (5, "matmul"))] == [True] * 3
+    model = WrittenAttention(MASKS[kind]).eval()
+    expected = model(x, mask)
+    document = {"compression": {"algorithm": "quantization"}}
+    _, model = create_compressed_model(model, document, init_loader=[((x, mask), 0)])
+    assert (model.eval()(x, mask) - expected).norm() < 0.1 * expected.norm()
+
+
+def test_other_large_numbers_are_no_masks():
+    def forward(m, x):
+        return m.a(x * 32768.0 + 1.0) + m.b(x).clamp(-1e5, 1e5)
+
+    assert len(places(plan(Block(forward), torch.ones(2, 4, 8, 8)))) == len(
+        places(plan(Block(lambda m, x: m.a(x * 3.0 + 1.0) + m.b(x).clamp(-1, 1)), torch.ones(2, 4, 8, 8)))
+    )
 
 
 SEVERAL_WEIGHTS = {

@@ -1,0 +1,74 @@
+"""Masks of attention in a trace: what is added to scores so that some of them vanish.
+
+A mask holds zeros and numbers that stand for minus infinity. Quantized with the scores, these would take the whole
+range; and a range that is infinite is none.
+"""
+
+from __future__ import annotations
+
+from compress_core.trace import Call, ForwardTrace
+from compress_core.trace.graph import ValueId
+from compress_quantization.operators import (
+    ARITHMETIC_KINDS,
+    LINEAR_KINDS,
+    base_name,
+    is_mask_argument,
+    is_transparent,
+    kind_of,
+)
+
+# From here on a number in the code is taken for minus infinity: half precision has little more room.
+_HUGE = -1e4
+
+# Functions that write such a number into a tensor.
+_WRITES_NUMBERS = frozenset(["masked_fill", "full", "full_like", "new_full", "fill", "where", "mul", "multiply"]) | {
+    "__rmul__",
+    "scalar_tensor",
+}
+
+# Functions of masks that give masks.
+_KEEPS_MASKS = frozenset(["masked_fill", "where", "triu", "tril", "minimum", "maximum", "min", "max"])
+
+
+def masks_of(forward: ForwardTrace) -> set[ValueId]:
+    """Returns the values that are masks: those that are made as masks are, and those that are read as nothing else."""
+    found = _made_as_masks(forward)
+    consumers = forward.consumers()
+    for value in reversed(forward.values):
+        readers = [(forward.calls[index], path) for index, path in consumers[value.index]]
+        is_mask = [
+            is_mask_argument(call, path) or (call.results and found.issuperset(call.results)) for call, path in readers
+        ]
+        if readers and all(is_mask) and not value.outputs:
+            found.add(value.index)
+    return found
+
+
+def reads_mask(call: Call, masks: set[ValueId]) -> bool:
+    """Tells whether a call adds a mask to something, or makes one."""
+    if call.results and masks.issuperset(call.results):
+        return True
+    is_arithmetic = kind_of(call.function) in {*ARITHMETIC_KINDS, "min", "max"}
+    return is_arithmetic and any(value in masks for _, value in call.inputs)
+
+
+def _made_as_masks(forward: ForwardTrace) -> set[ValueId]:
+    found: set[ValueId] = set()
+    products: set[ValueId] = set()  # scores, among others: a mask that is added to them makes no mask of them
+    for call in forward.calls:
+        given = {value for _, value in call.inputs}
+        made = {*call.results, *call.overwritten}
+        if kind_of(call.function) in LINEAR_KINDS | {"scaled_dot_product_attention"} or given & products:
+            products |= made
+        elif _makes_mask(call, bool(given & found)):
+            found |= {value for value in made if forward.values[value].dtype.is_floating_point}
+    return found
+
+
+def _makes_mask(call: Call, takes_mask: bool) -> bool:
+    name = base_name(call.function)
+    if takes_mask:
+        kind = kind_of(call.function)
+        return is_transparent(call) or kind in ARITHMETIC_KINDS or name in _KEEPS_MASKS
+    numbers = [*call.arguments, *call.keywords.values()]  # not those in lists: these are sizes
+    return name in _WRITES_NUMBERS and any(isinstance(n, (int, float)) and n <= _HUGE for n in numbers)
