@@ -28,6 +28,7 @@ from compress_core.rng import RngState
 from compress_core.snapshot import ModelSnapshot
 from compress_core.state import SavedState, check_plans, checked_state
 from compress_core.transforms.model_wide import has_transforms
+from compress_core.transforms.weight import recompute_weights
 
 logger = logging.getLogger(__name__)
 
@@ -107,6 +108,7 @@ def _compress(
         context.bypassable = not any(algorithm.changes_in_place for algorithm in lifecycle.algorithms)
         lifecycle.observe(model)
     lifecycle.commit(model)
+    recompute_weights(model, context.config.root.recompute_weights)
     if state is not None:
         controller.scheduler.load_state(state.scheduler)
         lifecycle.load_state(model, {name: entry.state for name, entry in state.algorithms.items()})

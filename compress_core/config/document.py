@@ -49,6 +49,11 @@ class RootSection(Section):
     )
     ignored_scopes: Scopes = Field(default_factory=list, description="parts of the model that no algorithm may touch")
     target_scopes: Scopes = Field(default_factory=list, description="if given, the only parts to compress")
+    recompute_weights: bool = Field(
+        False,
+        description="in training, compute compressed weights again in the backward pass instead of keeping them: less "
+        "memory, a little more time",
+    )
     unused_values: Literal["error", "warn"] = Field(
         "error", description="what happens when a value in an algorithm's section can have no effect"
     )

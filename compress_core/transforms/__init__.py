@@ -31,6 +31,7 @@ from compress_core.transforms.weight import (
     add_weight_transform,
     get_weight_transform,
     raw_parameter,
+    recompute_weights,
 )
 
 __all__ = [
@@ -55,5 +56,6 @@ __all__ = [
     "mask_weight",
     "place_from_dict",
     "raw_parameter",
+    "recompute_weights",
     "strip_activation_transforms",
 ]

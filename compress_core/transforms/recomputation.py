@@ -2,10 +2,11 @@
 
 For the gradient of its input a layer needs its weight. What a chain of transforms makes of one is a tensor of its own,
 so between forward and backward each compressed layer would hold its weight twice; for large models and small batches
-that is most of the memory that compression costs. Computing it again takes as long as a few elementwise operators.
+that is most of the memory that compression costs. Computing it again takes as long as an elementwise operator or two.
 
-It is done where every transform of the weight declares `recomputable = True`, in layers that only multiply with their
-weight, and where nobody else has a say about what is kept for the backward pass (checkpointing, offloading, compilers).
+It is done on request (`recompute_weights`), where every transform of the weight declares `recomputable = True`, in
+layers that only multiply with their weight, and where nobody else has a say about what is kept for the backward pass
+(checkpointing, offloading, compilers).
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _LAYERS: tuple[type[nn.Module], ...] = (
     *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d),
     *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
 )
-_FORWARDS = frozenset(layer.forward for layer in _LAYERS)
+_FORWARDS = [layer.forward for layer in _LAYERS]
 
 # Attributes of these types are compared by value, others by identity.
 _SIMPLE = (bool, int, float, str, tuple)
@@ -44,13 +45,13 @@ _running = _Running()
 
 def layer_forward(base: type[nn.Module]) -> Callable[..., Any] | None:
     """Returns a forward for subclasses of `base` whose weight is transformed; None where weights have to be kept."""
-    if base.forward not in _FORWARDS:
+    if all(base.forward is not known for known in _FORWARDS):
         return None
     original: Callable[..., Any] = base.forward
 
     @functools.wraps(original)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not _may_hook():
+        if not _is_wanted(self) or torch.compiler.is_compiling() or not torch.is_grad_enabled() or not _may_hook():
             return original(self, *args, **kwargs)
         weights = _Weights()
         _running.weights = weights
@@ -77,6 +78,12 @@ def is_recomputable(chain: TransformChain) -> bool:
         getattr(transform, "recomputable", False) and not has_hooks(transform)  # type: ignore[arg-type]
         for transform in chain._modules.values()
     )
+
+
+def _is_wanted(layer: nn.Module) -> bool:
+    chains = layer._modules.get("weight_transforms")
+    chain = None if chains is None else chains._modules.get("weight")
+    return chain is not None and bool(getattr(chain, "recompute", False))
 
 
 def _may_hook() -> bool:

@@ -55,9 +55,8 @@ def add_weight_transform(
     tensor have an attribute `cacheable = True`: what they compute in eval mode depends on nothing but the weight,
     their parameters and buffers, and attributes that are replaced when they change, not modified.
 
-    In training, convolutions and linear layers do not keep the result for the backward pass, where it is computed
-    again, if all transforms have an attribute `recomputable = True`: what they compute depends on the same things,
-    whatever the mode, and they change no attribute in doing so.
+    For `recompute_weights`, transforms have an attribute `recomputable = True` if what they compute depends on the
+    same things, whatever the mode, and they change no attribute in doing so.
 
     Args:
         module: The layer, or any module above it.
@@ -95,6 +94,22 @@ def add_weight_transform(
     transform.train(owner.training)
     chain.add(key, transform, int(stage))
     return WeightTransformHandle(module, name, key)
+
+
+def recompute_weights(model: nn.Module, on: bool = True) -> None:
+    """Chooses whether transformed weights are kept for the backward pass, or computed again there.
+
+    Convolutions and linear layers do the latter where all transforms of their weight have an attribute
+    `recomputable = True`, and nobody else decides what is kept (checkpointing, `saved_tensors_hooks`, autocast,
+    compilers). A weight, or what transforms it, that is changed in between makes the backward pass raise.
+
+    Args:
+        model: The model, or any part of it.
+        on: Whether to compute them again; at first they are kept.
+    """
+    for module in model.modules():
+        if isinstance(module, WeightChain):
+            module.recompute = on
 
 
 def remove_weight_transform(module: nn.Module, name: str, key: str) -> None:

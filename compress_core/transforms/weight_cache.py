@@ -110,6 +110,7 @@ class WeightChain(TransformChain):
 
     def __init__(self) -> None:
         super().__init__()
+        self.recompute = False  # see `recomputation`
         self.__dict__[_ENTRY] = None
 
     def forward(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -118,7 +119,8 @@ class WeightChain(TransformChain):
             return super().forward(tensor)
         if self.training or torch.is_grad_enabled() or self.bypassed:
             result = super().forward(tensor)
-            note(self, tensor, result)
+            if self.recompute:
+                note(self, tensor, result)
             return result
         if not is_plain_execution():
             return super().forward(tensor)

@@ -10,8 +10,13 @@ from torch import nn
 from torch.autograd.graph import disable_saved_tensors_hooks, save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from compress_core import Stage, mask_weight
-from compress_core.transforms import ModuleOutput, add_activation_transform, add_weight_transform
+from compress_core import Stage, create_compressed_model, mask_weight
+from compress_core.transforms import (
+    ModuleOutput,
+    add_activation_transform,
+    add_weight_transform,
+    recompute_weights,
+)
 
 
 class Scale(nn.Module):
@@ -54,6 +59,7 @@ def layer_with(transform, make=lambda: nn.Linear(5, 3)):
     torch.manual_seed(0)
     layer = make()
     add_weight_transform(layer, "weight", transform, stage=Stage.PRECISION, key="q")
+    recompute_weights(layer)
     return layer
 
 
@@ -115,6 +121,7 @@ def test_several_transforms_and_a_weight_that_two_layers_share():
         model = Tied()
         mask_weight(model, "first.weight", torch.eye(5))
         add_weight_transform(model, "first.weight", transform, stage=Stage.PRECISION, key="q")
+        recompute_weights(model)
         return model
 
     x = torch.randn(4, 5, requires_grad=True)
@@ -136,6 +143,19 @@ def test_together_with_activation_transforms():
 
 
 # Where weights are kept.
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_it_is_done_on_request_of_the_config(asked):
+    document = {"compression": {"algorithm": "magnitude_sparsity", "sparsity_init": 0.5}, "recompute_weights": asked}
+    model = create_compressed_model(nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 5)), document)[1]
+    runs = []
+    for layer in model:
+        mask = layer.weight_transforms.weight.magnitude_sparsity
+        forward = mask.forward
+        mask.forward = lambda weight, forward=forward: runs.append(torch.is_grad_enabled()) or forward(weight)
+    model(torch.randn(4, 5, requires_grad=True)).sum().backward()
+    assert runs == [True, True] + ([False, False] if asked else [])
 
 
 def test_transforms_that_do_not_say_so_or_have_hooks():
