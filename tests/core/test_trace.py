@@ -186,7 +186,7 @@ def test_multi_head_attention_is_seen_inside(need_weights, products):
     seen = [name for _, name in calls(forward)]
     assert not any("multi_head" in name for name in seen)
     computing = [name for name in seen if name in {"linear", "softmax", "bmm", "scaled_dot_product_attention"}]
-    assert computing == ["linear", *products, "linear"]
+    assert computing == ["linear", "linear", "linear", *products, "linear"]
     assert {call.module for call in forward.calls} == {"attention"}
     read = [forward.values[value].parameter for call in forward.calls for _, value in call.inputs]
     assert [name for name in read if name.endswith("weight")] == [

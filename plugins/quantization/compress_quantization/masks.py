@@ -23,6 +23,7 @@ _HUGE = -1e4
 # Functions that write such a number into a tensor.
 _WRITES_NUMBERS = frozenset(["masked_fill", "full", "full_like", "new_full", "fill", "where", "mul", "multiply"]) | {
     "__rmul__",
+    "__setitem__",
     "scalar_tensor",
 }
 
@@ -36,9 +37,7 @@ def masks_of(forward: ForwardTrace) -> set[ValueId]:
     consumers = forward.consumers()
     for value in reversed(forward.values):
         readers = [(forward.calls[index], path) for index, path in consumers[value.index]]
-        is_mask = [
-            is_mask_argument(call, path) or (call.results and found.issuperset(call.results)) for call, path in readers
-        ]
+        is_mask = [is_mask_argument(call, path) or _gives_masks(call, found) for call, path in readers]
         if readers and all(is_mask) and not value.outputs:
             found.add(value.index)
     return found
@@ -46,10 +45,15 @@ def masks_of(forward: ForwardTrace) -> set[ValueId]:
 
 def reads_mask(call: Call, masks: set[ValueId]) -> bool:
     """Tells whether a call adds a mask to something, or makes one."""
-    if call.results and masks.issuperset(call.results):
+    if _gives_masks(call, masks):
         return True
     is_arithmetic = kind_of(call.function) in {*ARITHMETIC_KINDS, "min", "max"}
     return is_arithmetic and any(value in masks for _, value in call.inputs)
+
+
+def _gives_masks(call: Call, masks: set[ValueId]) -> bool:
+    # What a layer makes may be a mask, such as a learned bias; what the layer reads is an activation like any other.
+    return bool(call.results) and masks.issuperset(call.results) and kind_of(call.function) not in LINEAR_KINDS
 
 
 def _made_as_masks(forward: ForwardTrace) -> set[ValueId]:

@@ -556,8 +556,12 @@ def test_attention(kind, export):
     x = torch.randn(4, 5, 8)
     report, file = export(create(model, [x]), x)
     assert report.worst(optimized=False).relative_mean < 1e-6 and report.worst().relative_mean < 1e-6
-    # One tensor is projected at once; for three, torch splits the weight.
-    shapes = {"of three tensors": [(8, 8)] * 4, "of other widths": [(4, 8), (6, 8), (8, 4), (8, 6), (8, 8), (8, 8)]}
+    # The weight is split for queries, keys and values, whether they are made of one tensor or of three.
+    shapes = {
+        "MultiheadAttention": [(8, 8)] * 4,
+        "of three tensors": [(8, 8)] * 4,
+        "of other widths": [(4, 8), (6, 8), (8, 4), (8, 6), (8, 8), (8, 8)],
+    }
     assert sorted(weight.shape for weight in file.weights()) == shapes.get(kind, [(8, 8), (8, 24)])
     assert report.runtime_operators["MatMulIntegerToFloat"] >= 1
 

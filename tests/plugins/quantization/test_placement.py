@@ -225,12 +225,11 @@ class CrossAttention(nn.Module):
 def test_multi_head_attention_is_quantized_inside(number, device):
     inputs = [torch.ones(2, 5, 8)] * number
     found = plan(CrossAttention(), *inputs, device=device)
-    # One tensor for all three stays one tensor: attention computes its projections together then.
+    # One tensor for all three has one quantizer.
     assert [[f"norms.{index}: output"] in places(found) for index in range(3)] == [index < number for index in range(3)]
     # Queries and keys, where they have been made, if the device has a fused attention; what the last projection reads.
     inside = [place for group in places(found) for place in group if place.startswith("attention")]
-    function = "torch.Tensor.__getitem__" if number == 1 else "torch.nn.functional.linear"
-    made = [f"attention: {function}#{index} output" for index in range(2) if device in ("CPU", "NPU")]
+    made = [f"attention: torch.nn.functional.linear#{index} output" for index in range(2) if device in ("CPU", "NPU")]
     assert inside == [*made, "attention: torch.nn.functional.scaled_dot_product_attention#0 output"]
     assert {q.parameter for q in found.quantizers if q.group == "weights"} == {
         "attention.in_proj_weight",
@@ -249,7 +248,19 @@ def test_masks_of_attention_are_left_alone(need_weights):
     model.a = nn.MultiheadAttention(8, 2, batch_first=True)
     found = [place for group in places(plan(model, torch.randn(2, 5, 8))) for place in group]
     assert not any("add" in place or "masked_fill" in place or "baddbmm" in place for place in found)
-    assert len(found) == (5 if need_weights else 4)
+    assert len(found) == (7 if need_weights else 4)
+
+
+def test_what_a_learned_bias_of_attention_is_computed_from_is_quantized():
+    def forward(m, x):
+        pair = m.b((x @ x.transpose(1, 2)).unsqueeze(1).expand(-1, 4, -1, -1))[:, :2].flatten(0, 1)
+        return m.attention(x, x, x, attn_mask=pair, need_weights=False)[0]
+
+    model = Block(forward)
+    model.b, model.attention = nn.Conv2d(4, 4, 1), nn.MultiheadAttention(8, 2, batch_first=True)
+    found = places(plan(model, torch.randn(2, 5, 8)))
+    assert ["model: torch.Tensor.matmul#0 output"] in found  # what the convolution reads
+    assert not any(place.startswith("b:") for group in found for place in group)  # the bias itself is a mask
 
 
 LOWEST = torch.finfo(torch.float32).min
@@ -260,8 +271,15 @@ MASKS = {
     "infinity": lambda m: torch.zeros_like(m, dtype=torch.float32).masked_fill(m == 0, -torch.inf),
     "triangle": lambda m: torch.triu(torch.full((6, 6), -torch.inf, device=m.device), 1)[None].expand(len(m), -1, -1),
     "where": lambda m: torch.where(m == 0, LOWEST, 0.0),
+    "assigned": lambda m: assigned(m),
     "sum": lambda m: torch.full((6, 6), -1e30, device=m.device).triu(1) + ((1.0 - m.float()) * -1e30)[:, None],
 }
+
+
+def assigned(mask):
+    found = torch.zeros(6, 6, device=mask.device)
+    found[torch.ones(6, 6, dtype=torch.bool, device=mask.device).triu(1)] = -torch.inf
+    return found[None].expand(len(mask), -1, -1)
 
 
 class WrittenAttention(nn.Module):
