@@ -5,7 +5,8 @@ An entry is one of
 * a dotted module name, which means that module and everything below it: `layer1`, `layer1.0.conv1`;
 * a glob over dotted names, in which `*` crosses dots: `layer?.*.conv1`;
 * `{re}` and a regular expression, searched in the dotted name and in NNCF's node names of the module;
-* an NNCF node name, `Model/Sequential[features]/NNCFConv2d[0]/conv2d_0`, of which the names in brackets count.
+* an NNCF node name, `Model/Sequential[features]/NNCFConv2d[0]/conv2d_0`, of which the names in brackets count;
+* a call as places are printed, `layer1.0/torch.Tensor.add#1`, which means that one alone.
 """
 
 from __future__ import annotations
@@ -71,6 +72,8 @@ def compile_scope(entry: str) -> Callable[[ScopedModule], bool]:
         except re.error as error:
             raise ValueError(f"'{entry}' is not a regular expression: {error}") from error
         return lambda module: any(pattern.search(name) for name in (module.name, *module.nncf_names))
+    if "/" in entry and "#" in entry:
+        return lambda module: entry in (module.name, *module.nncf_names)
     if "/" in entry:
         return _from_nncf(entry)
     if _GLOB_CHARACTERS.search(entry):

@@ -58,6 +58,17 @@ def weight_uses(trace: Trace) -> dict[str, Call]:
     return uses
 
 
+def owners_of_weights(call: Call, trace: Trace) -> list[str]:
+    """Returns the modules whose parameters a call uses as weights, where it is not their own forward that calls.
+
+    Attention does so with its last projection.
+    """
+    forward = next(forward for forward in trace.forwards if is_of(call, forward))
+    values = [forward.values[value] for path, value in call.inputs if is_weight_argument(call, path)]
+    owners = [value.parameter.rpartition(".")[0] for value in values if value.parameter]
+    return [] if call.module in owners else owners
+
+
 def is_depthwise(call: Call, trace: Trace) -> bool:
     """Tells whether a call is a convolution with one filter group for each input channel."""
     if not kind_of(call.function).startswith("conv"):
@@ -73,16 +84,16 @@ def _input_channels(call: Call, trace: Trace) -> int:
     return 0
 
 
-def first_convolutions(trace: Trace) -> set[int]:
+def first_convolutions(trace: Trace) -> list[Call]:
     """Returns the calls of convolutions in 2 or 3 dimensions that an input reaches without passing another one."""
-    found: set[int] = set()
+    found: list[Call] = []
     for forward in trace.forwards:
         reached: set[ValueId] = {value.index for value in forward.inputs}
         for call in forward.calls:
             if not any(value in reached for _, value in call.inputs):
                 continue
             if kind_of(call.function) in ("conv2d", "conv3d"):
-                found.add(call.index)
+                found.append(call)
             elif kind_of(call.function) not in LINEAR_KINDS:
                 reached.update(call.results)
     return found

@@ -12,7 +12,15 @@ from compress_core.layers import WeightedLayer, WeightTensor, weight_tensors
 from compress_core.scopes import ScopedModule, ScopeFilter, scoped_modules
 from compress_core.trace import Call, Trace
 from compress_core.transforms.places import ActivationPlace, CallOutput, ModuleInput, ModuleOutput, Path
-from compress_quantization.calls import call_key, call_names, first_convolutions, is_depthwise, is_of, weight_uses
+from compress_quantization.calls import (
+    call_key,
+    call_names,
+    first_convolutions,
+    is_depthwise,
+    is_of,
+    owners_of_weights,
+    weight_uses,
+)
 from compress_quantization.config import QuantizationConfig
 from compress_quantization.operators import LINEAR_KINDS, kind_of
 from compress_quantization.placement import Placed, Rules, place_quantizers
@@ -92,9 +100,8 @@ class Planner:
             if tensor.name.rpartition(".")[2] != "weight":
                 # Recurrent layers and attention have several: each goes by its own name first.
                 names = (ScopedModule(tensor.name, (tensor.name,)), *names)
-            place = QuantizerPlace(
-                names, "weights", kind, "WEIGHT", first_layer=call is not None and call.index in first
-            )
+            is_first = any(call is other for other in first)
+            place = QuantizerPlace(names, "weights", kind, "WEIGHT", first_layer=is_first)
             reason = self._reason_to_skip_weight(tensor, call, place)
             if reason:
                 self._plan.skipped[tensor.name] = reason
@@ -169,7 +176,8 @@ class Planner:
             return None
         key = self._key(call)
         place = self._place(call, kind, f"INPUT{position}")
-        if self._scopes.reason_to_skip([call.module, call_key(*key)]) or self.resolver.reason_to_skip(place):
+        modules = [call.module, *owners_of_weights(call, self._trace)]
+        if self._scopes.reason_to_skip([*modules, call_key(*key)]) or self.resolver.reason_to_skip(place):
             return None
         return self.resolver.resolve(place)
 
@@ -178,7 +186,8 @@ class Planner:
         return number, call.index
 
     def _place(self, call: Call, kind: str, port: str) -> QuantizerPlace:
-        names = (self._calls[self._key(call)], *self._module_names([call.module]))
+        modules = [call.module, *owners_of_weights(call, self._trace)]
+        names = (self._calls[self._key(call)], *self._module_names(modules))
         return QuantizerPlace(names, "activations", kind, port, depthwise=is_depthwise(call, self._trace))
 
     def _module_names(self, modules: Iterable[str]) -> tuple[ScopedModule, ...]:

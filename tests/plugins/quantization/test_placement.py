@@ -472,3 +472,48 @@ def test_bits_can_be_given_to_quantizers_as_they_are_printed_or_as_nncf_does(ent
     precision = {"bitwidth_per_scope": [[4, entry]]}
     found = plan(Scoped(), torch.ones(2, 3, 4, 4), device="TRIAL", initializer={"precision": precision})
     assert {q.name: q.spec.bits for q in found.quantizers if q.spec.bits != 8} == {quantizer: 4}
+
+
+class AddsTwice(nn.Module):
+    def forward(self, x):
+        return (x + 1) * x + x
+
+
+def test_the_printed_name_of_a_call_means_that_call_alone():
+    model = nn.Sequential(AddsTwice(), AddsTwice(), nn.Conv2d(3, 3, 1))
+    everything = [q.name for q in plan(model, torch.ones(2, 3, 4, 4)).quantizers]
+    assert {"0/torch.Tensor.mul#0|OUTPUT", "1/torch.Tensor.mul#0|OUTPUT"} < set(everything)
+    for name in [name for name in everything if "#" in name]:
+        precision = {"bitwidth_per_scope": [[4, name]]}
+        found = plan(model, torch.ones(2, 3, 4, 4), device="TRIAL", initializer={"precision": precision})
+        assert [q.name for q in found.quantizers if q.spec.bits != 8] == [name]
+
+
+def test_a_layer_whose_function_another_module_calls_goes_by_its_own_name():
+    model = Block(lambda m, x: m.attention(x, x, x, need_weights=False)[0])
+    model.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+    x = torch.randn(2, 5, 8)
+    everything = {q.name for q in plan(model, x).quantizers}
+    left = {q.name for q in plan(model, x, activations={"ignored_scopes": ["attention.out_proj"]}).quantizers}
+    assert everything - left == {"attention/scaled_dot_product_attention#0|OUTPUT"}
+    override = {"scope_overrides": {"activations": {"attention.out_proj": {"bits": 4}}}}
+    found = plan(model, x, device="TRIAL", **override).quantizers
+    assert [q.name for q in found if q.spec.bits == 4] == ["attention/scaled_dot_product_attention#0|OUTPUT"]
+
+
+class TwoWays(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.other = (nn.Conv2d(3, 3, 1) for _ in range(3))
+
+    def forward(self, x, way):
+        return self.other(x.relu()) if way else self.second(self.first(x))
+
+
+def test_the_first_convolution_is_the_first_of_each_example():
+    model, x = TwoWays(), torch.ones(2, 3, 4, 4)
+    config = QuantizationConfig.model_validate({"algorithm": "quantization", "overflow_fix": "first_layer_only"})
+    recorded = trace(model, [(x, True), (x, False)])
+    found = Planner(model, recorded, config, load_profile("CPU"), ScopeFilter(model)).plan()
+    half = {q.parameter for q in found.quantizers if q.spec.half_range}
+    assert half == {"first.weight", "other.weight"}
