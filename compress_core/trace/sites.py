@@ -169,9 +169,11 @@ class Sites:
         for key in (key for sequence in [*evaluation, *training] for key in sequence):
             numbers.setdefault(key, len(numbers))
         site = numbers[site_key(call, level)]
-        pattern = CallPattern(site, _longest(evaluation, numbers), _longest(training, numbers) if training else None)
-        if pattern.training == pattern.sites:
-            pattern = CallPattern(site, pattern.sites)
+        sites, counts = _longest(evaluation, numbers), _shorter(evaluation)
+        pattern = CallPattern(site, sites, counts=counts, training_counts=counts)
+        if training:
+            trained = _longest(training, numbers)
+            pattern = CallPattern(site, sites, None if trained == sites else trained, counts, _shorter(training))
         agrees = all(
             pattern.includes(position, training=mode) == (numbers[key] == site)
             for mode, sequences in ((False, evaluation), (True, training))
@@ -198,3 +200,8 @@ def _level_of(call: Call, module: str) -> int:
 
 def _longest(sequences: list[list[SiteKey]], numbers: dict[SiteKey, int]) -> tuple[int, ...]:
     return tuple(numbers[key] for key in max(sequences, key=len))
+
+
+def _shorter(sequences: list[list[SiteKey]]) -> tuple[int, ...]:
+    lengths = {len(sequence) for sequence in sequences}
+    return tuple(sorted(lengths - {max(lengths)}))

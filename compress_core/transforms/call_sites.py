@@ -14,6 +14,7 @@ import functools
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any, TypeVar
 
 import torch
@@ -25,6 +26,12 @@ from compress_core.transforms.attention import inside_of
 from compress_core.transforms.places import CallInput, CallOutput, CallPattern, Path
 
 T = TypeVar("T")
+
+# Functions written in Python that dynamo shows to modes as those written in C.
+_NEVER_HIDDEN = frozenset(
+    f"torch.nn.functional.{name}"
+    for name in ("relu", "relu6", "silu", "hardtanh", "softmax", "layer_norm", "max_pool2d", "adaptive_avg_pool2d")
+)
 
 
 @dataclass(frozen=True)
@@ -65,6 +72,11 @@ class TransformedFunction:
     def calls(self) -> CallPattern:
         """The calls that a forward is expected to make; the same for all sites of the function."""
         return (*self.inputs, *self.outputs)[0].calls
+
+    @property
+    def may_be_hidden(self) -> bool:
+        """Whether dynamo may hide the function from modes, as it does with some that are written in Python."""
+        return self.name not in _NEVER_HIDDEN and all(isinstance(f, FunctionType) for f in self.objects)
 
 
 def transformed_functions(sites: dict[str, CallInput | CallOutput]) -> tuple[TransformedFunction, ...]:
@@ -223,7 +235,7 @@ def count_unmade(functions: tuple[Any, ...]) -> bool:
 def explains(pattern: CallPattern, seen: int, *, training: bool) -> bool:
     """Tells whether `seen` calls are what was traced, or the same with loops that run longer or shorter."""
     expected = pattern.expected(training=training)
-    if seen == len(expected):
+    if pattern.was_traced(seen, training=training):
         return True
     for period in range(1, len(expected) // 2 + 1):
         if expected[-period:] == expected[-2 * period : -period]:

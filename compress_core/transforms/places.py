@@ -29,15 +29,24 @@ class CallPattern:
         site: The site that is meant.
         sites: The site of each call that the traced forward made, in eval mode.
         training: The same in training mode, where the forward may make other calls; None when they are the same.
+        counts: How many calls other traced runs of the module made, in eval mode, if fewer.
+        training_counts: The same in training mode.
     """
 
     site: int
     sites: tuple[int, ...]
     training: tuple[int, ...] | None = None
+    counts: tuple[int, ...] = ()
+    training_counts: tuple[int, ...] = ()
 
     def expected(self, *, training: bool) -> tuple[int, ...]:
         """Returns the sites of the calls of one forward."""
         return self.training if training and self.training is not None else self.sites
+
+    def was_traced(self, calls: int, *, training: bool) -> bool:
+        """Tells whether a traced run of the module made this many calls."""
+        counts = self.training_counts if training else self.counts
+        return calls == len(self.expected(training=training)) or calls in counts
 
     def includes(self, call: int, *, training: bool) -> bool:
         """Tells whether the call number `call` (from 0) belongs to the site.
@@ -166,7 +175,11 @@ def place_from_dict(values: Mapping[str, Any]) -> ActivationPlace:
         calls = fields["calls"]
         training = calls.get("training")
         fields["calls"] = CallPattern(
-            calls["site"], tuple(calls["sites"]), None if training is None else tuple(training)
+            calls["site"],
+            tuple(calls["sites"]),
+            None if training is None else tuple(training),
+            tuple(calls.get("counts", ())),
+            tuple(calls.get("training_counts", ())),
         )
     return cls(**fields)
 

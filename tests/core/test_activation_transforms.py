@@ -31,7 +31,7 @@ from compress_core.transforms import (
     has_transforms,
     strip_activation_transforms,
 )
-from compress_core.transforms.call_sites import explains
+from compress_core.transforms.call_sites import _NEVER_HIDDEN, explains
 
 
 class Scale(nn.Module):
@@ -206,6 +206,28 @@ def test_function_that_dynamo_hides_is_never_left_uncompressed(x, name, caplog):
     with pytest.raises(Exception, match="hides calls of"):
         torch.compile(model, backend="eager", fullgraph=True)(x)
     assert torch.equal(torch.export.export(model, (x,), strict=False).module()(x), expected)
+
+
+VISIBLE = {
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "silu": F.silu,
+    "hardtanh": F.hardtanh,
+    "softmax": lambda x: F.softmax(x, -1),
+    "layer_norm": lambda x: F.layer_norm(x, x.shape[-1:]),
+    "max_pool2d": lambda x: F.max_pool2d(x[None], 2),
+    "adaptive_avg_pool2d": lambda x: F.adaptive_avg_pool2d(x[None], 2),
+}
+
+
+@pytest.mark.parametrize("name", VISIBLE)
+def test_functions_that_a_module_may_skip_are_never_hidden(name):
+    """Where a trace has runs without a call, none in a compiled graph says nothing."""
+    assert {f"torch.nn.functional.{known}" for known in VISIBLE} == _NEVER_HIDDEN
+    model, x = Function(VISIBLE[name]), torch.randn(1, 4, 4)
+    add(model, CallOutput("", f"torch.nn.functional.{name}", CallPattern(0, (0,), counts=(0,), training_counts=(0,))))
+    torch.compiler.reset()
+    assert torch.allclose(torch.compile(model, fullgraph=True, backend="eager")(x), 10 * VISIBLE[name](x))
 
 
 def test_one_argument_of_one_call(x):

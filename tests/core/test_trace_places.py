@@ -1,5 +1,7 @@
 """From traces to places, proven by what a transform there does; and the traces that algorithms ask the context for."""
 
+import copy
+import json
 import logging
 
 import pytest
@@ -12,6 +14,7 @@ from compress_core.context import Context
 from compress_core.trace import TraceError, trace
 from compress_core.trace.sites import CallRef, Sites
 from compress_core.transforms import CallInput, CallOutput, ModuleInput, ModuleOutput, add_activation_transform
+from compress_core.transforms.places import place_from_dict
 
 X = torch.linspace(-1, 2, 8).reshape(2, 4)
 
@@ -190,3 +193,27 @@ def test_a_shuffling_loader_goes_on_as_if_nobody_had_looked():
     before = generator.get_state()
     context(init_loader=loader).trace(nn.Linear(4, 2), "section")
     assert torch.equal(generator.get_state(), before)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_runs_of_one_module_may_make_different_calls(training, caplog):
+    def forward(model, x):
+        y = model.attention(x, x, x, need_weights=True)[0]
+        return model.attention(y, y, y, need_weights=False)[0]
+
+    model = Function(forward, attention=nn.MultiheadAttention(8, 2, batch_first=True)).train(training)
+    reference, x = copy.deepcopy(model), torch.randn(2, 5, 8)
+    found = trace(model, x, training=True)
+    probabilities = ("torch.nn.functional.softmax", "torch.nn.functional.scaled_dot_product_attention")
+    calls = [call for call in found.forwards[0].calls if call.function in probabilities]
+    assert len(calls) == 2
+    places = [Sites(found).output_place(CallRef(0, call.index), ()) for call in calls]
+    for place in places:
+        tenfold(model, place_from_dict(json.loads(json.dumps(place.to_dict()))))
+    with torch.no_grad():
+        reference.attention.out_proj.weight *= 10  # what reads the heads, which are linear in the probabilities
+    expected = reference(x)
+    assert torch.allclose(model(x), expected, atol=1e-5)
+    torch.compiler.reset()
+    assert torch.allclose(torch.compile(model, fullgraph=True, backend="eager")(x), expected, atol=1e-5)
+    assert not caplog.records
