@@ -35,12 +35,14 @@ class Rules:
         quantize_inputs: Whether inputs of the model are quantized.
         output_spec: How outputs of the model are quantized; None leaves them alone.
         unify_concat: Whether quantizers that meet at a concatenation become one.
+        stored_masks: Names of buffers that hold masks of attention.
     """
 
     demand: Demand
     quantize_inputs: bool = True
     output_spec: QuantizerSpec | None = None
     unify_concat: bool = True
+    stored_masks: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,7 @@ class _Propagation:
         self._consumers = forward.consumers()
         self._fused = fused_calls(forward)
         self._reached = _reached_by_inputs(forward)
-        self._masks = masks_of(forward)
+        self._masks = masks_of(forward, rules.stored_masks)
         # Values that are quantized for everybody, and the others that some reader wants quantized.
         self._whole: dict[ValueId, _Wish] = {}
         self._partial: list[_Wish] = []

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from torch import nn
 
 from compress_core import ConfigError
+from compress_core.errors import Problem
 from compress_core.layers import WeightedLayer, WeightTensor, weight_tensors
 from compress_core.scopes import ScopedModule, ScopeFilter, scoped_modules
 from compress_core.trace import Call, Trace
-from compress_core.transforms.places import ActivationPlace, CallOutput, ModuleInput, ModuleOutput, Path
+from compress_core.transforms.places import ActivationPlace, CallInput, ModuleInput, ModuleOutput, Path
 from compress_quantization.calls import (
     call_key,
     call_names,
@@ -21,12 +23,19 @@ from compress_quantization.calls import (
     owners_of_weights,
     weight_uses,
 )
-from compress_quantization.config import QuantizationConfig
+from compress_quantization.config import QuantizationConfig, QuantizerGroup
+from compress_quantization.masks import stored_masks
 from compress_quantization.operators import LINEAR_KINDS, kind_of
 from compress_quantization.placement import Placed, Rules, place_quantizers
 from compress_quantization.plan import InitialRange, PlannedQuantizer, QuantizationPlan
 from compress_quantization.profiles import Profile
-from compress_quantization.quantizer_config import QuantizerPlace, QuantizerSpec, Resolver, check_strict_bits
+from compress_quantization.quantizer_config import (
+    QuantizerPlace,
+    QuantizerSpec,
+    Resolver,
+    check_strict_bits,
+    is_quantizer_name,
+)
 
 
 class Planner:
@@ -51,14 +60,19 @@ class Planner:
         self._names = {module.name: module for module in scoped_modules(model)}
         self._calls = call_names(trace, self._names)
         scopes.add({call_key(*key): name for key, name in self._calls.items()})
+        # Scopes that name a quantizer: which there are is not known yet.
+        self._by_name = {path: entry for path, entry in scopes.ignored.items() if _names_quantizer(entry)}
+        scopes.add({entry: ScopedModule(entry, (entry,)) for entry in self._by_name.values()})
+        self._nameable: dict[str, None] = {}
         self._reached = trace.reached
+        self._stored_masks = stored_masks(model)
         self.resolver = Resolver(config, profile)
         self._plan = QuantizationPlan()
 
     @property
     def scope_candidates(self) -> list[str]:
         """What scopes can mean: all modules, and calls that are no modules."""
-        return [*self._names, *(call_key(*key) for key in self._calls)]
+        return [*self._names, *(call_key(*key) for key in self._calls), *self._by_name.values()]
 
     def plan(self) -> QuantizationPlan:
         """Returns the plan.
@@ -81,7 +95,8 @@ class Planner:
             position = path[0] if isinstance(path[0], int) else 0
             return QuantizerSpec() if self._profile.quantizes_input(kind_of(call.function), position) else None
 
-        rules = Rules(demand, output_spec=QuantizerSpec() if self._config.quantize_outputs else None)
+        outputs = QuantizerSpec() if self._config.quantize_outputs else None
+        rules = Rules(demand, output_spec=outputs, stored_masks=self._stored_masks)
         everywhere = len(place_quantizers(self._trace, rules).quantizers)
         weights = len(self._weight_tensors(weight_uses(self._trace)))
         # Where readers of one tensor disagree it gets more than one.
@@ -102,7 +117,9 @@ class Planner:
                 names = (ScopedModule(tensor.name, (tensor.name,)), *names)
             is_first = any(call is other for other in first)
             place = QuantizerPlace(names, "weights", kind, "WEIGHT", first_layer=is_first)
-            reason = self._reason_to_skip_weight(tensor, call, place)
+            name = f"{names[0].name}|WEIGHT"
+            self._nameable[name] = None
+            reason = self._ignored_by_name([name], "weights") or self._reason_to_skip_weight(tensor, call, place)
             if reason:
                 self._plan.skipped[tensor.name] = reason
                 continue
@@ -110,7 +127,7 @@ class Planner:
             shape = _scale_shape(tuple(tensor.shape), _output_dim(tensor, kind) if spec.per_channel else None)
             initial_range = InitialRange.of(self.resolver.range_for(place)[0])
             found[tensor.name] = PlannedQuantizer(
-                f"{names[0].name}|WEIGHT", "weights", spec, shape, tensor.name, initial_range=initial_range
+                name, "weights", spec, shape, tensor.name, initial_range=initial_range
             )
         return found
 
@@ -164,10 +181,42 @@ class Planner:
             quantize_inputs=self._config.quantize_inputs,
             output_spec=output_spec,
             unify_concat=self._profile.unifies_inputs("concat"),
+            stored_masks=self._stored_masks,
         )
         placement = place_quantizers(self._trace, rules)
         self._plan.skipped |= placement.unplaced
-        return [self._planned(placed) for placed in placement.quantizers]
+        wanted = []
+        for placed in placement.quantizers:
+            names = self._quantizer_names(placed.places[0])
+            self._nameable.update(dict.fromkeys(names))
+            reason = self._ignored_by_name(names, "activations")
+            if reason:
+                self._plan.skipped[_where(placed.places[0])] = reason
+            else:
+                wanted.append(placed)
+        self._refuse_unknown_quantizers()
+        return [self._planned(placed) for placed in wanted]
+
+    def _quantizer_names(self, place: ActivationPlace) -> list[str]:
+        """Returns what a quantizer can be ignored as."""
+        # Without its port, the name of a quantizer behind a module is that of the module.
+        short = [] if isinstance(place, ModuleOutput) else [_where(place), *self._aliases(place)]
+        return [f"{_where(place)}|{_port(place)}", *short]
+
+    def _ignored_by_name(self, names: Sequence[str], group: QuantizerGroup) -> str | None:
+        paths = [path for path, entry in self._by_name.items() if entry in names]
+        path = paths[0] if paths else self.resolver.ignored_by_name(names, group)
+        return f"ignored by {path}" if path else None
+
+    def _refuse_unknown_quantizers(self) -> None:
+        problems = []
+        for path, entry in self._by_name.items() if self._config.validate_scopes else ():
+            if entry not in self._nameable:
+                close = difflib.get_close_matches(entry, self._nameable, n=1)
+                hint = f". Did you mean '{close[0]}'?" if close else ""
+                problems.append(Problem(path, f"'{entry}' is nothing that would be quantized{hint}"))
+        if problems:
+            raise ConfigError(problems)
 
     def _demand(self, call: Call, path: Path) -> QuantizerSpec | None:
         kind = kind_of(call.function)
@@ -194,9 +243,8 @@ class Planner:
         return tuple(self._names.get(name, ScopedModule(name)) for name in modules)
 
     def _planned(self, placed: Placed) -> PlannedQuantizer:
-        port = "OUTPUT" if isinstance(placed.places[0], (ModuleOutput, CallOutput, ModuleInput)) else "INPUT0"
         first = placed.places[0]
-        where = _where(first)
+        where, port = _where(first), _port(first)
         own = self._names_of_place(first, where)
         spec = self.resolver.with_bits(placed.spec, QuantizerPlace(own, "activations", "add", port))
         place = QuantizerPlace((*own, *self._module_names(list(placed.modules))), "activations", "add", port)
@@ -217,14 +265,26 @@ class Planner:
     def _names_of_place(self, place: ActivationPlace, where: str) -> tuple[ScopedModule, ...]:
         """Returns what scopes can call a quantizer: as it is printed, by its module, by the call that it stands at."""
         if isinstance(place, ModuleInput):
-            aliases = () if place.module else ("/nncf_model_input_0",)
-            return (ScopedModule(where, (where, *aliases)), *self._module_names([place.module]))
+            return (ScopedModule(where, (where, *self._aliases(place))), *self._module_names([place.module]))
         makes = [call for forward in self._trace.forwards for call in forward.calls if call.module == place.module]
         if isinstance(place, ModuleOutput):
             calls = [self._calls[self._key(call)] for call in makes]
             return (ScopedModule(where, (where,)), *self._module_names([place.module]), *calls)
         same = [self._calls[self._key(call)] for call in makes if call.function == place.function]
         return (ScopedModule(where, (where,)), *same[place.calls.site : place.calls.site + 1])
+
+    @property
+    def _inputs(self) -> list[Path]:
+        """The arguments of the model that hold tensors, in all examples together."""
+        return list(
+            dict.fromkeys(path for forward in self._trace.forwards for v in forward.inputs for path in v.inputs)
+        )
+
+    def _aliases(self, place: ActivationPlace) -> list[str]:
+        """Returns NNCF's name of an input of the model."""
+        if not isinstance(place, ModuleInput) or place.module:
+            return []
+        return [f"/nncf_model_input_{number}" for number, path in enumerate(self._inputs) if path == place.argument]
 
     def _feeding_one_operator(
         self, weights: Mapping[str, PlannedQuantizer], activations: list[PlannedQuantizer]
@@ -238,6 +298,17 @@ class Planner:
             if call is not None and spec is not None:
                 groups.append([(quantizer.name, quantizer.spec), (f"{call.module}|INPUT0", spec)])
         return groups
+
+
+def _names_quantizer(entry: str) -> bool:
+    if entry.startswith("{re}"):
+        return False
+    is_call = "/" in entry and ("#" in entry or "/input " in entry)
+    return is_call or entry.startswith("/nncf_model_input_") or is_quantizer_name(entry)
+
+
+def _port(place: ActivationPlace) -> str:
+    return "INPUT0" if isinstance(place, CallInput) else "OUTPUT"
 
 
 def _where(place: ActivationPlace) -> str:

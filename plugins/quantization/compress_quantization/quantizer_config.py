@@ -227,6 +227,15 @@ class Resolver:
             return f"ignored by {ignored[0]}"
         return f"not in {place.group}.target_scopes" if group.target_scopes and not targets else None
 
+    def ignored_by_name(self, names: Sequence[str], group: QuantizerGroup) -> str | None:
+        """Returns the path of the entry of a group's `ignored_scopes` that is one of a quantizer's names, or None."""
+        for index, entry in enumerate(getattr(self._config, group).ignored_scopes):
+            if entry in names:
+                path = f"{group}.ignored_scopes.{index}"
+                self._used.setdefault(path, [names[0]])
+                return path
+        return None
+
     def targeted_by(self, place: QuantizerPlace) -> list[tuple[str, str]]:
         """Returns (path, entry) of the target scopes of `weights` or `activations` that mean a place."""
         entries = getattr(self._config, place.group).target_scopes
@@ -288,7 +297,8 @@ class Resolver:
         return ConfigError(
             f"the quantizer '{place}' is asked to be {request.said() or request.mode}, and the device "
             f"{self._profile.device} offers for {place.group} of '{place.operator}': {described(schemes)}{sign}. "
-            'Change this, ignore the layer, or set target_device "TRIAL", which offers everything',
+            f"Change this, give these layers another in scope_overrides.{place.group}, ignore them, or set "
+            'target_device "TRIAL", which offers everything',
             path=request.paths.get(culprit, ""),
         )
 
@@ -381,6 +391,11 @@ def check_strict_bits(config: QuantizationConfig, groups: Sequence[Sequence[tupl
                 'bitwidth_per_scope, or set "liberal"',
                 path="initializer.precision.bitwidth_assignment_mode",
             )
+
+
+def is_quantizer_name(entry: str) -> bool:
+    """Tells whether a scope ends with a port, as names of quantizers do."""
+    return _QUANTIZER.match(entry) is not None
 
 
 def _scope_matcher(entry: str) -> Callable[[QuantizerPlace], bool]:

@@ -196,6 +196,22 @@ def test_activations_that_are_not_finite_are_an_error_that_names_the_place(bad):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_an_input_that_is_a_mask_can_be_ignored_by_its_name():
+    class Masked(Small):
+        def forward(self, x, mask):
+            return (super().forward(x) + mask).softmax(-1)
+
+    mask = torch.tensor([0.0, 0, 0, 0, -torch.inf]).expand(4, -1)
+    loader = [((images(4), mask), torch.zeros(4))] * 2
+    with pytest.raises(DataError, match=r"'model/input 1\|OUTPUT' has 4 values .* put its name into ignored_scopes"):
+        create(Masked(), loader)
+    controller, model = create(Masked(), loader, ignored_scopes=["model/input 1|OUTPUT"])
+    assert "model/input 1|OUTPUT" not in controller.non_weight_quantizers
+    assert model(images(4), mask)[:, -1].tolist() == [0] * 4
+    (entry,) = [entry for entry in controller.ledger if entry.path.endswith("ignored_scopes.0")]
+    assert entry.modules == ("model/input 1|OUTPUT",)
+
+
 def test_weights_that_are_not_finite_are_an_error_that_names_them():
     model = Small()
     with torch.no_grad():

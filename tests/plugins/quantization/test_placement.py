@@ -272,6 +272,8 @@ MASKS = {
     "triangle": lambda m: torch.triu(torch.full((6, 6), -torch.inf, device=m.device), 1)[None].expand(len(m), -1, -1),
     "where": lambda m: torch.where(m == 0, LOWEST, 0.0),
     "assigned": lambda m: assigned(m),
+    "logarithm": lambda m: (m > 0).float().log(),
+    "logarithm of a view": lambda m: torch.log((m != 0)[:, None].expand(-1, 6, -1).to(torch.float32)),
     "sum": lambda m: torch.full((6, 6), -1e30, device=m.device).triu(1) + ((1.0 - m.float()) * -1e30)[:, None],
 }
 
@@ -292,6 +294,24 @@ class WrittenAttention(nn.Module):
         mask = self.mask(mask)
         scores = self.q(x) @ self.k(x).transpose(1, 2) + (mask if mask.dim() == 3 else mask[:, None])
         return self.out(scores.softmax(-1) @ self.v(x))
+
+
+@pytest.mark.parametrize("compared", [False, True])
+def test_masks_that_a_buffer_holds_are_left_alone(compared):
+    def mask(m):
+        part = model.causal[: m.shape[1], : m.shape[1]].expand(len(m), -1, -1)
+        return torch.zeros_like(part).masked_fill(part < 0, -torch.inf) if compared else part
+
+    model = WrittenAttention(mask)
+    model.register_buffer("causal", torch.full((9, 9), -torch.inf).triu(1))
+    model.register_buffer("empty", torch.ones(0))
+    inputs = torch.randn(3, 6, 8), torch.tensor([[1, 1, 1, 1, 1, 0]] * 3)
+    assert {place for group in places(plan(model, *inputs)) for place in group} == {
+        "model: input 0",
+        *(f"{layer}: output" for layer in "qkv"),
+        "model: torch.Tensor.softmax#0 output",
+        "model: torch.Tensor.matmul#1 output",
+    }
 
 
 @pytest.mark.parametrize("kind", MASKS)
@@ -517,3 +537,65 @@ def test_the_first_convolution_is_the_first_of_each_example():
     found = Planner(model, recorded, config, load_profile("CPU"), ScopeFilter(model)).plan()
     half = {q.parameter for q in found.quantizers if q.spec.half_range}
     assert half == {"first.weight", "other.weight"}
+
+
+def test_asymmetric_activations_with_attention_that_offers_symmetric_ones_alone():
+    inputs, asked = [torch.randn(2, 5, 8)], {"mode": "asymmetric"}
+    with pytest.raises(ConfigError, match=r"scaled_dot_product_attention\|INPUT1.*scope_overrides.activations"):
+        plan(CrossAttention(), *inputs, device="CPU", activations=asked)
+    override = {"activations": {"{re}scaled_dot_product": {"mode": "symmetric"}}}
+    found = plan(CrossAttention(), *inputs, device="CPU", activations=asked, scope_overrides=override)
+    symmetric = {q.name for q in found.quantizers if q.group == "activations" and q.spec.mode == "symmetric"}
+    assert symmetric == {"attention/linear#0|OUTPUT", "attention/linear#1|OUTPUT"}
+
+
+def plan_without(model: nn.Module, *inputs: torch.Tensor, ignored: str) -> QuantizationPlan:
+    config = QuantizationConfig.model_validate({"algorithm": "quantization"})
+    recorded = trace(model, inputs if len(inputs) > 1 else inputs[0], training=True)
+    scopes = ScopeFilter(model, {"ignored_scopes.0": ignored})
+    planner = Planner(model, recorded, config, load_profile("ANY"), scopes)
+    scopes.check(planner.scope_candidates)
+    return planner.plan()
+
+
+class AddsInputs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = AddsTwice(), nn.Conv2d(3, 3, 1)
+
+    def forward(self, x, y):
+        return self.last(self.first(x) + y)
+
+
+@pytest.mark.parametrize("section", [True, False])
+@pytest.mark.parametrize(
+    ("entry", "removed"),
+    [
+        ("model/torch.Tensor.add#2", "model/torch.Tensor.add#2|OUTPUT"),
+        ("first/torch.Tensor.add#1 input 1", "first/torch.Tensor.add#1 input 1|INPUT0"),
+        ("first/torch.Tensor.mul#0", "first/torch.Tensor.mul#0|OUTPUT"),
+        ("model/input 1", "model/input 1|OUTPUT"),
+        ("/nncf_model_input_1", "model/input 1|OUTPUT"),
+        *((name, name) for name in ("first|OUTPUT", "first/torch.Tensor.mul#0|OUTPUT", "model/input 1|OUTPUT")),
+        ("last|WEIGHT", "last|WEIGHT"),
+    ],
+)
+def test_quantizers_can_be_ignored_by_their_own_name(entry, removed, section):
+    model, inputs = AddsInputs(), [torch.ones(2, 3, 4, 4), torch.ones(2, 3, 4, 4)]
+    everything = {q.name for q in plan(model, *inputs).quantizers}
+    if section:
+        group = "weights" if "WEIGHT" in entry else "activations"
+        found = plan(model, *inputs, **{group: {"ignored_scopes": [entry]}})
+    else:
+        found = plan_without(model, *inputs, ignored=entry)
+    assert everything - {q.name for q in found.quantizers} == {removed}
+    assert "ignored by" in str(found.skipped)
+
+
+@pytest.mark.parametrize("entry", ["model/torch.Tensor.add#3", "/nncf_model_input_2", "model/input 9"])
+def test_a_quantizer_that_there_is_not_cannot_be_ignored(entry):
+    model, inputs = AddsInputs(), [torch.ones(2, 3, 4, 4), torch.ones(2, 3, 4, 4)]
+    with pytest.raises(ConfigError, match=f"'{entry}' is nothing that would be quantized"):
+        plan_without(model, *inputs, ignored=entry)
+    with pytest.raises(ConfigError, match=f"'{entry}' matches no quantizer"):
+        plan(model, *inputs, activations={"ignored_scopes": [entry]})

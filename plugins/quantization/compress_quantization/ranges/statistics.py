@@ -15,8 +15,6 @@ from compress_quantization.ranges.quantiles import QuantileSketch, weighted_quan
 # Median absolute deviation -> standard deviation of a normal distribution, as NNCF writes it.
 _MAD_TO_SIGMA = 1.4826230
 
-_IGNORE = "or name the layer in ignored_scopes"
-
 
 class Range(NamedTuple):
     """Where the values of a tensor lie.
@@ -57,6 +55,11 @@ class TensorInfo:
             return low.reshape(1), high.reshape(1)
         dims = [dim for dim in range(x.ndim) if dim != self.channel_dim % x.ndim]
         return (x.amin(dims), x.amax(dims)) if dims else (x, x)
+
+    @property
+    def remedy(self) -> str:
+        """How to do without a range."""
+        return "or name the layer in ignored_scopes" if self.is_weight else "or put its name into ignored_scopes"
 
     def error(self, message: str) -> DataError | ModelError:
         """Returns the exception for a tensor that has no range."""
@@ -104,7 +107,7 @@ class RangeStatistics(ABC):
             bad = int((~torch.isfinite(x)).sum())
             raise self._tensor.error(
                 f"has {bad} values of {x.numel()} that are not finite (NaN or infinite); check the model"
-                f"{'' if self._tensor.is_weight else ' and the calibration data'}, {_IGNORE}"
+                f"{'' if self._tensor.is_weight else ' and the calibration data'}, {self._tensor.remedy}"
             )
         self._take_channels(low.numel())
         self._dtype = x.dtype
@@ -138,9 +141,10 @@ class RangeStatistics(ABC):
         """
         if self._channels is None:
             if self._tensor.is_weight:
-                raise self._tensor.error(f"has no elements; remove the layer, {_IGNORE}")
+                raise self._tensor.error(f"has no elements; remove the layer, {self._tensor.remedy}")
             raise self._tensor.error(
-                f"was never computed in calibration: no sample reaches this place. Give data that does, {_IGNORE}"
+                "was never computed in calibration: no sample reaches this place. Give data that does, "
+                f"{self._tensor.remedy}"
             )
         low, high = (bound.to(self._dtype) for bound in self._range())
         return Range(low, high) if self._tensor.channel_dim is not None else Range(low.reshape(()), high.reshape(()))
@@ -149,7 +153,7 @@ class RangeStatistics(ABC):
         """Returns the tensor in float32 or float64."""
         if not x.is_floating_point():
             raise self._tensor.error(
-                f"has the dtype {x.dtype}, and only floating-point tensors are quantized; {_IGNORE}"
+                f"has the dtype {x.dtype}, and only floating-point tensors are quantized; {self._tensor.remedy}"
             )
         dim = self._tensor.channel_dim
         if dim is not None and not -x.ndim <= dim < x.ndim:
