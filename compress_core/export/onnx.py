@@ -134,13 +134,10 @@ def export(
 
 
 def _graph(model: nn.Module, inputs: Inputs, options: Options) -> Any:
-    shapes = _dynamic_shapes(model, inputs) if options.dynamic_batch and inputs.batch_size else None
+    is_dynamic = options.dynamic_batch and bool(inputs.batch_size)
     with _quiet(), _no_fused_attention():
         try:
-            # Not strict: strict export loses what functions write to their arguments in place.
-            program = torch.export.export(
-                model, inputs.args, inputs.kwargs or None, dynamic_shapes=shapes, strict=False
-            )
+            program = _program(model, inputs, is_dynamic)
             onnx_program = torch.onnx.export(
                 program,
                 dynamo=True,
@@ -150,7 +147,7 @@ def _graph(model: nn.Module, inputs: Inputs, options: Options) -> Any:
             )
         except Exception as error:
             remedy = ""
-            if shapes is not None:
+            if is_dynamic:
                 remedy = ". If the model is made for one batch size (a reshape with numbers), pass dynamic_batch=False"
             raise ExportError(
                 f"torch cannot export {type(model).__name__} to ONNX: {_reason(error)}{remedy}"
@@ -159,9 +156,29 @@ def _graph(model: nn.Module, inputs: Inputs, options: Options) -> Any:
     written = onnx_program.model.opset_imports.get("")
     if written != options.opset:
         raise UsageError(f"opset: this version of torch does not write {options.opset} (it wrote {written})")
-    if shapes is not None:
+    if is_dynamic:
         _name_batch(onnx_program.model, inputs)
     return onnx_program.model
+
+
+def _program(model: nn.Module, inputs: Inputs, is_dynamic: bool) -> Any:
+    # Not strict: strict export loses what functions write to their arguments in place.
+    def export(shapes: Any) -> Any:
+        return torch.export.export(model, inputs.args, inputs.kwargs or None, dynamic_shapes=shapes, strict=False)
+
+    if not is_dynamic:
+        return export(None)
+    try:
+        return export(_dynamic_shapes(model, inputs, torch.export.Dim("batch", min=1)))
+    except RuntimeError as error:
+        if "Constraints violated" not in str(error):
+            raise
+        # Torch has asked whether some product of the batch size is a certain number, perhaps to know the order in which
+        # a tensor lies in memory. This allows it; whether other sizes work is verified before a file is written.
+        try:
+            return export(_dynamic_shapes(model, inputs, torch.export.Dim.DYNAMIC))
+        except Exception:
+            raise error from None  # which says more
 
 
 def _reason(error: BaseException) -> str:
@@ -172,9 +189,8 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0].strip()}" if lines else type(error).__name__
 
 
-def _dynamic_shapes(model: nn.Module, inputs: Inputs) -> Any:
+def _dynamic_shapes(model: nn.Module, inputs: Inputs, batch: Any) -> Any:
     shapes = torch.export.ShapesCollection()  # type: ignore[no-untyped-call]
-    batch = torch.export.Dim("batch", min=1)
     for tensor in inputs.tensors:
         if inputs.has_batch(tensor):
             shapes[tensor] = {0: batch}

@@ -566,6 +566,18 @@ def test_attention(kind, export):
     assert report.runtime_operators["MatMulIntegerToFloat"] >= 1
 
 
+def test_attention_over_parts_of_one_tensor(export):
+    # Torch asks whether the batch size times the width of the values is a certain number.
+    layer = nn.MultiheadAttention(8, 2, batch_first=True, kdim=6, vdim=4)
+    model, x = Wired(lambda m, x: m.attention(x, x[..., :6], x[..., :4])[0], attention=layer), torch.randn(4, 5, 8)
+    controller = create(model, [x])
+    report, file = export(controller, x)
+    assert report.worst(optimized=False).relative_mean < 1e-6 and report.worst().relative_mean < 1e-6
+    for size in (1, 2, 7):
+        x = torch.randn(size, 5, 8)
+        assert relative(file.run(x)[0], controller.model(x)) < 1e-5
+
+
 def test_a_tied_embedding_is_integers_in_both_places(export):
     class Tied(nn.Module):
         def __init__(self):
