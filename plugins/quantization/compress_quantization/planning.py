@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from torch import nn
 
 from compress_core import ConfigError
-from compress_core.errors import Problem
 from compress_core.layers import WeightedLayer, WeightTensor, weight_tensors
 from compress_core.scopes import ScopedModule, ScopeFilter, scoped_modules
 from compress_core.trace import Call, Trace
@@ -29,13 +27,8 @@ from compress_quantization.operators import LINEAR_KINDS, kind_of
 from compress_quantization.placement import Placed, Rules, place_quantizers
 from compress_quantization.plan import InitialRange, PlannedQuantizer, QuantizationPlan
 from compress_quantization.profiles import Profile
-from compress_quantization.quantizer_config import (
-    QuantizerPlace,
-    QuantizerSpec,
-    Resolver,
-    check_strict_bits,
-    is_quantizer_name,
-)
+from compress_quantization.quantizer_config import QuantizerSpec, Resolver, check_strict_bits
+from compress_quantization.quantizer_names import QuantizerPlace, QuantizersByName, nncf_input
 
 
 class Planner:
@@ -60,10 +53,7 @@ class Planner:
         self._names = {module.name: module for module in scoped_modules(model)}
         self._calls = call_names(trace, self._names)
         scopes.add({call_key(*key): name for key, name in self._calls.items()})
-        # Scopes that name a quantizer: which there are is not known yet.
-        self._by_name = {path: entry for path, entry in scopes.ignored.items() if _names_quantizer(entry)}
-        scopes.add({entry: ScopedModule(entry, (entry,)) for entry in self._by_name.values()})
-        self._nameable: dict[str, None] = {}
+        self._by_name = QuantizersByName(scopes)
         self._reached = trace.reached
         self._stored_masks = stored_masks(model)
         self.resolver = Resolver(config, profile)
@@ -71,8 +61,8 @@ class Planner:
 
     @property
     def scope_candidates(self) -> list[str]:
-        """What scopes can mean: all modules, and calls that are no modules."""
-        return [*self._names, *(call_key(*key) for key in self._calls), *self._by_name.values()]
+        """What scopes can mean: all modules, calls that are no modules, and quantizers."""
+        return [*self._names, *(call_key(*key) for key in self._calls), *self._by_name.entries.values()]
 
     def plan(self) -> QuantizationPlan:
         """Returns the plan.
@@ -118,7 +108,6 @@ class Planner:
             is_first = any(call is other for other in first)
             place = QuantizerPlace(names, "weights", kind, "WEIGHT", first_layer=is_first)
             name = f"{names[0].name}|WEIGHT"
-            self._nameable[name] = None
             reason = self._ignored_by_name([name], "weights") or self._reason_to_skip_weight(tensor, call, place)
             if reason:
                 self._plan.skipped[tensor.name] = reason
@@ -188,13 +177,13 @@ class Planner:
         wanted = []
         for placed in placement.quantizers:
             names = self._quantizer_names(placed.places[0])
-            self._nameable.update(dict.fromkeys(names))
             reason = self._ignored_by_name(names, "activations")
             if reason:
                 self._plan.skipped[_where(placed.places[0])] = reason
             else:
                 wanted.append(placed)
-        self._refuse_unknown_quantizers()
+        if self._config.validate_scopes:
+            self._by_name.check()
         return [self._planned(placed) for placed in wanted]
 
     def _quantizer_names(self, place: ActivationPlace) -> list[str]:
@@ -204,19 +193,8 @@ class Planner:
         return [f"{_where(place)}|{_port(place)}", *short]
 
     def _ignored_by_name(self, names: Sequence[str], group: QuantizerGroup) -> str | None:
-        paths = [path for path, entry in self._by_name.items() if entry in names]
-        path = paths[0] if paths else self.resolver.ignored_by_name(names, group)
+        path = self._by_name.ignoring(names) or self.resolver.ignored_by_name(names, group)
         return f"ignored by {path}" if path else None
-
-    def _refuse_unknown_quantizers(self) -> None:
-        problems = []
-        for path, entry in self._by_name.items() if self._config.validate_scopes else ():
-            if entry not in self._nameable:
-                close = difflib.get_close_matches(entry, self._nameable, n=1)
-                hint = f". Did you mean '{close[0]}'?" if close else ""
-                problems.append(Problem(path, f"'{entry}' is nothing that would be quantized{hint}"))
-        if problems:
-            raise ConfigError(problems)
 
     def _demand(self, call: Call, path: Path) -> QuantizerSpec | None:
         kind = kind_of(call.function)
@@ -284,7 +262,7 @@ class Planner:
         """Returns NNCF's name of an input of the model."""
         if not isinstance(place, ModuleInput) or place.module:
             return []
-        return [f"/nncf_model_input_{number}" for number, path in enumerate(self._inputs) if path == place.argument]
+        return [nncf_input(number) for number, path in enumerate(self._inputs) if path == place.argument]
 
     def _feeding_one_operator(
         self, weights: Mapping[str, PlannedQuantizer], activations: list[PlannedQuantizer]
@@ -298,13 +276,6 @@ class Planner:
             if call is not None and spec is not None:
                 groups.append([(quantizer.name, quantizer.spec), (f"{call.module}|INPUT0", spec)])
         return groups
-
-
-def _names_quantizer(entry: str) -> bool:
-    if entry.startswith("{re}"):
-        return False
-    is_call = "/" in entry and ("#" in entry or "/input " in entry)
-    return is_call or entry.startswith("/nncf_model_input_") or is_quantizer_name(entry)
 
 
 def _port(place: ActivationPlace) -> str:

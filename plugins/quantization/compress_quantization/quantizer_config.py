@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
@@ -12,7 +11,6 @@ from pydantic import TypeAdapter, ValidationError
 
 from compress_core import ConfigError, StateError
 from compress_core.errors import Problem
-from compress_core.scopes import ScopedModule, compile_scope
 from compress_quantization.config import (
     Mode,
     QuantizationConfig,
@@ -22,9 +20,7 @@ from compress_quantization.config import (
     ScopeOverride,
 )
 from compress_quantization.profiles import Profile, Scheme, described
-
-_QUANTIZER = re.compile(r"^(?P<scope>.+)\|(?P<port>WEIGHT|OUTPUT|INPUT\d*)$")
-_REGEX_PREFIX = "{re}"
+from compress_quantization.quantizer_names import QuantizerPlace, quantizer_matcher, scope_matcher
 
 PRESETS: dict[str, dict[QuantizerGroup, Mode]] = {
     "performance": {"weights": "symmetric", "activations": "symmetric"},
@@ -69,31 +65,6 @@ class QuantizerSpec:
             return TypeAdapter(cls).validate_json(json.dumps(dict(values)), strict=True, extra="forbid")
         except (ValidationError, TypeError, ValueError) as error:
             raise StateError(f"not the settings of a quantizer: {values} ({error})") from error
-
-
-@dataclass(frozen=True)
-class QuantizerPlace:
-    """Where a quantizer stands, as far as its settings depend on that.
-
-    Attributes:
-        names: What scopes can call it: the modules that share the weight; the modules and calls at an activation. A
-            call that is no module has a name of its own below that of its module, and NNCF's name of it.
-        group: Whether it is for weights or for activations.
-        operator: Kind of the operator that it is for (`compress_quantization.profiles`).
-        port: `WEIGHT`, `OUTPUT` or `INPUT<n>`, as NNCF names it.
-        depthwise: Whether the operator is a depthwise convolution.
-        first_layer: Whether the operator is the first convolution that an input of the model reaches.
-    """
-
-    names: tuple[ScopedModule, ...]
-    group: QuantizerGroup
-    operator: str
-    port: str
-    depthwise: bool = False
-    first_layer: bool = False
-
-    def __str__(self) -> str:
-        return f"{self.names[0].name if self.names else self.operator}|{self.port}"
 
 
 @dataclass
@@ -338,7 +309,7 @@ class Resolver:
                     yield f"initializer.range.{index}.{key}.{position}", entry, item.validate_scopes
 
     def _add(self, path: str, entry: str, strict: bool) -> Problem | None:
-        compile_entry = _quantizer_matcher if ".bitwidth_per_scope." in path else _scope_matcher
+        compile_entry = quantizer_matcher if ".bitwidth_per_scope." in path else scope_matcher
         try:
             self._matchers[path] = compile_entry(entry)
         except ValueError as error:
@@ -391,31 +362,3 @@ def check_strict_bits(config: QuantizationConfig, groups: Sequence[Sequence[tupl
                 'bitwidth_per_scope, or set "liberal"',
                 path="initializer.precision.bitwidth_assignment_mode",
             )
-
-
-def is_quantizer_name(entry: str) -> bool:
-    """Tells whether a scope ends with a port, as names of quantizers do."""
-    return _QUANTIZER.match(entry) is not None
-
-
-def _scope_matcher(entry: str) -> Callable[[QuantizerPlace], bool]:
-    predicate = compile_scope(entry)
-    # Calls that are no modules have names of NNCF that only equality can mean.
-    return lambda place: any(predicate(name) or entry in name.nncf_names for name in place.names)
-
-
-def _quantizer_matcher(entry: str) -> Callable[[QuantizerPlace], bool]:
-    """Returns the predicate for a scope with a port; a regular expression is searched in names with their port."""
-    if entry.startswith(_REGEX_PREFIX):
-        compile_scope(entry)
-        pattern = re.compile(entry[len(_REGEX_PREFIX) :])
-        return lambda place: any(
-            pattern.search(f"{name}|{place.port}")
-            for scoped in place.names
-            for name in (scoped.name, *scoped.nncf_names)
-        )
-    parts = _QUANTIZER.match(entry)
-    if parts is None:
-        raise ValueError(f"'{entry}' names no quantizer: it must end with |WEIGHT, |OUTPUT or |INPUT<n>")
-    matches = _scope_matcher(parts["scope"])
-    return lambda place: place.port == parts["port"] and matches(place)

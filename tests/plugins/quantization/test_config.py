@@ -12,11 +12,11 @@ from compress_quantization.config import QuantizationConfig, RangeConfig
 from compress_quantization.config_checks import check_config
 from compress_quantization.profiles import load_profile
 from compress_quantization.quantizer_config import (
-    QuantizerPlace,
     QuantizerSpec,
     Resolver,
     check_strict_bits,
 )
+from compress_quantization.quantizer_names import QuantizerPlace
 
 
 def section(**values):

@@ -1,0 +1,117 @@
+"""Names of quantizers: where one stands, and which scopes mean it."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from compress_core import ConfigError
+from compress_core.errors import Problem
+from compress_core.scopes import ScopedModule, ScopeFilter, compile_scope
+from compress_quantization.config import QuantizerGroup
+
+_QUANTIZER = re.compile(r"^(?P<scope>.+)\|(?P<port>WEIGHT|OUTPUT|INPUT\d*)$")
+_REGEX_PREFIX = "{re}"
+_NNCF_INPUT = "/nncf_model_input_"
+
+
+@dataclass(frozen=True)
+class QuantizerPlace:
+    """Where a quantizer stands, as far as its settings depend on that.
+
+    Attributes:
+        names: What scopes can call it: the modules that share the weight; the modules and calls at an activation. A
+            call that is no module has a name of its own below that of its module, and NNCF's name of it.
+        group: Whether it is for weights or for activations.
+        operator: Kind of the operator that it is for (`compress_quantization.profiles`).
+        port: `WEIGHT`, `OUTPUT` or `INPUT<n>`, as NNCF names it.
+        depthwise: Whether the operator is a depthwise convolution.
+        first_layer: Whether the operator is the first convolution that an input of the model reaches.
+    """
+
+    names: tuple[ScopedModule, ...]
+    group: QuantizerGroup
+    operator: str
+    port: str
+    depthwise: bool = False
+    first_layer: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.names[0].name if self.names else self.operator}|{self.port}"
+
+
+def scope_matcher(entry: str) -> Callable[[QuantizerPlace], bool]:
+    """Returns the predicate for a scope: see `compress_core.scopes`.
+
+    Raises:
+        ValueError: It is empty or not a regular expression.
+    """
+    predicate = compile_scope(entry)
+    # Calls that are no modules have names of NNCF that only equality can mean.
+    return lambda place: any(predicate(name) or entry in name.nncf_names for name in place.names)
+
+
+def quantizer_matcher(entry: str) -> Callable[[QuantizerPlace], bool]:
+    """Returns the predicate for a scope with a port; a regular expression is searched in names with their port.
+
+    Raises:
+        ValueError: It has no port, or is empty or not a regular expression.
+    """
+    if entry.startswith(_REGEX_PREFIX):
+        compile_scope(entry)
+        pattern = re.compile(entry[len(_REGEX_PREFIX) :])
+        return lambda place: any(
+            pattern.search(f"{name}|{place.port}")
+            for scoped in place.names
+            for name in (scoped.name, *scoped.nncf_names)
+        )
+    parts = _QUANTIZER.match(entry)
+    if parts is None:
+        raise ValueError(f"'{entry}' names no quantizer: it must end with |WEIGHT, |OUTPUT or |INPUT<n>")
+    matches = scope_matcher(parts["scope"])
+    return lambda place: place.port == parts["port"] and matches(place)
+
+
+class QuantizersByName:
+    """The entries of `ignored_scopes`, of the document and of the section, that are names of quantizers.
+
+    Which quantizers there are is known only when all have been placed.
+
+    Args:
+        scopes: The scopes; they get to know these names, so that their own check passes.
+    """
+
+    def __init__(self, scopes: ScopeFilter) -> None:
+        self.entries = {path: entry for path, entry in scopes.ignored.items() if _is_name(entry)}
+        scopes.add({entry: ScopedModule(entry, (entry,)) for entry in self.entries.values()})
+        self._known: dict[str, None] = {}
+
+    def ignoring(self, names: Sequence[str]) -> str | None:
+        """Returns the path of the entry that is one of the names of a quantizer, or None."""
+        self._known.update(dict.fromkeys(names))
+        return next((path for path, entry in self.entries.items() if entry in names), None)
+
+    def check(self) -> None:
+        """Raises a ConfigError that names every entry which no quantizer has had as a name."""
+        problems = []
+        for path, entry in self.entries.items():
+            if entry not in self._known:
+                close = difflib.get_close_matches(entry, self._known, n=1)
+                hint = f". Did you mean '{close[0]}'?" if close else ""
+                problems.append(Problem(path, f"'{entry}' is nothing that would be quantized{hint}"))
+        if problems:
+            raise ConfigError(problems)
+
+
+def _is_name(entry: str) -> bool:
+    if entry.startswith(_REGEX_PREFIX):
+        return False
+    is_call = "/" in entry and ("#" in entry or "/input " in entry)
+    return is_call or entry.startswith(_NNCF_INPUT) or _QUANTIZER.match(entry) is not None
+
+
+def nncf_input(number: int) -> str:
+    """Returns NNCF's name of an input of the model."""
+    return f"{_NNCF_INPUT}{number}"
