@@ -91,8 +91,8 @@ class Block(nn.Module):
         self.bn, self.relu = nn.BatchNorm2d(4), nn.ReLU()
         self.rest = rest
 
-    def forward(self, x):
-        return self.rest(self, x)
+    def forward(self, *inputs):
+        return self.rest(self, *inputs)
 
 
 def test_nothing_stands_inside_a_fused_chain():
@@ -263,6 +263,65 @@ def test_what_a_learned_bias_of_attention_is_computed_from_is_quantized():
     assert not any(place.startswith("b:") for group in found for place in group)  # the bias itself is a mask
 
 
+MASKED = {
+    "filled": lambda m, scores, keep: scores.masked_fill(keep == 0, -1e9),
+    "filled, then scaled": lambda m, scores, keep: scores.masked_fill(keep == 0, -1e9) * m.factor,
+    "with a relative bias": lambda m, scores, keep: scores + (m.bias.weight + (1.0 - keep) * LOWEST),
+    "like the scores": lambda m, scores, keep: scores + torch.zeros_like(scores).masked_fill_(keep == 0, -torch.inf),
+    "lower bound": lambda m, scores, keep: torch.max(scores + (1.0 - keep) * LOWEST, torch.tensor(LOWEST)),
+    "without its maximum": lambda m, scores, keep: stable(scores.masked_fill(keep == 0, -torch.inf)),
+}
+
+
+def stable(scores):
+    return scores - scores.max(-1, keepdim=True)[0]
+
+
+@pytest.mark.parametrize("kind", MASKED)
+def test_scores_that_are_masked_are_left_alone(kind):
+    def forward(m, x, keep):
+        scores = MASKED[kind](m, m.q(x) @ m.k(x).transpose(1, 2), keep[:, None].expand(-1, 6, -1))
+        return m.out(scores.softmax(-1) @ m.v(x))
+
+    model = Block(forward)
+    model.q, model.k, model.v, model.out = (nn.Linear(8, 8) for _ in range(4))
+    model.factor, model.bias = nn.Parameter(torch.ones(6, 6)), nn.Embedding(6, 6)
+    keep = torch.tensor([[1.0, 1, 1, 1, 1, 0]] * 3)
+    found = {place for group in places(plan(model, torch.randn(3, 6, 8), keep)) for place in group}
+    probabilities, out = "model: torch.Tensor.softmax#0 output", "model: torch.Tensor.matmul#1 output"
+    assert found == {"model: input 0", "q: output", "k: output", probabilities, "v: output", out}
+
+
+@pytest.mark.parametrize(
+    "pool",
+    [
+        lambda y, drop: F.max_pool2d(F.pad(y, (0, 1, 0, 1), value=-torch.inf), 3, 2),
+        lambda y, drop: F.max_pool2d(y.masked_fill(drop, -1e9), 2),
+        lambda y, drop: F.adaptive_max_pool2d(y.masked_fill(drop, -torch.inf), 2),
+        lambda y, drop: y.masked_fill(drop, -1e9).amax(3, keepdim=True),
+        lambda y, drop: y.masked_fill(drop, -1e9).max(3, keepdim=True)[0],
+    ],
+)
+def test_maxima_over_what_is_masked_are_quantized_behind(pool):
+    model = Block(lambda m, x: m.last(pool(m.first(x), x[:, :1] > 3)))
+    model.first, model.last = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)
+    input_place, pooled = places(plan(model, torch.randn(2, 3, 8, 8)))
+    assert input_place == ["model: input 0"]
+    assert any(name in pooled[0] for name in ("max_pool2d", "amax", "max#0 output")) and "masked_fill" not in pooled[0]
+
+
+@pytest.mark.parametrize(
+    "scaled", [lambda m, x: (x - m.mean) / 255, lambda m, x: torch.minimum(torch.maximum(x, m.mean), -m.mean)]
+)
+def test_large_numbers_that_are_no_mask(scaled):
+    model = Block(lambda m, x: m.last(x := scaled(m, x)) + x)
+    model.last = nn.Conv2d(3, 3, 1)
+    model.register_buffer("mean", torch.full((3, 1, 1), -2e4))
+    found = plan(model, torch.randn(2, 3, 4, 4))
+    model.mean.fill_(-2)
+    assert places(found) == places(plan(model, torch.randn(2, 3, 4, 4))) and len(places(found)) >= 2
+
+
 LOWEST = torch.finfo(torch.float32).min
 MASKS = {
     "finfo.min": lambda m: (1.0 - m.float()) * LOWEST,
@@ -272,6 +331,10 @@ MASKS = {
     "triangle": lambda m: torch.triu(torch.full((6, 6), -torch.inf, device=m.device), 1)[None].expand(len(m), -1, -1),
     "where": lambda m: torch.where(m == 0, LOWEST, 0.0),
     "assigned": lambda m: assigned(m),
+    "subtracted": lambda m: -(1e30 * (1.0 - m.float())),
+    "shape of an activation": lambda m: (
+        torch.zeros(6, 6).new_full((6, 6), -torch.inf).triu(1)[None].expand(len(m), -1, -1)
+    ),
     "logarithm": lambda m: (m > 0).float().log(),
     "logarithm of a view": lambda m: torch.log((m != 0)[:, None].expand(-1, 6, -1).to(torch.float32)),
     "sum": lambda m: torch.full((6, 6), -1e30, device=m.device).triu(1) + ((1.0 - m.float()) * -1e30)[:, None],
