@@ -195,11 +195,14 @@ class ScopeFilter:
                 if close
                 else f" The model has, for example, {[c for c in candidates if c][:3]}."
             )
+            where = 'set "validate_scopes": false in this section'
+            if path.startswith(("ignored_scopes.", "target_scopes.")):
+                where = "put it into the section of the algorithm that it is for"
             problems.append(
                 Problem(
                     path,
-                    f"the scope '{entry}' matches no layer that this could mean.{hint}"
-                    ' Correct it, remove it, or set "validate_scopes": false in this section.',
+                    f"the scope '{entry}' matches no layer that this could mean.{hint} Correct it, remove it, "
+                    f"or {where}.",
                 )
             )
         return problems

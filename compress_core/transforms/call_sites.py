@@ -30,7 +30,10 @@ T = TypeVar("T")
 # Functions written in Python that dynamo shows to modes as those written in C.
 _NEVER_HIDDEN = frozenset(
     f"torch.nn.functional.{name}"
-    for name in ("relu", "relu6", "silu", "hardtanh", "softmax", "layer_norm", "max_pool2d", "adaptive_avg_pool2d")
+    for name in (
+        *("relu", "relu6", "silu", "hardtanh", "elu", "leaky_relu", "selu", "celu", "mish", "glu", "softmax"),
+        *("layer_norm", "group_norm", "instance_norm", "normalize", "interpolate", "max_pool2d", "adaptive_avg_pool2d"),
+    )
 )
 
 

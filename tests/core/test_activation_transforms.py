@@ -212,7 +212,12 @@ VISIBLE = {
     "relu": F.relu,
     "relu6": F.relu6,
     "silu": F.silu,
-    "hardtanh": F.hardtanh,
+    **{
+        name: getattr(F, name) for name in ("hardtanh", "elu", "leaky_relu", "selu", "celu", "mish", "glu", "normalize")
+    },
+    "group_norm": lambda x: F.group_norm(x[None], 1),
+    "instance_norm": lambda x: F.instance_norm(x[None]),
+    "interpolate": lambda x: F.interpolate(x[None], 8),
     "softmax": lambda x: F.softmax(x, -1),
     "layer_norm": lambda x: F.layer_norm(x, x.shape[-1:]),
     "max_pool2d": lambda x: F.max_pool2d(x[None], 2),

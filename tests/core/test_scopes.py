@@ -1,6 +1,9 @@
+from collections import OrderedDict
+
 import pytest
 from torch import nn
 
+from compress_core import ConfigError, create_compressed_model
 from compress_core.scopes import ScopeFilter
 from tests.zoo import MobileNet, ResidualNet
 
@@ -74,3 +77,15 @@ def test_validate_scopes_false_accepts_dead_scopes():
     section = {"algorithm": "magnitude_sparsity", "ignored_scopes": ["Model/relu_0"], "validate_scopes": False}
     controller, _ = create_compressed_model(ResidualNet(), {"compression": section})
     assert len(controller.sparsified_module_info) == 3
+
+
+def test_a_scope_of_the_document_without_a_match_is_sent_to_a_section():
+    document = {
+        "ignored_scopes": ["fc|OUTPUT"],
+        "compression": {"algorithm": "magnitude_sparsity", "ignored_scopes": ["fd"]},
+    }
+    model = nn.Sequential(OrderedDict(fc=nn.Linear(2, 2), fd=nn.Linear(2, 2)))
+    with pytest.raises(
+        ConfigError, match=r"^ignored_scopes.0: .*put it into the section of the algorithm that it is for"
+    ):
+        create_compressed_model(model, document)

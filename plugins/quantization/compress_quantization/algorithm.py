@@ -22,6 +22,7 @@ from compress_core import (
     hookimpl,
 )
 from compress_core.context import Context
+from compress_core.errors import Problem
 from compress_core.export import GraphRewrite
 from compress_core.initializers.data import CalibrationData
 from compress_core.schedules import Clock
@@ -99,7 +100,10 @@ class Quantization(Algorithm):
         planner = Planner(model, trace, self.config, profile, scopes)
         if self.config.validate_scopes:
             scopes.check(planner.scope_candidates)
-        found = planner.plan()
+        try:
+            found = planner.plan()
+        except ConfigError as error:
+            raise ConfigError([_below(path, problem) for problem in error.problems]) from error
         if not found.quantizers:
             raise ConfigError("finds nothing to quantize in this model; change the scopes, or remove this section")
         self._record(planner, scopes, path, context)
@@ -374,3 +378,10 @@ def _switch(modules: Iterable[FakeQuantize], on: bool) -> None:
 
 def _device_of(model: nn.Module) -> Any:
     return next((parameter.device for parameter in model.parameters()), None)
+
+
+def _below(path: str, problem: Problem) -> Problem:
+    """Returns a problem with its path in the document: scopes have that already, others one in the section."""
+    if problem.path.startswith((f"{path}.", "ignored_scopes.", "target_scopes.")):
+        return problem
+    return Problem(f"{path}.{problem.path}" if problem.path else path, problem.message)

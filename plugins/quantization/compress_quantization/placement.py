@@ -54,6 +54,7 @@ class Placed:
         places: Where it stands; several when tensors that meet at a concatenation share it.
         modules: Dotted names of the modules that make the quantized tensor, and of those that demand it.
         shape: Shape of the first of its tensors in the example.
+        call: The call that the first place is at, in one of the forwards; None for an input of the model.
         is_constant: Whether no input of the model reaches its tensors: they need not have a dimension of samples.
     """
 
@@ -61,6 +62,7 @@ class Placed:
     places: tuple[ActivationPlace, ...]
     modules: tuple[str, ...]
     shape: tuple[int, ...]
+    call: Call | None
     is_constant: bool = False
 
 
@@ -81,18 +83,20 @@ def place_quantizers(trace: Trace, rules: Rules) -> Placement:
     """Returns the quantizers of activations that a model needs."""
     sites = Sites(trace)
     wishes: dict[ActivationPlace, _Wish] = {}
+    calls: dict[ActivationPlace, Call | None] = {}
     unplaced: dict[str, str] = {}
     groups = _Groups()
     for number, forward in enumerate(trace.forwards):
         propagation = _Propagation(forward, rules, groups, number)
         for wish in propagation.wishes():
-            for place, description in _places(wish, number, forward, sites):
+            for place, call in _places(wish, number, forward, sites):
                 if place is None:
-                    unplaced[description] = "the example inputs disagree about which call this is"
+                    unplaced[_name(call)] = "the example inputs disagree about which call this is"
                     continue
                 wishes.setdefault(place, wish)
+                calls.setdefault(place, call)
                 groups.join(place, wish.group)
-    return Placement(tuple(_merged(wishes, groups)), unplaced)
+    return Placement(tuple(_merged(wishes, groups, calls)), unplaced)
 
 
 @dataclass
@@ -228,21 +232,23 @@ class _Propagation:
         return [value for value in call.results if self._forward.values[value].dtype.is_floating_point]
 
 
-def _places(wish: _Wish, number: int, forward: ForwardTrace, sites: Sites) -> list[tuple[ActivationPlace | None, str]]:
-    """Returns where a wish comes true: (place, description of the tensor)."""
+def _places(
+    wish: _Wish, number: int, forward: ForwardTrace, sites: Sites
+) -> list[tuple[ActivationPlace | None, Call | None]]:
+    """Returns where a wish comes true: (place, the call that it is at)."""
     value = forward.values[wish.value]
     if wish.readers is not None:
         calls = [(forward.calls[index], path) for index, path in wish.readers]
-        return [(sites.input_place(CallRef(number, call.index), path), _name(call)) for call, path in calls]
+        return [(sites.input_place(CallRef(number, call.index), path), call) for call, path in calls]
     if value.call is None:
-        return [(sites.model_input(path), "input") for path in value.inputs]
+        return [(sites.model_input(path), None) for path in value.inputs]
     call = forward.calls[value.call]
     path = next((path for path, made in call.outputs if made == wish.value), None)
     if path is not None:
-        return [(sites.output_place(CallRef(number, call.index), path), _name(call))]
+        return [(sites.output_place(CallRef(number, call.index), path), call)]
     # Written in place by a statement, such as x[:, 0] = y: there is no result that could be replaced.
     readers = [(forward.calls[index], at) for index, at in forward.consumers()[wish.value]]
-    return [(sites.input_place(CallRef(number, reader.index), at), _name(reader)) for reader, at in readers]
+    return [(sites.input_place(CallRef(number, reader.index), at), reader) for reader, at in readers]
 
 
 def _reached_by_inputs(forward: ForwardTrace) -> set[ValueId]:
@@ -255,11 +261,13 @@ def _reached_by_inputs(forward: ForwardTrace) -> set[ValueId]:
     return reached
 
 
-def _name(call: Call) -> str:
-    return f"{call.module or 'model'}: {call.function}"
+def _name(call: Call | None) -> str:
+    return "input" if call is None else f"{call.module or 'model'}: {call.function}"
 
 
-def _merged(wishes: dict[ActivationPlace, _Wish], groups: _Groups) -> list[Placed]:
+def _merged(
+    wishes: dict[ActivationPlace, _Wish], groups: _Groups, calls: dict[ActivationPlace, Call | None]
+) -> list[Placed]:
     members: dict[Hashable, list[ActivationPlace]] = {}
     for place in wishes:
         members.setdefault(groups.root(place), []).append(place)
@@ -268,7 +276,7 @@ def _merged(wishes: dict[ActivationPlace, _Wish], groups: _Groups) -> list[Place
         first = wishes[places[0]]
         modules = dict.fromkeys(name for place in places for name in (place.module, *wishes[place].modules))
         is_constant = all(wishes[place].is_constant for place in places)
-        found.append(Placed(first.spec, tuple(places), tuple(modules), first.shape, is_constant))
+        found.append(Placed(first.spec, tuple(places), tuple(modules), first.shape, calls[places[0]], is_constant))
     return found
 
 

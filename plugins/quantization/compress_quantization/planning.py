@@ -11,7 +11,7 @@ from compress_core import ConfigError
 from compress_core.layers import WeightedLayer, WeightTensor, weight_tensors
 from compress_core.scopes import ScopedModule, ScopeFilter, scoped_modules
 from compress_core.trace import Call, Trace
-from compress_core.transforms.places import ActivationPlace, CallInput, ModuleInput, ModuleOutput, Path
+from compress_core.transforms.places import ActivationPlace, CallInput, CallOutput, ModuleInput, ModuleOutput, Path
 from compress_quantization.calls import (
     call_key,
     call_names,
@@ -108,7 +108,8 @@ class Planner:
             is_first = any(call is other for other in first)
             place = QuantizerPlace(names, "weights", kind, "WEIGHT", first_layer=is_first)
             name = f"{names[0].name}|WEIGHT"
-            reason = self._ignored_by_name([name], "weights") or self._reason_to_skip_weight(tensor, call, place)
+            by_name, by_scope = self._ignored_by_name([name], "weights"), self.resolver.reason_to_skip(place)
+            reason = by_name or self._reason_to_skip_weight(tensor, call, place) or by_scope
             if reason:
                 self._plan.skipped[tensor.name] = reason
                 continue
@@ -148,7 +149,7 @@ class Planner:
             return "no example input reaches it"
         if not self._profile.quantizes_weights(place.operator):
             return f"the device {self._profile.device} does not quantize weights of '{place.operator}'"
-        return self.resolver.reason_to_skip(place)
+        return None
 
     def _refuse_unreached_target(self, tensor: WeightTensor, place: QuantizerPlace) -> None:
         asked = [*self._scopes.targeted_by(tensor.module_names), *self.resolver.targeted_by(place)]
@@ -193,8 +194,9 @@ class Planner:
         return [f"{_where(place)}|{_port(place)}", *short]
 
     def _ignored_by_name(self, names: Sequence[str], group: QuantizerGroup) -> str | None:
-        path = self._by_name.ignoring(names) or self.resolver.ignored_by_name(names, group)
-        return f"ignored by {path}" if path else None
+        # Both are asked, so that each entry counts as used.
+        paths = [self._by_name.ignoring(names), self.resolver.ignored_by_name(names, group)]
+        return next((f"ignored by {path}" for path in paths if path), None)
 
     def _demand(self, call: Call, path: Path) -> QuantizerSpec | None:
         kind = kind_of(call.function)
@@ -204,7 +206,9 @@ class Planner:
         key = self._key(call)
         place = self._place(call, kind, f"INPUT{position}")
         modules = [call.module, *owners_of_weights(call, self._trace)]
-        if self._scopes.reason_to_skip([*modules, call_key(*key)]) or self.resolver.reason_to_skip(place):
+        # Both are asked, so that each entry counts as used.
+        reasons = [self._scopes.reason_to_skip([*modules, call_key(*key)]), self.resolver.reason_to_skip(place)]
+        if any(reasons):
             return None
         return self.resolver.resolve(place)
 
@@ -223,8 +227,8 @@ class Planner:
     def _planned(self, placed: Placed) -> PlannedQuantizer:
         first = placed.places[0]
         where, port = _where(first), _port(first)
-        own = self._names_of_place(first, where)
-        spec = self.resolver.with_bits(placed.spec, QuantizerPlace(own, "activations", "add", port))
+        own = self._names_of_quantizer(placed)
+        spec = self.resolver.with_own(placed.spec, QuantizerPlace(own, "activations", "add", port))
         place = QuantizerPlace((*own, *self._module_names(list(placed.modules))), "activations", "add", port)
         channel = 1 if spec.per_channel and len(placed.shape) > 1 else None
         initial_range = InitialRange.of(self.resolver.range_for(place)[0])
@@ -240,16 +244,13 @@ class Planner:
             initial_range=initial_range,
         )
 
-    def _names_of_place(self, place: ActivationPlace, where: str) -> tuple[ScopedModule, ...]:
+    def _names_of_quantizer(self, placed: Placed) -> tuple[ScopedModule, ...]:
         """Returns what scopes can call a quantizer: as it is printed, by its module, by the call that it stands at."""
-        if isinstance(place, ModuleInput):
-            return (ScopedModule(where, (where, *self._aliases(place))), *self._module_names([place.module]))
-        makes = [call for forward in self._trace.forwards for call in forward.calls if call.module == place.module]
-        if isinstance(place, ModuleOutput):
-            calls = [self._calls[self._key(call)] for call in makes]
-            return (ScopedModule(where, (where,)), *self._module_names([place.module]), *calls)
-        same = [self._calls[self._key(call)] for call in makes if call.function == place.function]
-        return (ScopedModule(where, (where,)), *same[place.calls.site : place.calls.site + 1])
+        place = placed.places[0]
+        own = ScopedModule(_where(place), (_where(place), *self._aliases(place)))
+        modules = () if isinstance(place, CallInput | CallOutput) else self._module_names([place.module])
+        calls = () if placed.call is None else (self._calls[self._key(placed.call)],)
+        return (own, *modules, *calls)
 
     @property
     def _inputs(self) -> list[Path]:

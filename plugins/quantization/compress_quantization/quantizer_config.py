@@ -22,6 +22,8 @@ from compress_quantization.config import (
 from compress_quantization.profiles import Profile, Scheme, described
 from compress_quantization.quantizer_names import QuantizerPlace, quantizer_matcher, scope_matcher
 
+_OVERRIDABLE = ("bits", "mode", "signed", "per_channel")
+
 PRESETS: dict[str, dict[QuantizerGroup, Mode]] = {
     "performance": {"weights": "symmetric", "activations": "symmetric"},
     "mixed": {"weights": "symmetric", "activations": "asymmetric"},
@@ -144,19 +146,26 @@ class Resolver:
             logarithm_scale=request.logarithm_scale,
         )
 
-    def with_bits(self, spec: QuantizerSpec, place: QuantizerPlace) -> QuantizerSpec:
-        """Returns the settings with the bits that `bitwidth_per_scope` gives to a quantizer by its own name.
+    def with_own(self, spec: QuantizerSpec, place: QuantizerPlace) -> QuantizerSpec:
+        """Returns the settings with what `scope_overrides` and `bitwidth_per_scope` say of a quantizer by its own name.
 
         Raises:
-            ConfigError: The device does not offer these bits.
+            ConfigError: The device does not offer this.
         """
-        request = self._bits_by_scope(place, _Request())
-        if request.bits is None:
+        request = _Request()
+        for path, override in self._overrides(place, by_name=True):
+            for name in _OVERRIDABLE:
+                request.take(name, getattr(override, name), f"{path}.{name}")
+        request = self._bits_by_scope(place, request)
+        if not request.paths:
             return spec
+        bits, mode = request.bits or spec.bits, request.mode or spec.mode
+        per_channel = spec.per_channel if request.per_channel is None else request.per_channel
         schemes = self._profile.all_schemes(place.group)
-        if not any(scheme.fits(bits=request.bits, mode=spec.mode, per_channel=spec.per_channel) for scheme in schemes):
-            raise self._refusal(request, place, "bits", schemes)
-        return replace(spec, bits=request.bits)
+        if not any(scheme.fits(bits=bits, mode=mode, per_channel=per_channel) for scheme in schemes):
+            raise self._refusal(request, place, next(iter(request.paths)), schemes)
+        signed = (spec.signed if request.signed is None else request.signed) if mode == "symmetric" else None
+        return replace(spec, bits=bits, mode=mode, per_channel=per_channel, signed=signed)
 
     def range_for(self, place: QuantizerPlace) -> tuple[RangeConfig, str]:
         """Returns how the range of a quantizer is initialized, and the path that says so (empty for the default).
@@ -165,9 +174,9 @@ class Resolver:
             ConfigError: No entry, or more than one, of the list `initializer.range` is for this quantizer.
         """
         chosen: tuple[RangeConfig, str] | None = None
-        for path, override in self._overrides(place):
-            if override.initializer.range is not None:
-                chosen = override.initializer.range, f"{path}.initializer.range"
+        for path, override in self._overrides(place, of_range=True):
+            assert override.initializer.range is not None
+            chosen = override.initializer.range, f"{path}.initializer.range"
         ranges = self._config.initializer.range
         if chosen is not None:
             return chosen
@@ -199,13 +208,12 @@ class Resolver:
         return f"not in {place.group}.target_scopes" if group.target_scopes and not targets else None
 
     def ignored_by_name(self, names: Sequence[str], group: QuantizerGroup) -> str | None:
-        """Returns the path of the entry of a group's `ignored_scopes` that is one of a quantizer's names, or None."""
-        for index, entry in enumerate(getattr(self._config, group).ignored_scopes):
-            if entry in names:
-                path = f"{group}.ignored_scopes.{index}"
-                self._used.setdefault(path, [names[0]])
-                return path
-        return None
+        """Returns the path of an entry of a group's `ignored_scopes` that is one of a quantizer's names, or None."""
+        entries = getattr(self._config, group).ignored_scopes
+        paths = [f"{group}.ignored_scopes.{index}" for index, entry in enumerate(entries) if entry in names]
+        for path in paths:
+            self._used.setdefault(path, [names[0]])
+        return paths[0] if paths else None
 
     def targeted_by(self, place: QuantizerPlace) -> list[tuple[str, str]]:
         """Returns (path, entry) of the target scopes of `weights` or `activations` that mean a place."""
@@ -231,7 +239,7 @@ class Resolver:
         group = getattr(self._config, place.group)
         request.logarithm_scale = group.logarithm_scale
         for path, options in [(place.group, group), *self._overrides(place)]:
-            for name in ("bits", "mode", "signed", "per_channel"):
+            for name in _OVERRIDABLE:
                 request.take(name, getattr(options, name), f"{path}.{name}")
         return self._bits_by_scope(place, request)
 
@@ -243,10 +251,15 @@ class Resolver:
                 request.take("bits", bits, path)
         return request
 
-    def _overrides(self, place: QuantizerPlace) -> Iterator[tuple[str, ScopeOverride]]:
+    def _overrides(
+        self, place: QuantizerPlace, *, by_name: bool = False, of_range: bool = False
+    ) -> Iterator[tuple[str, ScopeOverride]]:
+        """Yields the overrides for a place: those that name the quantizer, those that set a range, or all."""
         overrides: dict[str, ScopeOverride] = getattr(self._config.scope_overrides, place.group)
         for scope, override in overrides.items():
             path = f"scope_overrides.{place.group}.{scope}"
+            if (by_name and scope not in place.own_names) or (of_range and override.initializer.range is None):
+                continue
             if self._matches(path, scope, place):
                 yield path, override
 
@@ -319,7 +332,7 @@ class Resolver:
         return None
 
     def _matches(self, path: str, entry: str, place: QuantizerPlace) -> bool:
-        matched = self._matchers[path](place)
+        matched = entry in place.own_names or self._matchers[path](place)
         if matched:
             self._note(path, place)
         return matched

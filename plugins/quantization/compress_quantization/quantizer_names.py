@@ -38,6 +38,12 @@ class QuantizerPlace:
     depthwise: bool = False
     first_layer: bool = False
 
+    @property
+    def own_names(self) -> tuple[str, ...]:
+        """What means this quantizer and nothing else: as it is printed; for calls and inputs, also without the port."""
+        first = self.names[0] if self.names else ScopedModule(self.operator)
+        return (str(self), *(first.nncf_names if "/" in first.name else ()))
+
     def __str__(self) -> str:
         return f"{self.names[0].name if self.names else self.operator}|{self.port}"
 
@@ -97,10 +103,12 @@ class QuantizersByName:
         """Raises a ConfigError that names every entry which no quantizer has had as a name."""
         problems = []
         for path, entry in self.entries.items():
-            if entry not in self._known:
-                close = difflib.get_close_matches(entry, self._known, n=1)
-                hint = f". Did you mean '{close[0]}'?" if close else ""
-                problems.append(Problem(path, f"'{entry}' is nothing that would be quantized{hint}"))
+            if entry in self._known:
+                continue
+            # No guess at another input: that may be the data.
+            close = [] if _is_input(entry) else difflib.get_close_matches(entry, self._known, n=1)
+            hint = f"Did you mean '{close[0]}'?" if close else "Remove it: controller.statistics() lists the names."
+            problems.append(Problem(path, f"'{entry}' is nothing that would be quantized. {hint}"))
         if problems:
             raise ConfigError(problems)
 
@@ -108,8 +116,11 @@ class QuantizersByName:
 def _is_name(entry: str) -> bool:
     if entry.startswith(_REGEX_PREFIX):
         return False
-    is_call = "/" in entry and ("#" in entry or "/input " in entry)
-    return is_call or entry.startswith(_NNCF_INPUT) or _QUANTIZER.match(entry) is not None
+    return ("/" in entry and "#" in entry) or _is_input(entry) or _QUANTIZER.match(entry) is not None
+
+
+def _is_input(entry: str) -> bool:
+    return "/input " in entry or entry.startswith(_NNCF_INPUT)
 
 
 def nncf_input(number: int) -> str:

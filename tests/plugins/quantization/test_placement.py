@@ -655,6 +655,71 @@ def test_quantizers_can_be_ignored_by_their_own_name(entry, removed, section):
     assert "ignored by" in str(found.skipped)
 
 
+@pytest.mark.parametrize(
+    ("scope", "changed"),
+    [
+        ("first/torch.Tensor.mul#0", "first/torch.Tensor.mul#0|OUTPUT"),
+        ("first|OUTPUT", "first|OUTPUT"),
+        ("model/input 1|OUTPUT", "model/input 1|OUTPUT"),
+        ("/nncf_model_input_1", "model/input 1|OUTPUT"),
+        ("last|WEIGHT", "last|WEIGHT"),
+    ],
+)
+def test_settings_can_be_overridden_for_quantizers_by_their_own_name(scope, changed):
+    model, inputs = AddsInputs(), [torch.ones(2, 3, 4, 4), torch.ones(2, 3, 4, 4)]
+    override = {"bits": 4, "mode": "asymmetric", "initializer": {"range": {"type": "percentile"}}}
+    group = "weights" if "WEIGHT" in scope else "activations"
+    found = plan(model, *inputs, device="TRIAL", scope_overrides={group: {scope: override}})
+    settings = {q.name: (q.spec.bits, q.spec.mode, q.initial_range.type) for q in found.quantizers}
+    assert settings.pop(changed) == (4, "asymmetric", "percentile")
+    assert all(bits == 8 and mode == "symmetric" and kind != "percentile" for bits, mode, kind in settings.values())
+
+
+def test_an_override_that_a_quantizer_cannot_have_is_refused_with_its_path():
+    with pytest.raises(ConfigError, match=r"scope_overrides.activations.first\|OUTPUT.bits: .*4 bits"):
+        plan(AddsInputs(), *torch.ones(2, 2, 3, 4, 4), scope_overrides={"activations": {"first|OUTPUT": {"bits": 4}}})
+
+
+def test_an_override_for_what_demands_nothing_is_not_taken_for_used():
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 3, 1))
+    with pytest.raises(ConfigError, match="the scope '1' matches no quantizer"):
+        plan(model, torch.ones(2, 3, 4, 4), device="TRIAL", scope_overrides={"activations": {"1": {"bits": 4}}})
+
+
+def test_names_of_calls_mean_the_calls_of_that_module():
+    class Inner(nn.Sequential):
+        def forward(self, x):
+            return super().forward(torch.tanh(x))
+
+    model = Block(lambda m, x: m.last(torch.tanh(m.inner(m.inner(x)))))
+    model.inner, model.last = Inner(nn.Linear(4, 4)), nn.Linear(4, 4)
+    precision = {"bitwidth_per_scope": [[4, "Block/tanh_0|OUTPUT"]]}
+    found = plan(model, torch.ones(2, 4), device="TRIAL", initializer={"precision": precision})
+    assert [q.name for q in found.quantizers if q.spec.bits == 4] == ["model/torch.tanh#2|OUTPUT"]
+
+
+def test_what_is_ignored_twice_is_no_error():
+    model, x = nn.Sequential(nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)), torch.ones(2, 3, 4, 4)
+    config = QuantizationConfig.model_validate(
+        {
+            "algorithm": "quantization",
+            "weights": {"ignored_scopes": ["0", "0|WEIGHT"]},
+            "activations": {"ignored_scopes": ["0"]},
+        }
+    )
+    scopes = ScopeFilter(model, {"ignored_scopes.0": "0", "ignored_scopes.1": "0|WEIGHT"})
+    found = Planner(model, trace(model, x), config, load_profile("ANY"), scopes).plan()
+    assert {q.name for q in found.quantizers} == {"1|WEIGHT", "0|OUTPUT"}
+
+
+def test_problems_of_planning_have_paths_in_the_document():
+    section = {"algorithm": "quantization", "weights": {"ignored_scopes": ["1|WEIGHT"]}}
+    document = {"input_info": {"sample_size": [2, 3, 4, 4]}, "compression": section}
+    with pytest.raises(ConfigError) as caught:
+        create_compressed_model(nn.Sequential(nn.Conv2d(3, 3, 1)), document)
+    assert caught.value.problems[0].path == "compression.quantization.weights.ignored_scopes.0"
+
+
 @pytest.mark.parametrize("entry", ["model/torch.Tensor.add#3", "/nncf_model_input_2", "model/input 9"])
 def test_a_quantizer_that_there_is_not_cannot_be_ignored(entry):
     model, inputs = AddsInputs(), [torch.ones(2, 3, 4, 4), torch.ones(2, 3, 4, 4)]
