@@ -3,8 +3,6 @@
 import copy
 import io
 import logging
-import subprocess
-import sys
 import threading
 from collections import namedtuple
 
@@ -12,19 +10,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from compress_core import Stage, TransformError, mask_weight
 from compress_core.transforms import (
-    ACTIVATION_FUNCTIONS,
     CallInput,
     CallOutput,
     CallPattern,
     ModuleInput,
     ModuleOutput,
     activation_transforms,
-    add_activation_transform,
     bake_transforms,
     bypass_transforms,
     get_activation_transform,
@@ -32,52 +27,7 @@ from compress_core.transforms import (
     strip_activation_transforms,
 )
 from compress_core.transforms.call_sites import _NEVER_HIDDEN, explains
-
-
-class Scale(nn.Module):
-    def __init__(self, factor=10.0):
-        super().__init__()
-        self.factor = nn.Parameter(torch.tensor(float(factor)))
-
-    def forward(self, x):
-        return x * self.factor
-
-
-class FusedScale(Scale):
-    def __init__(self, factor=10.0):
-        super().__init__(factor)
-        self.taken = []
-
-    fused_activations = frozenset(ACTIVATION_FUNCTIONS)
-
-    def fused(self, x, activation):
-        self.taken.append(activation)
-        return self(ACTIVATION_FUNCTIONS[activation](x))
-
-    def fused_in_place(self, x, activation):
-        self.taken.append(activation)
-        return self(ACTIVATION_FUNCTIONS[activation](x, inplace=True))
-
-
-class Function(nn.Module):
-    """A model that is one function, with a parameter for the sake of gradients."""
-
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-        self.bias = nn.Parameter(torch.zeros(()))
-
-    def forward(self, *args):
-        return self.function(*args)
-
-
-def calls(site=0, sites=(0,), training=None):
-    return CallPattern(site, tuple(sites), training)
-
-
-def add(model, place, transform=None, key="q", stage=Stage.PRECISION):
-    transform = Scale() if transform is None else transform
-    return add_activation_transform(model, place, transform, stage=stage, key=key)
+from tests.activation_helpers import Function, FusedScale, Scale, add, calls
 
 
 @pytest.fixture
@@ -454,200 +404,6 @@ def test_out_argument_gets_the_transformed_value(x):
     assert torch.equal(model(x, x), 20 * x)
 
 
-# Activation functions.
-
-
-@pytest.mark.parametrize(
-    ("function", "name", "activation"),
-    [
-        (F.relu, "torch.nn.functional.relu", "relu"),
-        (lambda t: F.relu(t * 1, inplace=True), "torch.nn.functional.relu", "relu"),
-        (torch.relu, "torch.relu", "relu"),
-        (lambda t: t.relu(), "torch.Tensor.relu", "relu"),
-        (F.relu6, "torch.nn.functional.relu6", "relu6"),
-        (lambda t: F.relu6(input=t), "torch.nn.functional.relu6", "relu6"),
-        (F.hardswish, "torch.nn.functional.hardswish", "hardswish"),
-    ],
-)
-def test_activation_call_is_taken_over_by_the_transform(x, function, name, activation):
-    x = 8 * x
-    model, plain = Function(function), Function(function)
-    transform = FusedScale()
-    add(model, CallOutput("", name, calls()), transform)
-    add(plain, CallOutput("", name, calls()), Scale())
-    assert torch.equal(model(x), plain(x))
-    assert transform.taken == [activation]
-    with bypass_transforms(model):
-        assert torch.equal(model(x), function(x))
-
-
-@pytest.mark.parametrize(
-    ("make", "activation"),
-    [
-        (nn.ReLU, "relu"),
-        (lambda: nn.ReLU(inplace=True), "relu"),
-        (nn.ReLU6, "relu6"),
-        (lambda: nn.ReLU6(inplace=True), "relu6"),
-        (nn.Hardswish, "hardswish"),
-        (lambda: nn.Hardswish(inplace=True), "hardswish"),
-    ],
-)
-def test_activation_module_is_taken_over_by_the_transform(x, make, activation):
-    x = 8 * x
-    model, transform = nn.Sequential(nn.Identity(), make()), FusedScale()
-    expected = 10 * model(x.clone())
-    add(model, ModuleOutput("1"), transform)
-    assert torch.equal(model(x.clone()), expected)
-    assert transform.taken == [activation]
-    handle = transform.register_forward_hook(lambda module, args, output: output + 1)
-    assert torch.equal(model(x.clone()), expected + 1)
-    assert len(transform.taken) == 1
-    handle.remove()
-    torch.compiler.reset()
-    assert torch.equal(torch.compile(model, fullgraph=True, backend="eager")(x.clone()), expected)
-
-
-@pytest.mark.parametrize("cls", [Scale, FusedScale])
-@pytest.mark.parametrize(
-    "function", [lambda m, t: m(t), lambda m, t: F.relu(t, inplace=True), lambda m, t: F.relu(t, True)]
-)
-def test_what_works_in_place_still_does(x, function, cls):
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.act = nn.ReLU(inplace=True)
-
-        def forward(self, t):
-            out = function(self.act, t)
-            return out, t + 1
-
-    model, transform = Net(), cls()
-    add(model, CallOutput("", "torch.nn.functional.relu", calls()), transform)
-    out, after = model(x.clone())
-    assert torch.equal(out, 10 * F.relu(x))
-    assert torch.equal(after, F.relu(x) + 1)
-
-
-@pytest.mark.parametrize("hook", ["forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"])
-@pytest.mark.parametrize("make", [nn.ReLU, lambda: nn.Linear(3, 3)])
-def test_hooks_of_a_transform_are_called(x, make, hook):
-    model, transform, seen = nn.Sequential(make()), OwningScale(), []
-    add(model, ModuleOutput("0"), transform)
-    getattr(transform, f"register_{hook}")(lambda *args: seen.append(1))
-    model(x.requires_grad_()).sum().backward()
-    assert seen == [1]
-
-
-def test_only_named_activations_are_taken_over(x):
-    model, transform = nn.Sequential(nn.Hardswish(), nn.ReLU()), FusedScale()
-    transform.fused_activations = {"relu"}
-    add(model, ModuleOutput("0"), transform)
-    add(model, ModuleOutput("1"), transform)
-    assert torch.equal(model(x), 10 * F.relu(10 * F.hardswish(x)))
-    assert transform.taken == ["relu"]
-
-
-@pytest.mark.parametrize("transformed", [0, 1])
-def test_relu_that_is_taken_over_is_counted_above(x, transformed):
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.act = nn.ReLU()
-
-        def forward(self, t):
-            return F.relu(self.act(t) - 1)
-
-    model, inner, outer = Net(), FusedScale(), FusedScale(3.0)
-    add(model, ModuleOutput("act"), inner)
-    add(model, CallOutput("", "torch.nn.functional.relu", calls(transformed, (0, 1))), outer)
-    if transformed:
-        assert torch.equal(model(x), 3 * F.relu(10 * F.relu(x) - 1))
-        assert (inner.taken, outer.taken) == (["relu"], ["relu"])
-    else:  # both stand behind the same call, and only the outer one can take it over
-        assert torch.equal(model(x), F.relu(10 * 3 * F.relu(x) - 1))
-        assert (inner.taken, outer.taken) == ([], ["relu"])
-
-
-def test_subclass_of_relu_keeps_its_own_forward(x):
-    class Shifted(nn.ReLU):
-        def forward(self, t):
-            return super().forward(t) + 1
-
-    model, transform = nn.Sequential(Shifted()), FusedScale()
-    add(model, ModuleOutput("0"), transform)
-    assert torch.equal(model(x), 10 * (F.relu(x) + 1))
-    assert not transform.taken
-
-
-# Tensors that nobody else has.
-
-
-class OwningScale(FusedScale):
-    def __init__(self):
-        super().__init__()
-        self.owned = 0
-
-    def forward_owned(self, x):
-        self.owned += 1
-        return self(x) if torch.is_grad_enabled() else x.mul_(self.factor)
-
-
-@pytest.mark.parametrize("make", [lambda: nn.Linear(3, 3), nn.GELU, lambda: nn.LayerNorm(3)])
-def test_what_a_layer_has_just_made_may_be_written_to(x, make):
-    model, transform = nn.Sequential(nn.Identity(), make()), OwningScale()
-    expected = 10 * model(x)
-    add(model, ModuleOutput("1"), transform)
-    kept = x.clone()
-    with torch.no_grad():
-        assert torch.equal(model(x), expected)
-        assert transform.owned == 1
-        handle = transform.register_forward_hook(lambda module, args, output: output + 1)
-        assert torch.equal(model(x), expected + 1)
-        handle.remove()
-        assert transform.owned == 1
-        with bypass_transforms(model):
-            torch.testing.assert_close(10 * model(x), expected)
-    assert torch.equal(x, kept)
-
-
-class KeepingMode(TorchFunctionMode):
-    def __init__(self):
-        super().__init__()
-        self.kept = []
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        if func is F.linear:
-            self.kept.append(result)
-        return result
-
-
-class ReturnsItsInput(nn.Linear):
-    def forward(self, x):
-        return x
-
-
-@pytest.mark.parametrize("make", [nn.Identity, nn.Dropout, nn.Flatten, nn.ReLU, lambda: ReturnsItsInput(3, 3)])
-def test_what_others_may_have_is_not_written_to(x, make):
-    model, transform = nn.Sequential(make()).eval(), OwningScale()
-    add(model, ModuleOutput("0"), transform)
-    kept = x.clone()
-    with torch.no_grad():
-        model(x)
-    assert transform.owned == 0
-    assert torch.equal(x, kept)
-
-
-def test_what_a_mode_of_the_user_may_keep_is_not_written_to(x):
-    model, transform = nn.Sequential(nn.Linear(3, 3)), OwningScale()
-    expected = model(x)
-    add(model, ModuleOutput("0"), transform)
-    with torch.no_grad(), KeepingMode() as mode:
-        model(x)
-    assert transform.owned == 0
-    assert torch.equal(mode.kept[0], expected)
-
-
 # Adding, finding, removing.
 
 
@@ -895,103 +651,6 @@ def test_fused_transformer_layers_are_off_where_they_would_bypass_transforms():
     for other in activation_transforms(model):
         other.remove()
     assert type(model) is nn.TransformerEncoder
-
-
-class Attention(nn.Module):
-    def __init__(self, **options):
-        super().__init__()
-        self.attention = nn.MultiheadAttention(8, 2, batch_first=True, **options)
-
-    def forward(self, x, y, attn_mask=None, key_padding_mask=None, need_weights=False):
-        masks = {"attn_mask": attn_mask, "key_padding_mask": key_padding_mask}
-        return self.attention(x, y, y, need_weights=need_weights, **masks)[0]
-
-
-CAUSAL, PADDING = torch.ones(5, 5, dtype=torch.bool).triu(1), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
-
-
-@pytest.mark.parametrize("number", [1, 2], ids=["self", "cross"])
-@pytest.mark.parametrize("masks", [(), (CAUSAL,), (CAUSAL, PADDING)], ids=["no mask", "causal", "causal and padding"])
-@pytest.mark.parametrize("need_weights", [False, True])
-def test_inside_of_multi_head_attention(number, masks, need_weights):
-    torch.manual_seed(0)
-    tensors = [torch.randn(2, 5, 8) for _ in range(number)]
-    args = (tensors[0], tensors[-1], *masks)
-    model = Attention()
-    with torch.no_grad():
-        model.attention.in_proj_bias.uniform_(-1, 1)
-        model.attention.out_proj.bias.uniform_(-1, 1)
-    plain = copy.deepcopy(model)
-    # A factor behind the first projection is one on its weight and bias, those of queries.
-    factors = torch.cat([torch.full((8,), 3.0), torch.ones(16)])
-    with torch.no_grad():
-        plain.attention.in_proj_weight *= factors[:, None]
-        plain.attention.in_proj_bias *= factors
-        plain.attention.out_proj.weight *= 0.5
-    sites = (0, 1, 2, 3)
-    add(model, CallOutput("attention", "torch.nn.functional.linear", calls(0, sites)), Scale(3.0))
-    add(model, CallInput("attention", "torch.nn.functional.linear", calls(3, sites), (0,)), Scale(0.5))
-    expected = plain(*args, need_weights=need_weights)
-    torch.compiler.reset()
-    for run in (model, torch.compile(model, fullgraph=True, backend="eager")):
-        for training in (True, False):
-            model.train(training)
-            assert torch.allclose(run(*args, need_weights=need_weights), expected, atol=1e-6)
-            with torch.no_grad():  # where the fused attention would be taken
-                assert torch.allclose(run(*args, need_weights=need_weights), expected, atol=1e-6)
-    exported = torch.export.export(model, args, {"need_weights": need_weights}, strict=False).module()
-    assert torch.allclose(exported(*args, need_weights=need_weights), expected, atol=1e-6)
-
-
-def test_attention_that_the_user_has_put_in_the_place_of_torchs_own_is_called(monkeypatch):
-    model = Attention()
-    add(model, CallInput("attention", "torch.nn.functional.linear", calls(3, (0, 1, 2, 3)), (0,)), Scale(2.0))
-    x = torch.randn(2, 5, 8)
-    model(x, x)
-    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda query, *_: torch.zeros_like(query))
-    assert torch.equal(model(x, x), model.attention.out_proj.bias.expand(2, 5, 8))
-
-
-@pytest.mark.parametrize("change", ["one query", "copies", "no batch", "checkpoint"])
-def test_places_inside_of_attention_do_not_depend_on_which_tensors_are_the_same(change, caplog):
-    model, x = Attention(), torch.randn(2, 5, 8)
-    for site, factor in ((0, 3.0), (1, 0.5), (3, 2.0)):
-        place = CallOutput("attention", "torch.nn.functional.linear", calls(site, (0, 1, 2, 3)))
-        add(model, place, Scale(factor))
-    expected = model(x, x)
-    if change == "one query":
-        assert torch.allclose(model(x[:, -1:], x), expected[:, -1:], atol=1e-6)
-    elif change == "copies":
-        found = model.attention(x, x.clone(), x.clone(), need_weights=False)[0]
-        assert torch.allclose(found, expected, atol=1e-6)
-    elif change == "no batch":
-        assert torch.allclose(model(x[0], x[0]), expected[0], atol=1e-6)
-    else:
-        weight = model.attention.in_proj_weight
-        (gradient,) = torch.autograd.grad(expected.sum(), weight)
-        checkpoint(model, x.requires_grad_(), x, use_reentrant=True).sum().backward()
-        assert torch.allclose(weight.grad, gradient, atol=1e-5)
-    assert not caplog.records
-
-
-@pytest.mark.parametrize(
-    "wrapper", ["torch.compiler.disable(original)", "lambda *args, **kwargs: original(*args, **kwargs)"]
-)
-def test_attention_that_was_replaced_before_the_import_is_one_call(wrapper):
-    code = (
-        "import torch; from torch.nn import functional as F; original = F.multi_head_attention_forward; "
-        f"F.multi_head_attention_forward = {wrapper}; from compress_core.transforms.attention import inside_of; "
-        "from compress_core.trace import trace; model = torch.nn.MultiheadAttention(8, 2); x = torch.ones(3, 2, 8); "
-        "assert inside_of(F.multi_head_attention_forward) is None; assert trace(model, (x, x, x)).forwards[0].calls"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-
-
-def test_wrong_masks_are_refused_as_before():
-    model, x = Attention(), torch.randn(2, 5, 8)
-    add(model, CallInput("attention", "torch.nn.functional.linear", calls(3, (0, 1, 2, 3)), (0,)), Scale(2.0))
-    with pytest.raises(AssertionError, match="key_padd"):
-        model(x, x, None, PADDING[:, :3])
 
 
 def test_user_modes_and_default_devices_stay_in_force(x):
