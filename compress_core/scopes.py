@@ -58,6 +58,11 @@ def scoped_modules(model: nn.Module) -> list[ScopedModule]:
     return result
 
 
+def is_of_document(path: str) -> bool:
+    """Tells whether the config path of a scope is at the top of the document, for all algorithms."""
+    return path.startswith(("ignored_scopes.", "target_scopes."))
+
+
 def compile_scope(entry: str) -> Callable[[ScopedModule], bool]:
     """Returns the predicate that an entry of a scope list stands for.
 
@@ -196,7 +201,7 @@ class ScopeFilter:
                 else f" The model has, for example, {[c for c in candidates if c][:3]}."
             )
             where = 'set "validate_scopes": false in this section'
-            if path.startswith(("ignored_scopes.", "target_scopes.")):
+            if is_of_document(path):
                 where = "put it into the section of the algorithm that it is for"
             problems.append(
                 Problem(

@@ -26,6 +26,7 @@ from compress_core.errors import Problem
 from compress_core.export import GraphRewrite
 from compress_core.initializers.data import CalibrationData
 from compress_core.schedules import Clock
+from compress_core.scopes import is_of_document
 from compress_core.transforms import add_activation_transform, add_weight_transform
 from compress_quantization.calibration import Calibrated, calibrate
 from compress_quantization.config import QuantizationConfig
@@ -382,6 +383,6 @@ def _device_of(model: nn.Module) -> Any:
 
 def _below(path: str, problem: Problem) -> Problem:
     """Returns a problem with its path in the document: scopes have that already, others one in the section."""
-    if problem.path.startswith((f"{path}.", "ignored_scopes.", "target_scopes.")):
+    if problem.path.startswith(f"{path}.") or is_of_document(problem.path):
         return problem
     return Problem(f"{path}.{problem.path}" if problem.path else path, problem.message)

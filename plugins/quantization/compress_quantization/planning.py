@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from torch import nn
@@ -11,7 +11,7 @@ from compress_core import ConfigError
 from compress_core.layers import WeightedLayer, WeightTensor, weight_tensors
 from compress_core.scopes import ScopedModule, ScopeFilter, scoped_modules
 from compress_core.trace import Call, Trace
-from compress_core.transforms.places import ActivationPlace, CallInput, CallOutput, ModuleInput, ModuleOutput, Path
+from compress_core.transforms.places import ActivationPlace, CallInput, CallOutput, ModuleInput, Path
 from compress_quantization.calls import (
     call_key,
     call_names,
@@ -21,7 +21,7 @@ from compress_quantization.calls import (
     owners_of_weights,
     weight_uses,
 )
-from compress_quantization.config import QuantizationConfig, QuantizerGroup
+from compress_quantization.config import QuantizationConfig
 from compress_quantization.masks import stored_masks
 from compress_quantization.operators import LINEAR_KINDS, kind_of
 from compress_quantization.placement import Placed, Rules, place_quantizers
@@ -107,8 +107,7 @@ class Planner:
                 names = (ScopedModule(tensor.name, (tensor.name,)), *names)
             is_first = any(call is other for other in first)
             place = QuantizerPlace(names, "weights", kind, "WEIGHT", first_layer=is_first)
-            name = f"{names[0].name}|WEIGHT"
-            by_name, by_scope = self._ignored_by_name([name], "weights"), self.resolver.reason_to_skip(place)
+            by_name, by_scope = self._ignored_by_name(place), self.resolver.reason_to_skip(place)
             reason = by_name or self._reason_to_skip_weight(tensor, call, place) or by_scope
             if reason:
                 self._plan.skipped[tensor.name] = reason
@@ -117,7 +116,7 @@ class Planner:
             shape = _scale_shape(tuple(tensor.shape), _output_dim(tensor, kind) if spec.per_channel else None)
             initial_range = InitialRange.of(self.resolver.range_for(place)[0])
             found[tensor.name] = PlannedQuantizer(
-                name, "weights", spec, shape, tensor.name, initial_range=initial_range
+                str(place), "weights", spec, shape, tensor.name, initial_range=initial_range
             )
         return found
 
@@ -177,25 +176,19 @@ class Planner:
         self._plan.skipped |= placement.unplaced
         wanted = []
         for placed in placement.quantizers:
-            names = self._quantizer_names(placed.places[0])
-            reason = self._ignored_by_name(names, "activations")
+            own = QuantizerPlace(self._names_of_quantizer(placed), "activations", "add", _port(placed.places[0]))
+            reason = self._ignored_by_name(own)
             if reason:
-                self._plan.skipped[_where(placed.places[0])] = reason
+                self._plan.skipped[own.names[0].name] = reason
             else:
-                wanted.append(placed)
+                wanted.append((placed, own))
         if self._config.validate_scopes:
             self._by_name.check()
-        return [self._planned(placed) for placed in wanted]
+        return [self._planned(placed, own) for placed, own in wanted]
 
-    def _quantizer_names(self, place: ActivationPlace) -> list[str]:
-        """Returns what a quantizer can be ignored as."""
-        # Without its port, the name of a quantizer behind a module is that of the module.
-        short = [] if isinstance(place, ModuleOutput) else [_where(place), *self._aliases(place)]
-        return [f"{_where(place)}|{_port(place)}", *short]
-
-    def _ignored_by_name(self, names: Sequence[str], group: QuantizerGroup) -> str | None:
+    def _ignored_by_name(self, place: QuantizerPlace) -> str | None:
         # Both are asked, so that each entry counts as used.
-        paths = [self._by_name.ignoring(names), self.resolver.ignored_by_name(names, group)]
+        paths = [self._by_name.ignoring(place.own_names), self.resolver.ignored_by_name(place)]
         return next((f"ignored by {path}" for path in paths if path), None)
 
     def _demand(self, call: Call, path: Path) -> QuantizerSpec | None:
@@ -204,8 +197,10 @@ class Planner:
         if not self._profile.quantizes_input(kind, position):
             return None
         key = self._key(call)
-        place = self._place(call, kind, f"INPUT{position}")
         modules = [call.module, *owners_of_weights(call, self._trace)]
+        names = (self._calls[key], *self._module_names(modules))
+        depthwise = is_depthwise(call, self._trace)
+        place = QuantizerPlace(names, "activations", kind, f"INPUT{position}", depthwise=depthwise)
         # Both are asked, so that each entry counts as used.
         reasons = [self._scopes.reason_to_skip([*modules, call_key(*key)]), self.resolver.reason_to_skip(place)]
         if any(reasons):
@@ -216,27 +211,19 @@ class Planner:
         number = next(n for n, forward in enumerate(self._trace.forwards) if is_of(call, forward))
         return number, call.index
 
-    def _place(self, call: Call, kind: str, port: str) -> QuantizerPlace:
-        modules = [call.module, *owners_of_weights(call, self._trace)]
-        names = (self._calls[self._key(call)], *self._module_names(modules))
-        return QuantizerPlace(names, "activations", kind, port, depthwise=is_depthwise(call, self._trace))
-
     def _module_names(self, modules: Iterable[str]) -> tuple[ScopedModule, ...]:
         return tuple(self._names.get(name, ScopedModule(name)) for name in modules)
 
-    def _planned(self, placed: Placed) -> PlannedQuantizer:
-        first = placed.places[0]
-        where, port = _where(first), _port(first)
-        own = self._names_of_quantizer(placed)
-        spec = self.resolver.with_own(placed.spec, QuantizerPlace(own, "activations", "add", port))
-        place = QuantizerPlace((*own, *self._module_names(list(placed.modules))), "activations", "add", port)
+    def _planned(self, placed: Placed, own: QuantizerPlace) -> PlannedQuantizer:
+        spec = self.resolver.with_own(placed.spec, own)
+        place = replace(own, names=(*own.names, *self._module_names(list(placed.modules))))
         channel = 1 if spec.per_channel and len(placed.shape) > 1 else None
         initial_range = InitialRange.of(self.resolver.range_for(place)[0])
         if placed.is_constant and initial_range.type == "mixed_min_max":
             # The mean over samples of what has none would be one over whatever comes first in its shape.
             initial_range = replace(initial_range, type="min_max")
         return PlannedQuantizer(
-            f"{where}|{port}",
+            str(own),
             "activations",
             spec,
             _scale_shape(placed.shape, channel),

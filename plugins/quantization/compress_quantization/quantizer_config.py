@@ -207,12 +207,12 @@ class Resolver:
             return f"ignored by {ignored[0]}"
         return f"not in {place.group}.target_scopes" if group.target_scopes and not targets else None
 
-    def ignored_by_name(self, names: Sequence[str], group: QuantizerGroup) -> str | None:
-        """Returns the path of an entry of a group's `ignored_scopes` that is one of a quantizer's names, or None."""
-        entries = getattr(self._config, group).ignored_scopes
-        paths = [f"{group}.ignored_scopes.{index}" for index, entry in enumerate(entries) if entry in names]
+    def ignored_by_name(self, place: QuantizerPlace) -> str | None:
+        """Returns the path of an entry of the group's `ignored_scopes` that is a name of the quantizer, or None."""
+        entries = getattr(self._config, place.group).ignored_scopes
+        paths = [f"{place.group}.ignored_scopes.{i}" for i, entry in enumerate(entries) if entry in place.own_names]
         for path in paths:
-            self._used.setdefault(path, [names[0]])
+            self._note(path, place)
         return paths[0] if paths else None
 
     def targeted_by(self, place: QuantizerPlace) -> list[tuple[str, str]]:
