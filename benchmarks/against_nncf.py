@@ -22,8 +22,8 @@ from benchmarks import report
 from benchmarks.clock import compare
 from benchmarks.sparsity_cost import BATCH, SIZE, TrainingStep
 from compress_core import CompressionController, create_compressed_model
+from compress_core.contract.statistics import Table
 from compress_core.registry import Registry, use_registry
-from compress_core.statistics import Table
 from compress_core.transforms import get_weight_transform
 from examples.common.networks import mobilenet_v2, resnet18
 
@@ -119,7 +119,7 @@ def training_steps() -> tuple[Table, dict[str, Any]]:
 
 def our_registry() -> Registry:
     """The plugin, whether or not this project is installed in the peer's environment."""
-    from compress_core.initializers import plugin as initializers  # noqa: PLC0415
+    from compress_core.batchnorm import plugin as initializers  # noqa: PLC0415
     from compress_magnitude_sparsity import plugin as sparsity  # noqa: PLC0415
 
     registry = Registry()

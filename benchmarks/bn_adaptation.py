@@ -24,9 +24,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from benchmarks import report
 from benchmarks.compressions import CASES, Compression
-from compress_core.initializers.bn_pass import AdaptationPass
-from compress_core.initializers.data import CalibrationData, InitArgs
-from compress_core.statistics import Table
+from compress_core.batchnorm.forward_pass import AdaptationPass
+from compress_core.contract.statistics import Table
+from compress_core.data.calibration import CalibrationData, InitArgs
 from compress_core.transforms import bypass_transforms
 from examples.common.datasets import DATASETS, Dataset
 from examples.common.fetch import cache_folder

@@ -28,8 +28,8 @@ from benchmarks.against_nncf import our_registry, zeros
 from benchmarks.bn_cost import BATCH, SAMPLES, SIZE, adapt, plain_forward
 from benchmarks.clock import Ratio, compare
 from compress_core import create_compressed_model, mask_weight
+from compress_core.contract.statistics import Table
 from compress_core.registry import use_registry
-from compress_core.statistics import Table
 from examples.common.networks import mobilenet_v2, resnet18
 
 LEVEL = 0.5

@@ -19,9 +19,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from benchmarks import report
 from benchmarks.clock import Ratio, compare
 from benchmarks.compressions import Compression
-from compress_core.initializers.bn_pass import AdaptationPass
-from compress_core.initializers.data import CalibrationData, InitArgs
-from compress_core.statistics import Table
+from compress_core.batchnorm.forward_pass import AdaptationPass
+from compress_core.contract.statistics import Table
+from compress_core.data.calibration import CalibrationData, InitArgs
 from compress_core.transforms import bypass_transforms
 from examples.common.networks import mobilenet_v2, resnet18
 

@@ -26,7 +26,7 @@ from torch import nn
 from benchmarks import report
 from benchmarks.bn_adaptation import NETWORKS
 from compress_core import CompressionController, create_compressed_model
-from compress_core.statistics import Table
+from compress_core.contract.statistics import Table
 from examples.common.datasets import DATASETS, Dataset
 from examples.common.training import accuracy, train
 

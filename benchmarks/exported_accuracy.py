@@ -25,7 +25,7 @@ from torch import nn
 
 from benchmarks import report
 from compress_core import create_compressed_model
-from compress_core.statistics import Table
+from compress_core.contract.statistics import Table
 from examples.common.datasets import cifar10
 from examples.common.networks import resnet56_cifar10, vgg16_bn_cifar10
 from examples.demo_quantization import OnnxModel

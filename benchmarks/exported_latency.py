@@ -30,8 +30,8 @@ from benchmarks import report
 from benchmarks.clock import Ratio
 from benchmarks.networks import define_missing_operators
 from compress_core import create_compressed_model
+from compress_core.contract.statistics import Table
 from compress_core.export import ExportReport
-from compress_core.statistics import Table
 
 NETWORKS = ("resnet18", "resnet50", "mobilenet_v2")
 SIZE = 224

@@ -26,7 +26,7 @@ from benchmarks.clock import Ratio, compare
 from benchmarks.sparsity_cost import SIZE, TrainingStep
 from compress_core import CompressionController, create_compressed_model
 from compress_core.channels import channel_groups
-from compress_core.statistics import Table
+from compress_core.contract.statistics import Table
 from compress_core.trace import Example, trace
 from examples.common.networks import mobilenet_v2, resnet18, resnet50
 

@@ -34,7 +34,7 @@ from benchmarks import report
 from benchmarks.clock import compare
 from benchmarks.sparsity_cost import BATCH, SIZE, TrainingStep
 from compress_core import create_compressed_model
-from compress_core.statistics import Table
+from compress_core.contract.statistics import Table
 from compress_core.transforms import recompute_weights
 from compress_quantization import kernels
 from examples.common.networks import mobilenet_v2, resnet18, resnet50, vit

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from compress_core.statistics import Table
+from compress_core.contract.statistics import Table
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -20,7 +20,7 @@ from torch import nn
 
 from benchmarks import report
 from compress_core import create_compressed_model
-from compress_core.statistics import Table
+from compress_core.contract.statistics import Table
 from examples.common.datasets import DATASETS, Dataset
 from examples.common.networks import resnet56_cifar10
 from examples.common.training import accuracy, train

@@ -22,7 +22,7 @@ from benchmarks import report
 from benchmarks.clock import compare
 from benchmarks.compressions import Compression
 from compress_core import Stage, create_compressed_model
-from compress_core.statistics import Table
+from compress_core.contract.statistics import Table
 from compress_core.transforms import add_weight_transform
 from examples.common.networks import mobilenet_v2, resnet18
 

@@ -19,7 +19,7 @@ import torch
 
 from benchmarks import report
 from benchmarks.networks import SOURCES, Network, define_missing_operators
-from compress_core.statistics import Table
+from compress_core.contract.statistics import Table
 from compress_core.trace import trace
 
 

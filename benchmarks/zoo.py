@@ -44,7 +44,7 @@ from compress_core.channels import (
     prove,
     shrinkage,
 )
-from compress_core.statistics import Table
+from compress_core.contract.statistics import Table
 from compress_core.trace import Example, Trace, trace
 from compress_core.trace.graph import tensors_with_paths
 
@@ -113,7 +113,7 @@ def _measure(network: Network, model: nn.Module, result: Result) -> None:
     example, found_trace = _first_traced(network, model)
     result.input = str([list(tensor.shape) for _, tensor in tensors_with_paths(example.batch)])
     result.trace_seconds, _ = _timed(lambda: trace(model, example))
-    result.group_seconds, found = _timed(lambda: channel_groups(found_trace, model))
+    result.group_seconds, found = _timed(lambda: channel_groups(found_trace))
     made = [group for group in found.groups if any(member.role == Role.MAKES for member in group.members)]
     chosen = [group for group in made if group.obstacle is None and group.size > 1]
     result.groups, result.prunable = len(made), len(chosen)

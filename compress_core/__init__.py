@@ -1,10 +1,20 @@
 """compress-core: model compression for PyTorch training loops, with every algorithm a plugin."""
 
-from compress_core.algorithm import Algorithm, Plan
 from compress_core.api import check_config, create_compressed_model, register_default_init_args
 from compress_core.channels import load_compressed_model
 from compress_core.config import AlgorithmConfig, CompressionConfig, InitializerConfig, Section
-from compress_core.controller import CompressionController
+from compress_core.contract.algorithm import Algorithm, Plan
+from compress_core.contract.hookspecs import hookimpl
+from compress_core.contract.initializer import Initializer
+from compress_core.contract.levels import LevelAlgorithm
+from compress_core.contract.stages import CompressionStage, Stage
+from compress_core.contract.statistics import Statistics, Table, TableStatistics
+from compress_core.data.calibration import (
+    BNAdaptationInitArgs,
+    InitArgs,
+    ModelEvaluationArgs,
+    QuantizationRangeInitArgs,
+)
 from compress_core.errors import (
     CompressionError,
     ConfigError,
@@ -16,18 +26,9 @@ from compress_core.errors import (
     TransformError,
     UsageError,
 )
-from compress_core.hookspecs import hookimpl
-from compress_core.initializers import (
-    BNAdaptationInitArgs,
-    Initializer,
-    ModelEvaluationArgs,
-    QuantizationRangeInitArgs,
-)
-from compress_core.layers import register_module
-from compress_core.levels import LevelAlgorithm
-from compress_core.stages import CompressionStage, Stage
-from compress_core.statistics import Statistics, Table, TableStatistics
+from compress_core.session.controller import CompressionController
 from compress_core.transforms import mask_weight
+from compress_core.transforms.layers import register_module
 
 __all__ = [
     "Algorithm",
@@ -40,6 +41,7 @@ __all__ = [
     "ConfigError",
     "DataError",
     "ExportError",
+    "InitArgs",
     "Initializer",
     "InitializerConfig",
     "LevelAlgorithm",

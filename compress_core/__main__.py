@@ -12,10 +12,10 @@ from pathlib import Path
 
 from compress_core.api import check_config
 from compress_core.cli import trace
-from compress_core.config.schema import json_schema
+from compress_core.contract.statistics import Table
 from compress_core.errors import CompressionError, ConfigError
 from compress_core.registry import default_registry
-from compress_core.statistics import Table
+from compress_core.registry.schema import json_schema
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.command == "algorithms":
         # Plugins that could not be loaded are part of the answer; the log line would only repeat it.
-        log = logging.getLogger("compress_core.registry")
+        log = logging.getLogger("compress_core.registry.registry")
         level = log.level
         try:
             log.setLevel(logging.ERROR)

@@ -12,22 +12,22 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from compress_core.config import CompressionConfig
-from compress_core.context import Context
-from compress_core.controller import CompressionController
-from compress_core.errors import ModelError, PluginError
-from compress_core.initializers.data import (
+from compress_core.contract.context import Context
+from compress_core.data.calibration import (
     BNAdaptationInitArgs,
     ForwardFn,
     InitArgs,
     ModelEvaluationArgs,
     QuantizationRangeInitArgs,
 )
-from compress_core.lifecycle import Lifecycle
+from compress_core.data.rng import RngState
+from compress_core.errors import ModelError, PluginError
 from compress_core.registry import default_registry
-from compress_core.rng import RngState
-from compress_core.snapshot import ModelSnapshot
-from compress_core.state import SavedState, check_plans, checked_state
+from compress_core.session.controller import CompressionController
+from compress_core.session.lifecycle import Lifecycle
+from compress_core.session.state import SavedState, check_plans, checked_state
 from compress_core.transforms.model_wide import has_transforms
+from compress_core.transforms.snapshot import ModelSnapshot
 from compress_core.transforms.weight import recompute_weights
 
 logger = logging.getLogger(__name__)

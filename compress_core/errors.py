@@ -57,7 +57,7 @@ class ConfigError(CompressionError, ValueError):
 
 
 class PluginError(CompressionError):
-    """A plugin breaks the contract of `compress_core.hookspecs`, or could not be loaded."""
+    """A plugin breaks the contract of `compress_core.contract.hookspecs`, or could not be loaded."""
 
 
 class ModelError(CompressionError, ValueError):

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from compress_core import CompressionConfig, CompressionController, create_compressed_model
-from compress_core.statistics import Table
+from compress_core.contract.statistics import Table
 from examples.common.datasets import DATASETS, Dataset
 from examples.common.networks import demo_network
 from examples.common.training import accuracy, train

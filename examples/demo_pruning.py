@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from compress_core import create_compressed_model
-from compress_core.statistics import Table
+from compress_core.contract.statistics import Table
 from examples.common.datasets import Dataset
 from examples.common.training import train
 

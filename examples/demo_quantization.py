@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from compress_core import CompressionConfig, CompressionController, create_compressed_model, register_default_init_args
-from compress_core.statistics import Table
+from compress_core.contract.statistics import Table
 from examples.common.datasets import Dataset
 from examples.common.training import accuracy, train
 

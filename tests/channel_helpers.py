@@ -13,6 +13,7 @@ from compress_core.channels import (
     operation_costs,
     parameter_costs,
     prove,
+    removable_groups,
     shrinkage,
 )
 from compress_core.trace import trace
@@ -58,21 +59,21 @@ def chosen(groups, generator):
     return pairs
 
 
-def check_shrinking(model, *args, seed=0, known_to_code=False):
+def check_shrinking(model, *args, seed=0):
     """Masks random channels of each prunable group, proves that the shrunk model agrees, and checks what is left.
 
     Args:
         model: The model; it is shrunk.
         args: Its inputs.
         seed: Which channels.
-        known_to_code: Whether sizes in the code of the forward are looked for.
 
     Returns:
         The groups, the plan, and the certificate.
     """
     found_trace = trace(model.eval(), args, training=True)
-    found = channel_groups(found_trace, model if known_to_code else None)
-    pairs = chosen(found.prunable, torch.Generator().manual_seed(seed))
+    found = channel_groups(found_trace)
+    bearing, _ = removable_groups(model, found.prunable, input_specs(found_trace.forwards[0]))
+    pairs = chosen(bearing, torch.Generator().manual_seed(seed))
     specs = input_specs(found_trace.forwards[0])
     samples = batch_size(specs)
     groups = [group for group, _ in pairs]

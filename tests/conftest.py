@@ -11,7 +11,7 @@ import hypothesis
 import pytest
 import torch
 
-from compress_core.hookspecs import ENTRY_POINT_GROUP
+from compress_core.contract.hookspecs import ENTRY_POINT_GROUP
 from compress_core.registry import Registry, use_registry
 
 # The same examples in every run, so that a commit does not fail by chance; HYPOTHESIS_PROFILE=default draws new ones.

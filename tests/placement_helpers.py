@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from compress_core.scopes import ScopeFilter
+from compress_core.config.scopes import ScopeFilter
 from compress_core.trace import trace
 from compress_quantization.config import QuantizationConfig
 from compress_quantization.plan import QuantizationPlan

@@ -27,6 +27,7 @@ from compress_core.channels.shrink_model import (
     shrink_optimizer,
 )
 from compress_core.channels.shrinking import Shrinkage, shrinkage
+from compress_core.channels.trials import removable_groups
 
 __all__ = [
     "Certificate",
@@ -51,6 +52,7 @@ __all__ = [
     "planned_shrinkage",
     "prove",
     "random_arguments",
+    "removable_groups",
     "shrink_model",
     "shrink_optimizer",
     "shrinkage",

@@ -5,11 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
-from torch import nn
 
 from compress_core.channels import product_rules, reduction_rules, shape_rules  # noqa: F401 - they fill the table
 from compress_core.channels.algebra import Algebra, Dims, Obstacle, Role
-from compress_core.channels.rehearsal import rehearse
 from compress_core.channels.rules import Step, propagate
 from compress_core.trace.graph import ForwardTrace
 from compress_core.trace.tracer import Trace
@@ -70,37 +68,23 @@ class ChannelGroups:
         return [group for group in self.groups if group.obstacle is None]
 
 
-def channel_groups(trace: Trace, model: nn.Module | None = None) -> ChannelGroups:
+def channel_groups(trace: Trace) -> ChannelGroups:
     """Finds the channel groups of a model.
+
+    Sizes that are written in the code of a forward (`x.view(batch, 64, -1)`) are not seen here: whoever removes
+    channels proves that the smaller model computes the same (`prove`).
 
     Args:
         trace: Its trace; several examples give the union of their constraints.
-        model: The model; given it, sizes that are written in the code of its forward are found as well, and the
-            channels that they count are left whole.
     """
     algebra = Algebra()
-    forwards = []
     for forward in [*trace.forwards, *(forward for forward in trace.training if forward is not None)]:
-        forwards.append((forward, _carry(forward, algebra)))
+        _carry(forward, algebra)
         algebra.counting = False  # one forward is what a forward costs
-    if model is not None:
-        rehearse(model, forwards, algebra, _half)
     return _grouped(algebra)
 
 
-def _half(algebra: Algebra) -> np.ndarray:
-    """Returns which labels stay when every second channel of each group goes; shape (labels,)."""
-    found = _grouped(algebra)
-    gone = np.zeros(len(found.classes), bool)
-    for group in found.prunable:
-        for member in group.members[:1]:
-            labels = algebra.parameters[member.parameter][member.dim]
-            gone[found.classes[labels[member.channels % 2 == 1]]] = True
-    kept: np.ndarray = ~gone[found.classes]
-    return kept
-
-
-def _carry(forward: ForwardTrace, algebra: Algebra) -> dict[int, Dims]:
+def _carry(forward: ForwardTrace, algebra: Algebra) -> None:
     shapes = [value.shape for value in forward.values]
     labels: dict[int, Dims] = {}
     activations = {value.index for value in forward.inputs}
@@ -124,7 +108,6 @@ def _carry(forward: ForwardTrace, algebra: Algebra) -> dict[int, Dims]:
     for value in forward.values:
         for dims_of in labels.get(value.index, []) if value.outputs else []:
             algebra.fix(dims_of, Obstacle("", "output", "the model returns it"))
-    return labels
 
 
 def _grouped(algebra: Algebra) -> ChannelGroups:

@@ -17,10 +17,10 @@ from compress_core.channels.groups import ChannelGroup, Member, channel_groups
 from compress_core.channels.proof import Certificate, InputSpec, prove, random_arguments
 from compress_core.channels.shrinking import Shrinkage, shrinkage
 from compress_core.errors import StateError, UsageError
-from compress_core.snapshot import ModelSnapshot
 from compress_core.trace import Example, trace
 from compress_core.transforms import bake_transforms
 from compress_core.transforms.activation_forward import ActivationTransforms
+from compress_core.transforms.snapshot import ModelSnapshot
 
 
 def shrink_model(

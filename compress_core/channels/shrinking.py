@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -12,12 +12,10 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from compress_core.channels.groups import ChannelGroup
 from compress_core.errors import StateError
 from compress_core.transforms.weight import chain_of, parameter_places
 from compress_core.transforms.weight_cache import WeightChain
-
-if TYPE_CHECKING:
-    from compress_core.channels.groups import ChannelGroup
 
 # The indices along a dimension that stay, ascending.
 Kept: TypeAlias = "list[int]"

@@ -1,7 +1,7 @@
 """The config: what may stand in it, how it is loaded, and how its errors read."""
 
 from compress_core.config.document import CompressionConfig
-from compress_core.config.model import (
+from compress_core.config.sections import (
     AlgorithmConfig,
     Count,
     InitializerConfig,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -12,7 +12,7 @@ import json5
 from pydantic import BeforeValidator, Field, ValidationError
 
 from compress_core.config.errors import problems_of, shown
-from compress_core.config.model import AlgorithmConfig, Count, Scopes, Section
+from compress_core.config.sections import AlgorithmConfig, Count, Scopes, Section
 from compress_core.errors import ConfigError, Problem
 
 logger = logging.getLogger(__name__)
@@ -74,6 +74,18 @@ _REFUSED = {
 _SECTION_KEYS = ("algorithm", "params", "initializer")
 
 
+SectionValidator = Callable[[Any, str, list[Problem]], "AlgorithmConfig | UnresolvedSection | None"]
+"""Takes a raw section, its path, and a list that it adds problems to; returns the section, None when it is wrong."""
+
+# The last one counts. What is installed is the registry's business, which stands above this room and puts itself here.
+_validators: list[SectionValidator] = []
+
+
+def validate_sections_with(validator: SectionValidator) -> None:
+    """Makes `validator` the one that documents ask about the sections of algorithms."""
+    _validators.append(validator)
+
+
 class CompressionConfig:
     """A validated config document.
 
@@ -91,9 +103,6 @@ class CompressionConfig:
     source: dict[str, Any]
 
     def __init__(self, document: Mapping[str, Any], *, origin: str = "") -> None:
-        # Imported late: the registry needs the section classes of this package.
-        from compress_core.registry import default_registry  # noqa: PLC0415
-
         if not isinstance(document, Mapping):
             raise ConfigError(f"a config is an object with a key 'compression', got {shown(document)}", path=origin)
         self.source = {str(key): _copied(value) for key, value in document.items()}
@@ -101,11 +110,11 @@ class CompressionConfig:
         problems: list[Problem] = []
         self.root = _validated_root(self.source, problems)
         self._single = isinstance(self.source.get("compression"), Mapping)
-        registry = default_registry()
+        validate = _validators[-1]
         self.sections = tuple(
             section
             for index, raw in enumerate(_raw_sections(self.source, problems))
-            if (section := registry.validate_section(raw, self.section_path(index), problems)) is not None
+            if (section := validate(raw, self.section_path(index), problems)) is not None
         )
         problems.extend(self._repeated())
         if problems:

@@ -19,8 +19,8 @@ import torch
 from torch import nn
 
 from compress_core.api import create_compressed_model
-from compress_core.controller import CompressionController
-from compress_core.hookspecs import hookimpl
+from compress_core.contract.hookspecs import hookimpl
+from compress_core.session.controller import CompressionController
 from compress_core.testing.fingerprint import fingerprint
 from compress_core.transforms.activation import activation_transforms
 from compress_core.transforms.generated import base_class

@@ -1,6 +1,6 @@
 """How a model is read: the graph of one forward, at the level of function calls and of ATen operators."""
 
-from compress_core.trace.examples import Example
+from compress_core.data.examples import Example
 from compress_core.trace.graph import Call, ForwardTrace, Operator, Value
 from compress_core.trace.tracer import Trace, TraceError, trace
 

@@ -229,3 +229,47 @@ def tensors_with_paths(structure: Any, path: Path = ()) -> Iterator[tuple[Path, 
     elif is_dataclass(structure) and not isinstance(structure, type):
         for entry in fields(structure):
             yield from tensors_with_paths(getattr(structure, entry.name, None), (*path, entry.name))
+
+
+# Classes without a forward.
+_CONTAINERS = frozenset({"ModuleList", "ModuleDict", "ParameterList", "ParameterDict"})
+
+
+@dataclass
+class Forwards:
+    """Several forwards of one model.
+
+    Attributes:
+        forwards: In eval mode, one for each example.
+        training: In training mode, one for each example; None where that forward failed.
+        modules: Dotted name -> class name of every module of the model.
+    """
+
+    forwards: list[ForwardTrace]
+    training: list[ForwardTrace | None] = field(default_factory=list)
+    modules: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def reached(self) -> set[str]:
+        """Names of the modules whose forward ran in one of the examples, or whose parameters were used without it."""
+        forwards = [*self.forwards, *(f for f in self.training if f is not None)]
+        ran = {run.module for forward in forwards for run in forward.module_calls}
+        used = {value.parameter for forward in forwards for value in forward.values if value.parameter}
+        return ran | {name.rpartition(".")[0] for name in used}
+
+    @property
+    def unreached(self) -> list[str]:
+        """Names of modules that no example has reached, outermost ones only.
+
+        Containers that are only looked into (`nn.ModuleList`) count as reached when something in them is, or nothing is
+        in them.
+        """
+        reached = self.reached
+        ancestors = {name[:at] for name in reached for at, sign in enumerate(name) if sign == "."}
+        parents = {name.rpartition(".")[0] for name in self.modules}
+        missing = [
+            name
+            for name, kind in self.modules.items()
+            if name and name not in reached and name not in ancestors and (name in parents or kind not in _CONTAINERS)
+        ]
+        return [name for name in missing if not any(name.startswith(f"{other}.") for other in missing)]

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from compress_core.rng import preserved_rng
-from compress_core.snapshot import StructureSnapshot
+from compress_core.data.rng import preserved_rng
+from compress_core.transforms.snapshot import StructureSnapshot
 
 # Objects that hold no state of a forward, or look after it themselves.
 _OPAQUE = (nn.Module, type, FunctionType, MethodType, ModuleType, torch.Generator)

@@ -7,14 +7,11 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 from compress_core.errors import UsageError
-from compress_core.trace.graph import Call, ForwardTrace, Operator, Value, ValueId
+from compress_core.trace.graph import Call, Forwards, ForwardTrace, Operator, Value, ValueId
 from compress_core.transforms.places import Path
-
-if TYPE_CHECKING:
-    from compress_core.trace.tracer import Trace
 
 Level: TypeAlias = Literal["calls", "operators"]
 LEVELS: tuple[Level, ...] = ("calls", "operators")
@@ -31,7 +28,7 @@ _STYLE = (
 )
 
 
-def to_text(trace: Trace, level: Level = "calls") -> str:
+def to_text(trace: Forwards, level: Level = "calls") -> str:
     """Returns tables of the forwards: number, module, function, inputs -> outputs; then the modules not reached.
 
     Args:
@@ -47,7 +44,7 @@ def to_text(trace: Trace, level: Level = "calls") -> str:
     return "\n\n".join(parts)
 
 
-def to_dot(trace: Trace, level: Level = "calls", forward: int = 0) -> str:
+def to_dot(trace: Forwards, level: Level = "calls", forward: int = 0) -> str:
     """Returns one forward as a graph in the language of Graphviz.
 
     Modules are boxes around what they call. Edges are tensors, with their shapes. Parameters are not drawn, nor is a
@@ -66,7 +63,7 @@ def to_dot(trace: Trace, level: Level = "calls", forward: int = 0) -> str:
     return _Dot(trace.forwards[forward], _level(level), trace.modules).text()
 
 
-def to_svg(trace: Trace, level: Level = "calls", forward: int = 0) -> str:
+def to_svg(trace: Forwards, level: Level = "calls", forward: int = 0) -> str:
     """Returns one forward as a picture, drawn by the program `dot` of Graphviz; arguments as in `to_dot`.
 
     Raises:
@@ -104,14 +101,14 @@ def _level(level: str) -> Level:
 # Text.
 
 
-def _titled(trace: Trace) -> Iterator[tuple[str, ForwardTrace]]:
+def _titled(trace: Forwards) -> Iterator[tuple[str, ForwardTrace]]:
     for name, forwards in (("eval mode", trace.forwards), ("training mode", trace.training)):
         for number, forward in enumerate(forwards):
             if forward is not None:
                 yield _title(name, number, len(forwards)), forward
 
 
-def _failed(trace: Trace) -> Iterator[str]:
+def _failed(trace: Forwards) -> Iterator[str]:
     for number, forward in enumerate(trace.training):
         if forward is None:
             yield _title("training mode", number, len(trace.training))

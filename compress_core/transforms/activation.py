@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from compress_core.errors import TransformError
-from compress_core.stages import Stage
 from compress_core.transforms.activation_forward import ActivationTransforms
 from compress_core.transforms.call_sites import functions_named
 from compress_core.transforms.chain import TransformChain
 from compress_core.transforms.generated import ACTIVATIONS_ATTRIBUTE, base_class, transformed_class, update_class
 from compress_core.transforms.places import ActivationPlace, CallInput, CallOutput, ModuleOutput
+from compress_core.transforms.stage import Stage
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from compress_core.errors import TransformError
-from compress_core.stages import Stage
+from compress_core.transforms.stage import Stage
 from compress_core.transforms.weight import add_weight_transform, get_weight_transform, raw_parameter
 
 

@@ -11,9 +11,9 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from compress_core.errors import TransformError
-from compress_core.stages import Stage
 from compress_core.transforms.chain import TransformChain, TransformContainer
 from compress_core.transforms.generated import TRANSFORMS_ATTRIBUTE, base_class, transformed_class, update_class
+from compress_core.transforms.stage import Stage
 from compress_core.transforms.weight_cache import WeightChain
 
 

@@ -15,7 +15,7 @@ from compress_core import (
     register_default_init_args,
 )
 from compress_core.__main__ import main
-from compress_core.config.schema import json_schema
+from compress_core.registry.schema import json_schema
 from tests.zoo import ResidualNet, images
 
 # The two documents of NNCF's documentation, byte for byte.

@@ -18,7 +18,7 @@ from compress_core import (
     hookimpl,
     mask_weight,
 )
-from compress_core.schedules import CompressionScheduler
+from compress_core.session.scheduler import CompressionScheduler
 from compress_core.transforms import raw_parameter
 from tests.core.test_registry import algorithm, contributing
 from tests.zoo import ResidualNet, images

@@ -15,9 +15,9 @@ from compress_core import (
     create_compressed_model,
     hookimpl,
 )
-from compress_core.hookspecs import ENTRY_POINT_GROUP
-from compress_core.plugin_checks import hook_names, new_manager
+from compress_core.contract.hookspecs import ENTRY_POINT_GROUP
 from compress_core.registry import Registry
+from compress_core.registry.checks import hook_names, new_manager
 from tests.zoo import ResidualNet
 
 
@@ -247,7 +247,7 @@ def test_observer_sees_every_algorithm_and_must_not_answer(registry):
 
 
 def test_every_hook_says_when_it_is_called():
-    from compress_core import hookspecs
+    from compress_core.contract import hookspecs
 
     for name in hook_names():
         doc = getattr(hookspecs, name).__doc__

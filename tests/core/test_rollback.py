@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from compress_core import ModelError, create_compressed_model, hookimpl
-from compress_core.interrupts import interrupts_held
-from compress_core.snapshot import ModelSnapshot
 from compress_core.testing import fingerprint
+from compress_core.transforms.interrupts import interrupts_held
+from compress_core.transforms.snapshot import ModelSnapshot
 from tests.core.test_registry import algorithm, contributing
 from tests.zoo import ResidualNet
 

@@ -4,7 +4,7 @@ import pytest
 from torch import nn
 
 from compress_core import ConfigError, create_compressed_model
-from compress_core.scopes import ScopeFilter
+from compress_core.config.scopes import ScopeFilter
 from tests.zoo import MobileNet, ResidualNet
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from compress_core import ConfigError
 from compress_core.config.document import InputInfo
-from compress_core.initializers.data import CalibrationData, InitArgs
+from compress_core.data.calibration import CalibrationData, InitArgs
 from compress_core.trace import Example, TraceError, trace
 from tests.zoo import ZOO, ResidualNet, trained_model
 

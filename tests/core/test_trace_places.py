@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from compress_core import CompressionConfig, DataError, Stage
-from compress_core.context import Context
+from compress_core.contract.context import Context
 from compress_core.trace import TraceError, trace
 from compress_core.trace.sites import CallRef, Sites
 from compress_core.transforms import CallInput, CallOutput, ModuleInput, ModuleOutput, add_activation_transform

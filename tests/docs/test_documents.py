@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from compress_core import AlgorithmConfig, create_compressed_model, hookspecs
-from compress_core.plugin_checks import hook_names
+from compress_core import AlgorithmConfig, create_compressed_model
+from compress_core.contract import hookspecs
+from compress_core.registry.checks import hook_names
 from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text()

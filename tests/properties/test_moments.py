@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compress_core.initializers.moments import Correlation, Moments, sampled_rows
+from compress_core.batchnorm.moments import Correlation, Moments, sampled_rows
 
 shapes = st.sampled_from([(), (1,), (7,), (3, 5), (2, 3, 2)])
 

@@ -21,8 +21,8 @@ from compress_core import (
     hookimpl,
 )
 from compress_core.channels import Certificate, Shrinkage
-from compress_core.context import Context
-from compress_core.schedules import Clock
+from compress_core.contract.clock import Clock
+from compress_core.contract.context import Context
 from compress_filter_pruning.config import FilterPruningConfig
 from compress_filter_pruning.config_checks import check_config
 from compress_filter_pruning.groups import PruningGroup
@@ -245,9 +245,7 @@ class FilterPruning(LevelAlgorithm):
                 count = len(self._active.groups)
                 raise UsageError(f"there is no group {number!r}; groups are 0 to {count - 1}: see pruned_module_groups")
         assert self._context is not None
-        controller = self._context.controller
-        assert controller is not None
-        with controller.batchnorm_adapted(run_batchnorm_adaptation):
+        with self._context.batch_norm.adapted(run_batchnorm_adaptation):
             if isinstance(pruning_level, Mapping):
                 self._active.apply_each(pruning_level)
             else:

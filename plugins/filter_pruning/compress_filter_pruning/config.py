@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from compress_core import AlgorithmConfig, Section
-from compress_core.config.model import Count
+from compress_core.config.sections import Count
 
 Level = Annotated[float, Field(ge=0, lt=1)]
 

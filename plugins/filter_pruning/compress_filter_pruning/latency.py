@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from compress_core.channels import ChannelGroup, InputSpec, random_arguments, shrink_model
-from compress_core.rng import preserved_rng
+from compress_core.data.rng import preserved_rng
 from compress_core.transforms import bake_transforms
 from compress_filter_pruning.statistics import Latency
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import copy
-import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
@@ -18,21 +15,17 @@ from compress_core.channels import (
     Costs,
     InputSpec,
     Role,
-    ShrinkError,
     batch_size,
     channel_groups,
     input_specs,
     operation_costs,
     parameter_costs,
-    prove,
-    shrinkage,
+    removable_groups,
 )
 from compress_core.trace import Trace
 from compress_core.trace.graph import ForwardTrace, Operator, Ref
 from compress_filter_pruning.config import FilterPruningParams
 from compress_filter_pruning.groups import PruningGroup
-
-logger = logging.getLogger(__name__)
 
 _PRODUCTS = ("convolution", "mm", "addmm", "bmm", "baddbmm", "embedding", "mv")
 _VIEWS = ("t", "transpose", "permute", "view", "reshape", "detach", "expand", "_to_copy", "unsqueeze", "squeeze")
@@ -96,7 +89,7 @@ def make_plan(
             for name in makers:
                 skipped.setdefault(name, reason)
     specs = input_specs(trace.forwards[0])
-    chosen, broken = _tried(model, candidates, specs)
+    chosen, broken = removable_groups(model, candidates, specs)
     for group, reason in broken:
         for member in group.members:
             if member.role == Role.MAKES:
@@ -188,63 +181,3 @@ def _weight_of(operator: Operator, kind: str) -> int | None:
     if kind != "convolution" or not isinstance(operator.arguments[1], Ref):
         return None
     return operator.arguments[1].value
-
-
-# Trying it out.
-
-
-def _tried(
-    model: nn.Module, groups: Sequence[ChannelGroup], specs: Sequence[InputSpec]
-) -> tuple[list[ChannelGroup], list[tuple[ChannelGroup, str]]]:
-    """Shrinks copies of the model by half of each group; returns the groups that bear it, and the others with reasons.
-
-    This finds the sizes that are written in the code of a forward before training begins, not after it.
-    """
-    good, broken = list(groups), []
-    while good:
-        error = _attempt(model, good, specs)
-        if error is None:
-            break
-        if error.reference:
-            logger.warning("filter_pruning: what pruning leaves of the model cannot be checked beforehand: %s", error)
-            break
-        culprit, reason = _culprit(model, good, specs, error)
-        broken.append((culprit, reason))
-        good = [group for group in good if group is not culprit]
-    return good, broken
-
-
-def _culprit(
-    model: nn.Module, groups: list[ChannelGroup], specs: Sequence[InputSpec], error: ShrinkError
-) -> tuple[ChannelGroup, str]:
-    """Halves a list of groups that fails together until one is left that cannot be pruned (with those before it)."""
-    passing: list[ChannelGroup] = []
-    while len(groups) > 1:
-        half = groups[: len(groups) // 2]
-        found = _attempt(model, [*passing, *half], specs)
-        if found is None:
-            passing, groups = [*passing, *half], groups[len(groups) // 2 :]
-        else:
-            groups, error = half, found
-    if passing:
-        error = _attempt(model, [*passing, *groups], specs) or error
-    return groups[0], str(error)
-
-
-def _attempt(model: nn.Module, groups: Sequence[ChannelGroup], specs: Sequence[InputSpec]) -> ShrinkError | None:
-    pairs = [(group, set(range(0, group.size, 2))) for group in groups]
-    masked = copy.deepcopy(model)
-    parameters = dict(masked.named_parameters())
-    with torch.no_grad():
-        for group, channels in pairs:
-            for member in group.members:
-                if member.role != Role.OTHER and member.parameter in parameters:
-                    gone = [index for index, channel in enumerate(member.channels.tolist()) if channel in channels]
-                    parameters[member.parameter].index_fill_(
-                        member.dim, torch.tensor(gone, device=parameters[member.parameter].device), 0
-                    )
-    try:
-        prove(masked, shrinkage(masked, pairs), specs)
-    except ShrinkError as error:
-        return error
-    return None

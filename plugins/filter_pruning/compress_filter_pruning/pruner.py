@@ -19,8 +19,8 @@ from compress_core.channels import (
     shrink_model,
     shrink_optimizer,
 )
-from compress_core.snapshot import ModelSnapshot
 from compress_core.transforms import raw_parameter
+from compress_core.transforms.snapshot import ModelSnapshot
 from compress_filter_pruning.config import FilterPruningParams
 from compress_filter_pruning.groups import PruningGroup
 from compress_filter_pruning.importance import channel_importance

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from compress_core.schedules import exponential_level
+from compress_core.contract.schedules import exponential_level
 from compress_filter_pruning.config import FilterPruningConfig
 
 # `exponential_with_bias` has reached this share of the target at this share of the time.

@@ -22,8 +22,8 @@ from compress_core import (
     hookimpl,
     mask_weight,
 )
-from compress_core.context import Context
-from compress_core.schedules import Clock
+from compress_core.contract.clock import Clock
+from compress_core.contract.context import Context
 from compress_core.transforms import get_weight_transform, raw_parameter
 from compress_core.transforms.mask import WeightMask
 from compress_magnitude_sparsity.config import MagnitudeSparsityConfig
@@ -225,9 +225,7 @@ class MagnitudeSparsity(LevelAlgorithm):
         """
         self._check_level("sparsity level", level)
         names = self._targets if module_info is None else self._targets_below(module_info)
-        controller = self._active_context.controller
-        assert controller is not None
-        with controller.batchnorm_adapted(run_batchnorm_adaptation):
+        with self._active_context.batch_norm.adapted(run_batchnorm_adaptation):
             self._set_masks(names, level, together=module_info is not None or self._is_global)
         if module_info is None:
             self._requested = level

@@ -8,7 +8,8 @@ import math
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from compress_core.schedules import Clock, exponential_level, polynomial_level, progress
+from compress_core.contract.clock import Clock
+from compress_core.contract.schedules import exponential_level, polynomial_level, progress
 from compress_magnitude_sparsity.config import MagnitudeSparsityConfig
 
 logger = logging.getLogger(__name__)

@@ -21,12 +21,12 @@ from compress_core import (
     UsageError,
     hookimpl,
 )
-from compress_core.context import Context
+from compress_core.config.scopes import is_of_document
+from compress_core.contract.clock import Clock
+from compress_core.contract.context import Context
+from compress_core.data.calibration import CalibrationData
 from compress_core.errors import Problem
 from compress_core.export import GraphRewrite
-from compress_core.initializers.data import CalibrationData
-from compress_core.schedules import Clock
-from compress_core.scopes import is_of_document
 from compress_core.transforms import add_activation_transform, add_weight_transform
 from compress_quantization.calibration import Calibrated, calibrate
 from compress_quantization.config import QuantizationConfig
@@ -134,9 +134,7 @@ class Quantization(Algorithm):
     @hookimpl
     def compress_calibrate(self, context: Context) -> None:
         """Sets the ranges: weights from their values, activations from calibration data."""
-        controller = context.controller
-        assert controller is not None
-        self._calibrate(("weights", "activations"), controller.batchnorm_as_it_will_be)
+        self._calibrate(("weights", "activations"), context.batch_norm.as_it_will_be)
 
     @hookimpl
     def compress_epoch_step(self, clock: Clock, context: Context) -> None:

@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch import nn
 
 from compress_core import CompressionError, DataError
-from compress_core.initializers.data import CalibrationData
-from compress_core.rng import preserved_rng
+from compress_core.data.calibration import CalibrationData
+from compress_core.data.rng import preserved_rng
 from compress_core.transforms.weight import resolve_parameter
 from compress_quantization.fake_quantize import FakeQuantize
 from compress_quantization.plan import PlannedQuantizer

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 
-from compress_core.scopes import ScopedModule
+from compress_core.config.scopes import ScopedModule
 from compress_core.trace import Call, ForwardTrace, Trace
 from compress_core.trace.graph import ValueId
 from compress_quantization.operators import LINEAR_KINDS, base_name, is_weight_argument, kind_of

@@ -8,8 +8,8 @@ from typing import Any
 
 from compress_core import ConfigError
 from compress_core.config import Section
+from compress_core.config.scopes import compile_scope
 from compress_core.errors import Problem
-from compress_core.scopes import compile_scope
 from compress_quantization.config import (
     Mode,
     PrecisionConfig,

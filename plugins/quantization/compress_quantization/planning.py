@@ -8,9 +8,9 @@ from dataclasses import replace
 from torch import nn
 
 from compress_core import ConfigError
-from compress_core.layers import WeightedLayer, WeightTensor, weight_tensors
-from compress_core.scopes import ScopedModule, ScopeFilter, scoped_modules
+from compress_core.config.scopes import ScopedModule, ScopeFilter, scoped_modules
 from compress_core.trace import Call, Trace
+from compress_core.transforms.layers import WeightedLayer, WeightTensor, weight_tensors
 from compress_core.transforms.places import ActivationPlace, CallInput, CallOutput, ModuleInput, Path
 from compress_quantization.calls import (
     call_key,

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from compress_core import ConfigError
+from compress_core.config.scopes import ScopedModule, ScopeFilter, compile_scope
 from compress_core.errors import Problem
-from compress_core.scopes import ScopedModule, ScopeFilter, compile_scope
 from compress_quantization.config import QuantizerGroup
 
 _QUANTIZER = re.compile(r"^(?P<scope>.+)\|(?P<port>WEIGHT|OUTPUT|INPUT\d*)$")
@@ -49,7 +49,7 @@ class QuantizerPlace:
 
 
 def scope_matcher(entry: str) -> Callable[[QuantizerPlace], bool]:
-    """Returns the predicate for a scope: see `compress_core.scopes`.
+    """Returns the predicate for a scope: see `compress_core.config.scopes`.
 
     Raises:
         ValueError: It is empty or not a regular expression.

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from compress_core import CompressionStage, StateError
-from compress_core.schedules import Clock
+from compress_core.contract.clock import Clock
 from compress_quantization.config import QuantizerGroup, StagedParams
 
 _GROUPS: tuple[QuantizerGroup, ...] = ("weights", "activations")

@@ -7,7 +7,7 @@ from pydantic import ValidationError
 
 from compress_core import ConfigError
 from compress_core.config.errors import problems_of
-from compress_core.scopes import ScopedModule
+from compress_core.config.scopes import ScopedModule
 from compress_quantization.config import QuantizationConfig, RangeConfig
 from compress_quantization.config_checks import check_config
 from compress_quantization.profiles import load_profile

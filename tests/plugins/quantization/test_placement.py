@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from compress_core import ConfigError
-from compress_core.scopes import ScopeFilter
+from compress_core.config.scopes import ScopeFilter
 from compress_core.trace import trace
 from compress_quantization.config import QuantizationConfig
 from compress_quantization.plan import PlannedQuantizer

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from compress_core import CompressionStage, StateError
-from compress_core.schedules import Clock
+from compress_core.contract.clock import Clock
 from compress_quantization.config import StagedParams
 from compress_quantization.staging import StagedQuantization
 

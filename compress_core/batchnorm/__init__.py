@@ -1,0 +1,1 @@
+"""Batch-norm adaptation: the shared initializer that corrects running statistics."""

@@ -1,0 +1,54 @@
+"""The guard: adapted statistics are kept only if the user's own metric does not get worse."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from compress_core.batchnorm.report import GuardVerdict
+from compress_core.data.rng import preserved_rng
+from compress_core.errors import DataError
+
+
+class MetricGuard:
+    """Measures a model before (when it is made) and after.
+
+    Args:
+        evaluate: Takes the model and returns a number, larger is better.
+        model: The compressed model, with the statistics of before.
+        path: Path of the config value, for messages.
+
+    Raises:
+        DataError: The metric is no number.
+    """
+
+    def __init__(self, evaluate: Callable[[nn.Module], Any], model: nn.Module, path: str) -> None:
+        self._evaluate = evaluate
+        self._model = model
+        self._path = path
+        self._before = self._measure()
+
+    def verdict(self) -> GuardVerdict:
+        """Measures again; a metric that is NaN now counts as worse."""
+        after = self._measure()
+        return GuardVerdict(self._before, after, kept=after >= self._before or math.isnan(self._before))
+
+    def _measure(self) -> float:
+        modes = [(module, module.training) for module in self._model.modules()]
+        try:
+            with preserved_rng(), torch.no_grad():
+                self._model.eval()
+                metric = self._evaluate(self._model)
+        finally:
+            for module, mode in modes:
+                module.training = mode
+        try:
+            return float(metric)
+        except (TypeError, ValueError) as error:
+            raise DataError(
+                f"{self._path}: the function must return one number, larger is better, got {type(metric).__name__}"
+            ) from error

@@ -1,0 +1,107 @@
+"""Building blocks of config sections, for the core and for plugins."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Any, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr
+
+
+def _whole(value: Any) -> Any:
+    """JSON has one kind of number, and configs write epochs as 10.0 as well."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+Count = Annotated[int, BeforeValidator(_whole)]
+"""A whole number; `10.0` counts as one."""
+
+Scopes = Annotated[list[str], BeforeValidator(_as_list)]
+"""A scope or a list of scopes (`compress_core.config.scopes`)."""
+
+
+class Section(BaseModel):
+    """Base of every object in a config: closed, frozen, strict about types, and aware of what is read.
+
+    The fields that anybody reads are remembered, so that a value which was given and never read, and so cannot have had
+    an effect, is found (`compress_core.contract.ledger`). Read a field where it has its effect, not before.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+    _reads: set[str] = PrivateAttr(default_factory=set)
+
+    def __getattribute__(self, name: str) -> Any:
+        value = super().__getattribute__(name)
+        if not name.startswith("_") and name in type(self).__pydantic_fields__:
+            private = object.__getattribute__(self, "__pydantic_private__")
+            if private is not None:
+                private["_reads"].add(name)
+        return value
+
+    def unread(self) -> Self:
+        """Returns a copy of this section that nobody has read yet."""
+        copy = self.model_copy()
+        object.__setattr__(copy, "__pydantic_private__", {"_reads": set()})
+        for name, value in self.__dict__.items():
+            if isinstance(value, Section):
+                copy.__dict__[name] = value.unread()
+        return copy
+
+    def given_leaves(self, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:
+        """Yields (path, value, was it read) for every value that the user wrote, nested sections included."""
+        fields = self.__dict__
+        for name in type(self).__pydantic_fields__:
+            if name not in self.model_fields_set:
+                continue
+            value, path = fields[name], f"{prefix}{name}"
+            if isinstance(value, Section):
+                yield from value.given_leaves(f"{path}.")
+            elif isinstance(value, list) and any(isinstance(item, Section) for item in value):
+                was_read = name in self._reads
+                for index, item in enumerate(value):
+                    yield from ((p, v, was_read) for p, v, _ in item.given_leaves(f"{path}.{index}."))
+            else:
+                yield path, value, name in self._reads
+
+
+class InitializerConfig(Section):
+    """Base of the section `initializer.<name>` of a shared initializer."""
+
+
+class InitializerSection(Section):
+    """The section `initializer` of an algorithm.
+
+    A subclass adds the algorithm's own data-driven set-up. The sections of the shared initializers that are installed,
+    such as `batchnorm_adaptation`, are added by the core.
+    """
+
+    def shared(self, name: str) -> InitializerConfig | None:
+        """Returns the section of the shared initializer `name`, or None when the user wrote none."""
+        value = getattr(self, name, None)
+        return value if isinstance(value, InitializerConfig) else None
+
+
+class AlgorithmConfig(Section):
+    """Base of an algorithm's section. A subclass adds its fields, and narrows `initializer` if it needs to.
+
+    Example:
+        ```python
+        class Config(AlgorithmConfig):
+            level: float = Field(0.5, ge=0, lt=1, description="share of the weights that become zero")
+        ```
+    """
+
+    algorithm: str = Field(description="name of the algorithm")
+    initializer: InitializerSection = Field(
+        default_factory=InitializerSection, description="data-driven set-up before training"
+    )
+    ignored_scopes: Scopes = Field(default_factory=list, description="parts of the model to leave alone")
+    target_scopes: Scopes = Field(default_factory=list, description="if given, the only parts to compress")
+    validate_scopes: bool = Field(True, description="whether a scope that matches nothing is an error")

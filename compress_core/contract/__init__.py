@@ -1,0 +1,1 @@
+"""What a plugin implements, and what it is given: hooks, base classes, choices, the context."""

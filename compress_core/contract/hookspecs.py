@@ -1,0 +1,401 @@
+"""The contract: what a plugin can implement, when it is called, with what, and what it returns.
+
+A plugin is an importable object (mostly a module) named by an entry point of the group `compress_core.plugins`. It
+implements the two registration hooks below with `@compress_core.hookimpl`. The algorithms that it contributes are
+classes derived from `compress_core.Algorithm`; for each section of a config, one instance is made, and its methods,
+marked with `@compress_core.hookimpl` too, implement the lifecycle hooks. An implementation names those arguments that
+it needs and leaves out the rest.
+
+`create_compressed_model` calls, in this order:
+
+1. `compress_configure` for each algorithm: the last chance to refuse a config;
+2. `compress_plan` for each algorithm, on the untouched model;
+3. `compress_observe`, for initializers that have to see the model before anything is changed;
+4. `compress_commit` for each algorithm: the only structural change;
+5. `compress_calibrate` for each algorithm, on the committed model;
+6. `compress_initialize`, once, for all: batch-norm adaptation;
+7. `compress_load_state` instead of 3, 5 and 6 when a compression state is resumed.
+
+"For each algorithm" means in pipeline order: by `Algorithm.stage`, and within a stage in the order of the config. An
+exception from an implementation keeps its type, gains a note that names hook, algorithm and plugin, and puts the model
+back to where it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import pluggy
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from compress_core.config import AlgorithmConfig
+    from compress_core.contract.algorithm import Algorithm, Plan
+    from compress_core.contract.clock import Clock
+    from compress_core.contract.context import Context
+    from compress_core.contract.initializer import Initializer
+    from compress_core.contract.stages import CompressionStage
+    from compress_core.contract.statistics import Statistics
+    from compress_core.export.target import ExportTarget, GraphRewrite
+
+PROJECT = "compress_core"
+ENTRY_POINT_GROUP = "compress_core.plugins"
+
+hookspec = pluggy.HookspecMarker(PROJECT)
+hookimpl = pluggy.HookimplMarker(PROJECT)
+
+
+# Registration: implemented by the plugin itself.
+
+
+@hookspec
+def compress_algorithms() -> Iterable[type[Algorithm]]:  # type: ignore[empty-body]
+    """Returns the algorithms that this plugin contributes.
+
+    Called once, when the plugin is loaded. Names are global: two installed plugins that contribute one name are an
+    error for the config that uses it.
+
+    Example:
+        ```python
+        @hookimpl
+        def compress_algorithms():
+            return [RandomSparsity]
+        ```
+    """
+
+
+@hookspec
+def compress_initializers() -> Iterable[type[Initializer]]:  # type: ignore[empty-body]
+    """Returns the shared initializers that this plugin contributes.
+
+    Called once, when the plugin is loaded. Every algorithm's section then accepts `initializer.<name>`; all requests
+    for one initializer are merged, and it runs once for all of them.
+
+    Example:
+        ```python
+        @hookimpl
+        def compress_initializers():
+            return [BatchNormAdaptation]
+        ```
+    """
+
+
+# Lifecycle: implemented by algorithm instances (and initializers, where it says so).
+
+
+@hookspec
+def compress_configure(algorithm: Algorithm, config: AlgorithmConfig, context: Context) -> None:
+    """Checks what the schema cannot: values that contradict one another, or other sections.
+
+    Called first, before the model is looked at, and by `compress-core check`, which has no model at all.
+
+    Args:
+        algorithm: The algorithm that is configured.
+        config: Its section.
+        context: Everything else: the document, the data, the ledger.
+
+    Raises:
+        ConfigError: With the path below the section, e.g. `ConfigError("...", path="params.multistep_steps")`; the
+            core puts the section's own path before it.
+
+    Example:
+        ```python
+        @hookimpl
+        def compress_configure(self, config):
+            if config.first > config.last:
+                raise ConfigError("must not exceed 'last'", path="first")
+        ```
+    """
+
+
+@hookspec
+def compress_plan(model: nn.Module, algorithm: Algorithm, context: Context) -> Plan:  # type: ignore[empty-body]
+    """Says what would be changed, and why the rest would not. Required.
+
+    Called before anything is changed; must leave the model as it is. A plan without a target is an error for the user.
+
+    Args:
+        model: The model, untouched.
+        algorithm: The algorithm that plans.
+        context: `context.plan_weights(model, self)` applies the scopes and is enough for most.
+
+    Returns:
+        The plan, JSON-able; it is saved in the compression state, and compared when that is resumed.
+
+    Example:
+        ```python
+        @hookimpl
+        def compress_plan(self, model, context):
+            return context.plan_weights(model, self)
+        ```
+    """
+
+
+@hookspec
+def compress_observe(model: nn.Module, context: Context) -> None:
+    """For initializers: sees the uncompressed model, when everything is planned and nothing committed.
+
+    Args:
+        model: The model, untouched; must be left as it is.
+        context: The context.
+
+    Example:
+        ```python
+        @hookimpl
+        def compress_observe(self, model):
+            self.trained = {name: bn.running_mean.clone() for name, bn in batch_norms(model)}
+        ```
+    """
+
+
+@hookspec
+def compress_commit(model: nn.Module, algorithm: Algorithm, plan: Plan, context: Context) -> None:
+    """Changes the model: adds transforms, applies initial levels. Required.
+
+    Called once, in pipeline order, when every algorithm has planned. Changes go through transforms
+    (`compress_core.mask_weight`, `compress_core.transforms`); an algorithm that writes to weights or replaces modules
+    has to say so with `changes_in_place = True`, or it is refused.
+
+    Args:
+        model: The model, as the algorithms before this one have left it.
+        algorithm: The algorithm that commits.
+        plan: What it has planned.
+        context: The context; `context.resuming` tells whether a compression state is being resumed.
+
+    Example:
+        ```python
+        @hookimpl
+        def compress_commit(self, model, plan):
+            for name in plan.targets:
+                mask_weight(model, name, self.mask_of(raw_parameter(model, name)), key=self.name)
+        ```
+    """
+
+
+@hookspec
+def compress_calibrate(model: nn.Module, algorithm: Algorithm, context: Context) -> None:
+    """Sets up the algorithm's own values from data, on the committed model.
+
+    Called once, in pipeline order, when every algorithm has committed; not when a state is resumed.
+
+    Args:
+        model: The committed model.
+        algorithm: The algorithm that calibrates.
+        context: `context.calibration_data(path)` gives the batches, or an error that names `path`.
+
+    Example:
+        ```python
+        @hookimpl
+        def compress_calibrate(self, model, context):
+            path, _ = context.section(self)
+            data = context.calibration_data(path)
+            for batch, size in data.batches(256):
+                data.call(model, batch)
+        ```
+    """
+
+
+@hookspec
+def compress_initialize(model: nn.Module, context: Context) -> None:
+    """For initializers: runs once on the finished model, and again when the user asks for it.
+
+    Args:
+        model: The compressed model, all algorithms committed and calibrated.
+        context: The context.
+
+    Example:
+        ```python
+        @hookimpl
+        def compress_initialize(self, model):
+            self.warm_up(model, self.config.steps)
+        ```
+    """
+
+
+@hookspec
+def compress_step(model: nn.Module, algorithm: Algorithm, clock: Clock, context: Context) -> None:
+    """The training loop begins an optimizer step (`controller.scheduler.step()`).
+
+    Args:
+        model: The compressed model.
+        algorithm: The algorithm.
+        clock: Epoch and step that begin now.
+        context: The context.
+
+    Example:
+        ```python
+        @hookimpl
+        def compress_step(self, model, clock):
+            self.set_level(model, self.level_at(clock.epoch, clock.step_in_epoch))
+        ```
+    """
+
+
+@hookspec
+def compress_epoch_step(model: nn.Module, algorithm: Algorithm, clock: Clock, context: Context) -> None:
+    """The training loop begins an epoch (`controller.scheduler.epoch_step()`).
+
+    Args:
+        model: The compressed model.
+        algorithm: The algorithm.
+        clock: The epoch that begins now; its first step has not begun.
+        context: The context.
+
+    Example:
+        ```python
+        @hookimpl
+        def compress_epoch_step(self, model, clock):
+            self.set_level(model, self.level_at(clock.epoch))
+        ```
+    """
+
+
+@hookspec
+def compress_loss(model: nn.Module, algorithm: Algorithm, context: Context) -> torch.Tensor | None:
+    """Returns what the algorithm adds to the task's loss (a scalar that can be differentiated), or None.
+
+    Args:
+        model: The compressed model.
+        algorithm: The algorithm.
+        context: The context.
+
+    Example:
+        ```python
+        @hookimpl
+        def compress_loss(self, model):
+            return self.config.weight * sum(gate.abs().sum() for gate in self.gates)
+        ```
+    """
+
+
+@hookspec
+def compress_statistics(model: nn.Module, algorithm: Algorithm, context: Context) -> Statistics:  # type: ignore[empty-body]
+    """Returns figures measured on the model as it is now: reached, not requested.
+
+    Args:
+        model: The compressed model.
+        algorithm: The algorithm.
+        context: The context.
+
+    Example:
+        ```python
+        @hookimpl
+        def compress_statistics(self, model):
+            return TableStatistics({"zeros": self.count_zeros(model)}, title="Random sparsity")
+        ```
+    """
+
+
+@hookspec
+def compress_stage(model: nn.Module, algorithm: Algorithm, context: Context) -> CompressionStage:  # type: ignore[empty-body]
+    """Returns how far this algorithm has come; an algorithm without this hook counts as fully compressed.
+
+    Args:
+        model: The compressed model.
+        algorithm: The algorithm.
+        context: The context.
+
+    Example:
+        ```python
+        @hookimpl
+        def compress_stage(self):
+            done = self.level >= self.config.target
+            return CompressionStage.FULLY_COMPRESSED if done else CompressionStage.PARTIALLY_COMPRESSED
+        ```
+    """
+
+
+@hookspec
+def compress_state(model: nn.Module, algorithm: Algorithm, context: Context) -> Mapping[str, Any]:  # type: ignore[empty-body]
+    """Returns the algorithm's state that is not in the model's `state_dict`: JSON-able.
+
+    Tensors belong into transforms, as buffers or parameters: the model's own `state_dict` saves them.
+
+    Args:
+        model: The compressed model.
+        algorithm: The algorithm.
+        context: The context.
+
+    Example:
+        ```python
+        @hookimpl
+        def compress_state(self):
+            return {"level": self.level}
+        ```
+    """
+
+
+@hookspec
+def compress_load_state(model: nn.Module, algorithm: Algorithm, state: Mapping[str, Any], context: Context) -> None:
+    """Takes back what `compress_state` returned; called on the committed model instead of calibration.
+
+    Args:
+        model: The committed model; its `state_dict` is loaded by the user, mostly afterwards.
+        algorithm: The algorithm.
+        state: What `compress_state` returned, through JSON.
+        context: The context.
+
+    Example:
+        ```python
+        @hookimpl
+        def compress_load_state(self, state):
+            self.level = state["level"]
+        ```
+    """
+
+
+@hookspec
+def compress_strip(model: nn.Module, algorithm: Algorithm, context: Context) -> None:
+    """Bakes the algorithm's changes into a plain model and removes its helpers.
+
+    Called in reverse pipeline order by `controller.strip()`, mostly on a copy. What is left of weight transforms after
+    every algorithm had its turn, the core bakes: an algorithm that only masks needs no implementation.
+
+    Args:
+        model: The model to strip.
+        algorithm: The algorithm.
+        context: The context.
+
+    Example:
+        ```python
+        @hookimpl
+        def compress_strip(self, model):
+            for name in self.targets:
+                replace_by_standard_operators(model, name)
+        ```
+    """
+
+
+@hookspec
+def compress_export(
+    model: nn.Module, algorithm: Algorithm, context: Context, target: ExportTarget
+) -> GraphRewrite | None:
+    """Prepares a copy of the model for an export: replaces helpers by what the format can say.
+
+    Called in pipeline order by `controller.export_onnx()`, on a copy in eval mode on the CPU: masks and pruned filters
+    are final when the quantization of what is left begins. An algorithm without this hook is stripped
+    (`compress_strip`) at its turn. What is left of weight transforms after every algorithm had its turn, the core
+    bakes. Whatever an implementation does, the exported file has to compute what the compressed model does: that is
+    checked before the file is written.
+
+    Args:
+        model: The copy; it is thrown away when it has been exported.
+        algorithm: The algorithm.
+        context: The context.
+        target: The format and its version.
+
+    Returns:
+        None, or a function that changes the exported graph in place (for the format `onnx` an `onnx_ir.Model`): called
+        in pipeline order before the graph is checked.
+
+    Example:
+        ```python
+        @hookimpl
+        def compress_export(self, model, target):
+            for name in self.targets:
+                replace_by_symbolic_operator(model, name, target.opset)
+            return fold_scales
+        ```
+    """

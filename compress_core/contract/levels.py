@@ -1,0 +1,64 @@
+"""What algorithms with one level have in common: a level that is set, and masks that are frozen."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from compress_core.config import AlgorithmConfig
+from compress_core.contract.algorithm import Algorithm
+from compress_core.errors import UsageError
+
+
+class LevelAlgorithm(Algorithm):
+    """Base of algorithms that compress by a level in [0, 1), such as a share of weights that become zero.
+
+    A subclass implements `set_level` and `level`; it gets `freeze`, `frozen`, and `compression_rate`, which can be set.
+    """
+
+    def __init__(self, config: AlgorithmConfig) -> None:
+        super().__init__(config)
+        self._frozen = False
+
+    def level(self) -> float:
+        """Returns the level that there is, measured."""
+        raise NotImplementedError
+
+    def set_level(self, level: float) -> None:
+        """Sets a level; called while the masks are not frozen."""
+        raise NotImplementedError
+
+    @property
+    def compression_rate(self) -> float:
+        """The level, measured; setting it sets the level and freezes the masks."""
+        return self.level()
+
+    @compression_rate.setter
+    def compression_rate(self, rate: float) -> None:
+        was_frozen, self._frozen = self._frozen, False
+        try:
+            self.set_level(rate)
+        except BaseException:
+            self._frozen = was_frozen
+            raise
+        self._frozen = True
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the masks stay as they are."""
+        return self._frozen
+
+    def freeze(self, freeze: bool = True) -> None:
+        """Keeps the masks as they are, or lets them change again.
+
+        Raises:
+            UsageError: `freeze` is neither True nor False.
+        """
+        if not isinstance(freeze, bool):
+            raise UsageError(f"freeze takes True or False, got {freeze!r}")
+        self._frozen = freeze
+
+    def _check_level(self, what: str, level: Any) -> None:
+        if self._frozen:
+            raise UsageError("the masks are frozen; call controller.freeze(False) before setting a level")
+        if isinstance(level, bool) or not isinstance(level, (int, float)) or not 0 <= level < 1:
+            raise UsageError(f"a {what} must be a number in [0, 1), got {level!r}")

@@ -1,0 +1,1 @@
+"""The compression of one model: its lifecycle, controller, scheduler and state."""

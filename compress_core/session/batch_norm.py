@@ -1,0 +1,75 @@
+"""The running statistics of the model that is compressed, as algorithms and the controller adapt them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from compress_core.batchnorm.adaptation import BatchNormAdaptation
+from compress_core.batchnorm.report import AdaptationReport
+from compress_core.data.calibration import BNAdaptationInitArgs
+from compress_core.errors import UsageError
+from compress_core.session.lifecycle import Lifecycle
+from compress_core.transforms.model_wide import swapped_transform_buffers
+
+
+class BatchNorm:
+    """Implements `compress_core.contract.batch_norm.BatchNormService`.
+
+    Args:
+        model: The model.
+        lifecycle: Its algorithms and initializers.
+    """
+
+    def __init__(self, model: nn.Module, lifecycle: Lifecycle) -> None:
+        self._model, self._lifecycle = model, lifecycle
+
+    @contextlib.contextmanager
+    def adapted(self, enabled: bool = True) -> Iterator[None]:
+        """See `BatchNormService`."""
+        if not enabled:
+            yield
+            return
+        # Fails before the change when there is no data.
+        self._lifecycle.context.calibration_data("run_batchnorm_adaptation=True", BNAdaptationInitArgs)
+        with swapped_transform_buffers(self._model) as as_before:
+            yield
+            self.adapt(None, None, None, as_before)
+
+    @contextlib.contextmanager
+    def as_it_will_be(self) -> Iterator[None]:
+        """See `BatchNormService`."""
+        adaptation = self._adaptation
+        if adaptation is None or self._lifecycle.context.resuming:
+            yield
+            return
+        with adaptation.provisional(self._model, self._lifecycle.context):
+            yield
+
+    def adapt(self, loader: Any, num_samples: int | None, method: Any, reference: Any = None) -> AdaptationReport:
+        """Adapts now; arguments that are None are those of the config, see `BatchNormAdaptation.adapt`.
+
+        Raises:
+            UsageError: Batch-norm adaptation is not installed.
+            DataError: There are no usable batches. All statistics are as before.
+        """
+        adaptation = self._adaptation
+        if adaptation is None:
+            raise UsageError("batch-norm adaptation is not installed: the plugin 'batchnorm_adaptation' was not loaded")
+        context = self._lifecycle.context
+        return adaptation.adapt(
+            self._model,
+            context,
+            context.calibration_data("adapt_batchnorm()", BNAdaptationInitArgs, loader),
+            adaptation.default_samples if num_samples is None else num_samples,
+            adaptation.method if method is None else method,
+            reference,
+        )
+
+    @property
+    def _adaptation(self) -> BatchNormAdaptation | None:
+        found = self._lifecycle.initializers.get(BatchNormAdaptation.name)
+        return found if isinstance(found, BatchNormAdaptation) else None

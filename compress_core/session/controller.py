@@ -1,0 +1,249 @@
+"""What the training loop holds."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from compress_core.batchnorm.report import AdaptationReport
+from compress_core.contract.algorithm import Algorithm
+from compress_core.contract.context import Context
+from compress_core.contract.ledger import Ledger
+from compress_core.contract.stages import CompressionStage
+from compress_core.contract.statistics import CompressionStatistics, Statistics
+from compress_core.data.examples import examples_of
+from compress_core.errors import CompressionError, UsageError
+from compress_core.export import ExportReport, ExportTarget
+from compress_core.export import onnx as export
+from compress_core.export.inputs import inputs_of
+from compress_core.session.batch_norm import BatchNorm
+from compress_core.session.lifecycle import Lifecycle
+from compress_core.session.scheduler import CompressionScheduler
+from compress_core.session.state import dump_state
+from compress_core.transforms.model_wide import bake_transforms
+
+logger = logging.getLogger(__name__)
+
+
+class CompressionController:
+    """Drives the compression of one model during training.
+
+    Besides its own members it offers those that its algorithms name in `controller_api`, such as
+    `controller.set_sparsity_level(0.7)`.
+
+    Attributes:
+        model: The model; the same object that was given to `create_compressed_model`.
+        scheduler: Call `epoch_step()` before each epoch and `step()` before each optimizer step.
+        algorithms: The algorithms by name, in pipeline order.
+    """
+
+    def __init__(self, model: nn.Module, lifecycle: Lifecycle) -> None:
+        self._stripped = False
+        self.model = model
+        self._lifecycle = lifecycle
+        self.algorithms: Mapping[str, Algorithm] = {a.name: a for a in lifecycle.algorithms}
+        self.scheduler = CompressionScheduler(
+            lambda clock: self._active.step(model, clock), lambda clock: self._active.epoch_step(model, clock)
+        )
+        self._batch_norm = BatchNorm(model, lifecycle)
+        lifecycle.context.batch_norm = self._batch_norm
+
+    def __getattr__(self, name: str) -> Any:
+        # Only called for names that the controller lacks.
+        algorithms = self.__dict__.get("algorithms", {})
+        owners = [algorithm for algorithm in algorithms.values() if name in algorithm.controller_api]
+        if len(owners) == 1 and self._active:
+            return getattr(owners[0], name)
+        if owners:
+            names = " and ".join(f"algorithms['{owner.name}']" for owner in owners)
+            raise AttributeError(f"'{name}' is offered by {names}; say which: controller.algorithms[...].{name}")
+        offered = sorted(api for algorithm in algorithms.values() for api in algorithm.controller_api)
+        raise AttributeError(f"the controller has no '{name}'; its algorithms offer {offered}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Without this, `controller.sparsity_level = 0.9` would hide the measured level behind a number.
+        for algorithm in self.__dict__.get("algorithms", {}).values():
+            if name in algorithm.controller_api:
+                raise AttributeError(f"'{name}' belongs to {algorithm.name} and cannot be set; call its methods")
+        super().__setattr__(name, value)
+
+    def __repr__(self) -> str:
+        stage = "stripped" if self._stripped else self.compression_stage().name
+        return f"CompressionController({', '.join(self.algorithms)}; {stage})"
+
+    @property
+    def _active(self) -> Lifecycle:
+        if self._stripped:
+            raise UsageError(
+                "the model was stripped in place and is compressed no more; strip(do_copy=True) leaves it as it is"
+            )
+        return self._lifecycle
+
+    @property
+    def name(self) -> str:
+        """Names of the algorithms, in pipeline order."""
+        return ", ".join(self.algorithms)
+
+    @property
+    def context(self) -> Context:
+        """What the hooks of this model are told."""
+        return self._lifecycle.context
+
+    @property
+    def ledger(self) -> Ledger:
+        """What each value of the config did."""
+        return self.context.ledger
+
+    def loss(self) -> torch.Tensor:
+        """Returns what the algorithms add to the task's loss: a scalar on the model's device."""
+        losses = self._active.losses(self.model)
+        if not losses:
+            device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
+            return torch.zeros((), device=device)
+        return torch.stack([loss.reshape(()) for loss in losses]).sum()
+
+    def compression_stage(self) -> CompressionStage:
+        """Returns how far compression has come, measured on the model."""
+        return self._active.stage(self.model)
+
+    @property
+    def compression_rate(self) -> float:
+        """Share of the model's compressed part that is gone, 0 to 1, measured.
+
+        With several algorithms the shares that they leave are multiplied. Setting it is for a single algorithm.
+        """
+        _ = self._active
+        rates = [rate for a in self.algorithms.values() if (rate := a.compression_rate) is not None]
+        return 1.0 - math.prod(1.0 - rate for rate in rates)
+
+    @compression_rate.setter
+    def compression_rate(self, rate: float) -> None:
+        settable = [a for a in self.algorithms.values() if getattr(type(a).compression_rate, "fset", None) is not None]
+        if len(settable) != 1:
+            names = [a.name for a in settable] or "no algorithm"
+            raise CompressionError(
+                f"compression_rate can be set for one algorithm, and {names} would take it; set the level of that one"
+            )
+        settable[0].compression_rate = rate  # type: ignore[misc]
+
+    def statistics(self, quickly_collected_only: bool = False) -> CompressionStatistics:
+        """Returns figures measured on the model as it is now.
+
+        Args:
+            quickly_collected_only: For NNCF's sake; all figures are collected quickly here.
+        """
+        parts: dict[str, Statistics] = dict(self._active.statistics(self.model))
+        for name, initializer in self._lifecycle.initializers.items():
+            if (statistics := initializer.statistics()) is not None:
+                parts[name] = statistics
+        parts["ledger"] = self.ledger
+        return CompressionStatistics(parts)
+
+    def get_compression_state(self) -> dict[str, Any]:
+        """Returns what `create_compressed_model(..., compression_state=)` needs to build the same structure: JSON-able.
+
+        Weights, masks and learned values are in the model's own `state_dict`: save both.
+        """
+        reports = {n: s.to_dict() for n, i in self._lifecycle.initializers.items() if (s := i.statistics()) is not None}
+        return dump_state(
+            self._lifecycle,
+            self._active.state(self.model),
+            {"scheduler": self.scheduler.get_state(), "initializers": reports},
+        )
+
+    def strip(self, do_copy: bool = True) -> nn.Module:
+        """Returns a plain model that computes the same: zeros baked in, helpers gone.
+
+        Args:
+            do_copy: Whether to work on a copy. Otherwise this model itself becomes plain, and the controller is done.
+        """
+        lifecycle = self._active
+        model = copy.deepcopy(self.model) if do_copy else self.model
+        lifecycle.strip(model)
+        bake_transforms(model)
+        self._stripped = not do_copy
+        return model
+
+    def export_onnx(
+        self,
+        path: str | os.PathLike[str],
+        args: Any = None,
+        *,
+        tolerance: float = 0.05,
+        opset: int = 21,
+        input_names: Sequence[str] | None = None,
+        output_names: Sequence[str] | None = None,
+        dynamic_batch: bool = True,
+        verify: bool = True,
+    ) -> ExportReport:
+        """Writes the compressed model to an ONNX file, when it computes the same there as in torch.
+
+        Without quantization the file holds the plain model that `strip` returns; with it, integer weights and
+        quantize/dequantize pairs. The model stays as it is.
+
+        Args:
+            path: The file; one that exists is replaced when everything else has succeeded.
+            args: Arguments of forward: a tensor, a tuple, or a dict of keyword arguments. By default a batch of the
+                data that the model was created with, or `input_info`. Inputs like those that the model is for make
+                the comparison meaningful.
+            tolerance: Largest mean absolute difference between the runtime and torch, in units of the output's mean
+                absolute value in torch; it holds for each output, with the runtime's graph optimizations on and off.
+            opset: Version of ONNX's default operator set, at least 21.
+            input_names: Names of the inputs, in order; by default those of forward's arguments.
+            output_names: Names of the outputs.
+            dynamic_batch: Whether the file takes any batch size.
+            verify: Whether to compare with torch, on two batch sizes, before the file is written.
+
+        Returns:
+            What was compared and how it came out.
+
+        Raises:
+            ExportError: A package is missing (`pip install 'compress-core[onnx]'`), the model cannot be exported, or
+                the difference is larger than the tolerance. No file is left then.
+            DataError: There is no example input.
+            UsageError: An option has a value that is not possible.
+        """
+        lifecycle = self._active
+        options = export.Options(tolerance, opset, input_names, output_names, dynamic_batch, verify)
+        export.check_extras()
+        target = export.check_path(path)
+        example = self.context.example("export_onnx") if args is None else examples_of(args)[0]
+        model = copy.deepcopy(self.model).eval()
+        inputs = inputs_of(example, model)
+        model.cpu()
+        sizes = inputs.sizes() if dynamic_batch else (inputs.batch_size,)
+        batches = [inputs.resized(size) for size in sizes] if inputs.batch_size else [inputs]
+        references = [export.reference_outputs(model, batch) for batch in batches]
+        rewrites = lifecycle.export(model, ExportTarget("onnx", opset))
+        bake_transforms(model)
+        return export.export(model, target, references, rewrites, tuple(self.algorithms), options)
+
+    def adapt_batchnorm(
+        self,
+        loader: Any = None,
+        *,
+        num_samples: int | None = None,
+        method: Literal["paired", "exact", "momentum"] | None = None,
+    ) -> AdaptationReport:
+        """Adapts the running statistics of batch norm again.
+
+        As long as the model has not been trained since it was created, this starts from the statistics of the
+        uncompressed model, so that calls do not add up. Afterwards these are gone, and `exact` is used for `paired`.
+
+        Args:
+            loader: Batches, or `BNAdaptationInitArgs`; by default what the model was created with.
+            num_samples: How many; by default what the config asked for, or 2000.
+            method: The estimator; by default the config's.
+
+        Raises:
+            DataError: There are no usable batches. All statistics are as before.
+        """
+        self._active  # noqa: B018 - refuses a model that was stripped in place
+        return self._batch_norm.adapt(loader, num_samples, method)

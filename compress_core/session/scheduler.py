@@ -1,0 +1,79 @@
+"""What tells the algorithms of one model how training time passes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from compress_core.contract.clock import Clock
+from compress_core.errors import StateError, UsageError
+
+
+class CompressionScheduler:
+    """Tells the algorithms how time passes; NNCF's interface.
+
+    Call `epoch_step()` at the beginning of each epoch and `step()` at the beginning of each optimizer step.
+
+    Args:
+        on_step: Called with the clock at each step.
+        on_epoch: Called with the clock at each epoch.
+    """
+
+    def __init__(self, on_step: Callable[[Clock], None], on_epoch: Callable[[Clock], None]) -> None:
+        self._on_step = on_step
+        self._on_epoch = on_epoch
+        self.clock = Clock()
+
+    @property
+    def current_step(self) -> int:
+        """Index of the current optimizer step over all epochs; -1 before the first."""
+        return self.clock.step
+
+    @property
+    def current_epoch(self) -> int:
+        """Index of the current epoch; -1 before the first."""
+        return self.clock.epoch
+
+    def step(self, next_step: int | None = None) -> None:
+        """Begins the next optimizer step, or the one given; the clock moves once every algorithm has followed."""
+        step = self.clock.step + 1 if next_step is None else _index("step", next_step)
+        in_epoch = self.clock.step_in_epoch + (step - self.clock.step)
+        clock = Clock(self.clock.epoch, step, max(in_epoch, 0), self.clock.steps_per_epoch)
+        self._on_step(clock)
+        self.clock = clock
+
+    def epoch_step(self, next_epoch: int | None = None) -> None:
+        """Begins the next epoch, or the one given; the clock moves once every algorithm has followed."""
+        clock = self.clock
+        epoch = clock.epoch + 1 if next_epoch is None else _index("epoch", next_epoch)
+        steps = clock.step_in_epoch + 1 if clock.step_in_epoch >= 0 else clock.steps_per_epoch
+        begun = Clock(epoch, clock.step, -1, steps)
+        self._on_epoch(begun)
+        self.clock = begun
+
+    def get_state(self) -> dict[str, Any]:
+        """Returns the clock, JSON-able."""
+        return asdict(self.clock)
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Sets the clock without telling anybody.
+
+        Raises:
+            StateError: The state is not one of `get_state`.
+        """
+        try:
+            self.clock = TypeAdapter(Clock).validate_json(json.dumps(dict(state)), strict=True, extra="forbid")
+        except (ValidationError, TypeError, ValueError) as error:
+            raise StateError(f"not a scheduler state: {state} ({error})") from error
+
+
+def _index(what: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise UsageError(
+            f"the index of {'an' if what == 'epoch' else 'a'} {what} is a whole number from 0 on, got {value!r}"
+        )
+    return value

@@ -1,0 +1,168 @@
+"""Compression states: JSON-able, versioned, and held against what they are loaded into."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ValidationError
+
+from compress_core.config import AlgorithmConfig
+from compress_core.contract.algorithm import Plan
+from compress_core.errors import PluginError, StateError
+from compress_core.registry import Registry
+from compress_core.session.lifecycle import Lifecycle
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+
+
+def dump_state(
+    lifecycle: Lifecycle, states: Mapping[str, Mapping[str, Any]], rest: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Returns the compression state.
+
+    Args:
+        lifecycle: The model's algorithms.
+        states: What `compress_state` returned, by algorithm.
+        rest: Further entries, such as the scheduler's.
+
+    Raises:
+        PluginError: A state is not JSON-able; the message names the algorithm.
+    """
+    algorithms = {}
+    for algorithm in lifecycle.algorithms:
+        origin = lifecycle.origins[algorithm.name]
+        algorithms[algorithm.name] = {
+            "plugin": origin.name,
+            "distribution": origin.distribution,
+            "version": origin.version,
+            "config": _plain_config(algorithm.config),
+            "plan": lifecycle.plans[algorithm.name].to_dict(),
+            "state": _through_json(algorithm.name, states[algorithm.name]),
+        }
+    plain: dict[str, Any] = json.loads(json.dumps({"format": FORMAT, "algorithms": algorithms, **rest}))
+    return plain
+
+
+def _plain_config(config: AlgorithmConfig) -> dict[str, Any]:
+    # Functions (a guard) are saved by name: enough to see that there was one.
+    return config.model_dump(
+        mode="json", exclude_unset=True, fallback=lambda value: getattr(value, "__qualname__", type(value).__name__)
+    )
+
+
+def _through_json(name: str, state: Mapping[str, Any]) -> Any:
+    try:
+        return json.loads(json.dumps(dict(state), allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise PluginError(
+            f"the state of the algorithm '{name}' is not JSON-able ({error}); keep tensors in transforms"
+        ) from error
+
+
+class SavedPlan(BaseModel):
+    """A plan, through JSON."""
+
+    targets: list[str]
+    skipped: dict[str, str] = {}
+    details: dict[str, Any] = {}
+
+
+class SavedAlgorithm(BaseModel):
+    """One algorithm's part of a compression state."""
+
+    plugin: str = ""
+    distribution: str = ""
+    version: str = ""
+    config: dict[str, Any]
+    plan: SavedPlan
+    state: dict[str, Any]
+
+
+class SavedState(BaseModel):
+    """A compression state that has been checked."""
+
+    format: Literal[1]
+    algorithms: dict[str, SavedAlgorithm]
+    scheduler: dict[str, Any]
+    initializers: dict[str, dict[str, Any]] = {}
+
+    def plans(self) -> dict[str, Plan]:
+        """Returns the plans by algorithm."""
+        return {
+            name: Plan(tuple(entry.plan.targets), entry.plan.skipped, entry.plan.details)
+            for name, entry in self.algorithms.items()
+        }
+
+
+def checked_state(state: Any, lifecycle: Lifecycle, registry: Registry) -> SavedState:
+    """Holds a state against the config and the installed plugins.
+
+    Raises:
+        StateError: It is not a compression state, is of a newer format, or names other algorithms than the config.
+    """
+    if not isinstance(state, Mapping) or "algorithms" not in state:
+        raise StateError("compression_state is not what controller.get_compression_state() returned")
+    if state.get("format") != FORMAT:
+        raise StateError(
+            f"compression_state has the format {state.get('format')!r}, this version reads {FORMAT}; "
+            "load it with the version of compress-core that wrote it"
+        )
+    _check_installed(state["algorithms"], registry)
+    try:
+        saved = SavedState.model_validate(state)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise StateError(
+            f"compression_state.{place}: {first['msg']}; it is not what get_compression_state() returned"
+        ) from error
+    active = {algorithm.name for algorithm in lifecycle.algorithms}
+    if saved.algorithms.keys() != active:
+        raise StateError(
+            f"compression_state is of the algorithms {sorted(saved.algorithms)}, the config names {sorted(active)}; "
+            "resume with the config that the state was made with"
+        )
+    for algorithm in lifecycle.algorithms:
+        _report_changes(algorithm.config, saved.algorithms[algorithm.name].config)
+    return saved
+
+
+def _check_installed(algorithms: Any, registry: Registry) -> None:
+    for name, entry in algorithms.items() if isinstance(algorithms, Mapping) else ():
+        if name not in registry.algorithms():
+            origin = entry if isinstance(entry, Mapping) else {}
+            raise StateError(
+                f"compression_state needs the algorithm '{name}' of plugin '{origin.get('plugin', '?')}' "
+                f"({origin.get('distribution', '?')} {origin.get('version', '?')}), which is not installed"
+            )
+
+
+def _report_changes(config: AlgorithmConfig, saved: Mapping[str, Any]) -> None:
+    current = _plain_config(config)
+    changed = sorted(key for key in current.keys() | saved.keys() if current.get(key) != saved.get(key))
+    if changed:
+        logger.warning("%s: resumed with another config than the state's; changed: %s", config.algorithm, changed)
+
+
+def check_plans(state: SavedState, lifecycle: Lifecycle) -> None:
+    """Holds the plans for this model against those of the state.
+
+    Raises:
+        StateError: They differ; the message names the first targets that only one of them has.
+    """
+    for name, plan in lifecycle.plans.items():
+        current, saved = list(plan.targets), state.algorithms[name].plan
+        if current == saved.targets and _through_json(name, plan.details) == saved.details:
+            continue
+        only_saved = [target for target in saved.targets if target not in current][:3]
+        only_here = [target for target in current if target not in saved.targets][:3]
+        raise StateError(
+            f"compression_state does not fit this model: '{name}' was made for {len(saved.targets)} targets and "
+            f"finds {len(current)} here (only in the state: {only_saved}, only here: {only_here}). Build the model and "
+            "use the scopes as when the state was saved"
+        )

@@ -1,0 +1,183 @@
+"""A model as it was: what makes `create_compressed_model` all or nothing."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from compress_core.errors import ModelError
+from compress_core.transforms.interrupts import interrupts_held
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class _ModuleRecord:
+    module: nn.Module
+    cls: type[nn.Module]
+    attributes: dict[str, Any]
+    # Contents of the module's own containers (parameters, buffers, children, hooks, lists): their identity stays,
+    # because others, such as a removable hook handle, hold references to them.
+    containers: list[tuple[Any, Any]]
+
+
+@dataclass
+class _TensorRecord:
+    tensor: torch.Tensor
+    storage: torch.Tensor
+    values: torch.Tensor
+    requires_grad: bool
+    gradient: torch.Tensor | None
+    gradient_values: torch.Tensor | None
+
+
+class StructureSnapshot:
+    """Classes, attributes, modes and hooks of a model's modules; no values of tensors.
+
+    Args:
+        model: The model; it is not changed.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = [_record_module(module) for module in model.modules()]
+
+    def restore(self) -> None:
+        """Puts everything back."""
+        for record in self._modules:
+            _attempt(lambda record=record: _restore_module(record))  # type: ignore[misc]
+
+
+class ModelSnapshot:
+    """Classes, attributes, hooks, flags and tensor contents of a model and its modules.
+
+    Recorded are parameters, buffers, tensors that are plain attributes, and gradients; lists, dicts and sets that are
+    attributes, but not what is nested in them. It holds one copy of all that until it is dropped.
+
+    Args:
+        model: The model; it is not changed.
+
+    Raises:
+        ModelError: A parameter or buffer has no values (meta device, fake, lazy and not initialized).
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = [_record_module(module) for module in model.modules()]
+        tensors = {id(t): (name, t) for name, t in _tensors_of(model)}
+        self._tensors = [_record_tensor(name, tensor) for name, tensor in tensors.values()]
+
+    def restore(self) -> None:
+        """Puts everything back, bit for bit. A Ctrl-C that arrives meanwhile is held until it is done."""
+        with interrupts_held():
+            for record in self._modules:
+                _attempt(lambda record=record: _restore_module(record))  # type: ignore[misc]
+            for saved in self._tensors:
+                _attempt(lambda saved=saved: _restore_tensor(saved))  # type: ignore[misc]
+
+    def changed_tensors(self, model: nn.Module) -> list[str]:
+        """Returns the names of tensors that were replaced, or whose values are not the same bits as before."""
+        names = {id(tensor): name for name, tensor in reversed(list(_tensors_of(model)))}
+        changed = []
+        for record in self._tensors:
+            name = names.get(id(record.tensor), "")
+            if not name:
+                changed.append("a tensor that is no longer part of the model")
+            elif not _same_bits(record.tensor.detach(), record.values):
+                changed.append(name)
+        return changed
+
+
+def _tensors_of(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+    for prefix, module in model.named_modules():
+        for name, value in module.__dict__.items():
+            if isinstance(value, torch.Tensor):
+                yield f"{prefix}.{name}" if prefix else name, value
+
+
+def _record_module(module: nn.Module) -> _ModuleRecord:
+    attributes = dict(module.__dict__)
+    containers = [(value, value.copy()) for value in attributes.values() if isinstance(value, (dict, set, list))]
+    return _ModuleRecord(module, type(module), attributes, containers)
+
+
+def _record_tensor(name: str, tensor: torch.Tensor) -> _TensorRecord:
+    if torch.nn.parameter.is_lazy(tensor):
+        raise ModelError(
+            f"the parameter '{name}' is lazy and not initialized: it has no values yet. Do one forward pass before "
+            "create_compressed_model"
+        )
+    if tensor.is_meta or isinstance(tensor, FakeTensor):
+        raise ModelError(
+            f"the tensor '{name}' is on the meta device or fake: it has no values. Materialize the model (to_empty()) "
+            "and load its weights before create_compressed_model"
+        )
+    storage = tensor.detach()
+    gradient = tensor.grad if tensor.is_leaf else None
+    copied = None if gradient is None else gradient.detach().clone()
+    return _TensorRecord(tensor, storage, storage.clone(), tensor.requires_grad, gradient, copied)
+
+
+def _attempt(step: Callable[[], None]) -> None:
+    """One tensor or module that refuses must not keep the others from being restored."""
+    try:
+        step()
+    except Exception:
+        logger.exception("rolling back: a part of the model could not be restored")
+
+
+def _restore_module(record: _ModuleRecord) -> None:
+    # Not by assignment: a module may have a __setattr__ of its own.
+    object.__setattr__(record.module, "__class__", record.cls)
+    record.module.__dict__.clear()
+    record.module.__dict__.update(record.attributes)
+    for container, contents in record.containers:
+        container.clear()
+        container.extend(contents) if isinstance(container, list) else container.update(contents)
+
+
+def _restore_tensor(saved: _TensorRecord) -> None:
+    with torch.no_grad(), torch.inference_mode(saved.tensor.is_inference()):
+        if not _same_bits(saved.storage, saved.values):
+            _overwrite(saved.storage, saved.values)
+        if saved.tensor.data_ptr() != saved.storage.data_ptr() or saved.tensor.shape != saved.storage.shape:
+            saved.tensor.data = saved.storage
+    if saved.tensor.requires_grad != saved.requires_grad:
+        saved.tensor.requires_grad_(saved.requires_grad)
+    if saved.gradient is not None and saved.gradient_values is not None:
+        if not _same_bits(saved.gradient.detach(), saved.gradient_values):
+            _overwrite(saved.gradient.detach(), saved.gradient_values)
+        saved.tensor.grad = saved.gradient
+    elif saved.tensor.is_leaf and saved.tensor.grad is not None:
+        saved.tensor.grad = None
+
+
+def _overwrite(tensor: torch.Tensor, values: torch.Tensor) -> None:
+    if any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+        # An expanded tensor cannot be written to as a whole; its one true row can.
+        index = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in tensor.stride())
+        tensor, values = tensor[index], values[index]
+    tensor.copy_(values)
+
+
+def _same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
+    if left.is_nested or right.is_nested:
+        return left is right or all(_same_bits(a, b) for a, b in zip(left.unbind(), right.unbind(), strict=True))
+    if left.shape != right.shape or left.dtype != right.dtype or left.layout != right.layout:
+        return False
+    if left.is_quantized:
+        left, right = left.int_repr(), right.int_repr()
+    elif left.layout != torch.strided:
+        left, right = left.to_dense(), right.to_dense()
+    # Comparing bytes tells NaN from NaN and -0.0 from 0.0 apart, as equality of floats would not.
+    return torch.equal(_bytes(left), _bytes(right))
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.resolve_conj().resolve_neg().contiguous().view(-1).view(torch.uint8)
