@@ -4,6 +4,10 @@ from compress_core.api import check_config, create_compressed_model, register_de
 from compress_core.channels import load_compressed_model
 from compress_core.config import AlgorithmConfig, CompressionConfig, InitializerConfig, Section
 from compress_core.contract.algorithm import Algorithm, Plan
+from compress_core.contract.batch import Batch
+from compress_core.contract.choices import Choice, ChoiceOf, ChoicePoint, callable_choice, choice
+from compress_core.contract.clock import Clock
+from compress_core.contract.context import Context
 from compress_core.contract.hookspecs import hookimpl
 from compress_core.contract.initializer import Initializer
 from compress_core.contract.levels import LevelAlgorithm
@@ -34,11 +38,17 @@ __all__ = [
     "Algorithm",
     "AlgorithmConfig",
     "BNAdaptationInitArgs",
+    "Batch",
+    "Choice",
+    "ChoiceOf",
+    "ChoicePoint",
+    "Clock",
     "CompressionConfig",
     "CompressionController",
     "CompressionError",
     "CompressionStage",
     "ConfigError",
+    "Context",
     "DataError",
     "ExportError",
     "InitArgs",
@@ -58,7 +68,9 @@ __all__ = [
     "TableStatistics",
     "TransformError",
     "UsageError",
+    "callable_choice",
     "check_config",
+    "choice",
     "create_compressed_model",
     "hookimpl",
     "load_compressed_model",

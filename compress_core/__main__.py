@@ -1,4 +1,4 @@
-"""Command line: compress-core algorithms | schema | check CONFIG | trace MODEL."""
+"""Command line: compress-core algorithms | choices | schema | check CONFIG | trace MODEL."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="compress-core", description="Model compression for PyTorch training loops.")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("algorithms", help="what is installed, from which plugin, and what could not be loaded")
+    commands.add_parser("choices", help="the points that plugins can add to, and what is installed for each")
     commands.add_parser("schema", help="print the JSON schema of configs")
     check = commands.add_parser("check", help="say whether a config is valid, and if not, what is wrong and where")
     check.add_argument("config", type=Path, help="path of a JSON file")
@@ -37,6 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _algorithms()
         finally:
             log.setLevel(level)
+    if options.command == "choices":
+        return _choices()
     if options.command == "schema":
         print(json.dumps(json_schema(default_registry()), indent=2))
         return 0
@@ -63,6 +66,14 @@ def _algorithms() -> int:
     for failure in registry.failures:
         print(f"\n{failure.plugin} could not be loaded: {failure.error!r}", file=sys.stderr)
     return 1 if conflicts or registry.failures else 0
+
+
+def _choices() -> int:
+    registry = default_registry()
+    for name, point in registry.points().items():
+        rows = [(key, str(found.plugin)) for key, found in registry.choices(name).items()]
+        print(f"{Table(name, ('choice', 'from'), rows).to_str()}\nA value is {point.description}.\n")
+    return 0
 
 
 def _check(config: Path) -> int:

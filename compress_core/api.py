@@ -20,14 +20,14 @@ from compress_core.data.calibration import (
     ModelEvaluationArgs,
     QuantizationRangeInitArgs,
 )
-from compress_core.data.rng import RngState
-from compress_core.errors import ModelError, PluginError
+from compress_core.errors import ModelError
 from compress_core.registry import default_registry
 from compress_core.session.controller import CompressionController
+from compress_core.session.guard import ModelGuard, all_or_nothing
 from compress_core.session.lifecycle import Lifecycle
-from compress_core.session.state import SavedState, check_plans, checked_state
+from compress_core.session.state import SavedState, check_plan, checked_state
+from compress_core.session.uncompressed import UncompressedModel
 from compress_core.transforms.model_wide import has_transforms
-from compress_core.transforms.snapshot import ModelSnapshot
 from compress_core.transforms.weight import recompute_weights
 
 logger = logging.getLogger(__name__)
@@ -39,6 +39,7 @@ def create_compressed_model(
     compression_state: Mapping[str, Any] | None = None,
     *,
     init_loader: Any = None,
+    uncompressed_model: nn.Module | None = None,
     observers: Iterable[object] = (),
 ) -> tuple[CompressionController, nn.Module]:
     """Prepares a model for training with compression, in place.
@@ -53,6 +54,8 @@ def create_compressed_model(
             Load the `state_dict` of the compressed model afterwards: it holds the masks.
         init_loader: Batches for initialization (`BNAdaptationInitArgs` describes what is understood), unless they were
             registered with the config.
+        uncompressed_model: The model with its trained weights, for algorithms that need it in training (a teacher): has
+            to be given when a compression state is resumed, and may be another model otherwise. It is copied.
         observers: Plugin objects that are active for this model alone and see the hooks of every algorithm.
 
     Returns:
@@ -64,63 +67,75 @@ def create_compressed_model(
         ModelError: The model cannot be compressed as it is.
         PluginError: A plugin breaks the contract.
         StateError: `compression_state` does not fit.
+        UsageError: A compression state is resumed, and an algorithm needs the uncompressed model.
     """
     _check_model(model)
     config = CompressionConfig.load(config)
     registry = default_registry()
-    context = Context(config, init_loader=init_loader, resuming=compression_state is not None)
-    lifecycle = Lifecycle(registry, context, observers)
+    resuming = compression_state is not None
+    lifecycle = Lifecycle(registry, Context(config, init_loader=init_loader, resuming=resuming), observers)
     if not lifecycle.algorithms:
         logger.warning("the config names no algorithm in 'compression': the model stays uncompressed")
     lifecycle.configure()
-    _check_data(lifecycle)
-    state = None if compression_state is None else checked_state(compression_state, lifecycle, registry)
-    if state is not None:
-        context.saved_plans = state.plans()
-
-    snapshot = ModelSnapshot(model)
-    rng = RngState(context.generators())
-    try:
-        controller = CompressionController(model, lifecycle)
-        _compress(model, lifecycle, snapshot, state, controller)
-        # Whatever initialization drew: the training that follows is the one that would have followed without it.
-        rng.restore()
-    except BaseException:
-        snapshot.restore()
-        rng.restore()
-        raise
-    return controller, model
+    uncompressed = UncompressedModel(lifecycle, uncompressed_model)
+    if compression_state is not None:
+        state = checked_state(compression_state, lifecycle, registry)
+        with all_or_nothing(model, lifecycle) as guard:
+            return _resume(model, lifecycle, uncompressed, guard, state), model
+    lifecycle.check_initializers()
+    with all_or_nothing(model, lifecycle) as guard:
+        return _create(model, lifecycle, uncompressed, guard), model
 
 
-def _compress(
-    model: nn.Module,
-    lifecycle: Lifecycle,
-    snapshot: ModelSnapshot,
-    state: SavedState | None,
-    controller: CompressionController,
-) -> None:
-    context = lifecycle.context
-    lifecycle.plan(model)
-    _refuse_changes(snapshot, model, "compress_plan() must not change the model")
-    if state is not None:
-        check_plans(state, lifecycle)
-    else:
-        context.bypassable = not any(algorithm.changes_in_place for algorithm in lifecycle.algorithms)
-        lifecycle.observe(model)
-    lifecycle.commit(model)
-    recompute_weights(model, context.config.root.recompute_weights)
-    if state is not None:
-        controller.scheduler.load_state(state.scheduler)
-        lifecycle.load_state(model, {name: entry.state for name, entry in state.algorithms.items()})
-        for name, initializer in lifecycle.initializers.items():
-            initializer.load_state(state.initializers.get(name, {}), model, context)
-    else:
-        lifecycle.calibrate(model)
-    if context.bypassable and state is None:
-        _refuse_changes(snapshot, model, "no algorithm of this config declares changes_in_place = True")
-    _close_ledger(lifecycle)
-    if state is None:
-        lifecycle.initialize(model)
+def _create(
+    model: nn.Module, lifecycle: Lifecycle, uncompressed: UncompressedModel, guard: ModelGuard
+) -> CompressionController:
+    """Compresses a model: stage by stage, then calibration and initialization on the whole."""
+    controller = CompressionController(model, lifecycle, uncompressed)
+    for group in lifecycle.pipeline():
+        for algorithm in group:
+            with guard.read_only("compress_plan", algorithm):
+                lifecycle.plan(model, algorithm)
+        if group[0] is lifecycle.algorithms[0]:
+            with guard.read_only("compress_observe"):
+                lifecycle.observe(model)
+            uncompressed.before_commit(model)
+        for algorithm in group:
+            with guard.transforms_only("compress_commit", algorithm):
+                lifecycle.commit(model, algorithm)
+    recompute_weights(model, lifecycle.context.config.root.recompute_weights)
+    for algorithm in lifecycle.algorithms:
+        with guard.transforms_only("compress_calibrate", algorithm):
+            lifecycle.calibrate(model, algorithm)
+    guard.close()
+    lifecycle.close_ledger()
+    lifecycle.initialize(model)
+    uncompressed.end_of_creation()
+    return controller
+
+
+def _resume(
+    model: nn.Module, lifecycle: Lifecycle, uncompressed: UncompressedModel, guard: ModelGuard, state: SavedState
+) -> CompressionController:
+    """Builds the structure that a state describes, without data; its `state_dict` is the user's to load."""
+    lifecycle.context.saved_plans = state.plans()
+    controller = CompressionController(model, lifecycle, uncompressed)
+    for group in lifecycle.pipeline():
+        for algorithm in group:
+            with guard.read_only("compress_plan", algorithm):
+                lifecycle.plan(model, algorithm)
+            check_plan(state, algorithm.name, lifecycle.plans[algorithm.name])
+        if group[0] is lifecycle.algorithms[0]:
+            uncompressed.before_commit(model)
+        for algorithm in group:
+            lifecycle.commit(model, algorithm)
+    recompute_weights(model, lifecycle.context.config.root.recompute_weights)
+    controller.scheduler.load_state(state.scheduler)
+    lifecycle.load_state(model, {name: entry.state for name, entry in state.algorithms.items()})
+    lifecycle.load_initializers(model, state.initializers)
+    lifecycle.close_ledger()
+    uncompressed.end_of_creation()
+    return controller
 
 
 def _check_model(model: nn.Module) -> None:
@@ -138,33 +153,6 @@ def _check_model(model: nn.Module) -> None:
             "the model is compressed already. Put all algorithms into one config; to start again, use the model that "
             "controller.strip() returns, or a fresh one"
         )
-
-
-def _check_data(lifecycle: Lifecycle) -> None:
-    """Data that is asked for has to be there before anything is touched."""
-    if lifecycle.context.resuming:
-        return
-    for initializer in lifecycle.initializers.values():
-        initializer.check(lifecycle.context)
-        if initializer.struct is not None and initializer.needs_data():
-            for path in initializer.paths:
-                lifecycle.context.calibration_data(path, initializer.struct)
-
-
-def _refuse_changes(snapshot: ModelSnapshot, model: nn.Module, why: str) -> None:
-    changed = snapshot.changed_tensors(model)
-    if changed:
-        raise PluginError(f"a plugin has written to the model's tensors, for example {changed[:3]}; {why}")
-
-
-def _close_ledger(lifecycle: Lifecycle) -> None:
-    context = lifecycle.context
-    strict = context.config.root.unused_values == "error"
-    for algorithm in lifecycle.algorithms:
-        path, config = context.section(algorithm)
-        targets = lifecycle.plans[algorithm.name].targets
-        context.ledger.close_section(path, config, targets, read_later=algorithm.reads_later, strict=strict)
-    context.ledger.close_root(context.config.root)
 
 
 def register_default_init_args(

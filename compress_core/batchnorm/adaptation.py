@@ -33,7 +33,7 @@ from compress_core.contract.initializer import Initializer
 from compress_core.contract.statistics import Statistics
 from compress_core.data.calibration import BNAdaptationInitArgs, CalibrationData, ModelEvaluationArgs
 from compress_core.data.rng import preserved_rng
-from compress_core.errors import ConfigError, DataError, ModelError, Problem, StateError
+from compress_core.errors import ConfigError, DataError, ModelError, Problem, StateError, UsageError
 from compress_core.transforms.model_wide import bypass_transforms
 
 logger = logging.getLogger(__name__)
@@ -232,6 +232,28 @@ class BatchNormAdaptation(Initializer):
         except BaseException:
             _set_statistics(layers, before)
             raise
+
+    def run_again(self, model: nn.Module, context: Context, loader: Any = None, **options: Any) -> None:
+        """Adapts again; see `CompressionController.adapt_batchnorm`.
+
+        Args:
+            model: The compressed model.
+            context: The context.
+            loader: Batches; by default what the model was created with.
+            options: `num_samples`, `method`, `reference`; see `adapt`.
+        """
+        unknown = options.keys() - {"num_samples", "method", "reference"}
+        if unknown:
+            raise UsageError(f"{self.name} takes num_samples and method, got {', '.join(sorted(unknown))}")
+        samples, method = options.get("num_samples"), options.get("method")
+        self.adapt(
+            model,
+            context,
+            context.calibration_data("adapt_batchnorm()", BNAdaptationInitArgs, loader),
+            self.default_samples if samples is None else samples,
+            self.method if method is None else method,
+            options.get("reference"),
+        )
 
     @contextlib.contextmanager
     def provisional(self, model: nn.Module, context: Context) -> Iterator[None]:

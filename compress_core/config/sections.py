@@ -82,6 +82,10 @@ class InitializerSection(Section):
     such as `batchnorm_adaptation`, are added by the core.
     """
 
+    def names(self) -> list[str]:
+        """Returns the names of what the user wrote in this section."""
+        return sorted(self.model_fields_set)
+
     def shared(self, name: str) -> InitializerConfig | None:
         """Returns the section of the shared initializer `name`, or None when the user wrote none."""
         value = getattr(self, name, None)

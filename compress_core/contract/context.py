@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from compress_core.channels.shrinking import Shrinkage
 from compress_core.config import AlgorithmConfig, CompressionConfig, InitializerConfig
 from compress_core.config.scopes import ScopeFilter
 from compress_core.contract.algorithm import Algorithm, Plan
-from compress_core.contract.batch_norm import BatchNormService
 from compress_core.contract.ledger import Ledger
+from compress_core.contract.services import BatchNormService, UncompressedService
+from compress_core.contract.stages import Stage
 from compress_core.data.calibration import (
-    BNAdaptationInitArgs,
     CalibrationData,
     InitArgs,
     QuantizationRangeInitArgs,
@@ -24,6 +26,7 @@ from compress_core.data.calibration import (
 from compress_core.data.rng import generators_of, preserved_rng
 from compress_core.errors import ConfigError, DataError, ModelError
 from compress_core.trace import Example, Trace, TraceError, trace
+from compress_core.transforms import transformed_weight
 from compress_core.transforms.layers import WeightTensor, weight_tensors
 
 logger = logging.getLogger(__name__)
@@ -41,11 +44,15 @@ class Context:
         resuming: Whether a compression state is being resumed: no data, no initialization.
         bypassable: Whether bypassing the weight transforms gives the uncompressed model back.
         batch_norm: The running statistics of the model, for algorithms that change or measure it.
+        uncompressed_model: Where `uncompressed` and `teacher` come from.
+        announce_shrinkage: What `shrunk` calls.
         saved_plans: When a compression state is resumed, the plans in it by algorithm: what had to be traced or
             measured for a plan is there and need not be done again.
     """
 
     batch_norm: BatchNormService
+    uncompressed_model: UncompressedService
+    announce_shrinkage: Callable[[nn.Module, Shrinkage], None]
 
     def __init__(self, config: CompressionConfig, *, init_loader: Any = None, resuming: bool = False) -> None:
         self.config = config
@@ -57,6 +64,58 @@ class Context:
         self.sections = tuple(s.unread() if isinstance(s, AlgorithmConfig) else s for s in config.sections)
         self._init_loader = init_loader
         self._requests: dict[str, InitializerConfig] = {}
+
+    def weight(self, model: nn.Module, name: str, before: Stage = Stage.PRECISION) -> torch.Tensor:
+        """Returns a weight as earlier stages of the pipeline have left it: masked, pruned.
+
+        Args:
+            model: The model.
+            name: Dotted name of the parameter.
+            before: The stage that asks; transforms of this and of later stages are left out.
+
+        Returns:
+            Shape and dtype of the parameter, without a graph; not to be written to.
+        """
+        return transformed_weight(model, name, before)
+
+    @contextlib.contextmanager
+    def uncompressed(self) -> Iterator[nn.Module]:
+        """Within the context there is the uncompressed model, while the compressed one is being created.
+
+        Only for algorithms and initializers that declare `needs_uncompressed`. Where nothing changes the model in place
+        it is the model itself with its transforms bypassed, elsewhere a copy.
+
+        Raises:
+            PluginError: Nobody has declared that it is needed, or creation is over.
+        """
+        with self.uncompressed_model.view() as model:
+            yield model
+
+    @property
+    def teacher(self) -> nn.Module:
+        """The uncompressed model for training: a frozen copy in eval mode, where the compressed model is.
+
+        Only for algorithms that declare `needs_uncompressed = "training"`. It belongs to no `state_dict` and to no
+        checkpoint; whoever resumes gives it (`uncompressed_model=`).
+
+        Raises:
+            PluginError: Nobody has declared that it is needed.
+        """
+        return self.uncompressed_model.teacher()
+
+    def lr_multiplier(self, algorithm: Algorithm) -> float:
+        """Returns the factor on gradients that the config asks for: the section's, else the document's, else 1."""
+        own = getattr(algorithm.config, "compression_lr_multiplier", None)
+        return float(own or self.config.root.compression_lr_multiplier or 1.0)
+
+    def shrunk(self, model: nn.Module, shrinkage: Shrinkage) -> None:
+        """Tells every algorithm that tensors of a model have become smaller; for whoever has removed channels.
+
+        Args:
+            model: The smaller model.
+            shrinkage: Which indices of which tensors stay.
+        """
+        self.announce_shrinkage(model, shrinkage)
 
     def section(self, algorithm: Algorithm) -> tuple[str, AlgorithmConfig]:
         """Returns the path and the content of an algorithm's section."""
@@ -105,7 +164,8 @@ class Context:
 
         Args:
             path: Path of the section that asks, for messages.
-            kind: Type of the object of `register_extra_structs` that holds the loader.
+            kind: Type of the object of `register_extra_structs` that holds the loader; where there is none of it,
+                data of any other kind is used.
             loader: A loader (or `InitArgs`) that takes precedence.
 
         Raises:
@@ -113,7 +173,7 @@ class Context:
         """
         source = loader if loader is not None else self._init_loader
         if source is None:
-            source = self.config.get_extra_struct(kind)
+            source = self._registered_data(kind)
         if source is None:
             raise DataError(
                 f"{path}: needs calibration data, and there is none. Call register_default_init_args(config, loader), "
@@ -123,7 +183,23 @@ class Context:
 
     def has_data(self, kind: type[InitArgs] = InitArgs) -> bool:
         """Tells whether `calibration_data` would find a loader."""
-        return self._init_loader is not None or self.config.get_extra_struct(kind) is not None
+        return self._init_loader is not None or self._registered_data(kind) is not None
+
+    @contextlib.contextmanager
+    def reading(self, loader: Any) -> Iterator[None]:
+        """Within the context, `loader` (unless it is None) takes precedence over the data that was given before."""
+        before, self._init_loader = self._init_loader, self._init_loader if loader is None else loader
+        try:
+            yield
+        finally:
+            self._init_loader = before
+
+    def _registered_data(self, kind: type[InitArgs]) -> InitArgs | None:
+        """Returns the registered data of a kind; any other does as well, for a batch is a batch."""
+        exact = self.config.get_extra_struct(kind)
+        if exact is not None:
+            return exact
+        return next((struct for struct in self.config.extra_structs() if isinstance(struct, InitArgs)), None)
 
     def trace(self, model: nn.Module, path: str) -> Trace:
         """Records what the model computes on an example: `input_info`, or a batch of the data that was given.
@@ -178,9 +254,7 @@ class Context:
         return Example.from_input_info(infos, device)
 
     def _example_batch(self, path: str) -> Example | None:
-        kinds: tuple[type[InitArgs], ...] = (QuantizationRangeInitArgs, BNAdaptationInitArgs)
-        sources = [self._init_loader, *(self.config.get_extra_struct(kind) for kind in kinds)]
-        source = next((source for source in sources if source is not None), None)
+        source = self._registered_data(QuantizationRangeInitArgs) if self._init_loader is None else self._init_loader
         if source is None:
             return None
         data = self.calibration_data(path, loader=source)

@@ -1,24 +1,24 @@
 """The contract: what a plugin can implement, when it is called, with what, and what it returns.
 
 A plugin is an importable object (mostly a module) named by an entry point of the group `compress_core.plugins`. It
-implements the two registration hooks below with `@compress_core.hookimpl`. The algorithms that it contributes are
-classes derived from `compress_core.Algorithm`; for each section of a config, one instance is made, and its methods,
-marked with `@compress_core.hookimpl` too, implement the lifecycle hooks. An implementation names those arguments that
-it needs and leaves out the rest.
+implements registration hooks with `@compress_core.hookimpl`. The algorithms that it contributes are classes derived
+from `compress_core.Algorithm`; for each section of a config, one instance is made, and its methods, marked with
+`@compress_core.hookimpl` too, implement the lifecycle hooks. An implementation names those arguments that it needs and
+leaves out the rest.
 
 `create_compressed_model` calls, in this order:
 
 1. `compress_configure` for each algorithm: the last chance to refuse a config;
-2. `compress_plan` for each algorithm, on the untouched model;
-3. `compress_observe`, for initializers that have to see the model before anything is changed;
-4. `compress_commit` for each algorithm: the only structural change;
-5. `compress_calibrate` for each algorithm, on the committed model;
-6. `compress_initialize`, once, for all: batch-norm adaptation;
-7. `compress_load_state` instead of 3, 5 and 6 when a compression state is resumed.
+2. for each stage of the pipeline `compress_plan` for each algorithm of the stage, which changes nothing, then
+   `compress_commit` for each: the only structural change. What comes later plans on what earlier stages have left;
+3. `compress_observe` before the first of these commits, for initializers that have to see the uncompressed model;
+4. `compress_calibrate` for each algorithm, when all have committed;
+5. `compress_initialize`, once, for all: batch-norm adaptation;
+6. `compress_load_state` instead of 3, 4 and 5 when a compression state is resumed.
 
-"For each algorithm" means in pipeline order: by `Algorithm.stage`, and within a stage in the order of the config. An
-exception from an implementation keeps its type, gains a note that names hook, algorithm and plugin, and puts the model
-back to where it was.
+"For each algorithm" means in pipeline order: by `Algorithm.stage`, within a stage those that replace modules first,
+each by itself, and otherwise in the order of the config. An exception from an implementation keeps its type, gains a
+note that names hook, algorithm and plugin, and puts the model back to where it was.
 """
 
 from __future__ import annotations
@@ -31,8 +31,11 @@ import torch
 from torch import nn
 
 if TYPE_CHECKING:
+    from compress_core.channels.shrinking import Shrinkage
     from compress_core.config import AlgorithmConfig
     from compress_core.contract.algorithm import Algorithm, Plan
+    from compress_core.contract.batch import Batch
+    from compress_core.contract.choices import Choice, ChoicePoint
     from compress_core.contract.clock import Clock
     from compress_core.contract.context import Context
     from compress_core.contract.initializer import Initializer
@@ -82,6 +85,35 @@ def compress_initializers() -> Iterable[type[Initializer]]:  # type: ignore[empt
     """
 
 
+@hookspec
+def compress_choices() -> Iterable[Choice]:  # type: ignore[empty-body]
+    """Returns named values that this plugin adds to open points, such as a filter importance or a level schedule.
+
+    `compress-core choices` lists the points and what is installed. Names are global to a point: one that is taken is an
+    error for the plugin that comes later, never a surprise for the user.
+
+    Example:
+        ```python
+        @hookimpl
+        def compress_choices():
+            return [Choice("level_schedule", "cosine", cosine_schedule)]
+        ```
+    """
+
+
+@hookspec
+def compress_choice_points() -> Iterable[ChoicePoint]:  # type: ignore[empty-body]
+    """Returns the points that this plugin opens for others to add to.
+
+    Example:
+        ```python
+        @hookimpl
+        def compress_choice_points():
+            return [ChoicePoint("my_method.score", "function (weight) -> score of each element", callable_choice)]
+        ```
+    """
+
+
 # Lifecycle: implemented by algorithm instances (and initializers, where it says so).
 
 
@@ -114,10 +146,11 @@ def compress_configure(algorithm: Algorithm, config: AlgorithmConfig, context: C
 def compress_plan(model: nn.Module, algorithm: Algorithm, context: Context) -> Plan:  # type: ignore[empty-body]
     """Says what would be changed, and why the rest would not. Required.
 
-    Called before anything is changed; must leave the model as it is. A plan without a target is an error for the user.
+    Called before any algorithm of its stage has changed anything; must leave the model as it is. A plan without a
+    target is an error for the user.
 
     Args:
-        model: The model, untouched.
+        model: The model, as earlier stages have left it.
         algorithm: The algorithm that plans.
         context: `context.plan_weights(model, self)` applies the scopes and is enough for most.
 
@@ -135,7 +168,7 @@ def compress_plan(model: nn.Module, algorithm: Algorithm, context: Context) -> P
 
 @hookspec
 def compress_observe(model: nn.Module, context: Context) -> None:
-    """For initializers: sees the uncompressed model, when everything is planned and nothing committed.
+    """For initializers: sees the uncompressed model, before the first commit.
 
     Args:
         model: The model, untouched; must be left as it is.
@@ -154,9 +187,10 @@ def compress_observe(model: nn.Module, context: Context) -> None:
 def compress_commit(model: nn.Module, algorithm: Algorithm, plan: Plan, context: Context) -> None:
     """Changes the model: adds transforms, applies initial levels. Required.
 
-    Called once, in pipeline order, when every algorithm has planned. Changes go through transforms
-    (`compress_core.mask_weight`, `compress_core.transforms`); an algorithm that writes to weights or replaces modules
-    has to say so with `changes_in_place = True`, or it is refused.
+    Called once, in pipeline order, when every algorithm of its stage has planned. Changes go through transforms
+    (`compress_core.mask_weight`, `compress_core.transforms`); an algorithm that writes to weights says so with
+    `changes_in_place = True`, one that replaces modules with `replaces_modules = True`, or it is refused. What an
+    earlier algorithm has added has to stay.
 
     Args:
         model: The model, as the algorithms before this one have left it.
@@ -215,6 +249,31 @@ def compress_initialize(model: nn.Module, context: Context) -> None:
 
 
 @hookspec
+def compress_shrunk(model: nn.Module, algorithm: Algorithm, shrinkage: Shrinkage, context: Context) -> None:
+    """Tensors of the model have become smaller: channels were removed.
+
+    Called for each algorithm after `strip` (then `model` is mostly a copy) and `shrink`, and when such a state is
+    resumed. Transforms have been sliced already, as they declare; what an algorithm keeps by size or by index elsewhere
+    is its own to correct.
+
+    Args:
+        model: The smaller model.
+        algorithm: The algorithm.
+        shrinkage: Which indices of which tensors stay.
+        context: The context.
+
+    Example:
+        ```python
+        @hookimpl
+        def compress_shrunk(self, model, shrinkage):
+            for name in self.targets:
+                if name in shrinkage.kept:
+                    self.renew_mask(model, name)
+        ```
+    """
+
+
+@hookspec
 def compress_step(model: nn.Module, algorithm: Algorithm, clock: Clock, context: Context) -> None:
     """The training loop begins an optimizer step (`controller.scheduler.step()`).
 
@@ -253,12 +312,14 @@ def compress_epoch_step(model: nn.Module, algorithm: Algorithm, clock: Clock, co
 
 
 @hookspec
-def compress_loss(model: nn.Module, algorithm: Algorithm, context: Context) -> torch.Tensor | None:
+def compress_loss(model: nn.Module, algorithm: Algorithm, batch: Batch | None, context: Context) -> torch.Tensor | None:
     """Returns what the algorithm adds to the task's loss (a scalar that can be differentiated), or None.
 
     Args:
         model: The compressed model.
         algorithm: The algorithm.
+        batch: Arguments and outputs of the last forward in training mode, for algorithms that declare
+            `needs_batch = True`; None for the others.
         context: The context.
 
     Example:

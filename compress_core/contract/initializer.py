@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from torch import nn
 
 from compress_core.config.sections import InitializerConfig
+from compress_core.contract.algorithm import NeedsUncompressed
 from compress_core.contract.statistics import Statistics
-from compress_core.errors import ConfigError, Problem
+from compress_core.data.calibration import InitArgs
+from compress_core.errors import ConfigError, Problem, UsageError
 
 if TYPE_CHECKING:
     from compress_core.contract.context import Context
@@ -26,11 +29,13 @@ class Initializer:
         name: The key in the section `initializer`.
         Config: The class of its section.
         struct: Type of the object of `register_extra_structs` that carries its data, if it takes any.
+        needs_uncompressed: Whether it needs the uncompressed model: see `Algorithm`.
     """
 
     name: ClassVar[str]
     Config: ClassVar[type[InitializerConfig]]
-    struct: ClassVar[type | None] = None
+    struct: ClassVar[type[InitArgs] | None] = None
+    needs_uncompressed: ClassVar[NeedsUncompressed] = "no"
 
     def __init__(self, config: InitializerConfig, paths: tuple[str, ...]) -> None:
         self.config = config
@@ -76,6 +81,27 @@ class Initializer:
             model: The committed model.
             context: The context.
         """
+
+    def run_again(self, model: nn.Module, context: Context, loader: Any = None, **options: Any) -> None:
+        """Runs once more, on the model as it is now, because the user asks for it (`controller.initialize`).
+
+        Here: calls `compress_initialize`. A subclass that takes options overrides this.
+
+        Args:
+            model: The compressed model.
+            context: The context.
+            loader: Batches that take precedence over those that were given before.
+            options: What the user gives besides.
+
+        Raises:
+            UsageError: There are options, and this initializer takes none.
+        """
+        if options:
+            raise UsageError(f"'{self.name}' takes no options, got {', '.join(options)}")
+        hook: Any = getattr(self, "compress_initialize")  # noqa: B009 - subclasses have it, with the arguments they need
+        arguments = {"model": model, "context": context}
+        with context.reading(loader):
+            hook(**{name: arguments[name] for name in inspect.signature(hook).parameters})
 
     def statistics(self) -> Statistics | None:
         """Returns what it did, or None when it has not run."""

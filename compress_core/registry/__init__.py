@@ -1,12 +1,14 @@
 """What is installed: finding plugins, holding them against the contract, and asking them what they contribute."""
 
-from compress_core.registry.registry import (
-    Contribution,
-    LoadFailure,
-    PluginInfo,
-    Registry,
-    default_registry,
-    use_registry,
-)
+from compress_core.registry.plugins import ContributedChoice, Contribution, LoadFailure, PluginInfo
+from compress_core.registry.registry import Registry, default_registry, use_registry
 
-__all__ = ["Contribution", "LoadFailure", "PluginInfo", "Registry", "default_registry", "use_registry"]
+__all__ = [
+    "ContributedChoice",
+    "Contribution",
+    "LoadFailure",
+    "PluginInfo",
+    "Registry",
+    "default_registry",
+    "use_registry",
+]

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Iterator
+import typing
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pluggy
+from pydantic import BaseModel
 
+from compress_core.config.sections import AlgorithmConfig, InitializerConfig, Section
 from compress_core.contract import hookspecs
+from compress_core.contract.algorithm import Algorithm
+from compress_core.contract.initializer import Initializer
+from compress_core.contract.stages import Stage
 from compress_core.errors import PluginError
 
 _MARK = f"{hookspecs.PROJECT}_impl"
@@ -25,6 +31,13 @@ def hook_names() -> dict[str, tuple[str, ...]]:
     }
 
 
+# Who may implement what; lifecycle hooks that stand in neither set are algorithms'.
+_REGISTRATION = frozenset(
+    ["compress_algorithms", "compress_initializers", "compress_choices", "compress_choice_points"]
+)
+_OF_INITIALIZERS = frozenset(["compress_observe", "compress_initialize"])
+
+
 def check_plugin(plugin: object, label: str) -> None:
     """Holds everything about `plugin` that looks like a hook implementation against the contract.
 
@@ -33,29 +46,158 @@ def check_plugin(plugin: object, label: str) -> None:
         label: How messages name it.
 
     Raises:
-        PluginError: It is a class, implements no hook, or an implementation would not be called, or not as it expects.
+        PluginError: It is a class, implements no hook, or an implementation would not be called, or not as it expects;
+            the message tells everything that is wrong.
     """
     if inspect.isclass(plugin):
         raise PluginError(f"{label} is the class {plugin.__name__}; register an instance of it, or a module")
-    specs = hook_names()
-    implemented = 0
+    problems = implementation_problems(plugin)
+    if problems:
+        raise PluginError(f"{label}: {'; '.join(problems)}")
+    if not any(hasattr(function, _MARK) for _, function in _candidates(plugin)):
+        raise PluginError(f"{label} implements no hook; mark its implementations with @compress_core.hookimpl")
+
+
+def implementation_problems(plugin: object, misplaced: frozenset[str] = frozenset(), instead: str = "") -> list[str]:
+    """Returns what is wrong with the hook implementations of a plugin.
+
+    Args:
+        plugin: A module, or an instance.
+        misplaced: Hooks that such a plugin may not implement.
+        instead: Who implements these.
+    """
+    specs, problems = hook_names(), []
     for name, function in _candidates(plugin):
         options = getattr(function, _MARK, None)
-        where = f"{label}: {name}()"
+        where = f"{name}()"
         if options is None:
             if name.startswith(_PREFIX) and name in specs:
-                raise PluginError(f"{where} lacks the decorator @hookimpl and would never be called")
-            if name.startswith(_PREFIX) and _defined_here(plugin, function):
-                raise PluginError(f"{where} looks like a hook, but there is none of that name.{_near(name, specs)}")
+                problems.append(f"{where} lacks the decorator @hookimpl and would never be called")
+            elif name.startswith(_PREFIX) and _defined_here(plugin, function):
+                problems.append(f"{where} looks like a hook, but there is none of that name.{_near(name, specs)}")
+        elif options.get("specname"):
+            problems.append(f"{where} uses specname={options['specname']!r}; name the method like the hook")
+        elif name not in specs:
+            problems.append(f"{where} implements a hook that does not exist.{_near(name, specs)}")
+        elif name in misplaced:
+            problems.append(f"{where} would never be called here: {instead}")
+        else:
+            problems += _kind_problems(function, options, name, where)
+            problems += _argument_problems(function, specs[name], where)
+    return problems
+
+
+def _kind_problems(function: Callable[..., Any], options: dict[str, Any], name: str, where: str) -> list[str]:
+    if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
+        return [f"{where} is async, and nobody would await it; make it a plain function"]
+    wraps = options.get("wrapper") or options.get("hookwrapper")
+    if inspect.isgeneratorfunction(function) and not wraps and name not in _REGISTRATION:
+        return [f"{where} is a generator, and nobody would run it; make it a plain function"]
+    return []
+
+
+# Classes of algorithms and initializers.
+
+
+def check_algorithm(cls: type[Algorithm]) -> list[str]:
+    """Returns everything that is wrong with a class of algorithms."""
+    name, problems = cls.__name__, _name_problems(cls)
+    if not isinstance(getattr(cls, "stage", None), Stage):
+        problems.append(f"{name}.stage must be a compress_core.Stage")
+    problems += _config_problems(cls, AlgorithmConfig)
+    for hook in ("compress_plan", "compress_commit"):
+        if not callable(getattr(cls, hook, None)):
+            problems.append(f"{name} must implement {hook}()")
+    problems += _attribute_problems(cls, Algorithm)
+    if not problems:
+        leaves = set(_leaves(cls.Config))
+        for leaf in cls.reads_later:
+            if leaf not in leaves:
+                hint = _near_word(leaf, leaves)
+                problems.append(f"{name}.reads_later names '{leaf}', which is no value of {cls.Config.__name__}.{hint}")
+    misplaced = "a class derived from compress_core.Initializer implements it"
+    return problems + _hook_problems(cls, _OF_INITIALIZERS | _REGISTRATION, misplaced)
+
+
+def check_initializer(cls: type[Initializer]) -> list[str]:
+    """Returns everything that is wrong with a class of initializers."""
+    name, problems = cls.__name__, _name_problems(cls)
+    problems += _config_problems(cls, InitializerConfig)
+    if not callable(getattr(cls, "compress_initialize", None)):
+        problems.append(f"{name} must implement compress_initialize()")
+    problems += _attribute_problems(cls, Initializer)
+    misplaced = frozenset(hook_names()) - _OF_INITIALIZERS
+    return problems + _hook_problems(cls, misplaced, "a class derived from compress_core.Algorithm implements it")
+
+
+def _hook_problems(cls: type[Any], misplaced: frozenset[str], instead: str) -> list[str]:
+    # An instance needs a config, which there is none of yet; __init__ is not what is checked here.
+    instance: Any = object.__new__(cls)
+    found = implementation_problems(instance, misplaced, instead)
+    return [f"{cls.__name__}.{problem}" for problem in found]
+
+
+def _name_problems(cls: type[Any]) -> list[str]:
+    name = getattr(cls, "name", None)
+    if isinstance(name, str) and name.isidentifier():
+        return []
+    return [f"{cls.__name__}.name must be an identifier such as 'my_method', got {name!r}"]
+
+
+def _config_problems(cls: type[Any], base: type[Section]) -> list[str]:
+    config = getattr(cls, "Config", None)
+    if not (isinstance(config, type) and issubclass(config, base)):
+        return [f"{cls.__name__}.Config must be a subclass of compress_core.{base.__name__}"]
+    return [
+        f"{config.__name__}.{path} has no description: Field(..., description='...') is what users read in the schema"
+        for path, described in _leaves(config).items()
+        if not described
+    ]
+
+
+def _leaves(config: type[BaseModel], prefix: str = "") -> dict[str, bool]:
+    """Returns every field of a section and of those below it, dotted -> whether it has a description."""
+    found: dict[str, bool] = {}
+    for name, field in config.model_fields.items():
+        path = f"{prefix}{name}"
+        found[path] = bool(field.description)
+        for nested in _sections_in(field.annotation):
+            found |= _leaves(nested, f"{path}.")
+    return found
+
+
+def _sections_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for argument in typing.get_args(annotation) for model in _sections_in(argument)]
+
+
+def _attribute_problems(cls: type[Any], base: type[Any]) -> list[str]:
+    """Class attributes that look like a slip of the pen: nobody would ever read them."""
+    known = [name for name in {*dir(base), *base.__annotations__} if not name.startswith("_")]
+    problems = []
+    own = {name: value for k in cls.__mro__ if issubclass(k, base) and k is not base for name, value in vars(k).items()}
+    for name, value in own.items():
+        if name.startswith("_") or name in known or inspect.isroutine(value):
             continue
-        if options.get("specname"):
-            raise PluginError(f"{where} uses specname={options['specname']!r}; name the method like the hook")
-        if name not in specs:
-            raise PluginError(f"{where} implements a hook that does not exist.{_near(name, specs)}")
-        _check_arguments(function, specs[name], where)
-        implemented += 1
-    if not implemented:
-        raise PluginError(f"{label} implements no hook; mark its implementations with @compress_core.hookimpl")
+        meant = next((word for word in known if _is_slip(name, word)), None)
+        if meant is None and isinstance(value, type) and issubclass(value, Section):
+            meant = "Config" if "Config" not in own else None
+        if meant is not None:
+            problems.append(f"{cls.__name__}.{name} is not read by anybody. Did you mean '{meant}'?")
+    return problems
+
+
+def _is_slip(name: str, word: str) -> bool:
+    """Tells whether two words are one letter apart: one more, one less, another one, or two changed places."""
+    left, right = name.lower().replace("_", ""), word.lower().replace("_", "")
+    if left == right:
+        return True
+    if abs(len(left) - len(right)) > 1 or min(len(left), len(right)) < 4:
+        return False
+    start = next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
+    a, b = left[start:], right[start:]
+    return a[1:] == b or a == b[1:] or a[1:] == b[1:] or (a[:2] == b[1::-1] and a[2:] == b[2:])
 
 
 class _Manager(pluggy.PluginManager):
@@ -97,15 +239,21 @@ def _near(name: str, specs: dict[str, tuple[str, ...]]) -> str:
     return f" Did you mean {close[0]}()?" if close else f" There are: {', '.join(sorted(specs))}."
 
 
-def _check_arguments(function: Callable[..., Any], allowed: tuple[str, ...], where: str) -> None:
+def _near_word(word: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f" Did you mean '{close[0]}'?" if close else ""
+
+
+def _argument_problems(function: Callable[..., Any], allowed: tuple[str, ...], where: str) -> list[str]:
+    problems = []
     for parameter in inspect.signature(function).parameters.values():
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-            raise PluginError(f"{where} takes *{parameter.name}, which is never filled; name the arguments it needs")
-        if parameter.name not in allowed:
-            close = difflib.get_close_matches(parameter.name, allowed, n=1)
-            hint = f" Did you mean '{close[0]}'?" if close else f" The hook has: {', '.join(allowed) or 'none'}."
-            raise PluginError(f"{where} asks for an argument '{parameter.name}' that the hook does not have.{hint}")
-        if parameter.default is not parameter.empty:
-            raise PluginError(
+            problems.append(f"{where} takes *{parameter.name}, which is never filled; name the arguments it needs")
+        elif parameter.name not in allowed:
+            hint = _near_word(parameter.name, allowed) or f" The hook has: {', '.join(allowed) or 'none'}."
+            problems.append(f"{where} asks for an argument '{parameter.name}' that the hook does not have.{hint}")
+        elif parameter.default is not parameter.empty:
+            problems.append(
                 f"{where} gives the argument '{parameter.name}' a default, so it would never be passed; remove it"
             )
+    return problems

@@ -6,96 +6,94 @@ import contextlib
 import functools
 import importlib.metadata
 import logging
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
-from pydantic import Field, ValidationError, create_model
-
+from compress_core.channels.rules import Rule, look_up_rules_with
 from compress_core.config.document import UnresolvedSection, validate_sections_with
-from compress_core.config.errors import did_you_mean, problems_of, shown
-from compress_core.config.sections import AlgorithmConfig, InitializerConfig, InitializerSection
+from compress_core.config.errors import did_you_mean
+from compress_core.config.sections import AlgorithmConfig
 from compress_core.contract.algorithm import Algorithm
+from compress_core.contract.choices import Choice, ChoicePoint, look_up_choices_with
 from compress_core.contract.hookspecs import ENTRY_POINT_GROUP
 from compress_core.contract.initializer import Initializer
-from compress_core.contract.stages import Stage
 from compress_core.errors import PluginError, Problem
-from compress_core.registry.checks import check_plugin, new_manager
+from compress_core.registry.checks import check_algorithm, check_initializer, check_plugin, new_manager
+from compress_core.registry.plugins import ContributedChoice, Contribution, LoadFailure, PluginInfo
+from compress_core.registry.sections import SectionClasses, validated_section
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class PluginInfo:
-    """Who contributed something.
-
-    Attributes:
-        name: The entry point's name.
-        distribution: The installed package it came with; empty when it was registered in the process.
-        version: That package's version.
-    """
-
-    name: str
-    distribution: str = ""
-    version: str = ""
-
-    def __str__(self) -> str:
-        return f"plugin '{self.name}' ({self.distribution} {self.version})" if self.distribution else self.name
-
-
-Kind = TypeVar("Kind", Algorithm, Initializer)
-
-
-@dataclass(frozen=True)
-class Contribution(Generic[Kind]):
-    """An algorithm class or initializer class, and who brought it."""
-
-    cls: type[Kind]
-    plugin: PluginInfo
-
-
-@dataclass(frozen=True)
-class LoadFailure:
-    """A plugin that is installed and could not be used."""
-
-    plugin: PluginInfo
-    error: Exception
 
 
 class Registry:
     """What is installed. One for the process, made when it is first needed; installing is not activating.
 
+    Plugins are imported when a name asks for them. Something that is wanted by name (an algorithm, an initializer, a
+    choice) is looked for in the entry points of that name first, and in all others only if it is not there: a plugin
+    that nobody names costs nothing.
+
     Attributes:
+        plugins: The plugins that have been loaded.
         failures: Plugins that could not be loaded.
     """
 
     def __init__(self) -> None:
         self._manager = new_manager()
+        self._pending: list[importlib.metadata.EntryPoint] = []
+        self._seen: set[str] = set()
         self._algorithms: dict[str, list[Contribution[Algorithm]]] = {}
-        self._initializers: dict[str, list[Contribution[Initializer]]] = {}
-        self._section_classes: dict[str, type[AlgorithmConfig]] = {}
+        self._initializers: dict[str, Contribution[Initializer]] = {}
+        self._points: dict[str, ChoicePoint] = {}
+        self._choices: dict[str, dict[str, ContributedChoice]] = {}
+        self._sections = SectionClasses()
         self.plugins: list[PluginInfo] = []
         self.failures: list[LoadFailure] = []
 
-    def load_entry_points(self, entry_points: Iterable[importlib.metadata.EntryPoint] | None = None) -> None:
-        """Loads every plugin that is installed; one that fails is a warning and an entry in `failures`.
+    # Finding plugins.
+
+    def find_entry_points(self, entry_points: Iterable[importlib.metadata.EntryPoint] | None = None) -> None:
+        """Takes notice of plugins; each is loaded when something of it is wanted.
 
         Args:
-            entry_points: What to load instead of the group `compress_core.plugins` of the environment.
+            entry_points: Those to know, instead of the group `compress_core.plugins` of the environment.
         """
         if entry_points is None:
             entry_points = importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)
-        seen: set[tuple[str, str]] = set()
-        for point in entry_points:
-            info = _info(point)
-            if (point.name, point.value) in seen:  # one distribution can be visible twice on sys.path
-                continue
-            seen.add((point.name, point.value))
-            try:
-                self.register(point.load(), info)
-            except Exception as error:
-                self.failures.append(LoadFailure(info, error))
-                logger.warning("%s could not be loaded and is left out: %s: %s", info, type(error).__name__, error)
+        self._pending += entry_points
+
+    def load_entry_points(self, entry_points: Iterable[importlib.metadata.EntryPoint] | None = None) -> None:
+        """Loads every plugin; one that fails is a warning and an entry in `failures`.
+
+        Args:
+            entry_points: See `find_entry_points`.
+        """
+        self.find_entry_points(entry_points)
+        self.load_all()
+
+    def load_all(self) -> None:
+        """Loads every plugin that is known and has not been loaded."""
+        while self._pending:
+            self._load(self._pending.pop(0))
+
+    def _load_named(self, name: str) -> None:
+        wanted = [point for point in self._pending if point.name == name]
+        self._pending = [point for point in self._pending if point.name != name]
+        for point in wanted:
+            self._load(point)
+
+    def _load(self, point: importlib.metadata.EntryPoint) -> None:
+        # A plugin may have an entry point for each of its names, and a distribution may be visible twice on sys.path.
+        if point.value in self._seen:
+            return
+        self._seen.add(point.value)
+        info = PluginInfo.of(point)
+        try:
+            self.register(point.load(), info)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # SystemExit too: a plugin must not end other people's programs
+            self.failures.append(LoadFailure(info, error))
+            logger.warning("%s could not be loaded and is left out: %s: %s", info, type(error).__name__, error)
 
     def register(self, plugin: object, info: PluginInfo | str) -> None:
         """Registers a plugin: all of what it contributes, or nothing.
@@ -105,60 +103,116 @@ class Registry:
             info: Who it is, or just a name for it.
 
         Raises:
-            PluginError: It breaks the contract; the message names the plugin.
+            PluginError: It breaks the contract; the message names the plugin and everything that is wrong.
         """
         info = PluginInfo(info) if isinstance(info, str) else info
-        label = str(info) if info.distribution else f"plugin '{info.name}'"
+        label = info.label
         check_plugin(plugin, label)
         if self._manager.has_plugin(f"{info.distribution}:{info.name}"):
             raise PluginError(f"{label} is registered already")
         self._manager.register(plugin, name=f"{info.distribution}:{info.name}")
         try:
-            algorithms = self._contributed(plugin, "compress_algorithms", Algorithm, label)
-            initializers = self._contributed(plugin, "compress_initializers", Initializer, label)
-            for cls in algorithms:
-                _check_algorithm(cls, label)
-            for cls in initializers:
-                _check_initializer(cls, label)
-                self._check_free(cls.name, label)
-            for cls in algorithms:
-                if cls.name in self._initializers or cls.name in {i.name for i in initializers}:
-                    raise PluginError(f"{label}: the name '{cls.name}' is an initializer's; choose another")
+            algorithms = self._contributed(plugin, "compress_algorithms", label, subclass_of=Algorithm)
+            initializers = self._contributed(plugin, "compress_initializers", label, subclass_of=Initializer)
+            points = self._contributed(plugin, "compress_choice_points", label, instance_of=ChoicePoint)
+            choices = self._contributed(plugin, "compress_choices", label, instance_of=Choice)
+            self._check(algorithms, initializers, label)
+            self._check_choices(points, choices, label)
         except BaseException:
             self._manager.unregister(plugin)
             raise
         for cls in algorithms:
             self._algorithms.setdefault(cls.name, []).append(Contribution(cls, info))
         for cls in initializers:
-            self._initializers.setdefault(cls.name, []).append(Contribution(cls, info))
+            self._initializers[cls.name] = Contribution(cls, info)
+        self._points |= {point.name: point for point in points}
+        for choice in choices:
+            self._choices.setdefault(choice.point, {})[choice.name] = ContributedChoice(choice, info)
         self.plugins.append(info)
-        self._section_classes.clear()
+        self._sections.forget()
 
-    def _contributed(self, plugin: object, hook: str, base: type, label: str) -> list[Any]:
+    def _contributed(
+        self, plugin: object, hook: str, label: str, *, subclass_of: type | None = None, instance_of: type = type
+    ) -> list[Any]:
         others = [other for other in self._manager.get_plugins() if other is not plugin]
-        results = self._manager.subset_hook_caller(hook, remove_plugins=others)()
-        classes = [cls for result in results for cls in result]
-        for cls in classes:
-            if not (isinstance(cls, type) and issubclass(cls, base)):
-                raise PluginError(f"{label}: {hook}() returned {cls!r}, which is not a subclass of {base.__name__}")
-        return classes
+        found = []
+        for result in self._manager.subset_hook_caller(hook, remove_plugins=others)():
+            try:
+                found += list(result)
+            except TypeError as error:
+                raise PluginError(f"{label}: {hook}() returned {result!r}, which is not a list") from error
+        for item in found:
+            fits = isinstance(item, instance_of)
+            if subclass_of is not None:
+                fits = isinstance(item, type) and issubclass(item, subclass_of)
+            if not fits:
+                wanted = f"a subclass of {subclass_of.__name__}" if subclass_of else f"a {instance_of.__name__}"
+                raise PluginError(f"{label}: {hook}() returned {item!r}, which is not {wanted}")
+        return found
 
-    def _check_free(self, name: str, label: str) -> None:
-        if name in self._initializers:
-            owner = self._initializers[name][0].plugin
-            raise PluginError(
-                f"{label}: the initializer '{name}' is contributed by {owner} already; uninstall one of them"
-            )
-        if name in self._algorithms:
-            raise PluginError(f"{label}: the name '{name}' is an algorithm's; choose another")
+    def _check(self, algorithms: list[type[Algorithm]], initializers: list[type[Initializer]], label: str) -> None:
+        problems = [problem for cls in algorithms for problem in check_algorithm(cls)]
+        problems += [problem for cls in initializers for problem in check_initializer(cls)]
+        if problems:
+            raise PluginError(f"{label}: {'; '.join(problems)}")
+        for initializer in initializers:
+            if (owner := self._initializers.get(initializer.name)) is not None:
+                raise PluginError(
+                    f"{label}: the initializer '{initializer.name}' is contributed by {owner.plugin} already; "
+                    "uninstall one of them"
+                )
+            if initializer.name in self._algorithms:
+                raise PluginError(f"{label}: the name '{initializer.name}' is an algorithm's; choose another")
+        taken = {*self._initializers, *(initializer.name for initializer in initializers)}
+        for algorithm in algorithms:
+            if algorithm.name in taken:
+                raise PluginError(f"{label}: the name '{algorithm.name}' is an initializer's; choose another")
+
+    def _check_choices(self, points: list[ChoicePoint], choices: list[Choice], label: str) -> None:
+        own = {point.name: point for point in points}
+        for name in own:
+            if name in self._points:
+                raise PluginError(f"{label}: the choice point '{name}' is declared already; choose another name")
+        seen: set[tuple[str, str]] = set()
+        for choice in choices:
+            point = own.get(choice.point) or self._point(choice.point)
+            if point is None:
+                known = [*self._points, *own]
+                raise PluginError(
+                    f"{label}: contributes '{choice.name}' to '{choice.point}', which is no open point."
+                    f"{did_you_mean(choice.point, known)} There are: {', '.join(known)}"
+                )
+            owner = self._choices.get(choice.point, {}).get(choice.name)
+            if owner is not None or (choice.point, choice.name) in seen:
+                who = "this plugin" if owner is None else owner.plugin
+                raise PluginError(
+                    f"{label}: '{choice.name}' of '{choice.point}' is contributed by {who} already; choose another name"
+                )
+            seen.add((choice.point, choice.name))
+            if (wrong := point.check(choice.value)) is not None:
+                raise PluginError(f"{label}: '{choice.name}' of '{choice.point}' {wrong}; it is {point.description}")
+
+    # What there is.
 
     def algorithms(self) -> dict[str, list[Contribution[Algorithm]]]:
         """Returns the contributions by algorithm name; more than one for a name is a conflict."""
+        self.load_all()
         return dict(sorted(self._algorithms.items()))
 
     def initializers(self) -> dict[str, Contribution[Initializer]]:
         """Returns the shared initializers by name."""
-        return {name: found[0] for name, found in sorted(self._initializers.items())}
+        self.load_all()
+        return dict(sorted(self._initializers.items()))
+
+    def points(self) -> dict[str, ChoicePoint]:
+        """Returns the open points by name."""
+        self.load_all()
+        return dict(sorted(self._points.items()))
+
+    def choices(self, point: str) -> dict[str, ContributedChoice]:
+        """Returns the choices of a point by name."""
+        self.load_all()
+        return dict(sorted(self._choices.get(point, {}).items()))
 
     def algorithm(self, name: str) -> Contribution[Algorithm]:
         """Returns the one contribution of an installed algorithm.
@@ -166,7 +220,7 @@ class Registry:
         Raises:
             PluginError: Nobody or more than one plugin contributes it.
         """
-        found = self._algorithms.get(name, [])
+        found = self._found_algorithms(name)
         if len(found) == 1:
             return found[0]
         if found:
@@ -174,13 +228,53 @@ class Registry:
             raise PluginError(f"the algorithm '{name}' is contributed by {owners}; uninstall all but one of them")
         raise PluginError(self.unknown_algorithm(name))
 
+    def initializer(self, name: str) -> Contribution[Initializer] | None:
+        """Returns the contribution of a shared initializer, or None when nobody has it."""
+        if name not in self._initializers:
+            self._load_named(name)
+        if name not in self._initializers:
+            self.load_all()
+        return self._initializers.get(name)
+
+    def loaded_initializers(self, names: Iterable[str] = ()) -> dict[str, Contribution[Initializer]]:
+        """Returns the initializers that have been loaded, those of some names among them where there are such."""
+        for name in names:
+            self._load_named(name)
+        return dict(sorted(self._initializers.items()))
+
+    def choice(self, point: str, name: str) -> ContributedChoice | None:
+        """Returns a choice of a point, or None when nobody contributes it."""
+        looks: list[Callable[[], object]] = [lambda: self._load_named(name), lambda: self._point(point), self.load_all]
+        for look in looks:
+            if name not in self._choices.get(point, {}):
+                look()
+        return self._choices.get(point, {}).get(name)
+
+    def _point(self, name: str) -> ChoicePoint | None:
+        if name not in self._points:
+            self._load_named(name.partition(".")[0])
+        if name not in self._points:
+            self.load_all()
+        return self._points.get(name)
+
+    def _found_algorithms(self, name: str) -> list[Contribution[Algorithm]]:
+        self._load_named(name)
+        if name not in self._algorithms:
+            self.load_all()
+        return self._algorithms.get(name, [])
+
     def unknown_algorithm(self, name: str) -> str:
-        """Returns the message for an algorithm that nobody contributes."""
-        installed = ", ".join(f"{key} ({found[0].plugin})" for key, found in self.algorithms().items()) or "none"
-        failed = "; ".join(f"{f.plugin}: {f.error}" for f in self.failures)
-        broken = f" Plugins that could not be loaded: {failed}." if failed else ""
-        hint = did_you_mean(name, self._algorithms)
-        return f"the algorithm '{name}' is not installed.{hint} Installed: {installed}.{broken}"
+        """Returns the message for an algorithm that nobody contributes: first what concerns it."""
+        self.load_all()
+        about_it = [failure for failure in self.failures if name in (failure.plugin.name, failure.plugin.distribution)]
+        others = [failure for failure in self.failures if failure not in about_it]
+        parts = [f"the algorithm '{name}' is not installed.{did_you_mean(name, self._algorithms)}"]
+        parts += [f"{str(failure).removesuffix('.')}." for failure in about_it]
+        parts.append(f"Installed: {', '.join(self.algorithms()) or 'none'}.")
+        parts += [f"{str(failure).removesuffix('.')}." for failure in others]
+        return " ".join(parts)
+
+    # Sections of a document.
 
     def validate_section(
         self, raw: Any, path: str, problems: list[Problem]
@@ -191,102 +285,25 @@ class Registry:
             The section, None when it is wrong, or what was written when no installed plugin knows the algorithm and its
             name is not a misspelling of one that is known.
         """
-        name = raw.get("algorithm") if isinstance(raw, Mapping) else None
-        if not isinstance(name, str):
-            what = "must be an object with a key 'algorithm'"
-            if isinstance(raw, Mapping):
-                misspelt = [str(key) for key in raw if did_you_mean("algorithm", [str(key)])]
-                what = "'algorithm' is required" + (f", is it misspelt as '{misspelt[0]}'?" if misspelt else "")
-            problems.append(Problem(path, f"{what}, got {shown(raw)}. Installed: {', '.join(self.algorithms())}."))
-            return None
-        full = f"{path}.{name}"
-        found = self._algorithms.get(name, [])
-        if len(found) != 1:
-            try:
-                self.algorithm(name)
-            except PluginError as error:
-                problem = Problem(f"{path}.algorithm", str(error))
-            if not found and not did_you_mean(name, self._algorithms):
-                return UnresolvedSection(raw, problem)
-            problems.append(problem)
-            return None
-        cls = self.section_class(name)
-        try:
-            return cls.model_validate(dict(raw))
-        except ValidationError as error:
-            problems.extend(problems_of(error, cls, full))
-            return None
+        return validated_section(self, raw, path, problems)
 
-    def section_class(self, name: str) -> type[AlgorithmConfig]:
-        """Returns the class that sections of an installed algorithm are validated with."""
-        if name not in self._section_classes:
-            self._section_classes[name] = self._with_shared_initializers(self.algorithm(name).cls.Config)
-        return self._section_classes[name]
+    def section_class(self, name: str, initializers: Iterable[str] | None = None) -> type[AlgorithmConfig]:
+        """Returns the class that sections of an installed algorithm are validated with.
 
-    def _with_shared_initializers(self, config: type[AlgorithmConfig]) -> type[AlgorithmConfig]:
-        field = config.model_fields["initializer"]
-        own: Any = field.annotation
-        shared: dict[str, Any] = {
-            key: (contribution.cls.Config | None, Field(None, description=_summary(contribution.cls)))
-            for key, contribution in self.initializers().items()
-        }
-        section: type[InitializerSection] = create_model(f"{config.__name__}Initializer", __base__=own, **shared)
-        return create_model(
-            config.__name__,
-            __base__=config,
-            __doc__=config.__doc__,
-            initializer=(section, Field(default_factory=section, description=field.description)),
-        )
-
-
-def _summary(cls: type) -> str:
-    return (cls.__doc__ or cls.__name__).strip().split("\n")[0].rstrip(".")
-
-
-def _info(point: importlib.metadata.EntryPoint) -> PluginInfo:
-    distribution = point.dist
-    if distribution is None:
-        return PluginInfo(point.name)
-    return PluginInfo(point.name, distribution.name, distribution.version)
-
-
-def _check_names(cls: Any, label: str) -> None:
-    name = getattr(cls, "name", None)
-    if not isinstance(name, str) or not name.isidentifier():
-        raise PluginError(f"{label}: {cls.__name__}.name must be an identifier such as 'my_method', got {name!r}")
-
-
-def _check_initializer(cls: type[Initializer], label: str) -> None:
-    _check_names(cls, label)
-    config = getattr(cls, "Config", None)
-    if not (isinstance(config, type) and issubclass(config, InitializerConfig)):
-        raise PluginError(f"{label}: {cls.__name__}.Config must be a subclass of compress_core.InitializerConfig")
-    if not callable(getattr(cls, "compress_initialize", None)):
-        raise PluginError(f"{label}: {cls.__name__} must implement compress_initialize()")
-    _check_implementations(cls, f"{label}: {cls.__name__}")
-
-
-def _check_algorithm(cls: type[Algorithm], label: str) -> None:
-    _check_names(cls, label)
-    if not isinstance(getattr(cls, "stage", None), Stage):
-        raise PluginError(f"{label}: {cls.__name__}.stage must be a compress_core.Stage")
-    if not (isinstance(cls.Config, type) and issubclass(cls.Config, AlgorithmConfig)):
-        raise PluginError(f"{label}: {cls.__name__}.Config must be a subclass of compress_core.AlgorithmConfig")
-    for hook in ("compress_plan", "compress_commit"):
-        if not callable(getattr(cls, hook, None)):
-            raise PluginError(f"{label}: {cls.__name__} must implement {hook}()")
-    _check_implementations(cls, f"{label}: {cls.__name__}")
-
-
-def _check_implementations(cls: type[Algorithm] | type[Initializer], label: str) -> None:
-    # An instance needs a config, which there is none of yet; __init__ is not what is checked here.
-    check_plugin(cls.__new__(cls), label)
+        Args:
+            name: The algorithm.
+            initializers: Names of the shared initializers that it has to know; by default all that are installed.
+        """
+        if initializers is None:
+            self.load_all()
+        cls = self.algorithm(name).cls
+        return self._sections.of(cls, self.loaded_initializers(initializers or ()))
 
 
 @functools.cache
 def _installed() -> Registry:
     registry = Registry()
-    registry.load_entry_points()
+    registry.find_entry_points()
     return registry
 
 
@@ -308,8 +325,22 @@ def use_registry(registry: Registry) -> Iterator[Registry]:
         _in_use.remove(registry)
 
 
-def _validate_section(raw: Any, path: str, problems: list[Problem]) -> AlgorithmConfig | UnresolvedSection | None:
-    return default_registry().validate_section(raw, path, problems)
+# The rooms below ask whoever has put himself there.
 
 
-validate_sections_with(_validate_section)
+def _choices(point: str, name: str | None) -> Mapping[str, Choice]:
+    registry = default_registry()
+    if name is None:
+        return {key: found.choice for key, found in registry.choices(point).items()}
+    found = registry.choice(point, name)
+    return {} if found is None else {name: found.choice}
+
+
+def _rule(operator: str) -> Rule | None:
+    found = default_registry().choice("channels.rule", operator)
+    return None if found is None else found.choice.value
+
+
+look_up_choices_with(_choices)
+look_up_rules_with(_rule)
+validate_sections_with(lambda raw, path, problems: default_registry().validate_section(raw, path, problems))

@@ -59,15 +59,11 @@ class BatchNorm:
         adaptation = self._adaptation
         if adaptation is None:
             raise UsageError("batch-norm adaptation is not installed: the plugin 'batchnorm_adaptation' was not loaded")
-        context = self._lifecycle.context
-        return adaptation.adapt(
-            self._model,
-            context,
-            context.calibration_data("adapt_batchnorm()", BNAdaptationInitArgs, loader),
-            adaptation.default_samples if num_samples is None else num_samples,
-            adaptation.method if method is None else method,
-            reference,
+        adaptation.run_again(
+            self._model, self._lifecycle.context, loader, num_samples=num_samples, method=method, reference=reference
         )
+        assert adaptation.report is not None
+        return adaptation.report
 
     @property
     def _adaptation(self) -> BatchNormAdaptation | None:

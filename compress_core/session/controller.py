@@ -14,20 +14,25 @@ from torch import nn
 
 from compress_core.batchnorm.report import AdaptationReport
 from compress_core.contract.algorithm import Algorithm
+from compress_core.contract.batch import Batch
 from compress_core.contract.context import Context
 from compress_core.contract.ledger import Ledger
 from compress_core.contract.stages import CompressionStage
 from compress_core.contract.statistics import CompressionStatistics, Statistics
 from compress_core.data.examples import examples_of
+from compress_core.data.rng import preserved_rng
 from compress_core.errors import CompressionError, UsageError
 from compress_core.export import ExportReport, ExportTarget
 from compress_core.export import onnx as export
 from compress_core.export.inputs import inputs_of
 from compress_core.session.batch_norm import BatchNorm
+from compress_core.session.batch_recorder import BatchRecorder, remove_recorders
 from compress_core.session.lifecycle import Lifecycle
 from compress_core.session.scheduler import CompressionScheduler
 from compress_core.session.state import dump_state
+from compress_core.session.uncompressed import UncompressedModel
 from compress_core.transforms.model_wide import bake_transforms
+from compress_core.transforms.snapshot import ModelSnapshot
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +49,7 @@ class CompressionController:
         algorithms: The algorithms by name, in pipeline order.
     """
 
-    def __init__(self, model: nn.Module, lifecycle: Lifecycle) -> None:
+    def __init__(self, model: nn.Module, lifecycle: Lifecycle, uncompressed: UncompressedModel) -> None:
         self._stripped = False
         self.model = model
         self._lifecycle = lifecycle
@@ -54,6 +59,11 @@ class CompressionController:
         )
         self._batch_norm = BatchNorm(model, lifecycle)
         lifecycle.context.batch_norm = self._batch_norm
+        lifecycle.context.uncompressed_model = uncompressed
+        self._recorder: BatchRecorder | None = None
+        if any(algorithm.needs_batch for algorithm in lifecycle.algorithms):
+            self._recorder = BatchRecorder()
+            self._recorder.attach(model)
 
     def __getattr__(self, name: str) -> Any:
         # Only called for names that the controller lacks.
@@ -101,13 +111,28 @@ class CompressionController:
         """What each value of the config did."""
         return self.context.ledger
 
-    def loss(self) -> torch.Tensor:
-        """Returns what the algorithms add to the task's loss: a scalar on the model's device."""
-        losses = self._active.losses(self.model)
+    def loss(self, outputs: Any = None, *inputs: Any, **keywords: Any) -> torch.Tensor:
+        """Returns what the algorithms add to the task's loss: a scalar on the model's device.
+
+        Args:
+            outputs: What the model returned in this step, for algorithms whose loss needs it; by default what it
+                returned
+                in its last forward in training mode, which is recorded for them.
+            inputs: What it was called with.
+            keywords: The keyword arguments.
+
+        Raises:
+            UsageError: An algorithm needs a forward, and there has been none.
+            PluginError: What an algorithm returns is no scalar.
+        """
+        batch = None if self._recorder is None else self._recorder.batch
+        if outputs is not None:
+            batch = Batch(inputs, keywords, outputs)
+        losses = self._active.losses(self.model, batch)
         if not losses:
             device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
             return torch.zeros((), device=device)
-        return torch.stack([loss.reshape(()) for loss in losses]).sum()
+        return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
     def compression_stage(self) -> CompressionStage:
         """Returns how far compression has come, measured on the model."""
@@ -119,9 +144,7 @@ class CompressionController:
 
         With several algorithms the shares that they leave are multiplied. Setting it is for a single algorithm.
         """
-        _ = self._active
-        rates = [rate for a in self.algorithms.values() if (rate := a.compression_rate) is not None]
-        return 1.0 - math.prod(1.0 - rate for rate in rates)
+        return 1.0 - math.prod(1.0 - rate for rate in self._active.rates())
 
     @compression_rate.setter
     def compression_rate(self, rate: float) -> None:
@@ -140,18 +163,14 @@ class CompressionController:
             quickly_collected_only: For NNCF's sake; all figures are collected quickly here.
         """
         parts: dict[str, Statistics] = dict(self._active.statistics(self.model))
-        for name, initializer in self._lifecycle.initializers.items():
-            if (statistics := initializer.statistics()) is not None:
-                parts[name] = statistics
-        parts["ledger"] = self.ledger
-        return CompressionStatistics(parts)
+        return CompressionStatistics({**parts, **self._active.initializer_statistics(), "ledger": self.ledger})
 
     def get_compression_state(self) -> dict[str, Any]:
         """Returns what `create_compressed_model(..., compression_state=)` needs to build the same structure: JSON-able.
 
         Weights, masks and learned values are in the model's own `state_dict`: save both.
         """
-        reports = {n: s.to_dict() for n, i in self._lifecycle.initializers.items() if (s := i.statistics()) is not None}
+        reports = {name: found.to_dict() for name, found in self._active.initializer_statistics().items()}
         return dump_state(
             self._lifecycle,
             self._active.state(self.model),
@@ -168,6 +187,7 @@ class CompressionController:
         model = copy.deepcopy(self.model) if do_copy else self.model
         lifecycle.strip(model)
         bake_transforms(model)
+        remove_recorders(model)
         self._stripped = not do_copy
         return model
 
@@ -216,6 +236,7 @@ class CompressionController:
         target = export.check_path(path)
         example = self.context.example("export_onnx") if args is None else examples_of(args)[0]
         model = copy.deepcopy(self.model).eval()
+        remove_recorders(model)
         inputs = inputs_of(example, model)
         model.cpu()
         sizes = inputs.sizes() if dynamic_batch else (inputs.batch_size,)
@@ -224,6 +245,31 @@ class CompressionController:
         rewrites = lifecycle.export(model, ExportTarget("onnx", opset))
         bake_transforms(model)
         return export.export(model, target, references, rewrites, tuple(self.algorithms), options)
+
+    def initialize(self, name: str, loader: Any = None, **options: Any) -> Statistics | None:
+        """Runs a shared initializer again, on the model as it is now; if that fails, the model is as before.
+
+        Args:
+            name: Which one, as in the section `initializer` of the config.
+            loader: Batches, or `InitArgs`; by default what the model was created with.
+            options: What the initializer takes besides.
+
+        Returns:
+            What it has done.
+
+        Raises:
+            UsageError: The config does not ask for it, or it does not take these options.
+            DataError: There are no usable batches.
+        """
+        lifecycle = self._active
+        snapshot = ModelSnapshot(self.model)
+        try:
+            with preserved_rng():
+                lifecycle.run_again(name, self.model, loader, options)
+        except BaseException:
+            snapshot.restore()
+            raise
+        return lifecycle.initializers[name].statistics()
 
     def adapt_batchnorm(
         self,

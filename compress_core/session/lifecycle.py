@@ -7,23 +7,27 @@ Calls for one algorithm leave out all other algorithms (`subset_hook_caller`): a
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from compress_core.channels.shrinking import Shrinkage
 from compress_core.config import AlgorithmConfig
 from compress_core.contract.algorithm import Algorithm, Plan
+from compress_core.contract.batch import Batch
 from compress_core.contract.clock import Clock
 from compress_core.contract.context import Context
 from compress_core.contract.initializer import Initializer
 from compress_core.contract.stages import CompressionStage
 from compress_core.contract.statistics import Statistics
-from compress_core.errors import ConfigError, PluginError, Problem
+from compress_core.errors import ConfigError, PluginError, Problem, UsageError
 from compress_core.export.target import ExportTarget, GraphRewrite
 from compress_core.registry import PluginInfo, Registry
 from compress_core.registry.checks import check_plugin, new_manager
+from compress_core.transforms.model_wide import transforms_by_key
 
 
 class Lifecycle:
@@ -50,11 +54,14 @@ class Lifecycle:
         for observer in self._observers:
             check_plugin(observer, f"observer {type(observer).__name__}")
             self._manager.register(observer)
-        self.algorithms: list[Algorithm] = sorted(self._instances(registry), key=lambda a: a.stage)  # stable
+        # Stable: within a stage the user's order counts.
+        self.algorithms: list[Algorithm] = sorted(self._instances(registry), key=_position)
         self.initializers: dict[str, Initializer] = dict(self._shared_initializers(registry))
         instances: list[Algorithm | Initializer] = [*self.algorithms, *self.initializers.values()]
         for instance in instances:
             self._manager.register(instance, name=instance.name)
+        self.context.bypassable = not any(a.changes_in_place or a.replaces_modules for a in self.algorithms)
+        self.context.announce_shrinkage = self.shrunk
 
     def _instances(self, registry: Registry) -> Iterator[Algorithm]:
         problems = []
@@ -69,12 +76,17 @@ class Lifecycle:
             self.origins[section.algorithm] = contribution.plugin
             with self._attributed("__init__", section.algorithm):
                 algorithm = contribution.cls(section)
+                algorithm.attach(self.context)
             yield algorithm
         if problems:
             raise ConfigError(problems)
 
     def _shared_initializers(self, registry: Registry) -> Iterator[tuple[str, Initializer]]:
-        for name, contribution in registry.initializers().items():
+        asked = [
+            name for s in self.context.sections if isinstance(s, AlgorithmConfig) for name in s.initializer.names()
+        ]
+        # The controller offers batch-norm adaptation whether a section asks for it or not.
+        for name, contribution in registry.loaded_initializers([*asked, "batchnorm_adaptation"]).items():
             requests = self.context.requests(name)
             self.origins[name] = contribution.plugin
             with self._attributed("from_requests", name):
@@ -99,28 +111,83 @@ class Lifecycle:
         if problems:
             raise ConfigError(problems)
 
-    def plan(self, model: nn.Module) -> None:
-        """Collects every algorithm's plan."""
+    def pipeline(self) -> list[list[Algorithm]]:
+        """Returns the algorithms in groups: those of a group plan together, then commit, before the next group plans.
+
+        A group is a stage. An algorithm that replaces modules is a group of its own, before the others of its stage:
+        what they plan is about the new modules.
+        """
+        groups: list[list[Algorithm]] = []
         for algorithm in self.algorithms:
-            plan = self._one("compress_plan", algorithm, Plan, model=model)
-            if not plan.targets:
-                path, _ = self.context.section(algorithm)
-                raise ConfigError("finds nothing to compress in this model; remove this section", path=path)
-            self.plans[algorithm.name] = plan
+            together = groups and not algorithm.replaces_modules and not groups[-1][0].replaces_modules
+            if together and groups[-1][0].stage == algorithm.stage:
+                groups[-1].append(algorithm)
+            else:
+                groups.append([algorithm])
+        return groups
+
+    def plan(self, model: nn.Module, algorithm: Algorithm) -> None:
+        """Collects the plan of an algorithm."""
+        algorithm.attach(self.context, model)
+        plan = self._one("compress_plan", algorithm, Plan, model=model)
+        if not plan.targets:
+            path, _ = self.context.section(algorithm)
+            raise ConfigError("finds nothing to compress in this model; remove this section", path=path)
+        try:
+            json.dumps(plan.to_dict(), allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise PluginError(
+                f"compress_plan() of {self.who(algorithm)} returned a plan that is not JSON-able ({error}): it is "
+                "saved in the compression state. Keep names and numbers in it, and tensors in transforms"
+            ) from error
+        self.plans[algorithm.name] = plan
 
     def observe(self, model: nn.Module) -> None:
         """Shows the untouched model to the initializers."""
         self._call_initializers("compress_observe", model)
 
-    def commit(self, model: nn.Module) -> None:
-        """Lets every algorithm change the model."""
-        for algorithm in self.algorithms:
-            self._call("compress_commit", algorithm, model=model, plan=self.plans[algorithm.name])
+    def commit(self, model: nn.Module, algorithm: Algorithm) -> None:
+        """Lets an algorithm change the model.
 
-    def calibrate(self, model: nn.Module) -> None:
-        """Lets every algorithm set itself up from data."""
+        Raises:
+            PluginError: It has thrown away what an earlier algorithm has added.
+        """
+        before = transforms_by_key(model)
+        self._call("compress_commit", algorithm, model=model, plan=self.plans[algorithm.name])
+        self._refuse_losses("compress_commit", algorithm, before, model)
+
+    def _refuse_losses(
+        self, hook: str, algorithm: Algorithm, before: Mapping[int, tuple[str, str, nn.Module]], model: nn.Module
+    ) -> None:
+        after = transforms_by_key(model)
+        lost = [(name, key) for number, (name, key, _) in before.items() if number not in after]
+        if lost:
+            name, key = lost[0]
+            raise PluginError(
+                f"{hook}() of {self.who(algorithm)} has thrown away {len(lost)} transforms of earlier algorithms, such "
+                f"as '{key}' at '{name}', which would go on as if they were there. Keep the tensors that have "
+                "transforms, or declare replaces_modules = True and a stage before theirs"
+            )
+
+    def calibrate(self, model: nn.Module, algorithm: Algorithm) -> None:
+        """Lets an algorithm set itself up from data."""
+        before = transforms_by_key(model)
+        self._call("compress_calibrate", algorithm, model=model)
+        self._refuse_losses("compress_calibrate", algorithm, before, model)
+
+    def close_ledger(self) -> None:
+        """Records what the values of the config have done, and refuses those that nobody has read."""
+        root = self.context.config.root
         for algorithm in self.algorithms:
-            self._call("compress_calibrate", algorithm, model=model)
+            path, config = self.context.section(algorithm)
+            self.context.ledger.close_section(
+                path,
+                config,
+                self.plans[algorithm.name].targets,
+                read_later=algorithm.reads_later,
+                strict=root.unused_values == "error",
+            )
+        self.context.ledger.close_root(root)
 
     def initialize(self, model: nn.Module) -> None:
         """Runs the shared initializers, once."""
@@ -136,10 +203,51 @@ class Lifecycle:
         for algorithm in self.algorithms:
             self._call("compress_epoch_step", algorithm, model=model, clock=clock)
 
-    def losses(self, model: nn.Module) -> list[torch.Tensor]:
-        """Returns the algorithms' additions to the loss."""
-        results = [self._optional("compress_loss", a, torch.Tensor, model=model) for a in self.algorithms]
-        return [result for result in results if result is not None]
+    def losses(self, model: nn.Module, batch: Batch | None) -> list[torch.Tensor]:
+        """Returns the algorithms' additions to the loss, each of shape ().
+
+        Args:
+            model: The model.
+            batch: The last forward in training, if it was recorded.
+
+        Raises:
+            UsageError: An algorithm needs a forward, and there has been none.
+            PluginError: What an algorithm returns is no scalar.
+        """
+        found = []
+        for algorithm in self.algorithms:
+            if algorithm.needs_batch and batch is None:
+                raise UsageError(
+                    f"the loss of '{algorithm.name}' needs a forward of the model in training mode, with gradients, "
+                    "and there has been none; call the model first, or give what it was called with: "
+                    "controller.loss(outputs, *inputs)"
+                )
+            given = batch if algorithm.needs_batch else None
+            loss = self._optional("compress_loss", algorithm, torch.Tensor, model=model, batch=given)
+            if loss is None:
+                continue
+            if loss.numel() != 1 or not loss.is_floating_point():
+                raise PluginError(
+                    f"compress_loss() of {self.who(algorithm)} returned a tensor of shape {tuple(loss.shape)} and "
+                    f"{loss.dtype}, not a floating-point scalar; reduce it, for example with .mean()"
+                )
+            found.append(loss.reshape(()))
+        return found
+
+    def shrunk(self, model: nn.Module, shrinkage: Shrinkage) -> None:
+        """Tells every algorithm that tensors have become smaller."""
+        for algorithm in self.algorithms:
+            self._call("compress_shrunk", algorithm, model=model, shrinkage=shrinkage)
+
+    def rates(self) -> list[float]:
+        """Returns the compression rates of the algorithms that have one."""
+        found = []
+        for algorithm in self.algorithms:
+            with self._attributed("compression_rate", algorithm.name):
+                rate = algorithm.compression_rate
+            if rate is not None:
+                found.append(rate)
+        return found
 
     def statistics(self, model: nn.Module) -> dict[str, Statistics]:
         """Returns the statistics of every algorithm that has some."""
@@ -184,6 +292,45 @@ class Lifecycle:
                 rewrites.append(rewrite)
         return rewrites
 
+    # Initializers.
+
+    def check_initializers(self) -> None:
+        """Data that is asked for has to be there before anything is touched."""
+        for name, initializer in self.initializers.items():
+            with self._attributed("check", name):
+                initializer.check(self.context)
+                if initializer.struct is not None and initializer.needs_data():
+                    for path in initializer.paths:
+                        self.context.calibration_data(path, initializer.struct)
+
+    def initializer_statistics(self) -> dict[str, Statistics]:
+        """Returns what the initializers have done, by name."""
+        found = {}
+        for name, initializer in self.initializers.items():
+            with self._attributed("statistics", name):
+                statistics = initializer.statistics()
+            if statistics is not None:
+                found[name] = statistics
+        return found
+
+    def load_initializers(self, model: nn.Module, states: Mapping[str, Mapping[str, Any]]) -> None:
+        """Gives every initializer its state back."""
+        for name, initializer in self.initializers.items():
+            with self._attributed("load_state", name):
+                initializer.load_state(states.get(name, {}), model, self.context)
+
+    def run_again(self, name: str, model: nn.Module, loader: Any, options: Mapping[str, Any]) -> None:
+        """Runs one initializer again because the user asks for it.
+
+        Raises:
+            UsageError: Nobody has asked for it in the config.
+        """
+        initializer = self.initializers.get(name)
+        if initializer is None:
+            raise UsageError(f"there is no initializer '{name}' in this config; it has {list(self.initializers)}")
+        with self._attributed("run_again", name):
+            initializer.run_again(model, self.context, loader, **options)
+
     # How they are called.
 
     def _call(self, hook: str, algorithm: Algorithm, **arguments: Any) -> Sequence[Any]:
@@ -204,7 +351,7 @@ class Lifecycle:
 
     def _optional(self, hook: str, algorithm: Algorithm, kind: Any, **arguments: Any) -> Any:
         results = self._call(hook, algorithm, **arguments)
-        who = f"{hook}() of the algorithm '{algorithm.name}' ({self.origins[algorithm.name]})"
+        who = f"{hook}() of {self.who(algorithm)}"
         if len(results) > 1:
             raise PluginError(f"{who} and an observer both returned a value; an observer must return None")
         if results and not isinstance(results[0], kind):
@@ -214,10 +361,12 @@ class Lifecycle:
     def _one(self, hook: str, algorithm: Algorithm, kind: type[Any], **arguments: Any) -> Any:
         result = self._optional(hook, algorithm, kind, **arguments)
         if result is None:
-            raise PluginError(
-                f"{hook}() of the algorithm '{algorithm.name}' returned nothing; it needs a {kind.__name__}"
-            )
+            raise PluginError(f"{hook}() of {self.who(algorithm)} returned nothing; it needs a {kind.__name__}")
         return result
+
+    def who(self, algorithm: Algorithm) -> str:
+        """Returns how messages name an algorithm: with the plugin that it comes from."""
+        return f"the algorithm '{algorithm.name}' ({self.origins[algorithm.name]})"
 
     @contextlib.contextmanager
     def _attributed(self, hook: str, name: str) -> Iterator[None]:
@@ -227,3 +376,7 @@ class Lifecycle:
             origin = self.origins.get(name)
             error.add_note(f"raised in {hook}() of '{name}'" + (f", {origin}" if origin else ""))
             raise
+
+
+def _position(algorithm: Algorithm) -> tuple[int, bool]:
+    return algorithm.stage, not algorithm.replaces_modules

@@ -149,20 +149,19 @@ def _report_changes(config: AlgorithmConfig, saved: Mapping[str, Any]) -> None:
         logger.warning("%s: resumed with another config than the state's; changed: %s", config.algorithm, changed)
 
 
-def check_plans(state: SavedState, lifecycle: Lifecycle) -> None:
-    """Holds the plans for this model against those of the state.
+def check_plan(state: SavedState, name: str, plan: Plan) -> None:
+    """Holds an algorithm's plan for this model against that of the state.
 
     Raises:
         StateError: They differ; the message names the first targets that only one of them has.
     """
-    for name, plan in lifecycle.plans.items():
-        current, saved = list(plan.targets), state.algorithms[name].plan
-        if current == saved.targets and _through_json(name, plan.details) == saved.details:
-            continue
-        only_saved = [target for target in saved.targets if target not in current][:3]
-        only_here = [target for target in current if target not in saved.targets][:3]
-        raise StateError(
-            f"compression_state does not fit this model: '{name}' was made for {len(saved.targets)} targets and "
-            f"finds {len(current)} here (only in the state: {only_saved}, only here: {only_here}). Build the model and "
-            "use the scopes as when the state was saved"
-        )
+    current, saved = list(plan.targets), state.algorithms[name].plan
+    if current == saved.targets and _through_json(name, plan.details) == saved.details:
+        return
+    only_saved = [target for target in saved.targets if target not in current][:3]
+    only_here = [target for target in current if target not in saved.targets][:3]
+    raise StateError(
+        f"compression_state does not fit this model: '{name}' was made for {len(saved.targets)} targets and "
+        f"finds {len(current)} here (only in the state: {only_saved}, only here: {only_here}). Build the model and "
+        "use the scopes as when the state was saved"
+    )

@@ -32,6 +32,7 @@ from compress_core.transforms.weight import (
     get_weight_transform,
     raw_parameter,
     recompute_weights,
+    transformed_weight,
 )
 
 __all__ = [
@@ -58,4 +59,5 @@ __all__ = [
     "raw_parameter",
     "recompute_weights",
     "strip_activation_transforms",
+    "transformed_weight",
 ]

@@ -46,6 +46,13 @@ class TransformChain(nn.Module):
             tensor = transform(tensor)  # type: ignore[misc]
         return tensor
 
+    def up_to(self, tensor: torch.Tensor, stage: int | None) -> torch.Tensor:
+        """Returns what the transforms of stages before `stage` (None for all) make of a tensor, bypassed or not."""
+        for key, transform in self._modules.items():
+            if stage is None or self._stages[key] < stage:
+                tensor = transform(tensor)  # type: ignore[misc]
+        return tensor
+
     def forward_owned(self, tensor: torch.Tensor) -> torch.Tensor:
         """Does what `forward` does with a tensor that nobody else has, so that transforms may write to it."""
         if self.bypassed:

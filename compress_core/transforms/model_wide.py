@@ -17,6 +17,16 @@ def has_transforms(model: nn.Module) -> bool:
     return any(isinstance(module, TransformContainer) for module in model.modules())
 
 
+def transforms_by_key(model: nn.Module) -> dict[int, tuple[str, str, nn.Module]]:
+    """Returns every transform of a model: its id -> (dotted name of its place, key, the transform)."""
+    return {
+        id(transform): (name, key, transform)
+        for name, chain in model.named_modules()
+        if isinstance(chain, TransformChain)
+        for key, transform in chain.named_children()
+    }
+
+
 @contextlib.contextmanager
 def bypass_transforms(model: nn.Module) -> Iterator[None]:
     """Within the context, `model` computes as if no transform had been added."""

@@ -138,6 +138,24 @@ def raw_parameter(module: nn.Module, name: str) -> nn.Parameter:
     return cast("nn.Parameter", owner._parameters[parameter_name])
 
 
+def transformed_weight(module: nn.Module, name: str, before: Stage | None = None) -> torch.Tensor:
+    """Returns what the transforms of a weight make of it, without a graph.
+
+    Args:
+        module: The model, or any module above the parameter.
+        name: Dotted name of the parameter below `module`.
+        before: Leaves out the transforms of this stage and of later ones; by default none.
+
+    Raises:
+        TransformError: There is no such parameter.
+    """
+    owner, parameter_name = resolve_parameter(module, name)
+    chain = chain_of(owner, parameter_name)
+    with torch.no_grad():
+        value = raw_parameter(module, name).detach()
+        return value if chain is None else chain.up_to(value, before)
+
+
 def resolve_parameter(module: nn.Module, name: str) -> tuple[nn.Module, str]:
     """Returns the layer that owns the parameter `name` (dotted) and the parameter's name in it.
 

@@ -1,9 +1,11 @@
-"""What batch norm offers to algorithms that change or measure a compressed model."""
+"""What the core offers to algorithms besides the model: services of the context."""
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from typing import Protocol
+
+from torch import nn
 
 
 class BatchNormService(Protocol):
@@ -25,3 +27,13 @@ class BatchNormService(Protocol):
         For `compress_calibrate` of algorithms that measure activations. Where no adaptation is asked for, or none is
         installed, batch norm stays as it is.
         """
+
+
+class UncompressedService(Protocol):
+    """The model as it was before the first commit, as `context.uncompressed()` and `context.teacher`."""
+
+    def view(self) -> AbstractContextManager[nn.Module]:
+        """Returns a context in which there is the uncompressed model, during creation."""
+
+    def teacher(self) -> nn.Module:
+        """Returns the frozen copy that lasts through training."""

@@ -1,0 +1,41 @@
+"""What the core contributes itself to open points: registered like anybody's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from compress_core.contract.choices import Choice, ChoicePoint, callable_choice
+from compress_core.contract.hookspecs import hookimpl
+from compress_core.contract.schedules import exponential_level
+
+
+def exponential(initial: float, target: float, duration: float) -> Callable[[float], float]:
+    """The density decays geometrically."""
+    return lambda time: exponential_level(initial, target, time, duration)
+
+
+@hookimpl
+def compress_choice_points() -> list[ChoicePoint]:
+    """Returns the points that belong to no algorithm alone."""
+    return [
+        ChoicePoint(
+            "level_schedule",
+            "a function (initial, target, duration in epochs) -> function of the time in epochs -> level, pure, with "
+            "`initial` at 0 and `target` from `duration` on",
+            callable_choice,
+        ),
+        ChoicePoint(
+            "channels.rule",
+            "a function (compress_core.channels.Step) -> labels of the results of the operator that the choice is "
+            "named after, without overload: `my_library.my_operator`",
+            callable_choice,
+        ),
+    ]
+
+
+@hookimpl
+def compress_choices() -> list[Choice]:
+    """Returns the schedule that sparsity and pruning share."""
+    choices: list[tuple[str, Any]] = [("exponential", exponential)]
+    return [Choice("level_schedule", name, function) for name, function in choices]

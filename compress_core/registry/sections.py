@@ -1,0 +1,106 @@
+"""Sections of algorithms: their classes, with the shared initializers in them, and their validation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
+
+from pydantic import Field, ValidationError, create_model
+
+from compress_core.config.document import UnresolvedSection
+from compress_core.config.errors import did_you_mean, problems_of, shown
+from compress_core.config.sections import AlgorithmConfig, InitializerSection
+from compress_core.contract.algorithm import Algorithm
+from compress_core.contract.initializer import Initializer
+from compress_core.errors import PluginError, Problem
+from compress_core.registry.plugins import Contribution
+
+
+class SectionClasses:
+    """The classes that sections are validated with, made when they are first wanted."""
+
+    def __init__(self) -> None:
+        self._made: dict[type[Algorithm], type[AlgorithmConfig]] = {}
+
+    def forget(self) -> None:
+        """There are other initializers now."""
+        self._made.clear()
+
+    def of(
+        self, algorithm: type[Algorithm], initializers: Mapping[str, Contribution[Initializer]]
+    ) -> type[AlgorithmConfig]:
+        """Returns the class of an algorithm's sections, which may ask for these initializers."""
+        if algorithm not in self._made:
+            self._made[algorithm] = _with_shared_initializers(algorithm.Config, initializers)
+        return self._made[algorithm]
+
+
+class Installed(Protocol):
+    """What validation has to know: see `compress_core.registry.Registry`."""
+
+    def algorithms(self) -> Mapping[str, Any]:
+        """Returns what there is by name."""
+
+    def algorithm(self, name: str) -> Contribution[Algorithm]:
+        """Returns the one of a name, or raises PluginError."""
+
+    def section_class(self, name: str, initializers: Iterable[str] | None = None) -> type[AlgorithmConfig]:
+        """Returns the class of its sections."""
+
+
+def validated_section(
+    registry: Installed, raw: Any, path: str, problems: list[Problem]
+) -> AlgorithmConfig | UnresolvedSection | None:
+    """See `Registry.validate_section`."""
+    name = raw.get("algorithm") if isinstance(raw, Mapping) else None
+    if not isinstance(name, str):
+        what = "must be an object with a key 'algorithm'"
+        if isinstance(raw, Mapping):
+            misspelt = [str(key) for key in raw if did_you_mean("algorithm", [str(key)])]
+            what = "'algorithm' is required" + (f", is it misspelt as '{misspelt[0]}'?" if misspelt else "")
+        problems.append(Problem(path, f"{what}, got {shown(raw)}. Installed: {', '.join(registry.algorithms())}."))
+        return None
+    try:
+        registry.algorithm(name)
+    except PluginError as error:
+        problem = Problem(f"{path}.algorithm", str(error))
+        known = registry.algorithms()
+        if name not in known and not did_you_mean(name, known):
+            return UnresolvedSection(raw, problem)
+        problems.append(problem)
+        return None
+    asked = raw.get("initializer")
+    names = [str(key) for key in asked] if isinstance(asked, Mapping) else []
+    try:
+        return registry.section_class(name, names).model_validate(dict(raw))
+    except ValidationError:
+        pass
+    # Again with everything that is installed: what is wrong must not depend on what has been loaded by chance.
+    cls = registry.section_class(name)
+    try:
+        return cls.model_validate(dict(raw))
+    except ValidationError as error:
+        problems.extend(problems_of(error, cls, f"{path}.{name}"))
+        return None
+
+
+def _with_shared_initializers(
+    config: type[AlgorithmConfig], initializers: Mapping[str, Contribution[Initializer]]
+) -> type[AlgorithmConfig]:
+    field = config.model_fields["initializer"]
+    own: Any = field.annotation
+    shared: dict[str, Any] = {
+        key: (contribution.cls.Config | None, Field(None, description=_summary(contribution.cls)))
+        for key, contribution in initializers.items()
+    }
+    section: type[InitializerSection] = create_model(f"{config.__name__}Initializer", __base__=own, **shared)
+    return create_model(
+        config.__name__,
+        __base__=config,
+        __doc__=config.__doc__,
+        initializer=(section, Field(default_factory=section, description=field.description)),
+    )
+
+
+def _summary(cls: type) -> str:
+    return (cls.__doc__ or cls.__name__).strip().split("\n")[0].rstrip(".")
