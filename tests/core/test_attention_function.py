@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode, resolve_name
 
+from compress_core.transforms import CallInput
 from compress_core.transforms.attention import inside_of
+from tests.activation_helpers import Scale, add, calls
 
 FEATURES, HEADS, BATCH, QUERIES, KEYS = 8, 2, 3, 4, 5
 inside = inside_of(F.multi_head_attention_forward)
@@ -354,6 +356,32 @@ def test_compiled_and_exported_it_gives_the_same(need_weights, masks):
     runs = [compiled, *(torch.export.export(model, inputs, strict=strict).module() for strict in FLAGS)]
     for found in (function(*inputs) for function in runs):
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+class Wired(nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        self.attention = layer_with(add_bias_kv=True, add_zero_attn=True, **options)
+
+    def forward(self, query, key, value, attn_mask, key_padding_mask, need_weights):
+        masks = {"attn_mask": attn_mask, "key_padding_mask": key_padding_mask}
+        return self.attention(query, key, value, **masks, need_weights=need_weights)[0]
+
+
+@pytest.mark.parametrize("need_weights", FLAGS)
+@pytest.mark.parametrize("sizes", [{}, {"kdim": 6, "vdim": 10}], ids=["packed", "separate"])
+@pytest.mark.parametrize("batched", FLAGS)
+def test_with_a_transform_inside_it_is_compiled_as_a_whole(sizes, need_weights, batched):
+    model, (attn_mask, padding) = Wired(**sizes), MASKED
+    inputs = [x.detach() if batched else x[:, 1].detach() for x in tensors(**sizes)]
+    place = CallInput("attention", "torch.nn.functional.linear", calls(3, (0, 1, 2, 3)), (0,))
+    unscaled = model(*inputs, attn_mask, padding if batched else padding[1], need_weights)
+    add(model, place, Scale(0.5))
+    bias = model.attention.out_proj.bias
+    torch.compiler.reset()
+    for function in (model, torch.compile(model, fullgraph=True, backend="eager")):
+        found = function(*inputs, attn_mask, padding if batched else padding[1], need_weights)
+        torch.testing.assert_close(found, (unscaled + bias) / 2, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("need_weights", FLAGS)
