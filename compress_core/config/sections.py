@@ -28,7 +28,8 @@ class Section(BaseModel):
     """Base of every object in a config: closed, frozen, strict about types, and aware of what is read.
 
     The fields that anybody reads are remembered, so that a value which was given and never read, and so cannot have had
-    an effect, is found (`compress_core.contract.ledger`). Read a field where it has its effect, not before.
+    an effect, is found (`compress_core.contract.ledger`). Read a field where it has its effect, not before; checks look at
+    a copy (`unread`).
     """
 
     model_config = ConfigDict(
@@ -46,29 +47,45 @@ class Section(BaseModel):
         return value
 
     def unread(self) -> Self:
-        """Returns a copy of this section that nobody has read yet."""
+        """Returns a copy of this section that nobody has read yet.
+
+        Checks look at such a copy: that a value has been checked does not mean that it has had an effect.
+        """
         copy = self.model_copy()
         object.__setattr__(copy, "__pydantic_private__", {"_reads": set()})
         for name, value in self.__dict__.items():
-            if isinstance(value, Section):
-                copy.__dict__[name] = value.unread()
+            copy.__dict__[name] = _unread(value)
         return copy
 
     def given_leaves(self, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:
-        """Yields (path, value, was it read) for every value that the user wrote, nested sections included."""
-        fields = self.__dict__
+        """Yields (path, value, was it read) for every value that the user wrote.
+
+        Sections inside are gone through, those in lists and dicts too; a list of lists has a path for each of them,
+        which all count as read when the list is.
+        """
         for name in type(self).__pydantic_fields__:
-            if name not in self.model_fields_set:
-                continue
-            value, path = fields[name], f"{prefix}{name}"
-            if isinstance(value, Section):
-                yield from value.given_leaves(f"{path}.")
-            elif isinstance(value, list) and any(isinstance(item, Section) for item in value):
-                was_read = name in self._reads
-                for index, item in enumerate(value):
-                    yield from ((p, v, was_read) for p, v, _ in item.given_leaves(f"{path}.{index}."))
-            else:
-                yield path, value, name in self._reads
+            if name in self.model_fields_set:
+                yield from _leaves(f"{prefix}{name}", self.__dict__[name], name in self._reads)
+
+
+def _unread(value: Any) -> Any:
+    if isinstance(value, Section):
+        return value.unread()
+    if isinstance(value, list):
+        return [_unread(item) for item in value]
+    return {key: _unread(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+
+def _leaves(path: str, value: Any, was_read: bool) -> Iterator[tuple[str, Any, bool]]:
+    if isinstance(value, Section):
+        yield from value.given_leaves(f"{path}.")
+        return
+    items = dict(enumerate(value)) if isinstance(value, list) else value
+    if isinstance(items, dict) and any(isinstance(item, (Section, list, tuple)) for item in items.values()):
+        for key, item in items.items():
+            yield from _leaves(f"{path}.{key}", item, was_read)
+    else:
+        yield path, value, was_read
 
 
 class InitializerConfig(Section):

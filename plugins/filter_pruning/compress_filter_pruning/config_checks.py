@@ -8,11 +8,20 @@ from compress_filter_pruning.config import FilterPruningConfig
 
 
 def check_config(config: FilterPruningConfig) -> None:
-    """Refuses values that contradict each other, and reads all that count.
+    """Refuses values that contradict each other, and reads all that count when the model is seen.
 
     Raises:
         ConfigError: With all problems.
     """
+    problems = _problems(config.unread())
+    if problems:
+        raise ConfigError(problems)
+    params = config.params
+    _ = (params.filter_importance, params.all_weights, params.prune_first_conv, params.prune_downsample_convs)
+    _ = (params.prune_batch_norms, params.multiple_of, params.interlayer_ranking_type)
+
+
+def _problems(config: FilterPruningConfig) -> list[Problem]:
     params, problems = config.params, []
     if params.interlayer_ranking_type == "learned_ranking":
         problems.append(
@@ -35,8 +44,4 @@ def check_config(config: FilterPruningConfig) -> None:
                 f"{target} is below pruning_init {config.pruning_init}; raise the target or lower the initial level",
             )
         )
-    if problems:
-        raise ConfigError(problems)
-    # These count when the model is seen.
-    _ = (params.filter_importance, params.all_weights, params.prune_first_conv, params.prune_downsample_convs)
-    _ = (params.prune_batch_norms, params.multiple_of)
+    return problems

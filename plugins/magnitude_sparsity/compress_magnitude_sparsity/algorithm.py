@@ -77,34 +77,10 @@ class MagnitudeSparsity(LevelAlgorithm):
     @hookimpl
     def compress_configure(self, context: Context) -> None:
         """Refuses settings that contradict one another."""
-        params = self.config.params
-        if params.schedule == "multistep":
-            steps, levels = params.multistep_steps, params.multistep_sparsity_levels
-            if len(levels) != len(steps) + 1:
-                raise ConfigError(
-                    f"has {len(levels)} levels for {len(steps)} steps {steps}; there must be one level more than steps",
-                    path="params.multistep_sparsity_levels",
-                )
-            if len(set(steps)) < len(steps):
-                raise ConfigError(
-                    f"names an epoch twice: {steps}; one level would never apply", path="params.multistep_steps"
-                )
-            if levels[-1] < self.config.sparsity_init:
-                raise ConfigError(
-                    f"ends at {levels[-1]}, below sparsity_init {self.config.sparsity_init}; raise it or lower the "
-                    "initial level",
-                    path="params.multistep_sparsity_levels",
-                )
-        elif params.sparsity_target < self.config.sparsity_init:
-            raise ConfigError(
-                f"sparsity_target {params.sparsity_target} is below sparsity_init {self.config.sparsity_init}; "
-                "raise the target or lower the initial level",
-                path="params.sparsity_target",
-            )
-
+        _check(self.config.unread())
         # From here on every value that counts has been read.
         self._schedule = make_schedule(self.config)
-        _ = (self._is_global, params.weight_importance, self.config.sparsity_init)
+        _ = (self._is_global, self.config.params.weight_importance, self.config.sparsity_init)
         context.refuse_unread(self)
 
     @hookimpl
@@ -293,6 +269,33 @@ class MagnitudeSparsity(LevelAlgorithm):
                 + (", ..." if len(self._targets) > 5 else "")
             )
         return names
+
+
+def _check(config: MagnitudeSparsityConfig) -> None:
+    params = config.params
+    if params.schedule == "multistep":
+        steps, levels = params.multistep_steps, params.multistep_sparsity_levels
+        if len(levels) != len(steps) + 1:
+            raise ConfigError(
+                f"has {len(levels)} levels for {len(steps)} steps {steps}; there must be one level more than steps",
+                path="params.multistep_sparsity_levels",
+            )
+        if len(set(steps)) < len(steps):
+            raise ConfigError(
+                f"names an epoch twice: {steps}; one level would never apply", path="params.multistep_steps"
+            )
+        if levels[-1] < config.sparsity_init:
+            raise ConfigError(
+                f"ends at {levels[-1]}, below sparsity_init {config.sparsity_init}; raise it or lower the "
+                "initial level",
+                path="params.multistep_sparsity_levels",
+            )
+    elif params.sparsity_target < config.sparsity_init:
+        raise ConfigError(
+            f"sparsity_target {params.sparsity_target} is below sparsity_init {config.sparsity_init}; "
+            "raise the target or lower the initial level",
+            path="params.sparsity_target",
+        )
 
 
 def _kept(mask: torch.Tensor) -> int:

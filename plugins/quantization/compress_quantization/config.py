@@ -5,8 +5,7 @@ What the keys may not say together is checked in `compress_quantization.config_c
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
@@ -155,19 +154,6 @@ class ScopeOverrides(Section):
 
     weights: dict[str, ScopeOverride] = Field(default_factory=dict, description="scope -> settings of weights")
     activations: dict[str, ScopeOverride] = Field(default_factory=dict, description="scope -> settings of activations")
-
-    def unread(self) -> Self:
-        """See `Section`."""
-        copy = super().unread()
-        for group in ("weights", "activations"):
-            copy.__dict__[group] = {scope: override.unread() for scope, override in self.__dict__[group].items()}
-        return copy
-
-    def given_leaves(self, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:
-        """See `Section`."""
-        for group in ("weights", "activations"):
-            for scope, override in self.__dict__[group].items():
-                yield from override.given_leaves(f"{prefix}{group}.{scope}.")
 
 
 class StagedParams(Section):

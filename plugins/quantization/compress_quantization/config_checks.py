@@ -11,6 +11,7 @@ from compress_core.config import Section
 from compress_core.config.scopes import compile_scope
 from compress_core.errors import Problem
 from compress_quantization.config import (
+    ActivationsConfig,
     Mode,
     PrecisionConfig,
     QuantizationConfig,
@@ -18,6 +19,7 @@ from compress_quantization.config import (
     RangeConfig,
     ScopedRangeConfig,
     ScopeOverride,
+    WeightsConfig,
 )
 from compress_quantization.profiles import Profile, described, load_profile
 from compress_quantization.quantizer_config import PRESETS, Resolver, effective_preset
@@ -47,7 +49,9 @@ _SEARCH_KEYS = (
 
 
 def check_config(config: QuantizationConfig, target_device: str, *, strict: bool = True) -> Profile:
-    """Refuses what contradicts itself or the device; afterwards every value that counts has been read.
+    """Refuses what contradicts itself or the device.
+
+    Checking a value does not count as reading it; only what has its effect later, whatever the model is, is read.
 
     Args:
         config: The section.
@@ -62,18 +66,19 @@ def check_config(config: QuantizationConfig, target_device: str, *, strict: bool
         ConfigError: With everything that is wrong; paths are relative to the section.
     """
     profile = load_profile(target_device)
+    looked_at = config.unread()
     problems = [
-        *_preset(config, profile),
-        *_device(config, profile),
-        *_precision(config, profile),
-        *_ranges(config),
-        *_scopes(config),
-        *_unified_scales(config),
+        *_preset(looked_at, profile),
+        *_device(looked_at, profile),
+        *_precision(looked_at, profile),
+        *_ranges(looked_at),
+        *_scopes(looked_at),
+        *_unified_scales(looked_at),
     ]
     if strict:
-        problems += _dead_values(config, profile)
+        problems += _dead_values(looked_at, profile)
     if not problems:
-        _compile(config, profile, problems)
+        _compile(looked_at, profile, problems)
     if problems:
         raise ConfigError(problems)
     _read(config, profile)
@@ -217,7 +222,9 @@ def _ranges(config: QuantizationConfig) -> Iterator[Problem]:
             )
 
 
-def _scope_lists(config: QuantizationConfig) -> Iterator[tuple[str, Section]]:
+def _scope_lists(
+    config: QuantizationConfig,
+) -> Iterator[tuple[str, QuantizationConfig | WeightsConfig | ActivationsConfig | ScopedRangeConfig]]:
     """Yields every section with target_scopes and ignored_scopes; its path ends in a dot or is empty."""
     yield "", config
     for group in _GROUPS:
@@ -229,9 +236,8 @@ def _scope_lists(config: QuantizationConfig) -> Iterator[tuple[str, Section]]:
 
 def _scopes(config: QuantizationConfig) -> Iterator[Problem]:
     for path, section in _scope_lists(config):
-        # Read past `Section`: the core notes for itself whether it has read the scopes of the section.
-        targets: list[str] = section.__dict__["target_scopes"]
-        ignored: list[str] = section.__dict__["ignored_scopes"]
+        targets = section.target_scopes
+        ignored = section.ignored_scopes
         if "target_scopes" in section.model_fields_set and not targets:
             yield Problem(f"{path}target_scopes", "is empty, so nothing is a target; name something, or remove it")
         for index, entry in enumerate(targets):
@@ -259,13 +265,13 @@ def _unified_scales(config: QuantizationConfig) -> Iterator[Problem]:
 
 
 def _dead_values(config: QuantizationConfig, profile: Profile) -> list[Problem]:
-    """Finds what can have no effect, without reading it."""
+    """Finds what can have no effect."""
     problems = [
         Problem(f"params.{name}", "has no effect in NNCF either, only in an example script of it; remove it")
         for name in _WITHOUT_EFFECT
         if name in config.params.model_fields_set
     ]
-    if config.__dict__["export_to_onnx_standard_ops"] is False:
+    if config.export_to_onnx_standard_ops is False:
         problems.append(
             Problem(
                 "export_to_onnx_standard_ops",
@@ -273,7 +279,7 @@ def _dead_values(config: QuantizationConfig, profile: Profile) -> list[Problem]:
                 "QuantizeLinear and DequantizeLinear. Remove it",
             )
         )
-    fix = config.__dict__["overflow_fix"]
+    fix = config.overflow_fix
     if "overflow_fix" in config.model_fields_set and fix != "disable" and not profile.half_range_weights:
         problems.append(
             Problem("overflow_fix", f"'{fix}' has no effect with target_device {profile.device}, only with CPU and ANY")
@@ -318,7 +324,7 @@ def _read(config: QuantizationConfig, profile: Profile) -> None:
         _ = config.overflow_fix
     if config.params.staged:
         _ = config.params.activations_quant_start_epoch, config.params.weights_quant_start_epoch
-    for group in _GROUPS:
-        _ = getattr(config, group).logarithm_scale
-    for _path, override in _all_overrides(config):
-        _ = override.initializer.range
+    precision = config.initializer.precision
+    if precision is not None and precision.bitwidth_per_scope:
+        # What these do is done by the checks: which bits the pairs may have, and that pairs are what counts.
+        _ = precision.type, precision.bits

@@ -10,6 +10,7 @@ from compress_core.config.errors import problems_of
 from compress_core.config.scopes import ScopedModule
 from compress_quantization.config import QuantizationConfig, RangeConfig
 from compress_quantization.config_checks import check_config
+from compress_quantization.plan import InitialRange
 from compress_quantization.profiles import load_profile
 from compress_quantization.quantizer_config import (
     QuantizerSpec,
@@ -96,20 +97,57 @@ NNCF_DOCUMENTS = [
 ]
 
 
+def unread(config):
+    return {leaf for leaf, _, read in config.given_leaves() if not read}
+
+
 @pytest.mark.parametrize("document", NNCF_DOCUMENTS, ids=range(len(NNCF_DOCUMENTS)))
 def test_documents_of_nncf_pass_and_everything_in_them_counts(document):
     config = section(**document)
-    check_config(config, "CPU")
+    profile = check_config(config, "CPU")
     if config.params.model_fields_set:
         assert config.params.staged
-    unread = {
-        leaf
-        for leaf, _, read in config.given_leaves()
-        # The core reads these, and the algorithm reads the initializer when it calibrates.
-        if not read and not leaf.startswith(("algorithm", "ignored_scopes", "target_scopes", "validate_scopes", "init"))
+    resolver = Resolver(config, profile)
+    weight, activation = place("fc"), place("first_conv", "activations")
+    resolver.resolve(place(nncf=("Net/NNCFConv2d[conv]/conv2d_0",)))
+    resolver.resolve(activation)
+    for where in (weight, activation):
+        InitialRange.of(resolver.range_for(where)[0])
+    check_strict_bits(config, [])
+    for where in (weight, activation):
+        resolver.reason_to_skip(where)
+    # The core reads these; unified scales come with placement.
+    elsewhere = {"algorithm", "ignored_scopes", "target_scopes", "validate_scopes", "activations.unified_scale_ops.0"}
+    assert unread(config) <= elsewhere
+
+
+def test_a_value_that_is_only_checked_has_not_been_read():
+    values = {
+        "weights": {"bits": 8, "mode": "symmetric", "ignored_scopes": ["a"]},
+        "activations": {"unified_scale_ops": [["a", "b"]], "validate_scopes": False},
+        "initializer": {"range": [{"type": "percentile", "target_scopes": "a"}, {"ignored_scopes": "a"}]},
+        "scope_overrides": {"weights": {"a": {"per_channel": True, "initializer": {"range": {"type": "min_max"}}}}},
+        "overflow_fix": "enable",
+        "target_scopes": ["c"],
     }
-    # Unified scales come with placement; all else is read.
-    assert unread <= {"weights.validate_scopes", "activations.validate_scopes"}
+    config = section(**values)
+    everything = {leaf for leaf, _, _ in config.given_leaves()}
+    check_config(config, "CPU")
+    assert unread(config) == everything - {"overflow_fix"}
+
+
+def test_entries_of_a_list_and_values_of_overrides_are_read_one_by_one():
+    config = section(
+        initializer={
+            "range": [{"type": "min_max", "target_scopes": "fc"}, {"type": "threesigma", "ignored_scopes": "fc"}]
+        },
+        scope_overrides={"weights": {"fc": {"bits": 8}, "other": {"bits": 8}}},
+    )
+    resolver = Resolver(config, load_profile("CPU"))
+    resolver.resolve(place("fc"))
+    InitialRange.of(resolver.range_for(place("fc"))[0])
+    assert {"initializer.range.1.type", "scope_overrides.weights.other.bits"} <= unread(config)
+    assert unread(config).isdisjoint({"initializer.range.0.type", "scope_overrides.weights.fc.bits"})
 
 
 def test_defaults_are_those_of_nncf():
