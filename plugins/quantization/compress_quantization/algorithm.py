@@ -31,6 +31,7 @@ from compress_core.transforms import add_activation_transform, add_weight_transf
 from compress_quantization.calibration import Calibrated, calibrate
 from compress_quantization.config import QuantizationConfig
 from compress_quantization.config_checks import check_config
+from compress_quantization.effects import applied_to
 from compress_quantization.export import prepare, rewrite
 from compress_quantization.fake_quantize import FakeQuantize
 from compress_quantization.plan import PlannedQuantizer
@@ -301,11 +302,14 @@ class Quantization(Algorithm):
     def _record(self, planner: Planner, scopes: Any, path: str, context: Context) -> None:
         for scope_path, entry in scopes.entries():
             context.ledger.record(scope_path, entry, "matches these modules", scopes.matches(entry))
-        given = {leaf: value for leaf, value, _ in self.config.given_leaves()}
-        for leaf, names in planner.resolver.used.items():
-            for key, value in given.items():
-                if key == leaf or key.startswith(f"{leaf}."):
-                    context.ledger.record(f"{path}.{key}", value, "applies to these quantizers", names)
+        entries = {**planner.resolver.used, **planner.unified}
+        for leaf, value, was_read in self.config.given_leaves():
+            names = applied_to(leaf, entries)
+            if names and was_read:
+                effect = "one quantizer at these places" if leaf in planner.unified else "applies to these quantizers"
+                context.ledger.record(f"{path}.{leaf}", value, effect, names)
+            elif names == []:
+                context.ledger.record(f"{path}.{leaf}", value, "matches nothing in this model")
 
     def _calibrated(self, planned: PlannedQuantizer) -> Calibrated:
         config = planned.initial_range.to_config()

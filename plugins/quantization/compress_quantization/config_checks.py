@@ -251,10 +251,8 @@ def _scopes(config: QuantizationConfig) -> Iterator[Problem]:
 def _unified_scales(config: QuantizationConfig) -> Iterator[Problem]:
     path, seen = "activations.unified_scale_ops", dict[str, int]()
     for index, group in enumerate(config.activations.unified_scale_ops):
-        if len(set(group)) < 2:
-            yield Problem(
-                f"{path}.{index}", f"{group} names fewer than two operators, which share a quantizer with none"
-            )
+        if not group:
+            yield Problem(f"{path}.{index}", "names no operator; name some, or remove it")
         for entry in group:
             try:
                 compile_scope(entry)

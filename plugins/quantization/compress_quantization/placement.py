@@ -5,12 +5,13 @@ the tensor is produced: through operators that only move values about, and over 
 want the same. So one quantizer serves all who read the tensor, and it stands behind the activation function that a
 runtime fuses with the convolution before it. It stays below tensors that the model also returns.
 
-Quantizers that meet at a concatenation become one, because a runtime concatenates integers of one scale only.
+Quantizers that meet at a concatenation become one, because a runtime concatenates integers of one scale only. Others
+become one because of the operators that they serve (`unifying`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 
 from compress_core.trace import Call, ForwardTrace, Trace
@@ -21,6 +22,7 @@ from compress_quantization.fusing import fused_calls
 from compress_quantization.masks import masks_of, reads_mask
 from compress_quantization.operators import is_data_argument, is_transparent, kind_of
 from compress_quantization.quantizer_config import QuantizerSpec
+from compress_quantization.unifying import DisjointSets, ServedInput, Unified, Unifier
 
 # What an operator demands of one of its inputs, or None.
 Demand = Callable[[Call, Path], QuantizerSpec | None]
@@ -34,14 +36,16 @@ class Rules:
         demand: What an operator wants of an input.
         quantize_inputs: Whether inputs of the model are quantized.
         output_spec: How outputs of the model are quantized; None leaves them alone.
-        unify_concat: Whether quantizers that meet at a concatenation become one.
+        unified_kinds: Kinds of operators whose inputs share one quantizer; for "concat", that is those that meet there.
+        unified_calls: Operators whose inputs share one quantizer with those of others -> path of their group.
         stored_masks: Names of buffers that hold masks of attention.
     """
 
     demand: Demand
     quantize_inputs: bool = True
     output_spec: QuantizerSpec | None = None
-    unify_concat: bool = True
+    unified_kinds: frozenset[str] = frozenset({"concat"})
+    unified_calls: Mapping[CallRef, str] = field(default_factory=dict)
     stored_masks: frozenset[str] = frozenset()
 
 
@@ -51,7 +55,7 @@ class Placed:
 
     Attributes:
         spec: What it is like.
-        places: Where it stands; several when tensors that meet at a concatenation share it.
+        places: Where it stands; several when tensors share it: at a concatenation, or as config or device want it.
         modules: Dotted names of the modules that make the quantized tensor, and of those that demand it.
         shape: Shape of the first of its tensors in the example.
         call: The call that the first place is at, in one of the forwards; None for an input of the model.
@@ -73,19 +77,26 @@ class Placement:
     Attributes:
         quantizers: In the order of the forward.
         unplaced: Description of each tensor that should be quantized and that no place names -> why.
+        unified: Path of a group of operators -> what has become of it.
     """
 
     quantizers: tuple[Placed, ...]
     unplaced: dict[str, str] = field(default_factory=dict)
+    unified: dict[str, Unified] = field(default_factory=dict)
 
 
 def place_quantizers(trace: Trace, rules: Rules) -> Placement:
-    """Returns the quantizers of activations that a model needs."""
+    """Returns the quantizers of activations that a model needs.
+
+    Raises:
+        ConfigError: Quantizers that have to be one are different.
+    """
     sites = Sites(trace)
     wishes: dict[ActivationPlace, _Wish] = {}
     calls: dict[ActivationPlace, Call | None] = {}
     unplaced: dict[str, str] = {}
-    groups = _Groups()
+    groups = DisjointSets()
+    served: list[ServedInput] = []
     for number, forward in enumerate(trace.forwards):
         propagation = _Propagation(forward, rules, groups, number)
         for wish in propagation.wishes():
@@ -96,7 +107,22 @@ def place_quantizers(trace: Trace, rules: Rules) -> Placement:
                 wishes.setdefault(place, wish)
                 calls.setdefault(place, call)
                 groups.join(place, wish.group)
-    return Placement(tuple(_merged(wishes, groups, calls)), unplaced)
+        served += propagation.served()
+    unified = _unify(served, trace, rules, Unifier(groups, wishes, sites))
+    return Placement(tuple(_merged(wishes, groups, calls)), unplaced, unified)
+
+
+def _unify(served: list[ServedInput], trace: Trace, rules: Rules, unifier: Unifier) -> dict[str, Unified]:
+    of_device: dict[CallRef, list[ServedInput]] = {}
+    of_config: dict[str, list[ServedInput]] = {}
+    for one in served:
+        if kind_of(trace.forwards[one.call.forward].calls[one.call.call].function) in rules.unified_kinds:
+            of_device.setdefault(one.call, []).append(one)
+        if one.call in rules.unified_calls:
+            of_config.setdefault(rules.unified_calls[one.call], []).append(one)
+    for inputs in of_device.values():
+        unifier.unify(inputs)
+    return {path: unifier.unify(inputs, path) for path, inputs in of_config.items()}
 
 
 @dataclass
@@ -139,7 +165,7 @@ class _Ask:
 class _Propagation:
     """Moves the quantizers of one forward up as far as they go."""
 
-    def __init__(self, forward: ForwardTrace, rules: Rules, groups: _Groups, number: int) -> None:
+    def __init__(self, forward: ForwardTrace, rules: Rules, groups: DisjointSets, number: int) -> None:
         self._forward = forward
         self._rules = rules
         self._groups = groups
@@ -153,6 +179,8 @@ class _Propagation:
         self._partial: list[_Wish] = []
         # Quantizers behind concatenations that the inputs have taken over.
         self._lifted: dict[int, _Wish] = {}
+        # What operators demand of their inputs: reader -> specification.
+        self._demands: dict[tuple[int, Path], QuantizerSpec] = {}
 
     def wishes(self) -> list[_Wish]:
         """Returns all wishes in the order of the forward."""
@@ -160,6 +188,30 @@ class _Propagation:
             if self._is_activation(value.index):
                 self._settle(value.index)
         return sorted([*self._whole.values(), *self._partial], key=lambda wish: wish.value)
+
+    def served(self) -> list[ServedInput]:
+        """Returns what operators have got of what they demand, in the order of the forward; after `wishes`."""
+        own = {reader: wish for wish in self._partial for reader in wish.readers or ()}
+        found = []
+        for (index, path), spec in sorted(self._demands.items(), key=lambda item: item[0][0]):
+            wishes = self._serving((index, path), own)
+            shapes, groups = tuple(wish.shape for wish in wishes), tuple(wish.group for wish in wishes)
+            found.append(ServedInput(CallRef(self._number, index), path, spec, shapes, groups))
+        return found
+
+    def _serving(self, reader: tuple[int, Path], own: dict[tuple[int, Path], _Wish]) -> list[_Wish]:
+        """Returns the quantizers that the argument of a call has passed: one, or those of the parts of it."""
+        call = self._forward.calls[reader[0]]
+        value = dict(call.inputs)[reader[1]]
+        wish = own.get(reader) or self._whole.get(value)
+        if wish is not None:
+            return [wish]
+        made_by = self._forward.values[value].call
+        assert made_by is not None, "whoever demands a quantizer has one, here or further up"
+        maker = self._forward.calls[made_by]
+        is_concat = kind_of(maker.function) == "concat"
+        above = [path for path, _ in maker.inputs if is_concat or path[0] in (0, "input", "self")]
+        return [wish for path in above for wish in self._serving((made_by, path), own)]
 
     def _is_activation(self, value: ValueId) -> bool:
         known = self._forward.values[value]
@@ -208,6 +260,8 @@ class _Propagation:
         if is_transparent(call):
             return self._transparent(call, reader) if path[0] in (0, "input", "self") else _Ask(None, reader)
         spec = self._rules.demand(call, path) if is_data_argument(call, path) else None
+        if spec is not None:
+            self._demands[reader] = spec
         return _Ask(spec, reader, modules=[call.module])
 
     def _transparent(self, call: Call, reader: tuple[int, Path]) -> _Ask:
@@ -226,7 +280,7 @@ class _Propagation:
         if wish is None or not all(self._is_activation(value) for _, value in call.inputs):
             return _Ask(None, reader)
         self._lifted[call.index] = wish
-        return _Ask(wish.spec, reader, results, list(wish.modules), unified=self._rules.unify_concat)
+        return _Ask(wish.spec, reader, results, list(wish.modules), unified="concat" in self._rules.unified_kinds)
 
     def _float_results(self, call: Call) -> list[ValueId]:
         return [value for value in call.results if self._forward.values[value].dtype.is_floating_point]
@@ -266,7 +320,7 @@ def _name(call: Call | None) -> str:
 
 
 def _merged(
-    wishes: dict[ActivationPlace, _Wish], groups: _Groups, calls: dict[ActivationPlace, Call | None]
+    wishes: dict[ActivationPlace, _Wish], groups: DisjointSets, calls: dict[ActivationPlace, Call | None]
 ) -> list[Placed]:
     members: dict[Hashable, list[ActivationPlace]] = {}
     for place in wishes:
@@ -278,20 +332,3 @@ def _merged(
         is_constant = all(wishes[place].is_constant for place in places)
         found.append(Placed(first.spec, tuple(places), tuple(modules), first.shape, calls[places[0]], is_constant))
     return found
-
-
-class _Groups:
-    """Disjoint sets: things that become one quantizer."""
-
-    def __init__(self) -> None:
-        self._parents: dict[Hashable, Hashable] = {}
-
-    def root(self, item: Hashable) -> Hashable:
-        """Returns what stands for the set of `item`."""
-        while (parent := self._parents.get(item, item)) != item:
-            item = parent
-        return item
-
-    def join(self, left: Hashable, right: Hashable) -> None:
-        """Makes two sets one."""
-        self._parents[self.root(right)] = self.root(left)

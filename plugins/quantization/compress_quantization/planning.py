@@ -28,7 +28,8 @@ from compress_quantization.placement import Placed, Rules, place_quantizers
 from compress_quantization.plan import InitialRange, PlannedQuantizer, QuantizationPlan
 from compress_quantization.profiles import Profile
 from compress_quantization.quantizer_config import QuantizerSpec, Resolver, check_strict_bits
-from compress_quantization.quantizer_names import QuantizerPlace, QuantizersByName, nncf_input
+from compress_quantization.quantizer_names import QuantizerPlace, QuantizersByName, nncf_input, place_name
+from compress_quantization.unifying import UnifiedScales
 
 
 class Planner:
@@ -57,6 +58,8 @@ class Planner:
         self._reached = trace.reached
         self._stored_masks = stored_masks(model)
         self.resolver = Resolver(config, profile)
+        # Path of a group of `unified_scale_ops` -> names of the places of its one quantizer, for the ledger.
+        self.unified: dict[str, list[str]] = {}
         self._plan = QuantizationPlan()
 
     @property
@@ -73,20 +76,19 @@ class Planner:
         weights = self._weights()
         activations = self._activations()
         self._plan.quantizers = [*weights.values(), *activations]
-        self._plan.potential = self._potential(len(activations))
         problems = self.resolver.dead_entries()
         if problems:
             raise ConfigError(problems)
         check_strict_bits(self._config, self._feeding_one_operator(weights, activations))
         return self._plan
 
-    def _potential(self, activations: int) -> dict[str, int]:
+    def _potential(self, rules: Rules, activations: int) -> dict[str, int]:
         def demand(call: Call, path: Path) -> QuantizerSpec | None:
             position = path[0] if isinstance(path[0], int) else 0
             return QuantizerSpec() if self._profile.quantizes_input(kind_of(call.function), position) else None
 
         outputs = QuantizerSpec() if self._config.quantize_outputs else None
-        rules = Rules(demand, output_spec=outputs, stored_masks=self._stored_masks)
+        rules = replace(rules, demand=demand, quantize_inputs=True, output_spec=outputs)
         everywhere = len(place_quantizers(self._trace, rules).quantizers)
         weights = len(self._weight_tensors(weight_uses(self._trace)))
         # Where readers of one tensor disagree it gets more than one.
@@ -165,11 +167,13 @@ class Planner:
         output_spec = None
         if self._config.quantize_outputs:
             output_spec = self.resolver.resolve(QuantizerPlace((), "activations", "add", "OUTPUT"))
+        groups = UnifiedScales(self._config.activations, self._trace, self._calls, self._names)
         rules = Rules(
             self._demand,
             quantize_inputs=self._config.quantize_inputs,
             output_spec=output_spec,
-            unify_concat=self._profile.unifies_inputs("concat"),
+            unified_kinds=self._profile.unified_scales,
+            unified_calls=groups.calls,
             stored_masks=self._stored_masks,
         )
         placement = place_quantizers(self._trace, rules)
@@ -184,6 +188,11 @@ class Planner:
                 wanted.append((placed, own))
         if self._config.validate_scopes:
             self._by_name.check()
+        self._plan.potential = self._potential(rules, len(wanted))
+        self.unified = {
+            path: [f"{place_name(place)}|{_port(place)}" for place in found.places]
+            for path, found in groups.check(placement.unified).items()
+        }
         return [self._planned(placed, own) for placed, own in wanted]
 
     def _ignored_by_name(self, place: QuantizerPlace) -> str | None:
@@ -234,7 +243,7 @@ class Planner:
     def _names_of_quantizer(self, placed: Placed) -> tuple[ScopedModule, ...]:
         """Returns what scopes can call a quantizer: as it is printed, by its module, by the call that it stands at."""
         place = placed.places[0]
-        own = ScopedModule(_where(place), (_where(place), *self._aliases(place)))
+        own = ScopedModule(place_name(place), (place_name(place), *self._aliases(place)))
         modules = () if isinstance(place, CallInput | CallOutput) else self._module_names([place.module])
         calls = () if placed.call is None else (self._calls[self._key(placed.call)],)
         return (own, *modules, *calls)
@@ -268,11 +277,6 @@ class Planner:
 
 def _port(place: ActivationPlace) -> str:
     return "INPUT0" if isinstance(place, CallInput) else "OUTPUT"
-
-
-def _where(place: ActivationPlace) -> str:
-    text = str(place)
-    return text.replace(": output", "").replace(" output", "").replace(": ", "/").replace("torch.nn.functional.", "")
 
 
 def _weight_kind(tensor: WeightTensor, call: Call | None) -> str:

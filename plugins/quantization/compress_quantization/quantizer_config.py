@@ -119,8 +119,14 @@ class Resolver:
 
     @property
     def used(self) -> dict[str, list[str]]:
-        """Path of an override, scope or entry -> the quantizers that it has matched so far, for the ledger."""
-        return self._used
+        """Path of an override, scope, entry or range -> the quantizers that it has matched so far, for the ledger.
+
+        There are none for those that need not match.
+        """
+        ranges = self._config.initializer.range
+        scoped = enumerate(ranges if isinstance(ranges, list) else ())
+        lenient = [f"initializer.range.{index}" for index, item in scoped if not item.validate_scopes]
+        return {**{path: [] for path in (*self._matchers, *lenient)}, **self._used}
 
     def resolve(self, place: QuantizerPlace) -> QuantizerSpec:
         """Returns the settings of a quantizer.

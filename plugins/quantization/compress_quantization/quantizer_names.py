@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from compress_core import ConfigError
 from compress_core.config.scopes import ScopedModule, ScopeFilter, compile_scope
 from compress_core.errors import Problem
+from compress_core.transforms.places import ActivationPlace
 from compress_quantization.config import QuantizerGroup
 
 _QUANTIZER = re.compile(r"^(?P<scope>.+)\|(?P<port>WEIGHT|OUTPUT|INPUT\d*)$")
@@ -126,3 +127,9 @@ def _is_input(entry: str) -> bool:
 def nncf_input(number: int) -> str:
     """Returns NNCF's name of an input of the model."""
     return f"{_NNCF_INPUT}{number}"
+
+
+def place_name(place: ActivationPlace) -> str:
+    """Returns what a place is called in the names of quantizers: shorter than it is printed."""
+    text = str(place)
+    return text.replace(": output", "").replace(" output", "").replace(": ", "/").replace("torch.nn.functional.", "")

@@ -272,7 +272,7 @@ def test_wrong_values_are_named(values, path, words):
         ("CPU", {"ignored_scopes": "a", "target_scopes": "a"}, "target_scopes.0", "ignored_scopes as well"),
         ("CPU", {"weights": {"ignored_scopes": "{re}("}}, "weights.ignored_scopes.0", "not a regular expression"),
         ("CPU", {"scope_overrides": {"weights": {"fc": {}}}}, "scope_overrides.weights.fc", "says nothing"),
-        ("CPU", {"activations": {"unified_scale_ops": [["a"]]}}, "activations.unified_scale_ops.0", "fewer than two"),
+        ("CPU", {"activations": {"unified_scale_ops": [[]]}}, "activations.unified_scale_ops.0", "names no operator"),
         (
             "CPU",
             {"activations": {"unified_scale_ops": [["a", "b"], ["b", "c"]]}},
