@@ -114,7 +114,9 @@ def test_operators_of_several_examples_share_one():
     examples = [torch.ones(2, 4, 8, 8), torch.ones(2, 4, 4, 4)]
     separate = [["model: input 0"], ["a: output"], ["b: output"]]
     assert places(plan(Block(rest), examples)) == separate
-    assert places(unified(["a", "b", "c"], model=Block(rest), inputs=examples)) == [sum(separate, [])]
+    assert places(unified(["a", "b", "c"], model=Block(rest), inputs=examples)) == [
+        ["model: input 0", "a: output", "b: output"]
+    ]
 
 
 def test_entries_that_mean_nothing_are_told_with_a_guess():
@@ -271,7 +273,7 @@ def test_resumed_models_have_the_same_quantizers(tmp_path):
     assert (len(handles), len(set(map(id, handles)))) == (4, 2)
 
 
-@pytest.mark.parametrize(("device", "group", "scales"), [("CPU", GROUP, 2), ("CPU", {}, 4), ("NPU", {}, 3)])
+@pytest.mark.parametrize(("device", "group", "scales"), [("CPU", GROUP, 2), ("NPU", {}, 3)])
 def test_files_agree_with_torch(device, group, scales, tmp_path):
     controller, _ = create(document(device, activations=group))
     report = controller.export_onnx(tmp_path / "model.onnx", data()[0])
