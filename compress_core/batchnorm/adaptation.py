@@ -17,7 +17,6 @@ import torch
 from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.json_schema import SkipJsonSchema
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from compress_core.config.sections import Count, InitializerConfig, Scopes
 
@@ -34,6 +33,7 @@ from compress_core.contract.statistics import Statistics
 from compress_core.data.calibration import BNAdaptationInitArgs, CalibrationData, ModelEvaluationArgs
 from compress_core.data.rng import preserved_rng
 from compress_core.errors import ConfigError, DataError, ModelError, Problem, StateError, UsageError
+from compress_core.torch_internals import AnyBatchNorm
 from compress_core.transforms.model_wide import bypass_transforms
 
 logger = logging.getLogger(__name__)
@@ -289,7 +289,7 @@ class BatchNormAdaptation(Initializer):
         """Returns what the last adaptation did."""
         return None if self.report is None else BatchNormAdaptationStatistics(self.report)
 
-    def _observe_reference(self, model: nn.Module, layers: dict[str, _BatchNorm], context: Context) -> None:
+    def _observe_reference(self, model: nn.Module, layers: dict[str, AnyBatchNorm], context: Context) -> None:
         adaptation = AdaptationPass(model, layers, self.method, self.paths[0])
         if not adaptation.needs_reference:
             return
@@ -321,7 +321,7 @@ class BatchNormAdaptation(Initializer):
     def _finish(
         self,
         adaptation: AdaptationPass,
-        layers: dict[str, _BatchNorm],
+        layers: dict[str, AnyBatchNorm],
         num_samples: int,
         guard: MetricGuard | None,
         before: SavedStatistics,
@@ -346,7 +346,7 @@ class BatchNormAdaptation(Initializer):
         """Tells whether the layers hold the trained statistics, or those that we have put there."""
         return bool(self._origin) and (_same(now, self._last) or _same(now, self._origin))
 
-    def _layers(self, model: nn.Module, context: Context) -> dict[str, _BatchNorm]:
+    def _layers(self, model: nn.Module, context: Context) -> dict[str, AnyBatchNorm]:
         """Returns the batch norms to adapt: with running statistics, not frozen, not in an ignored scope.
 
         Those that were frozen when the model was created stay frozen: `model.eval()` must not make them adaptable.
@@ -357,7 +357,7 @@ class BatchNormAdaptation(Initializer):
         return {
             name: module
             for name, module in model.named_modules()
-            if isinstance(module, _BatchNorm)
+            if isinstance(module, AnyBatchNorm)
             and module.running_mean is not None
             and module.running_var is not None
             and not _is_frozen(module, model)
@@ -366,7 +366,7 @@ class BatchNormAdaptation(Initializer):
         }
 
     def _check_scopes(self, model: nn.Module) -> None:
-        norms = [name for name, module in model.named_modules() if isinstance(module, _BatchNorm)]
+        norms = [name for name, module in model.named_modules() if isinstance(module, AnyBatchNorm)]
         ScopeFilter(model, self.ignored).check(norms)
 
     def _record(self, context: Context, layers: Iterable[str]) -> None:
@@ -377,12 +377,12 @@ class BatchNormAdaptation(Initializer):
                 context.ledger.record(leaf, value, effect, modules)
 
 
-def _is_frozen(layer: _BatchNorm, model: nn.Module) -> bool:
+def _is_frozen(layer: AnyBatchNorm, model: nn.Module) -> bool:
     """Tells whether the user holds this layer's statistics: in eval mode within a model that trains, or momentum 0."""
     return (model.training and not layer.training) or layer.momentum == 0.0
 
 
-def _statistics_of(layers: Mapping[str, _BatchNorm]) -> SavedStatistics:
+def _statistics_of(layers: Mapping[str, AnyBatchNorm]) -> SavedStatistics:
     found: SavedStatistics = {}
     for name, layer in layers.items():
         assert layer.running_mean is not None and layer.running_var is not None
@@ -392,7 +392,7 @@ def _statistics_of(layers: Mapping[str, _BatchNorm]) -> SavedStatistics:
     return found
 
 
-def _set_statistics(layers: Mapping[str, _BatchNorm], statistics: SavedStatistics) -> None:
+def _set_statistics(layers: Mapping[str, AnyBatchNorm], statistics: SavedStatistics) -> None:
     for name, layer in layers.items():
         assert layer.running_mean is not None and layer.running_var is not None
         mean, var, counter = statistics[name]

@@ -15,11 +15,11 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
 from compress_core.batchnorm.moments import Correlation, Moments, sampled_rows
 from compress_core.errors import DataError
+from compress_core.torch_internals import AnyBatchNorm
 from compress_core.transforms.call_sites import run_quietly
 
 # Values of a channel that are paired in each sample and call, to estimate a correlation.
@@ -36,7 +36,7 @@ class Estimator:
 
     needs_reference: ClassVar[bool] = False
 
-    def __init__(self, name: str, layer: _BatchNorm) -> None:
+    def __init__(self, name: str, layer: AnyBatchNorm) -> None:
         assert layer.running_mean is not None and layer.running_var is not None
         self.name = name
         self.layer = layer
@@ -175,7 +175,7 @@ class PairedEstimator(Estimator):
 
     needs_reference = True
 
-    def __init__(self, name: str, layer: _BatchNorm) -> None:
+    def __init__(self, name: str, layer: AnyBatchNorm) -> None:
         super().__init__(name, layer)
         self._correlation = Correlation(layer.num_features, self.mean.device)
         self._waiting_rows: deque[torch.Tensor] = deque()

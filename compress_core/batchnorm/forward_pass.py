@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
 from compress_core.batchnorm.estimators import ESTIMATORS, Estimator
@@ -19,6 +18,7 @@ from compress_core.batchnorm.report import AdaptationReport, LayerDrift
 from compress_core.data.calibration import CalibrationData
 from compress_core.data.rng import preserved_rng
 from compress_core.errors import DataError, ModelError
+from compress_core.torch_internals import AnyBatchNorm
 from compress_core.transforms.interrupts import interrupts_held
 from compress_core.transforms.weight import WeightTransforms
 
@@ -40,7 +40,7 @@ class AdaptationPass:
     """
 
     def __init__(
-        self, model: nn.Module, layers: dict[str, _BatchNorm], method: str, path: str = "batch-norm adaptation"
+        self, model: nn.Module, layers: dict[str, AnyBatchNorm], method: str, path: str = "batch-norm adaptation"
     ) -> None:
         self._path = path
         self._model = model
@@ -125,7 +125,7 @@ class AdaptationPass:
             tuple(_drift(estimator) for estimator in self._estimators),
         )
 
-    def follow(self, layers: dict[str, _BatchNorm]) -> None:
+    def follow(self, layers: dict[str, AnyBatchNorm]) -> None:
         """Goes on with the layers that now stand under the names, where a commit has replaced some.
 
         Raises:

@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
 
 from compress_core.channels.shrinking import Shrinkage
 from compress_core.data.rng import preserved_rng
 from compress_core.errors import ModelError
+from compress_core.torch_internals import tree_map
 from compress_core.trace.graph import ForwardTrace, tensors_with_paths
 
 logger = logging.getLogger(__name__)

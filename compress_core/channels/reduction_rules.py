@@ -7,6 +7,7 @@ from typing import Any
 
 from compress_core.channels.algebra import Dims, Labels, Role
 from compress_core.channels.rules import Step, pointwise, rule
+from compress_core.torch_internals import schema_of
 from compress_core.trace.graph import Ref
 
 # Normalization.
@@ -113,7 +114,7 @@ def _reduction(step: Step) -> list[Dims]:
     if len(step.operator.inputs) > 1:
         return pointwise(step)  # max and min of two tensors
     position = 2 if "vector_norm" in step.operator.name else 1
-    over = step.argument(position, "dim") if "dim" in str(step.operator.function._schema) else None
+    over = step.argument(position, "dim") if "dim" in str(schema_of(step.operator.function)) else None
     reduced = _dims_argument(over, len(dims))
     step.fix([dims[dim] for dim in reduced], "is reduced")
     keeps = step.result_shapes and len(step.result_shapes[0]) == len(dims)

@@ -9,11 +9,10 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from compress_core.channels.groups import ChannelGroup
 from compress_core.errors import StateError
+from compress_core.torch_internals import AnyConv, AnyConvTranspose, AnyNorm, has_gradient_hooks
 from compress_core.transforms.weight import chain_of, parameter_places
 from compress_core.transforms.weight_cache import WeightChain
 
@@ -163,7 +162,7 @@ def _exchange(tensor: torch.Tensor, values: torch.Tensor) -> None:
     A graph that is still alive, such as that of the last loss, remembers the old shape of a parameter, and the next
     backward pass would meet it there. So parameters get an inside of their own that no graph knows.
     """
-    if isinstance(tensor, nn.Parameter) and tensor.is_leaf and not tensor._backward_hooks:
+    if isinstance(tensor, nn.Parameter) and tensor.is_leaf and not has_gradient_hooks(tensor):
         fresh = nn.Parameter(values, tensor.requires_grad)
         fresh.__dict__.update(tensor.__dict__)
         try:
@@ -237,7 +236,7 @@ def _shape(module: Any, *names: str) -> tuple[int, ...]:
 
 def _update_conv(module: Any) -> None:
     shape = _shape(module, "weight")
-    transposed = isinstance(module, _ConvTransposeNd)
+    transposed = isinstance(module, AnyConvTranspose)
     whole, part = shape[:2]
     if module.groups > 1 and part == 1 and module.in_channels == module.groups:
         # One input in each group: groups go as a whole.
@@ -277,9 +276,9 @@ def _update_prelu(module: Any) -> None:
 
 
 _UPDATES: dict[type[nn.Module], Callable[[Any], None]] = {
-    _ConvNd: _update_conv,
+    AnyConv: _update_conv,
     nn.Linear: _update_linear,
-    _NormBase: _update_norm,
+    AnyNorm: _update_norm,
     nn.GroupNorm: _update_group_norm,
     nn.LayerNorm: _update_layer_norm,
     nn.Embedding: _update_embedding,

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from compress_core.channels.shrinking import Shrinkage
 from compress_core.config import AlgorithmConfig, CompressionConfig, InitializerConfig
@@ -25,6 +24,7 @@ from compress_core.data.calibration import (
 )
 from compress_core.data.rng import generators_of, preserved_rng
 from compress_core.errors import ConfigError, DataError, ModelError
+from compress_core.torch_internals import AnyBatchNorm
 from compress_core.trace import Example, Trace, TraceError, trace
 from compress_core.transforms import transformed_weight
 from compress_core.transforms.layers import WeightTensor, weight_tensors
@@ -290,7 +290,7 @@ class Context:
         candidates = [name for tensor in tensors for name in tensor.module_names]
         if config.validate_scopes:
             # A scope for everybody may also mean a batch norm, which adaptation then leaves alone.
-            norms = [name for name, module in model.named_modules() if isinstance(module, _BatchNorm)]
+            norms = [name for name, module in model.named_modules() if isinstance(module, AnyBatchNorm)]
             scopes.check(candidates, [*candidates, *norms], own_prefix=path)
         targets, skipped = [], {}
         for tensor in tensors:

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves, tree_map
 
 from compress_core.errors import DataError
+from compress_core.torch_internals import tree_leaves, tree_map
 
 ForwardFn = Callable[[nn.Module, Any], Any]
 

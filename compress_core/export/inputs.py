@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_flatten_with_path, tree_leaves, tree_map
 
 from compress_core.errors import ExportError
+from compress_core.torch_internals import tree_flatten_with_path, tree_leaves, tree_map
 from compress_core.trace import Example
 
 # Samples of a batch that are compared: enough for rare disagreements, few enough to be quick.

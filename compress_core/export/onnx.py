@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
 from compress_core.errors import ExportError, UsageError
 from compress_core.export.inputs import Inputs
@@ -24,6 +23,7 @@ from compress_core.export.names import name_inputs_and_outputs
 from compress_core.export.report import ExportReport
 from compress_core.export.target import GraphRewrite
 from compress_core.export.verification import Reference, compare, optimized_operators, runtime_name
+from compress_core.torch_internals import tree_leaves
 from compress_core.transforms.generated import ACTIVATIONS_ATTRIBUTE
 
 logger = logging.getLogger(__name__)

@@ -22,6 +22,7 @@ from compress_core.api import create_compressed_model
 from compress_core.contract.hookspecs import hookimpl
 from compress_core.session.controller import CompressionController
 from compress_core.testing.fingerprint import fingerprint
+from compress_core.torch_internals import tree_leaves
 from compress_core.transforms.activation import activation_transforms
 from compress_core.transforms.generated import base_class
 
@@ -419,7 +420,7 @@ def _run(model: nn.Module, case: Case) -> Any:
 
 
 def _leaves(value: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in torch.utils._pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
 
 
 def _scalar(output: Any) -> torch.Tensor:

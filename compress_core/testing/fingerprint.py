@@ -9,17 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-# Attributes of nn.Module that hold hooks; a rolled-back model has the same ones in the same order.
-_HOOKS = (
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_state_dict_hooks",
-    "_state_dict_pre_hooks",
-    "_load_state_dict_pre_hooks",
-    "_load_state_dict_post_hooks",
-)
+from compress_core.torch_internals import HOOK_ATTRIBUTES
 
 
 def fingerprint(model: nn.Module) -> dict[str, Any]:
@@ -38,7 +28,7 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
             "children": list(module._modules),
             "parameters": {key: _tensor(value) for key, value in module._parameters.items()},
             "buffers": {key: _tensor(value) for key, value in module._buffers.items()},
-            "hooks": {key: [id(hook) for hook in module.__dict__.get(key, {}).values()] for key in _HOOKS},
+            "hooks": {key: [id(hook) for hook in module.__dict__.get(key, {}).values()] for key in HOOK_ATTRIBUTES},
             "simple": {k: v for k, v in module.__dict__.items() if isinstance(v, (int, float, str, tuple))},
         }
     return {

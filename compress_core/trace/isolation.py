@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from compress_core.data.rng import preserved_rng
+from compress_core.torch_internals import storage_identity, version_of
 from compress_core.transforms.snapshot import StructureSnapshot
 
 # Objects that hold no state of a forward, or look after it themselves.
@@ -155,11 +156,11 @@ def _equal(tensor: torch.Tensor, values: torch.Tensor) -> bool:
 
 
 def _version(tensor: torch.Tensor) -> int | None:
-    return None if tensor.is_inference() else tensor._version
+    return None if tensor.is_inference() else version_of(tensor)
 
 
 def _storage(tensor: torch.Tensor) -> int:
     try:
-        return int(tensor.untyped_storage()._cdata)
+        return storage_identity(tensor)
     except (RuntimeError, NotImplementedError):
         return -1  # sparse: all of them are watched together

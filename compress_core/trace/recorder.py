@@ -16,11 +16,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode, resolve_name
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 
+from compress_core.torch_internals import FakeTensorMode, TorchDispatchMode, TorchFunctionDisabled, schema_of
 from compress_core.trace.graph import Call, ForwardTrace, Frame, ModuleCall, Operator
 from compress_core.trace.graph import tensors_with_paths as tensors_of
 from compress_core.trace.positions import RunningFrame, location_below, result_is_used
@@ -103,7 +102,7 @@ class Recorder:
 
     def _enter(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         # Asking a tensor for its shape in a hook is a call that the mode would record.
-        with torch._C.DisableTorchFunction():
+        with TorchFunctionDisabled():
             parent = self._stack[-1] if self._stack else None
             invocation = self._runs.get(name, 0)
             self._runs[name] = invocation + 1
@@ -125,7 +124,7 @@ class Recorder:
                     self.trace.values[value].inputs.append(path)
 
     def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        with torch._C.DisableTorchFunction():
+        with TorchFunctionDisabled():
             running = self._stack.pop()
             self._frames = self._frames[:-1]
             running.record.outputs = self._values.all_of(output)
@@ -295,7 +294,7 @@ class _Facts:
 
 @functools.cache
 def _facts(function: Any) -> _Facts:
-    schema = getattr(function, "_schema", None)
+    schema = schema_of(function)
     written = [
         (position, argument.name)
         for position, argument in enumerate(() if schema is None else schema.arguments)

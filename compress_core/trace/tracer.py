@@ -12,13 +12,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
-from torch.utils._pytree import tree_map
 
 from compress_core.data.examples import Example, examples_of
 from compress_core.errors import ModelError
+from compress_core.torch_internals import FAKE_TENSOR_LOGGER, FakeTensor, FakeTensorMode, tree_map
 from compress_core.trace import render
 from compress_core.trace.graph import Forwards, ForwardTrace
 from compress_core.trace.isolation import Untouched
@@ -185,7 +184,7 @@ def _batch_for(model: nn.Module, batch: Any, mode: FakeTensorMode | None) -> Any
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Torch logs a stack trace for each operator that fails on fake tensors, whether the caller can go on or not."""
-    log = logging.getLogger("torch._subclasses.fake_tensor")
+    log = logging.getLogger(FAKE_TENSOR_LOGGER)
     level = log.level
     log.setLevel(logging.CRITICAL)
     try:

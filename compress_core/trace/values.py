@@ -8,8 +8,8 @@ from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, TypeAlias
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from compress_core.torch_internals import FakeTensor, FakeTensorMode, is_view, storage_identity
 from compress_core.trace.graph import ForwardTrace, Ref, Value, ValueId, tensors_with_paths
 from compress_core.transforms.places import Path
 
@@ -163,7 +163,7 @@ class ValueTable:
     def _sharing(self, tensor: torch.Tensor) -> Iterator[int]:
         """Yields the identities of other known tensors that have memory in common with `tensor`."""
         self._index(self._not_indexed)
-        if self._fake is None or tensor._is_view():
+        if self._fake is None or is_view(tensor):
             self._index(self._parameters_not_indexed)  # each has to be made fake for that: not before it matters
         key = self._storage(tensor)
         for identity in self._by_storage.get(key, ()) if key is not None else ():
@@ -184,7 +184,7 @@ class ValueTable:
             if self._fake is not None and not isinstance(tensor, FakeTensor):
                 # A parameter shares memory with its views through the fake tensor that stands for it.
                 tensor = self._fake.from_tensor(tensor)
-            return int(tensor.untyped_storage()._cdata)
+            return storage_identity(tensor)
         except (RuntimeError, NotImplementedError):
             return None  # sparse, nested, or wrapped by a function transform
 

@@ -10,9 +10,9 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from torch._C._dynamo.eval_frame import get_eval_frame_callback
 
 from compress_core.errors import TransformError
+from compress_core.torch_internals import add_own_forward_pre_hook, is_frame_compiled_next, skip_frame
 from compress_core.transforms.activation_functions import activation_module
 from compress_core.transforms.call_sites import (
     CallSiteMode,
@@ -70,7 +70,7 @@ class ActivationTransforms(TransformContainer):
         self._warned = False
         self._plan = _Plan()
         # torch's fused transformer layers bypass their children unless one of these has a hook. Nobody calls us.
-        self._forward_pre_hooks[0] = _no_fast_path
+        add_own_forward_pre_hook(self, _no_fast_path)
 
     def __getstate__(self) -> dict[str, Any]:
         # Function objects such as torch.relu are found anew by name; not all of them can be pickled.
@@ -127,7 +127,7 @@ class ActivationTransforms(TransformContainer):
         return run_quietly(self._transform_outputs, output)
 
     def _run_counted(self, forward: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
-        if not torch.compiler.is_compiling() and get_eval_frame_callback() not in (None, False):
+        if not torch.compiler.is_compiling() and is_frame_compiled_next():
             # A compiled model has fallen back to eager here, perhaps because dynamo hides a function from modes. It
             # would go on to compile parts of this forward by themselves, and hide it there.
             forward = torch.compiler.disable(forward)  # type: ignore[no-untyped-call]
@@ -198,7 +198,7 @@ class ActivationTransforms(TransformContainer):
                 continue
             if torch.compiler.is_compiling():
                 if seen == 0 and torch.compiler.is_dynamo_compiling():
-                    torch._dynamo.skip_frame(f"torch.compile hides calls of {function.name} from function modes")
+                    skip_frame(f"torch.compile hides calls of {function.name} from function modes")
             elif not self._warned and not explains(function.calls, seen, training=mode.training):
                 self._warned = True
                 place = (*function.inputs, *function.outputs)[0].place

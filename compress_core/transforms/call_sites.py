@@ -21,6 +21,13 @@ import torch
 from torch.overrides import TorchFunctionMode, get_overridable_functions, resolve_name
 
 from compress_core.errors import TransformError
+from compress_core.torch_internals import (
+    TorchFunctionDisabled,
+    function_mode_at,
+    function_mode_count,
+    pop_function_mode,
+    push_function_mode,
+)
 from compress_core.transforms.activation_functions import activation_called
 from compress_core.transforms.attention import inside_of
 from compress_core.transforms.places import CallInput, CallOutput, CallPattern, Path
@@ -182,14 +189,14 @@ class CallSiteMode(TorchFunctionMode):
 
 def run_quietly(function: Callable[..., T], *args: Any) -> T:
     """Calls `function` hidden from call-site modes, so that what it calls is not counted."""
-    if not torch._C._len_torch_function_stack():
+    if not function_mode_count():
         return function(*args)
     if torch.compiler.is_dynamo_compiling():
-        with torch._C.DisableTorchFunction():
+        with TorchFunctionDisabled():
             return function(*args)
     # Only our modes are taken off: those of torch.export and of the user go on seeing everything. And they are taken
     # off rather than disabled, so that compiled kernels find the mode stack that they were compiled for.
-    stack = [torch._C._get_function_stack_at(i) for i in range(torch._C._len_torch_function_stack())]
+    stack = [function_mode_at(i) for i in range(function_mode_count())]
     others = [mode for mode in stack if not isinstance(mode, CallSiteMode)]
     if len(others) == len(stack):
         return function(*args)
@@ -202,15 +209,15 @@ def run_quietly(function: Callable[..., T], *args: Any) -> T:
 
 def is_observed() -> bool:
     """Tells whether a function mode other than ours is active, which may keep what functions return."""
-    size = torch._C._len_torch_function_stack()
-    return not all(isinstance(torch._C._get_function_stack_at(i), CallSiteMode) for i in range(size))
+    size = function_mode_count()
+    return not all(isinstance(function_mode_at(i), CallSiteMode) for i in range(size))
 
 
 def _set_stack(modes: list[Any]) -> None:
-    for _ in range(torch._C._len_torch_function_stack()):
-        torch._C._pop_torch_function_stack()
+    for _ in range(function_mode_count()):
+        pop_function_mode()
     for mode in modes:
-        torch._C._push_on_torch_function_stack(mode)
+        push_function_mode(mode)
 
 
 def count_unmade(functions: tuple[Any, ...]) -> bool:
@@ -221,8 +228,8 @@ def count_unmade(functions: tuple[Any, ...]) -> bool:
         and the call must be made.
     """
     found: list[tuple[CallSiteMode, int]] = []
-    for position in range(torch._C._len_torch_function_stack()):
-        mode = torch._C._get_function_stack_at(position)
+    for position in range(function_mode_count()):
+        mode = function_mode_at(position)
         if not isinstance(mode, CallSiteMode):
             continue
         index = max(mode.index_of(function) for function in functions)

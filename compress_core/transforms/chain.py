@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from compress_core.torch_internals import has_hooks
+
 
 class TransformChain(nn.Module):
     """The transforms of one tensor, applied in the order of their stages.
@@ -85,16 +87,6 @@ class TransformChain(nn.Module):
             tensor = getattr(transform, method)(tensor, activation) if first else transform(tensor)  # type: ignore[misc]
             first = False
         return tensor
-
-
-def has_hooks(transform: nn.Module) -> bool:
-    """Tells whether a transform has hooks, which only a call of the module itself runs."""
-    return bool(
-        transform._forward_hooks
-        or transform._forward_pre_hooks
-        or transform._backward_hooks
-        or transform._backward_pre_hooks
-    )
 
 
 class TransformContainer(nn.Module):

@@ -28,6 +28,7 @@ import torch
 from torch import nn
 
 from compress_core.errors import TransformError
+from compress_core.torch_internals import recurrent_overrides
 from compress_core.transforms.call_sites import run_quietly
 from compress_core.transforms.generated_forward import activation_methods
 from compress_core.transforms.recomputation import layer_forward
@@ -102,10 +103,7 @@ def _generate(base: type[nn.Module], names: frozenset[str], activations: bool) -
     if hasattr(base, "__deepcopy__"):
         namespace["__deepcopy__"] = _deepcopy
     if issubclass(base, nn.RNNBase):
-        # Recurrent layers hand a cached list of parameters to their kernels and never read them by name.
-        namespace["_flat_weights"] = property(_flat_weights, _set_flat_weights)
-        # Computed weights are new objects at each read: torch would rebuild its cache before every forward.
-        namespace["_weights_have_changed"] = lambda self: False
+        namespace.update(recurrent_overrides())
     try:
         return type(base.__name__, (base,), namespace)
     except Exception as error:
@@ -136,15 +134,6 @@ def _weight_property(name: str) -> property:
             raise TransformError(f"a weight transform of '{name}' in {type(self).__name__} failed: {error}") from error
 
     return property(get)
-
-
-def _flat_weights(self: nn.RNNBase) -> list[Any]:
-    return [getattr(self, name, None) for name in self._flat_weights_names]
-
-
-def _set_flat_weights(self: nn.RNNBase, value: list[Any]) -> None:
-    # What torch stores here are the weights it just read, computed ones; copies and pickles need the stored ones.
-    self.__dict__["_flat_weights"] = [self._parameters.get(name) for name in self._flat_weights_names]
 
 
 def _rebuild(

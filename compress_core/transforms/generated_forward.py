@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from compress_core.torch_internals import ASSIGN_ENTRY
+
 
 def activation_methods(base: type[nn.Module], attribute: str, forward: Callable[..., Any]) -> dict[str, Any]:
     """Returns methods of a subclass of `base` whose instances hold a container of transforms in `attribute`.
@@ -79,7 +81,7 @@ def _load_from_state_dict(base: type[nn.Module], attribute: str) -> Callable[...
         own = {key: state_dict.pop(key) for key in list(state_dict) if key.startswith(own_prefix)}
         lists = (missing_keys, unexpected_keys, error_msgs)
         base._load_from_state_dict(self, state_dict, prefix, local_metadata, strict, *lists)
-        assign = {"assign_to_params_buffers": local_metadata.get("assign_to_params_buffers", False)}
+        assign = {ASSIGN_ENTRY: local_metadata.get(ASSIGN_ENTRY, False)}
         _load_tree(self.__dict__[attribute], dict(own), own_prefix, assign, strict, *lists)
         state_dict.update(own)
 

@@ -20,8 +20,16 @@ import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from compress_core.transforms.chain import TransformChain, has_hooks
-from compress_core.transforms.execution import is_plain_execution
+from compress_core.torch_internals import (
+    has_hooks,
+    is_any_autocast_enabled,
+    is_plain_execution,
+    is_view,
+    may_set_saved_tensors_hooks,
+    storage_identity,
+    version_of,
+)
+from compress_core.transforms.chain import TransformChain
 
 # Layers whose forward is one operator that keeps its input and its weight and nothing else.
 _LAYERS: tuple[type[nn.Module], ...] = (
@@ -32,8 +40,6 @@ _FORWARDS = [layer.forward for layer in _LAYERS]
 
 # Attributes of these types are compared by value, others by identity.
 _SIMPLE = (bool, int, float, str, tuple)
-
-_autograd: Any = torch._C._autograd
 
 
 class _Running(threading.local):
@@ -91,9 +97,8 @@ def _may_hook() -> bool:
         _running.weights is None
         and is_plain_execution()
         # Whoever has set hooks decides what is kept. Under autocast layers keep a copy of their weight.
-        and _autograd._saved_tensors_hooks_is_enabled()
-        and _autograd._top_saved_tensors_default_hooks(False) is None
-        and not torch._C._is_any_autocast_enabled()
+        and may_set_saved_tensors_hooks()
+        and not is_any_autocast_enabled()
     )
 
 
@@ -122,18 +127,18 @@ class _Weights:
         self._results: dict[int, tuple[TransformChain, torch.Tensor, torch.Tensor]] = {}
 
     def add(self, chain: TransformChain, weight: torch.Tensor, result: torch.Tensor) -> None:
-        if result._is_view() or result.untyped_storage()._cdata == weight.untyped_storage()._cdata:
+        if is_view(result) or storage_identity(result) == storage_identity(weight):
             return  # disabled, or observed: there is nothing to save
-        self._results[result.untyped_storage()._cdata] = chain, weight, result
+        self._results[storage_identity(result)] = chain, weight, result
 
     def close(self) -> None:
         self._results.clear()
 
     def pack(self, tensor: torch.Tensor) -> _Kept | _Recipe:
         """Called with each tensor that the layer's operators keep."""
-        found = self._results.get(tensor.untyped_storage()._cdata)
+        found = self._results.get(storage_identity(tensor))
         if found is None or tensor.dtype != found[2].dtype:
-            return _Kept(tensor, tensor._version)
+            return _Kept(tensor, version_of(tensor))
         chain, weight, result = found
         view = (tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))
         return _Recipe(chain, weight, _state(chain, weight), result.stride(), view)
@@ -146,11 +151,11 @@ def unpacked(packed: _Kept | _Recipe) -> torch.Tensor:
         RuntimeError: Something has changed in between, so that gradients would be wrong.
     """
     if isinstance(packed, _Kept):
-        if packed.tensor._version != packed.version:
+        if version_of(packed.tensor) != packed.version:
             raise RuntimeError(
                 "one of the variables needed for gradient computation has been modified by an inplace operation: a "
                 f"tensor of shape {tuple(packed.tensor.shape)}, kept by a compressed layer, is at version "
-                f"{packed.tensor._version}; expected version {packed.version} instead"
+                f"{version_of(packed.tensor)}; expected version {packed.version} instead"
             )
         return packed.tensor
     if _state(packed.chain, packed.weight) != packed.state:
@@ -170,10 +175,10 @@ def unpacked(packed: _Kept | _Recipe) -> torch.Tensor:
 
 def _state(chain: TransformChain, weight: torch.Tensor) -> tuple[Any, ...]:
     """Returns what the result depends on: versions of tensors, and attributes."""
-    state: list[Any] = [id(weight), weight._version]
+    state: list[Any] = [id(weight), version_of(weight)]
     for module in chain.modules():
         for stored in (module._parameters, module._buffers):
-            state.extend((id(tensor), tensor._version) for tensor in stored.values() if tensor is not None)
+            state.extend((id(tensor), version_of(tensor)) for tensor in stored.values() if tensor is not None)
         for name, value in module.__dict__.items():
             if name != "training":
                 state.append(value if isinstance(value, _SIMPLE) else id(value))

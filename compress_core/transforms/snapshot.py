@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from compress_core.errors import ModelError
+from compress_core.torch_internals import FakeTensor
 from compress_core.transforms.interrupts import interrupts_held
 
 logger = logging.getLogger(__name__)

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from compress_core.torch_internals import has_forward_hooks, is_plain_execution, version_of
 from compress_core.transforms.chain import TransformChain
-from compress_core.transforms.execution import is_plain_execution
 from compress_core.transforms.recomputation import note
 
 _SAMPLES = 16
@@ -40,14 +40,14 @@ class _Watched:
         self.reference = weakref.ref(tensor)
         self.address = tensor.data_ptr()
         self.strides = tensor.stride()
-        self.version = tensor._version
+        self.version = version_of(tensor)
         self.sample = _sample(tensor)
         self.values = self.sample.tobytes()
 
     def is_unchanged(self, tensor: torch.Tensor) -> bool:
         return (
             self.reference() is tensor
-            and self.version == tensor._version
+            and self.version == version_of(tensor)
             and self.address == tensor.data_ptr()
             and self.strides == tensor.stride()
             # Only now is it sure that the sample still shows the tensor's memory.
@@ -70,7 +70,7 @@ class _WatchedModule:
     def is_unchanged(self) -> bool:
         module = self.module
         attributes = module.__dict__
-        if module.training or module._forward_hooks or module._forward_pre_hooks or len(attributes) != self.size:
+        if module.training or has_forward_hooks(module) or len(attributes) != self.size:
             return False
         for name, value in self.attributes:
             now = attributes.get(name, _MISSING)
@@ -145,8 +145,7 @@ class WeightChain(TransformChain):
         transforms = self._modules.values()
         return all(getattr(transform, "cacheable", False) for transform in transforms) and not any(
             module.training
-            or module._forward_hooks
-            or module._forward_pre_hooks
+            or has_forward_hooks(module)
             or any(isinstance(value, torch.Tensor) for value in module.__dict__.values())
             for module in self.modules()
         )

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from compress_core.channels import (
     ChannelGroup,
@@ -22,6 +21,7 @@ from compress_core.channels import (
     parameter_costs,
     removable_groups,
 )
+from compress_core.torch_internals import AnyConv, AnyConvTranspose
 from compress_core.trace import Trace
 from compress_core.trace.graph import ForwardTrace, Operator, Ref
 from compress_filter_pruning.config import FilterPruningParams
@@ -150,7 +150,7 @@ class _Rules:
         layer = self._modules.get(name.rpartition(".")[0])
         if name in self._first and not self._params.prune_first_conv:
             return "is a first convolution (prune_first_conv is false)"
-        strided = isinstance(layer, _ConvNd) and not isinstance(layer, _ConvTransposeNd) and max(layer.stride) > 1
+        strided = isinstance(layer, AnyConv) and not isinstance(layer, AnyConvTranspose) and max(layer.stride) > 1
         if strided and not self._params.prune_downsample_convs:
             return "has a stride (prune_downsample_convs is false)"
         return None

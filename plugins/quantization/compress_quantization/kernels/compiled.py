@@ -14,9 +14,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from compress_core.errors import UsageError
+from compress_core.torch_internals import TorchFunctionDisabled, compile_graph, import_compiler
 
 logger = logging.getLogger(__name__)
 
@@ -94,39 +94,22 @@ def find(key: tuple[Any, ...], function: Kernel, examples: Callable[[], list[Exa
 
 def _made(function: Kernel, examples: list[Example], device: str) -> Kernel | None:
     try:
-        # Imported here, because it takes more than a second, and before modes change: some versions cannot otherwise.
-        from torch._inductor import compile_fx  # noqa: F401, PLC0415
-
+        import_compiler()  # before modes change: some versions cannot otherwise
         # What surrounds the call, such as autocast, a default device or a mode of the user's, is not the kernel's.
         with (
             torch.inference_mode(False),
             torch.no_grad(),
             torch.autocast(device, enabled=False),
-            torch._C.DisableTorchFunction(),
+            TorchFunctionDisabled(),
         ):
-            return _compiled(function, [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in examples])
+            return compile_graph(
+                function, [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in examples]
+            )
     except Exception as error:  # whatever a missing or broken tool chain raises: there is no common base
         if _state.mode == "compiled":
             raise
         _give_up(error)
         return None
-
-
-def _compiled(function: Kernel, tensors: list[torch.Tensor]) -> Kernel:
-    from torch._inductor import config  # noqa: PLC0415
-    from torch._inductor.compile_fx import compile_fx_inner  # noqa: PLC0415
-    from torch._inductor.decomposition import select_decomp_table  # noqa: PLC0415
-
-    traced = make_fx(function, decomposition_table=select_decomp_table(), tracing_mode="symbolic")(*tensors)
-    # Without what tracing attached to it, so that the compiler's cache can tell whether it knows the graph.
-    graph = torch.fx.GraphModule({}, traced.graph)
-    inputs = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
-    # The compiler's inner function, because the outer one traces anew, and wraps in what functions need that change
-    # their inputs or have a graph: a third of the time to compile, and a quarter of that of a call with little to do.
-    with torch._guards.tracing(torch._guards.TracingContext(inputs[0].fake_mode)), config.patch(size_asserts=False):
-        code: Any = compile_fx_inner(graph, inputs, is_inference=True)
-    call = code.current_callable
-    return lambda *arguments: call(list(arguments))
 
 
 def _give_up(error: Exception) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from compress_core.torch_internals import is_plain_execution, is_view
 from compress_quantization.kernels import dispatch, formulas, traceable
 from compress_quantization.kernels.formulas import Ranges
 from compress_quantization.kernels.layout import Layout, layout_of
@@ -67,7 +68,7 @@ def can_replace(x: torch.Tensor, activation: str) -> bool:
     if not torch.is_grad_enabled():
         return True
     # A view shares its memory with others, and torch refuses leaves.
-    return not x._is_view() and not (x.is_leaf and x.requires_grad) and not x.is_inference()
+    return not is_view(x) and not (x.is_leaf and x.requires_grad) and not x.is_inference()
 
 
 def _aligned(ranges: Ranges, ndim: int, task: Task) -> Ranges:
@@ -85,10 +86,7 @@ def _is_ordinary(x: torch.Tensor) -> bool:
         and x.numel() > 0
         and x.device.type in {"cpu", "cuda"}
         and x.layout == torch.strided
-        and not torch._C._len_torch_dispatch_stack()
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and torch._C._get_tracing_state() is None
-        and not traceable.is_forward_mode()
+        and is_plain_execution()
     )
 
 

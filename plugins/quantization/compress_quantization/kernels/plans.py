@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 
+from compress_core.torch_internals import TorchFunctionDisabled
 from compress_quantization.kernels import compiled, lanes
 from compress_quantization.kernels.compiled import Example, Kernel
 from compress_quantization.kernels.lanes import Variant
@@ -150,7 +151,7 @@ def _levels(task: Task, dtype: torch.dtype, device: torch.device) -> torch.Tenso
 @lru_cache(maxsize=256)
 def _constants(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     # An ordinary tensor, whatever mode the first call is made in.
-    with torch.inference_mode(False), torch._C.DisableTorchFunction():
+    with torch.inference_mode(False), TorchFunctionDisabled():
         return torch.tensor(values, dtype=dtype, device=device)
 
 

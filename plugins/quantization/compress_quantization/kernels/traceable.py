@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-from torch.autograd import forward_ad
 
+from compress_core.torch_internals import is_forward_mode
 from compress_core.transforms import ACTIVATION_FUNCTIONS
 from compress_quantization.kernels import formulas
 from compress_quantization.kernels.formulas import Activation, Ranges
@@ -36,11 +36,6 @@ def fake_quantize(
         if offset is not None:
             result = result + _zero(offset, task.multiplier).reshape(step.shape) * weights[1]
     return result.to(x.dtype)
-
-
-def is_forward_mode() -> bool:
-    """Tells whether derivatives are computed along with values (`torch.autograd.forward_ad`)."""
-    return forward_ad._current_level >= 0
 
 
 def _activate(x: torch.Tensor, activation: Activation) -> torch.Tensor:

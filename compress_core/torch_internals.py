@@ -1,0 +1,405 @@
+"""Every name of torch that is not public: what it is wanted for, and what to do on the day that torch takes it away.
+
+No other file of the core or of the built-in plugins uses one; tests/core/test_torch_internals.py reads the sources and
+sees to it. It has a canary for each name, too: a test that fails with a sentence when torch changes what the name does.
+With each name stands
+
+    Why: what it is used for.
+    Public way: what torch offers openly, and why that is not enough.
+    Without it: what happens where torch no longer has it.
+
+Not here, because they are how every library reads and extends an `nn.Module`: the storage `_parameters`, `_buffers` and
+`_modules`, which the core reads and plugins do not; and the methods that subclasses override, `_save_to_state_dict` and
+`_load_from_state_dict` (torch documents these for it) and `_apply`.
+
+Importing this module is cheap: what belongs to torch's compiler is imported when it is first called.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses import fake_tensor
+from torch.autograd import forward_ad
+from torch.nn.modules import batchnorm, conv
+from torch.utils import _python_dispatch, _pytree
+
+try:
+    from torch._C._dynamo.eval_frame import get_eval_frame_callback
+except ImportError:
+    get_eval_frame_callback = None  # type: ignore[assignment]
+
+__all__ = [
+    "ASSIGN_ENTRY",
+    "FAKE_TENSOR_LOGGER",
+    "HOOK_ATTRIBUTES",
+    "AnyBatchNorm",
+    "AnyConv",
+    "AnyConvTranspose",
+    "AnyNorm",
+    "FakeTensor",
+    "FakeTensorMode",
+    "TorchDispatchMode",
+    "TorchFunctionDisabled",
+    "add_own_forward_pre_hook",
+    "compile_graph",
+    "function_mode_at",
+    "function_mode_count",
+    "has_forward_hooks",
+    "has_gradient_hooks",
+    "has_hooks",
+    "import_compiler",
+    "is_any_autocast_enabled",
+    "is_forward_mode",
+    "is_frame_compiled_next",
+    "is_plain_execution",
+    "is_view",
+    "may_set_saved_tensors_hooks",
+    "pop_function_mode",
+    "push_function_mode",
+    "recurrent_overrides",
+    "schema_of",
+    "skip_frame",
+    "storage_identity",
+    "tree_flatten_with_path",
+    "tree_leaves",
+    "tree_map",
+    "version_of",
+]
+
+
+# What surrounds the code that is running.
+
+
+def is_plain_execution() -> bool:
+    """Tells that nobody traces, wraps or differentiates what is computed now; gradients by autograd aside.
+
+    Why: kept weights, recomputed weights and compiled kernels are right for plain tensors and plain execution only.
+    Public way: none asks for dispatch modes or for transforms of `torch.func`; `torch.jit.is_tracing` knows its own.
+    Without it: no execution counts as plain. All results stay right; the slower, traceable ways are taken.
+    """
+    try:
+        return (
+            torch._C._len_torch_dispatch_stack() == 0
+            and torch._C._functorch.peek_interpreter_stack() is None
+            and torch._C._get_tracing_state() is None
+            and forward_ad._current_level < 0
+        )
+    except AttributeError:
+        return False
+
+
+def is_forward_mode() -> bool:
+    """Tells whether derivatives are computed along with values (`torch.autograd.forward_ad`).
+
+    Why: fake-quantization adds the terms that carry straight-through derivatives only where somebody asks for these.
+    Public way: `forward_ad.unpack_dual` tells whether one tensor is dual, but raises outside of a level.
+    Without it: AttributeError in models that are traced; nothing else tells when the terms are needed.
+    """
+    return forward_ad._current_level >= 0
+
+
+TorchDispatchMode = _python_dispatch.TorchDispatchMode
+"""The base of modes that see ATen operators.
+
+Why: the lower level of a trace.
+Public way: none. torch's documentation of modes names this very class, in this private module.
+Without it: compress_core cannot be imported; models cannot be traced.
+"""
+
+function_mode_count = torch._C._len_torch_function_stack
+function_mode_at = torch._C._get_function_stack_at
+pop_function_mode = torch._C._pop_torch_function_stack
+push_function_mode = torch._C._push_on_torch_function_stack
+"""The stack of active `TorchFunctionMode`s: how many, which at a position (0 is the outermost), and changing it.
+
+Why: functions that transforms call must not count as calls of the model, so our modes are taken off for a while. Those
+    of torch.export and of users stay, in their order.
+Public way: leaving a mode's context, which works for the innermost one only and runs its `__exit__`.
+Without it: compress_core cannot be imported; a call inside a transform would be transformed as one of the model.
+"""
+
+TorchFunctionDisabled = torch._C.DisableTorchFunction
+"""A context in which neither function modes nor `__torch_function__` of subclasses are called.
+
+Why: what is asked of tensors while a trace is written must not be traced; constants of kernels are no part of a model.
+Public way: `torch._C.DisableTorchFunctionSubclass`, which torch documents, leaves modes on.
+Without it: compress_core cannot be imported; traces would hold calls that the model did not make.
+"""
+
+
+# Fake tensors, and structures of tensors.
+
+FakeTensor = fake_tensor.FakeTensor
+FakeTensorMode = fake_tensor.FakeTensorMode
+"""Tensors with a shape, a dtype and a device, but without values; and the mode under which operators make these.
+
+Why: a trace costs no computation, and memory for no activation.
+Public way: the device `meta`: forwards that name a device, or make tensors, fail on it, and the model has to be moved.
+Without it: compress_core cannot be imported. Traces could still be made with real tensors.
+"""
+
+FAKE_TENSOR_LOGGER = fake_tensor.__name__
+"""Name of the logger that fake tensors use.
+
+Why: torch logs a stack trace for each operator that fails on fake tensors, though we go on with real ones.
+Public way: `torch._logging.set_logs` is private as well, and sets levels for the whole process.
+Without it: logs are longer.
+"""
+
+tree_map = _pytree.tree_map
+tree_leaves = _pytree.tree_leaves
+tree_flatten_with_path = _pytree.tree_flatten_with_path
+"""Nested arguments and outputs: a function applied to each leaf, the leaves, and the leaves with the way to each.
+
+Why: arguments of forwards are nested in whatever torch.export understands; both must see the same leaves in one order.
+Public way: none in torch; a walk of our own would not know the classes that others register.
+Without it: compress_core cannot be imported.
+"""
+
+
+# Tensors and operators.
+
+version_of: Callable[[torch.Tensor], int] = operator.attrgetter("_version")
+"""How often a tensor has been written to in place; not to be asked of tensors made in inference mode.
+
+Why: tells whether a tensor still holds what a weight was computed from, or a graph was recorded with.
+Public way: none. torch's notes on autograd explain this attribute; `autograd.graph.increment_version` only writes it.
+Without it: AttributeError at the first forward in eval mode; comparing all values would cost what the cache saves.
+"""
+
+
+def is_view(tensor: torch.Tensor) -> bool:
+    """Tells whether autograd knows a tensor as a view of another one.
+
+    Why: the memory of a view is not its own to be written to, and a weight that is one is nothing that can be saved.
+    Public way: none; `tensor._base` is as private. Results of `detach` are views too, which strides do not show.
+    Without it: AttributeError.
+    """
+    return tensor._is_view()
+
+
+def storage_identity(tensor: torch.Tensor) -> int:
+    """Returns a number that two tensors have in common if they share memory, as long as both live.
+
+    Why: a write to one is a write to the other.
+    Public way: `untyped_storage().data_ptr()`: zero for all empty storages, and raises for fake tensors.
+    Without it: AttributeError.
+
+    Raises:
+        RuntimeError, NotImplementedError: The tensor has no storage (sparse, nested).
+    """
+    return int(tensor.untyped_storage()._cdata)
+
+
+def has_gradient_hooks(tensor: torch.Tensor) -> bool:
+    """Tells whether somebody has hooked the gradient of a tensor (`Tensor.register_hook`).
+
+    Why: such a hook does not follow a parameter that gets a new inside when channels go.
+    Public way: none; a handle knows its hook, a tensor's hooks cannot be asked for.
+    Without it: AttributeError when a model is shrunk.
+    """
+    return bool(tensor._backward_hooks)
+
+
+def schema_of(function: Any) -> Any:
+    """Returns the schema of an ATen operator: its arguments, and which of these it writes to; None for others.
+
+    Why: tells writes from reads, and reductions over some dimensions from those over all.
+    Public way: none for an operator in hand; `torch.library` only defines schemas.
+    Without it: None for all: writes in place go unseen in traces.
+    """
+    return getattr(function, "_schema", None)
+
+
+# What is kept for the backward pass.
+
+
+def may_set_saved_tensors_hooks() -> bool:
+    """Tells that nobody else decides, by hooks or by forbidding them, what autograd keeps for the backward pass.
+
+    Why: checkpointing and offloading set hooks; ours inside of these would undo what they save.
+    Public way: `torch.autograd.graph` sets and forbids hooks, and cannot be asked about them.
+    Without it: it is not known, so never: weights are kept for the backward pass, not recomputed.
+    """
+    try:
+        autograd: Any = torch._C._autograd
+        return bool(
+            autograd._saved_tensors_hooks_is_enabled() and autograd._top_saved_tensors_default_hooks(False) is None
+        )
+    except AttributeError:
+        return False
+
+
+is_any_autocast_enabled = torch._C._is_any_autocast_enabled
+"""Tells whether autocast is on for any type of device.
+
+Why: under autocast layers keep a copy of their weight, which need not be recomputed.
+Public way: `torch.is_autocast_enabled(device_type)`, for types that are known beforehand.
+Without it: compress_core cannot be imported; the public function would do for the types that we know.
+"""
+
+
+# Layers.
+
+AnyBatchNorm = batchnorm._BatchNorm
+AnyNorm = batchnorm._NormBase
+AnyConv = conv._ConvNd
+AnyConvTranspose = conv._ConvTransposeNd
+"""The classes that all batch norms, all norms with running statistics (batch and instance), all convolutions and all
+transposed ones derive from.
+
+Why: libraries derive layers of their own from these bases, `nn.SyncBatchNorm` does too, and all behave alike.
+Public way: a tuple of `nn.BatchNorm1d`, ..., `nn.Conv3d` does not know such layers.
+Without it: compress_core cannot be imported; the tuples would do for torch's own layers.
+"""
+
+HOOK_ATTRIBUTES = (
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+"""The attributes of a module that hold its hooks, each a dict.
+
+Why: a model that is rolled back has the same hooks in the same order; the conformance kit compares them.
+Public way: hooks can be registered, and removed by who has the handle; not listed.
+Without it: the conformance kit does not see hooks of this kind that were left behind.
+"""
+
+
+def has_forward_hooks(module: nn.Module) -> bool:
+    """Tells whether a module has hooks that run around its forward.
+
+    Why: a hook may return anything, so what a module with one computed is not kept.
+    Public way: none, see `HOOK_ATTRIBUTES`.
+    Without it: AttributeError at the first forward in eval mode.
+    """
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Tells whether a module has hooks around its forward or its backward, which only a call of the module runs.
+
+    Why: transforms without hooks can be called by other methods than `forward`, and again in the backward pass.
+    Public way: none, see `HOOK_ATTRIBUTES`.
+    Without it: AttributeError at the first forward.
+    """
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def add_own_forward_pre_hook(module: nn.Module, hook: Callable[..., None]) -> None:
+    """Gives a module that has no hook one that stays for good.
+
+    Why: torch's fused transformer layers bypass their children unless one of these has a hook.
+    Public way: `register_forward_pre_hook` counts through the process: equal modules would differ by a number.
+    Without it: AttributeError when the first activation transform is added.
+    """
+    module._forward_pre_hooks[0] = hook
+
+
+def recurrent_overrides() -> dict[str, Any]:
+    """Returns attributes for a subclass of a recurrent layer whose weights are computed each time they are read.
+
+    Why: recurrent layers hand a cached list of parameters to their kernels and never read these by name. And computed
+        weights are new objects at each read: torch would rebuild its list before every forward.
+    Public way: none; `torch.nn.utils.parametrize` relies on the list being rebuilt.
+    Without it: recurrent layers compute with their stored weights, as if these had no transform.
+    """
+    return {
+        "_flat_weights": property(_flat_weights, _set_flat_weights),
+        "_weights_have_changed": lambda self: False,
+    }
+
+
+def _flat_weights(self: nn.RNNBase) -> list[Any]:
+    return [getattr(self, name, None) for name in self._flat_weights_names]
+
+
+def _set_flat_weights(self: nn.RNNBase, value: list[Any]) -> None:
+    # What torch stores here are the weights it just read, computed ones; copies and pickles need the stored ones.
+    self.__dict__["_flat_weights"] = [self._parameters.get(name) for name in self._flat_weights_names]
+
+
+ASSIGN_ENTRY = "assign_to_params_buffers"
+"""The entry of `local_metadata` by which `load_state_dict(assign=True)` tells modules to take the tensors themselves.
+
+Why: the transforms of activations are loaded by their module, and have to be told the same.
+Public way: none below `load_state_dict`, which would check the part for completeness as if it were a model.
+Without it: the values are copied; parameters on the device `meta` stay there.
+"""
+
+
+# The compiler.
+
+
+def is_frame_compiled_next() -> bool:
+    """Tells whether dynamo looks at the functions that are called now, in order to compile them.
+
+    Why: a compiled model that has fallen back to eager would go on to compile parts of a forward by themselves, and
+        there hide functions from the mode that counts their calls.
+    Public way: `torch.compiler.is_compiling` is False between compiled parts.
+    Without it: False; the warning that calls were not seen may come though nothing is wrong with the example inputs.
+    """
+    return get_eval_frame_callback is not None and get_eval_frame_callback() not in (None, False)
+
+
+def skip_frame(reason: str) -> None:
+    """Makes dynamo, which is tracing this call, leave the function it began with to eager execution.
+
+    Why: dynamo hides some functions from modes; the forward has to be run as it is written.
+    Public way: `torch.compiler.disable` marks functions beforehand; that a call was hidden is known afterwards.
+    Without it: AttributeError while such a model is compiled.
+    """
+    torch._dynamo.skip_frame(reason)
+
+
+def import_compiler() -> None:
+    """Imports torch's compiler, which takes more than a second.
+
+    Why: some versions cannot be imported within the modes that `compile_graph` is to be called in.
+    Public way: `torch.compile` imports it when a compiled function is first called, within whatever modes are on then.
+    Without it: ImportError, after which kernels are eager ones (or as the caller has it).
+    """
+    from torch._inductor import compile_fx  # noqa: F401, PLC0415
+
+
+def compile_graph(
+    function: Callable[..., tuple[torch.Tensor, ...]], tensors: list[torch.Tensor]
+) -> Callable[..., tuple[torch.Tensor, ...]]:
+    """Returns a function without gradients as torch's compiler makes it, for tensors of any size.
+
+    Why: `torch.compile` looks up, for each call, which of its variants fits: four times as long as such a call takes
+        otherwise. Whoever knows that beforehand calls the kernel itself.
+    Public way: `torch.compile`; `torch._inductor.standalone_compile` traces anew, and wraps in what functions need that
+        change their inputs or have a graph: a third of the time to compile, and a quarter of that of a short call.
+    Without it: whatever torch raises; fake-quantization then uses eager kernels, which are slower, and says so once.
+
+    Args:
+        function: Takes tensors, and returns a tuple of new tensors.
+        tensors: Examples. Sizes that are equal stay equal, others may be any.
+    """
+    from torch._guards import TracingContext, tracing  # noqa: PLC0415
+    from torch._inductor import config  # noqa: PLC0415
+    from torch._inductor.compile_fx import compile_fx_inner  # noqa: PLC0415
+    from torch._inductor.decomposition import select_decomp_table  # noqa: PLC0415
+    from torch.fx.experimental.proxy_tensor import make_fx  # noqa: PLC0415
+
+    traced = make_fx(function, decomposition_table=select_decomp_table(), tracing_mode="symbolic")(*tensors)
+    # Without what tracing attached to it, so that the compiler's cache can tell whether it knows the graph.
+    graph = torch.fx.GraphModule({}, traced.graph)
+    inputs = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
+    with tracing(TracingContext(inputs[0].fake_mode)), config.patch(size_asserts=False):
+        code: Any = compile_fx_inner(graph, inputs, is_inference=True)
+    call = code.current_callable
+    return lambda *arguments: call(list(arguments))
