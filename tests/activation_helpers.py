@@ -6,12 +6,13 @@ from torch import nn
 from compress_core import Stage
 from compress_core.transforms import (
     ACTIVATION_FUNCTIONS,
+    ActivationTransform,
     CallPattern,
     add_activation_transform,
 )
 
 
-class Scale(nn.Module):
+class Scale(ActivationTransform):
     def __init__(self, factor=10.0):
         super().__init__()
         self.factor = nn.Parameter(torch.tensor(float(factor)))
@@ -26,6 +27,7 @@ class FusedScale(Scale):
         self.taken = []
 
     fused_activations = frozenset(ACTIVATION_FUNCTIONS)
+    fuses_in_place = True
 
     def fused(self, x, activation):
         self.taken.append(activation)

@@ -2,16 +2,17 @@
 
 Labels on the slices of its tensors are carried through the operators of a trace (`algebra`, `rules`); from them come
 groups of channels (`groups`), what a model costs without some (`costs`), smaller tensors in place (`shrinking`), and
-the proof that the smaller model computes the same (`proof`).
+the proof that the smaller model computes the same (`proof`). Transforms follow as they declare (`following`), and what
+they decide on whole weights is frozen before these are cut (`decisions`).
 """
 
 from compress_core.channels.algebra import Obstacle, Role
 from compress_core.channels.costs import Costs, operation_costs, parameter_costs
+from compress_core.channels.errors import ShrinkError
 from compress_core.channels.groups import ChannelGroup, ChannelGroups, Member, channel_groups
 from compress_core.channels.proof import (
     Certificate,
     InputSpec,
-    ShrinkError,
     batch_size,
     input_specs,
     prove,

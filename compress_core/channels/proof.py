@@ -17,11 +17,13 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from compress_core.channels.decisions import freeze_decisions
+from compress_core.channels.errors import ShrinkError
 from compress_core.channels.shrinking import Shrinkage
 from compress_core.data.rng import preserved_rng
-from compress_core.errors import ModelError
 from compress_core.torch_internals import tree_map
 from compress_core.trace.graph import ForwardTrace, tensors_with_paths
+from compress_core.transforms.weight_cache import WeightChain
 
 logger = logging.getLogger(__name__)
 
@@ -33,19 +35,6 @@ _SEED = 20
 _DROPOUTS = frozenset(
     [F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, torch.dropout]
 )
-
-
-class ShrinkError(ModelError):
-    """A shrunk model does not compute what the masked one does; the model has not been changed.
-
-    Attributes:
-        module: Dotted name of the module where that showed first.
-        reference: Whether the masked model failed already, on the random inputs.
-    """
-
-    def __init__(self, message: str, module: str = "", *, reference: bool = False) -> None:
-        super().__init__(message)
-        self.module, self.reference = module, reference
 
 
 @dataclass(frozen=True)
@@ -115,7 +104,7 @@ class Certificate:
 
 
 def prove(model: nn.Module, shrinkage: Shrinkage, specs: Sequence[InputSpec]) -> Certificate:
-    """Shrinks a copy of a plain model whose masks are baked in, and compares.
+    """Shrinks a copy of a model, its transforms in place, and compares.
 
     Args:
         model: The model; it is not changed. What is to go must not matter any more.
@@ -150,6 +139,8 @@ def _prove(
     shrunk = _without_dropout(model)
     shrinkage.apply(shrunk)
     reference = _without_dropout(model)
+    # Decided in the model's own dtype, as in the other copy: in float64 near ties could come out differently.
+    freeze_decisions(reference, shrinkage.kept)
     if dtype is not None:
         shrunk.double()
         reference.double()
@@ -175,7 +166,14 @@ def _without_dropout(model: nn.Module) -> nn.Module:
     for module in copied.modules():
         if isinstance(module, (nn.MultiheadAttention, nn.RNNBase)):
             module.dropout = 0.0
+        elif isinstance(module, WeightChain):
+            # With a hook it keeps no transformed weight, which in eval mode would be one more copy.
+            module.register_forward_hook(_nothing)
     return copied
+
+
+def _nothing(module: nn.Module, args: Any, output: Any) -> None:
+    return None
 
 
 def _compare(reference: nn.Module, shrunk: nn.Module, inputs: Any, mode: str, given: Any = None) -> float:

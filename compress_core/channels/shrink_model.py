@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,14 +13,14 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from compress_core.channels.algebra import Role
+from compress_core.channels.following import declared_tensors
 from compress_core.channels.groups import ChannelGroup, Member, channel_groups
 from compress_core.channels.proof import Certificate, InputSpec, prove, random_arguments
 from compress_core.channels.shrinking import Shrinkage, shrinkage
 from compress_core.errors import StateError, UsageError
 from compress_core.trace import Example, trace
-from compress_core.transforms import bake_transforms
-from compress_core.transforms.activation_forward import ActivationTransforms
 from compress_core.transforms.snapshot import ModelSnapshot
+from compress_core.transforms.weight_cache import WeightChain
 
 
 def shrink_model(
@@ -40,7 +40,8 @@ def shrink_model(
         What happened to the tensors, and how well the smaller model agrees with the masked one.
 
     Raises:
-        ShrinkError: The smaller model would fail or compute something else; the model is as before.
+        ShrinkError: The smaller model would fail or compute something else, or a transform does not say how it follows;
+            the model is as before.
     """
     found, certificate = planned_shrinkage(model, groups, specs)
     apply_all_or_nothing(found, model)
@@ -54,15 +55,8 @@ def planned_shrinkage(
     chosen = [group for group, gone in groups if gone]
     extended = _with_activation_transforms(model, chosen, specs)
     found = shrinkage(model, list(zip(extended, [gone for _, gone in groups if gone], strict=True)))
-    plain = copy.deepcopy(model)
-    bake_transforms(plain)
-    certificate = prove(plain, found.within(tensor_names(plain)), specs)
-    return found.with_weight_transforms(model), certificate
-
-
-def tensor_names(model: nn.Module) -> set[str]:
-    """Returns the names of a model's parameters and buffers."""
-    return {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
+    found = found.with_weight_transforms(model)
+    return found, prove(model, found, specs)
 
 
 def apply_all_or_nothing(found: Shrinkage, model: nn.Module) -> None:
@@ -113,21 +107,23 @@ def _with_activation_transforms(
     model: nn.Module, groups: Sequence[ChannelGroup], specs: Sequence[InputSpec]
 ) -> list[ChannelGroup]:
     """Adds to groups what activation transforms hold for each channel: a trace with them in place tells."""
-    names = [name for name, tensor in _transform_tensors(model) if tensor.numel() > 1]
-    if not names:
+    declared = declared_tensors(model) if groups else {}
+    if not declared:
         return list(groups)
     device = next((parameter.device for parameter in model.parameters()), None)
     args, kwargs = random_arguments(specs, device, None, small=False)
-    algebra = channel_groups(trace(model, Example.of(*args, **kwargs))).algebra
+    with _plain_weights(model):
+        algebra = channel_groups(trace(model, Example.of(*args, **kwargs))).algebra
     classes = algebra.classes()
     extended = []
     for group in groups:
         channel_of = _channels_by_class(group, algebra.parameters, classes)
         members = []
-        for name in names:
+        for name, tensor in declared.items():
             for dim, labels in enumerate(algebra.parameters.get(name, [])):
                 channels = np.array([channel_of.get(number, -1) for number in classes[labels].tolist()], np.int64)
                 if (channels >= 0).any():
+                    tensor.check_found(dim)
                     members.append(Member(name, dim, channels))
         extended.append(replace(group, members=(*group.members, *members)))
     return extended
@@ -141,12 +137,18 @@ def _channels_by_class(
     return {number: channel for number, channel in zip(numbers, maker.channels.tolist(), strict=True) if channel >= 0}
 
 
-def _transform_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    modules = model.named_modules(remove_duplicate=False)
-    inside = tuple(f"{name}." for name, module in modules if isinstance(module, ActivationTransforms))
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if name.startswith(inside):
-            yield name, tensor
+@contextlib.contextmanager
+def _plain_weights(model: nn.Module) -> Iterator[None]:
+    """Bypasses weight transforms: they keep shapes, but channels could not be followed through all of them."""
+    chains = [module for module in model.modules() if isinstance(module, WeightChain)]
+    before = [chain.bypassed for chain in chains]
+    try:
+        for chain in chains:
+            chain.bypassed = True
+        yield
+    finally:
+        for chain, bypassed in zip(chains, before, strict=True):
+            chain.bypassed = bypassed
 
 
 # Optimizers and averages.

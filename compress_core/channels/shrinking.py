@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from torch import nn
 
+from compress_core.channels.decisions import freeze_decisions, tensors_to_come
+from compress_core.channels.following import transform_tensors
 from compress_core.channels.groups import ChannelGroup
 from compress_core.errors import StateError
 from compress_core.torch_internals import AnyConv, AnyConvTranspose, AnyNorm, has_gradient_hooks
-from compress_core.transforms.weight import chain_of, parameter_places
 from compress_core.transforms.weight_cache import WeightChain
 
 # The indices along a dimension that stay, ascending.
@@ -78,11 +79,16 @@ class Shrinkage:
     def check(self, model: nn.Module) -> None:
         """Refuses a model whose tensors are not those that this was made for.
 
+        What a transform will hold once its decision on a whole weight is frozen (`apply`) is not looked at.
+
         Raises:
             StateError: A tensor is missing or has another shape.
         """
         tensors = dict([*model.named_buffers(), *model.named_parameters()])
+        to_come = tensors_to_come(model, self.kept)
         for name, shape in self.sizes.items():
+            if name.startswith(to_come):
+                continue
             if name not in tensors:
                 raise StateError(f"the plan does not fit this model: it has no tensor '{name}'")
             if tuple(tensors[name].shape) != shape:
@@ -98,29 +104,15 @@ class Shrinkage:
         return Shrinkage({name: self.sizes[name] for name in wanted}, {name: self.kept[name] for name in wanted})
 
     def with_weight_transforms(self, model: nn.Module) -> Shrinkage:
-        """Returns this with what weight transforms hold: masks, and scales by channel, shrink with their weight."""
-        tensors = dict([*model.named_buffers(), *model.named_parameters()])
-        names = {id(tensor): name for name, tensor in tensors.items()}
-        places = parameter_places(model)
-        sizes, kept = dict(self.sizes), dict(self.kept)
-        for name in self.kept:
-            for _, owner, own_name in places.get(id(tensors[name]), [])[:1]:
-                chain = chain_of(owner, own_name)
-                for tensor in () if chain is None else (*chain.parameters(), *chain.buffers()):
-                    dims = self._dims_of(name, tensor)
-                    if dims and id(tensor) in names:
-                        sizes[names[id(tensor)]], kept[names[id(tensor)]] = tuple(tensor.shape), dims
-        return Shrinkage(sizes, kept)
+        """Returns this with what weight transforms hold, which follows as each of them declares.
 
-    def _dims_of(self, name: str, tensor: torch.Tensor) -> dict[int, Kept]:
-        """Returns what stays of a tensor that broadcasts against `name`."""
-        shape = self.sizes[name]
-        offset = len(shape) - tensor.ndim
-        return {
-            dim - offset: list(indices)
-            for dim, indices in self.kept[name].items()
-            if dim >= offset and tensor.shape[dim - offset] == shape[dim] > 1
-        }
+        Raises:
+            ShrinkError: One of them does not say how its tensors follow, or cannot be cut.
+        """
+        shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        found = transform_tensors(model, shapes, self.kept)
+        sizes = {name: shape for name, (shape, _) in found.items()}
+        return Shrinkage({**self.sizes, **sizes}, {**self.kept, **{name: dims for name, (_, dims) in found.items()}})
 
     def slice(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """Returns the part that stays of `name`, or of a tensor of its shape, such as a momentum."""
@@ -131,12 +123,15 @@ class Shrinkage:
     def apply(self, model: nn.Module) -> None:
         """Slices the tensors of a model in place, with their gradients, and updates the layers' attributes.
 
-        Parameters and buffers stay the objects that they are.
+        Parameters and buffers stay the objects that they are. Decisions on whole weights are frozen first.
 
         Raises:
-            StateError: The model is not the one that this was made for; nothing has been changed.
+            StateError: The model is not the one that this was made for; nothing has been changed, but for decisions.
+            ShrinkError: A decision cannot be frozen.
         """
         self.check(model)
+        if freeze_decisions(model, self.kept):
+            self.check(model)
         tensors = dict([*model.named_buffers(), *model.named_parameters()])
         with torch.no_grad():
             for name in self.kept:

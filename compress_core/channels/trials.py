@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from compress_core.channels.algebra import Role
+from compress_core.channels.errors import ShrinkError
 from compress_core.channels.groups import ChannelGroup
-from compress_core.channels.proof import InputSpec, ShrinkError, prove
+from compress_core.channels.proof import InputSpec, prove
 from compress_core.channels.shrinking import shrinkage
 
 logger = logging.getLogger(__name__)

@@ -15,6 +15,7 @@ from compress_core.transforms.activation import (
     strip_activation_transforms,
 )
 from compress_core.transforms.activation_functions import ACTIVATION_FUNCTIONS
+from compress_core.transforms.base import ActivationTransform, Transform, WeightTransform
 from compress_core.transforms.mask import WeightMask, mask_weight
 from compress_core.transforms.model_wide import bake_transforms, bypass_transforms, has_transforms
 from compress_core.transforms.places import (
@@ -38,13 +39,16 @@ from compress_core.transforms.weight import (
 __all__ = [
     "ACTIVATION_FUNCTIONS",
     "ActivationPlace",
+    "ActivationTransform",
     "ActivationTransformHandle",
     "CallInput",
     "CallOutput",
     "CallPattern",
     "ModuleInput",
     "ModuleOutput",
+    "Transform",
     "WeightMask",
+    "WeightTransform",
     "WeightTransformHandle",
     "activation_transforms",
     "add_activation_transform",

@@ -65,14 +65,9 @@ def add_activation_transform(
         place: Which tensor.
         transform: Maps it to one of the same shape. Its parameters are trained, its buffers saved with the module of
             the place. It must return a new tensor or the one it was given (not a view of it), and its backward must not
-            need the tensor that it returned: what comes next may write to it in place. It may take over activation
-            functions that it stands directly behind: with an attribute `fused_activations`, the names of these (of
-            `ACTIVATION_FUNCTIONS`), and a method `fused(x, activation)` that returns
-            `self(ACTIVATION_FUNCTIONS[activation](x))` in one pass and is called instead of function and transform. For
-            functions that work in place it takes a method `fused_in_place(x, activation)` that leaves in x what the
-            function would, or what it returns: others may go on with x. And it may have a method `forward_owned(x)`
-            that is called instead of `forward` where nobody else has x, so that it can write its result there (not
-            where autograd records).
+            need the tensor that it returned: what comes next may write to it in place. Classes that derive from
+            `ActivationTransform` declare what else they can do: take over the activation function before them, write
+            to a tensor that nobody else has, follow when channels are removed.
         stage: Where in the chain of this place it stands.
         key: Its name in the chain and so in `state_dict`, unique at each place; by default its class name in lower
             case. Algorithms use their own name.

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from compress_core.torch_internals import has_hooks
+from compress_core.transforms.base import ActivationTransform
 
 
 class TransformChain(nn.Module):
@@ -60,8 +61,10 @@ class TransformChain(nn.Module):
         if self.bypassed:
             return tensor
         for transform in self._modules.values():
-            owned = None if has_hooks(transform) else getattr(transform, "forward_owned", None)  # type: ignore[arg-type]
-            tensor = (owned or transform)(tensor)  # type: ignore[misc]
+            if isinstance(transform, ActivationTransform) and transform.owns_input and not has_hooks(transform):
+                tensor = transform.forward_owned(tensor)
+            else:
+                tensor = transform(tensor)  # type: ignore[misc]
         return tensor
 
     def fuses(self, activation: str, *, in_place: bool) -> bool:
@@ -74,17 +77,22 @@ class TransformChain(nn.Module):
         if self.bypassed:
             return False
         for first in self._modules.values():  # not next(iter(...)), which torch.compile of 2.8 cannot follow
-            if in_place and not (len(self._modules) == 1 and hasattr(first, "fused_in_place")):
+            if not isinstance(first, ActivationTransform) or has_hooks(first):
                 return False
-            return not has_hooks(first) and activation in getattr(first, "fused_activations", ())  # type: ignore[arg-type]
+            if in_place and not (len(self._modules) == 1 and first.fuses_in_place):
+                return False
+            return activation in first.fused_activations
         return False
 
     def forward_fused(self, tensor: torch.Tensor, activation: str, in_place: bool) -> torch.Tensor:
         """Returns what `forward` would behind the activation function, in one pass of the first transform."""
-        method = "fused_in_place" if in_place else "fused"
         first = True
         for transform in self._modules.values():
-            tensor = getattr(transform, method)(tensor, activation) if first else transform(tensor)  # type: ignore[misc]
+            if first and isinstance(transform, ActivationTransform):
+                fused = transform.fused_in_place if in_place else transform.fused
+                tensor = fused(tensor, activation)
+            else:
+                tensor = transform(tensor)  # type: ignore[misc]
             first = False
         return tensor
 

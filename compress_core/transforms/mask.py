@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 import torch
 from torch import nn
 
 from compress_core.errors import TransformError
+from compress_core.transforms.base import WeightTransform
 from compress_core.transforms.stage import Stage
 from compress_core.transforms.weight import add_weight_transform, get_weight_transform, raw_parameter
 
 
-class WeightMask(nn.Module):
+class WeightMask(WeightTransform):
     """Multiplies a weight by a mask of zeros and ones.
 
     The gradient that reaches the stored parameter is masked as well; its value is kept, so a masked weight can come
@@ -26,6 +30,7 @@ class WeightMask(nn.Module):
     mask: torch.Tensor
     cacheable = True
     recomputable = True
+    follows: ClassVar[Mapping[str, str]] = {"mask": "weight"}
 
     def __init__(self, mask: torch.Tensor) -> None:
         super().__init__()

@@ -29,6 +29,7 @@ from compress_core.torch_internals import (
     storage_identity,
     version_of,
 )
+from compress_core.transforms.base import WeightTransform
 from compress_core.transforms.chain import TransformChain
 
 # Layers whose forward is one operator that keeps its input and its weight and nothing else.
@@ -81,7 +82,7 @@ def note(chain: TransformChain, weight: torch.Tensor, result: torch.Tensor) -> N
 def is_recomputable(chain: TransformChain) -> bool:
     """Tells whether a chain computes the same each time."""
     return not chain.bypassed and all(
-        getattr(transform, "recomputable", False) and not has_hooks(transform)  # type: ignore[arg-type]
+        isinstance(transform, WeightTransform) and transform.recomputable and not has_hooks(transform)
         for transform in chain._modules.values()
     )
 

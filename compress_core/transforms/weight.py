@@ -52,11 +52,8 @@ def add_weight_transform(
     several layers below `module` share gets one transform, which all of them see.
 
     In eval mode without gradients, on the CPU, the result is kept while nothing changes, if all transforms of the
-    tensor have an attribute `cacheable = True`: what they compute in eval mode depends on nothing but the weight,
-    their parameters and buffers, and attributes that are replaced when they change, not modified.
-
-    For `recompute_weights`, transforms have an attribute `recomputable = True` if what they compute depends on the
-    same things, whatever the mode, and they change no attribute in doing so.
+    tensor are `cacheable`. This, `recomputable`, and how the transform follows when channels of the weight are removed,
+    is declared by classes that derive from `WeightTransform`; other modules have no such capability.
 
     Args:
         module: The layer, or any module above it.
@@ -99,8 +96,8 @@ def add_weight_transform(
 def recompute_weights(model: nn.Module, on: bool = True) -> None:
     """Chooses whether transformed weights are kept for the backward pass, or computed again there.
 
-    Convolutions and linear layers do the latter where all transforms of their weight have an attribute
-    `recomputable = True`, and nobody else decides what is kept (checkpointing, `saved_tensors_hooks`, autocast,
+    Convolutions and linear layers do the latter where all transforms of their weight are `recomputable` (see
+    `WeightTransform`), and nobody else decides what is kept (checkpointing, `saved_tensors_hooks`, autocast,
     compilers). A weight, or what transforms it, that is changed in between makes the backward pass raise.
 
     Args:

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from compress_core.torch_internals import has_forward_hooks, is_plain_execution, version_of
+from compress_core.transforms.base import WeightTransform
 from compress_core.transforms.chain import TransformChain
 from compress_core.transforms.recomputation import note
 
@@ -143,7 +144,7 @@ class WeightChain(TransformChain):
 
     def _is_cacheable(self) -> bool:
         transforms = self._modules.values()
-        return all(getattr(transform, "cacheable", False) for transform in transforms) and not any(
+        return all(isinstance(item, WeightTransform) and item.cacheable for item in transforms) and not any(
             module.training
             or has_forward_hooks(module)
             or any(isinstance(value, torch.Tensor) for value in module.__dict__.values())

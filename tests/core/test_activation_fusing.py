@@ -148,6 +148,8 @@ def test_subclass_of_relu_keeps_its_own_forward(x):
 
 
 class OwningScale(FusedScale):
+    owns_input = True
+
     def __init__(self):
         super().__init__()
         self.owned = 0

@@ -13,13 +13,14 @@ from torch.utils.checkpoint import checkpoint
 from compress_core import Stage, create_compressed_model, mask_weight
 from compress_core.transforms import (
     ModuleOutput,
+    WeightTransform,
     add_activation_transform,
     add_weight_transform,
     recompute_weights,
 )
 
 
-class Scale(nn.Module):
+class Scale(WeightTransform):
     recomputable = True
 
     def __init__(self, factor=3.0):

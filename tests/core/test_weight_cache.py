@@ -8,10 +8,16 @@ import torch
 from torch import nn
 
 from compress_core import Stage, mask_weight
-from compress_core.transforms import add_weight_transform, bypass_transforms, get_weight_transform, raw_parameter
+from compress_core.transforms import (
+    WeightTransform,
+    add_weight_transform,
+    bypass_transforms,
+    get_weight_transform,
+    raw_parameter,
+)
 
 
-class Counted(nn.Module):
+class Counted(WeightTransform):
     cacheable = True
 
     def __init__(self, factor=2.0):
@@ -164,7 +170,7 @@ def test_transform_in_training_mode_or_with_hooks_is_computed_each_time(layer):
 
 
 def test_autocast_is_part_of_the_key(layer):
-    class Matmul(nn.Module):
+    class Matmul(WeightTransform):
         cacheable = True
 
         def forward(self, weight):

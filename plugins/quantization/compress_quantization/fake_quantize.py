@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from compress_core.errors import DataError, UsageError
-from compress_core.transforms import ACTIVATION_FUNCTIONS
+from compress_core.transforms import ACTIVATION_FUNCTIONS, ActivationTransform, WeightTransform
 from compress_quantization import kernels
 from compress_quantization.grid import Grid
 from compress_quantization.kernels import Source, Task, fake_quantize
@@ -19,7 +19,7 @@ from compress_quantization.kernels.sources import compute_dtype, from_ends, leve
 _MINIMUM_SCALE = 0.1
 
 
-class FakeQuantize(nn.Module):
+class FakeQuantize(WeightTransform, ActivationTransform):
     """Base of the fake-quantizers: rounds a tensor to a grid whose range is learned.
 
     Values are computed in float32 (in float64 for float64 tensors) and returned in the dtype and the memory format of
@@ -34,14 +34,13 @@ class FakeQuantize(nn.Module):
         enabled: Whether it does anything; otherwise tensors pass as they are.
         lr_multiplier: Factor on the gradients of the range.
         observer: While set, called with each tensor, which passes as it is.
-        cacheable: For weights, equal inputs and an equal range give an equal output.
-        recomputable: For weights, likewise, in training as well.
-        fused_activations: Activation functions that `fused` computes in one pass.
     """
 
     cacheable = True
     recomputable = True
     fused_activations = frozenset(ACTIVATION_FUNCTIONS)
+    fuses_in_place = True
+    owns_input = True
     _logarithmic = ""  # name of the parameter that `logarithm_scale` is about
 
     def __init__(
@@ -246,6 +245,7 @@ class SymmetricFakeQuantize(FakeQuantize):
         scale: Parameter of shape `shape`; S = |scale| + 1e-16, or exp(scale) with `logarithm_scale`.
     """
 
+    follows: ClassVar[Mapping[str, str]] = {"scale": "weight"}
     _logarithmic = "scale"
 
     def __init__(self, shape: tuple[int, ...], bits: int = 8, **options: bool) -> None:
@@ -299,6 +299,7 @@ class AsymmetricFakeQuantize(FakeQuantize):
         input_range: Parameter: width = |input_range| + 1e-16, or exp(input_range) with `logarithm_scale`.
     """
 
+    follows: ClassVar[Mapping[str, str]] = {"input_low": "weight", "input_range": "weight"}
     _logarithmic = "input_range"
 
     def __init__(self, shape: tuple[int, ...], bits: int = 8, **options: bool) -> None:

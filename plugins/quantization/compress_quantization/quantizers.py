@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from collections.abc import Mapping
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import nn
 
 from compress_core.transforms import (
+    ActivationTransform,
     activation_transforms,
     add_activation_transform,
     get_activation_transform,
@@ -47,7 +49,7 @@ def find_quantizer(model: nn.Module, planned: PlannedQuantizer, key: str) -> Fak
     return cast("FakeQuantize", get_activation_transform(model, planned.places[0], key))
 
 
-class NativeFakeQuantize(nn.Module):
+class NativeFakeQuantize(ActivationTransform):
     """torch's own fake-quantize operator with a fixed grid: what `strip` leaves behind activations.
 
     Args:
@@ -56,6 +58,7 @@ class NativeFakeQuantize(nn.Module):
 
     scale: torch.Tensor
     zero_point: torch.Tensor
+    follows: ClassVar[Mapping[str, str]] = {"scale": "channels", "zero_point": "channels"}
 
     def __init__(self, quantizer: FakeQuantize) -> None:
         super().__init__()
