@@ -20,11 +20,14 @@ from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils.hooks import RemovableHandle
 
 from compress_core.torch_internals import FakeTensorMode, TorchDispatchMode, TorchFunctionDisabled, schema_of
-from compress_core.trace.graph import Call, ForwardTrace, Frame, ModuleCall, Operator
+from compress_core.trace.graph import Call, ForwardTrace, Frame, ModuleCall, Operator, ValueId
 from compress_core.trace.graph import tensors_with_paths as tensors_of
+from compress_core.trace.hook_results import HookResults
 from compress_core.trace.positions import RunningFrame, location_below, result_is_used
 from compress_core.trace.values import Taken, ValueTable, Write
 from compress_core.transforms.attention import inside_of
+from compress_core.transforms.places import Path
+from compress_core.transforms.user_hooks import is_in_hook
 
 # Questions that torch's own shape functions ask by the dozen; nothing to record.
 _QUERIES = frozenset({"prim.device.default", "prim.layout.default"})
@@ -69,6 +72,8 @@ class Recorder:
         self.trace = ForwardTrace(training=training, real=fake is None)
         parameters = {id(tensor): name for name, tensor in [*model.named_buffers(), *model.named_parameters()]}
         self._values = ValueTable(self.trace, parameters, fake)
+        self._hooks = HookResults(self.trace, self._values)
+        self._suspended: list[FrameType] = []  # that run the modules which hooks have called
         self._fake = fake
         self._before_write = before_write
         self._stack: list[_Running] = []
@@ -90,19 +95,27 @@ class Recorder:
         for handle in self._handles:
             handle.remove()
         self._stack.clear()
+        self._hooks.clear()
         self._values.close()
 
     # Modules.
 
     def _attach(self, name: str, module: nn.Module) -> None:
+        # Ours are the outermost hooks, and the innermost: what the user's make of arguments and results is between.
         enter = functools.partial(self._enter, name)
-        self._handles.append(module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True))
+        self._handles.append(module.register_forward_pre_hook(enter, prepend=True))
+        self._handles.append(module.register_forward_pre_hook(self._begin, with_kwargs=True))
+        self._handles.append(module.register_forward_hook(self._end, prepend=True))
         # Called when the forward raises, too: the model may catch that and go on.
-        self._handles.append(module.register_forward_hook(self._leave, with_kwargs=True, always_call=True))
+        self._handles.append(module.register_forward_hook(self._leave, always_call=True))
 
-    def _enter(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+    def _enter(self, name: str, module: nn.Module, args: Any) -> None:
         # Asking a tensor for its shape in a hook is a call that the mode would record.
         with TorchFunctionDisabled():
+            frame = sys._getframe(1)
+            if self._suspended or self._is_in_hook(frame.f_back):
+                self._suspended.append(frame)
+                return
             parent = self._stack[-1] if self._stack else None
             invocation = self._runs.get(name, 0)
             self._runs[name] = invocation + 1
@@ -110,27 +123,54 @@ class Recorder:
             if parent is not None:
                 turn = parent.turns if parent.is_container else 0
                 parent.turns += 1
-            position = RunningFrame.of(sys._getframe(1), None if parent is None else parent.position)
-            given = [*self._values.all_of(tuple(args)), *self._values.all_of(kwargs)]
-            record = ModuleCall(name, type(module).__name__, invocation, inputs=given)
+            position = RunningFrame.of(frame, None if parent is None else parent.position)
+            record = ModuleCall(name, type(module).__name__, invocation)
             counts: dict[str, list[int]] = {}
-            frame = Frame(name, invocation, position.depth, turn)
-            self._stack.append(_Running(frame, position, record, counts, isinstance(module, nn.Sequential)))
-            self._frames = (*self._frames, frame)
+            running = Frame(name, invocation, position.depth, turn)
+            self._stack.append(_Running(running, position, record, counts, isinstance(module, nn.Sequential)))
+            self._frames = (*self._frames, running)
             self.trace.sequences[name, invocation] = counts
             self.trace.module_calls.append(record)
-            if parent is None:
-                for path, value in given:
-                    self.trace.values[value].inputs.append(path)
 
-    def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def _begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if self._suspended:
+            return
         with TorchFunctionDisabled():
-            running = self._stack.pop()
-            self._frames = self._frames[:-1]
-            running.record.outputs = self._values.all_of(output)
-            if not self._stack:
-                for path, value in running.record.outputs:
-                    self.trace.values[value].outputs.append(path)
+            is_model = len(self._stack) == 1
+            if is_model:
+                self._hooks.clear()  # whatever has made the arguments of the model, they are its inputs
+            given = [*self._all_of(tuple(args)), *self._all_of(kwargs)]
+            self._stack[-1].record.inputs = given
+            for path, value in given if is_model else ():
+                self.trace.values[value].inputs.append(path)
+
+    def _end(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._suspended:
+            return
+        with TorchFunctionDisabled():
+            returned = self._all_of(output)
+            self._stack[-1].record.outputs = returned
+            for path, value in returned if len(self._stack) == 1 else ():
+                self.trace.values[value].outputs.append(path)
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        frame = self._suspended[-1] if self._suspended else self._stack[-1].position.frame if self._stack else None
+        # When somebody's hook has raised before `_enter`, there is nothing to leave.
+        if frame is None or sys._getframe(1) not in (frame, frame.f_back):
+            return
+        if self._suspended:
+            self._suspended.pop()
+            return
+        self._stack.pop()
+        self._frames = self._frames[:-1]
+
+    def _all_of(self, structure: Any) -> list[tuple[Path, ValueId]]:
+        self._hooks.take(structure, self._frames)
+        return self._values.all_of(structure)
+
+    def _is_in_hook(self, frame: FrameType | None) -> bool:
+        """Tells whether a hook of the user's runs in the innermost module, or calls the module that begins to run."""
+        return bool(self._stack) and is_in_hook(frame, id(self._stack[-1].position.frame))
 
     # Calls and operators.
 
@@ -138,6 +178,9 @@ class Recorder:
         """Runs and records a function call."""
         if not self._stack or self._current is not None or function in _QUESTIONS:
             return function(*args, **kwargs)
+        if self._suspended or self._is_in_hook(sys._getframe(2)):
+            return function(*args, **kwargs)
+        self._hooks.take((args, kwargs), self._frames)
         taken: list[Taken] = []
         arguments = self._values.taken(tuple(args), (), taken)
         keywords = self._values.taken(kwargs, (), taken)
@@ -195,13 +238,20 @@ class Recorder:
         facts = _facts(function)
         if facts.is_query or not self._stack:
             return function(*args, **kwargs)
-        taken: list[Taken] = []
-        arguments = self._values.taken(tuple(args), (), taken)
-        keywords = self._values.taken(kwargs, (), taken)
         written = facts.written(args, kwargs)
         if written and self._before_write is not None:
             for tensor in written:
                 self._before_write(tensor)
+        if self._current is None:
+            if self._suspended or self._is_in_hook(sys._getframe(2)):
+                output = self._run(function, args, kwargs)
+                given = (tensor for _, tensor in tensors_of((args, kwargs)))
+                self._hooks.note(given, (tensor for _, tensor in tensors_of(output)), written)
+                return output
+            self._hooks.take((args, kwargs), self._frames)
+        taken: list[Taken] = []
+        arguments = self._values.taken(tuple(args), (), taken)
+        keywords = self._values.taken(kwargs, (), taken)
         output = self._run(function, args, kwargs)
         index = len(self.trace.operators)
         inputs = [value for _, _, value in taken]

@@ -83,8 +83,8 @@ class ValueTable:
         """Notes that a tensor has been written to, and with it those that share its memory."""
         index = self.made(tensor, by)
         self._stale.pop(id(tensor), None)
-        for identity in self._sharing(tensor):
-            self._stale[identity] = by
+        for other in self.sharing(tensor):
+            self._stale[id(other)] = by
         return index
 
     def forget_call(self, index: int) -> None:
@@ -160,8 +160,8 @@ class ValueTable:
         tensor = held() if isinstance(held, weakref.ref) else held
         return tensor if isinstance(tensor, torch.Tensor) else None
 
-    def _sharing(self, tensor: torch.Tensor) -> Iterator[int]:
-        """Yields the identities of other known tensors that have memory in common with `tensor`."""
+    def sharing(self, tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Yields other known tensors that have memory in common with `tensor`."""
         self._index(self._not_indexed)
         if self._fake is None or is_view(tensor):
             self._index(self._parameters_not_indexed)  # each has to be made fake for that: not before it matters
@@ -169,7 +169,7 @@ class ValueTable:
         for identity in self._by_storage.get(key, ()) if key is not None else ():
             other = self._tensor(identity)
             if other is not None and other is not tensor and self._storage(other) == key and may_overlap(tensor, other):
-                yield identity
+                yield other
 
     def _index(self, identities: list[int]) -> None:
         for identity in identities:

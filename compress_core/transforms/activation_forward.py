@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -132,6 +133,8 @@ class ActivationTransforms(TransformContainer):
             # would go on to compile parts of this forward by themselves, and hide it there.
             forward = torch.compiler.disable(forward)  # type: ignore[no-untyped-call]
         mode = CallSiteMode(self._plan.functions, module.training, self._call)
+        if not torch.compiler.is_dynamo_compiling():
+            mode.around = id(sys._getframe())
         try:
             with mode:
                 output = forward(module, *args, **kwargs)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import operator
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import FunctionType
@@ -31,6 +32,7 @@ from compress_core.torch_internals import (
 from compress_core.transforms.activation_functions import activation_called
 from compress_core.transforms.attention import inside_of
 from compress_core.transforms.places import CallInput, CallOutput, CallPattern, Path
+from compress_core.transforms.user_hooks import is_in_hook, is_in_traced_hook
 
 T = TypeVar("T")
 
@@ -154,6 +156,13 @@ class CallSiteMode(TorchFunctionMode):
         self.training = training
         self.apply = apply
         self.counts = [0] * len(functions)
+        self.around: int | None = None  # `id` of the frame that runs the forward
+
+    def is_called_by_hook(self) -> bool:
+        """Tells whether a user's hook, and not the forward, makes the call that the mode is asked about."""
+        if torch.compiler.is_dynamo_compiling():
+            return is_in_traced_hook()
+        return is_in_hook(sys._getframe(1), self.around)
 
     def index_of(self, func: Any) -> int:
         """Returns which of the functions `func` is, or -1."""
@@ -174,13 +183,13 @@ class CallSiteMode(TorchFunctionMode):
         """Runs a function call, with its transforms if it has any."""
         kwargs = {} if kwargs is None else kwargs
         inside = inside_of(func)
-        if inside is not None:
+        if inside is not None and not self.is_called_by_hook():
             with self:
                 return inside(*args, **kwargs)
         index = self.index_of(func)
         if func is torch.Tensor.unflatten and torch.compiler.is_dynamo_compiling():
             func = torch.unflatten  # dynamo cannot trace the method while a mode is active
-        if index < 0:
+        if index < 0 or self.is_called_by_hook():
             return func(*args, **kwargs)
         call = self.counts[index]
         self.counts[index] = call + 1
@@ -233,7 +242,7 @@ def count_unmade(functions: tuple[Any, ...]) -> bool:
         if not isinstance(mode, CallSiteMode):
             continue
         index = max(mode.index_of(function) for function in functions)
-        if index >= 0:
+        if index >= 0 and not mode.is_called_by_hook():
             if mode.transforms_next(index):
                 return False
             found.append((mode, index))

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 from compress_core.trace import Call, ForwardTrace, Trace
 from compress_core.trace.graph import ValueId
+from compress_core.trace.hook_results import USER_HOOK
 from compress_core.trace.sites import CallRef, Sites
 from compress_core.transforms.places import ActivationPlace, Path
 from compress_quantization.fusing import fused_calls
@@ -298,9 +299,9 @@ def _places(
         return [(sites.model_input(path), None) for path in value.inputs]
     call = forward.calls[value.call]
     path = next((path for path, made in call.outputs if made == wish.value), None)
-    if path is not None:
+    if path is not None and call.function != USER_HOOK:
         return [(sites.output_place(CallRef(number, call.index), path), call)]
-    # Written in place by a statement, such as x[:, 0] = y: there is no result that could be replaced.
+    # Written in place by a statement, such as x[:, 0] = y, or made by a hook: no result could be replaced.
     readers = [(forward.calls[index], at) for index, at in forward.consumers()[wish.value]]
     return [(sites.input_place(CallRef(number, reader.index), at), reader) for reader, at in readers]
 

@@ -12,8 +12,8 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from compress_core import ConfigError
-from compress_core.errors import Problem
 from compress_core.config.scopes import ScopedModule
+from compress_core.errors import Problem
 from compress_core.trace import Trace
 from compress_core.trace.sites import CallRef, Sites
 from compress_core.transforms.places import ActivationPlace, Path
