@@ -28,8 +28,8 @@ class Section(BaseModel):
     """Base of every object in a config: closed, frozen, strict about types, and aware of what is read.
 
     The fields that anybody reads are remembered, so that a value which was given and never read, and so cannot have had
-    an effect, is found (`compress_core.contract.ledger`). Read a field where it has its effect, not before; checks look at
-    a copy (`unread`).
+    an effect, is found (`compress_core.contract.ledger`). Read a field where it has its effect, not before; checks look
+    at a copy (`unread`).
     """
 
     model_config = ConfigDict(
