@@ -5,7 +5,7 @@ from compress_core.channels import load_compressed_model
 from compress_core.config import AlgorithmConfig, CompressionConfig, InitializerConfig, Section
 from compress_core.contract.algorithm import Algorithm, Plan
 from compress_core.contract.batch import Batch
-from compress_core.contract.choices import Choice, ChoiceOf, ChoicePoint, callable_choice, choice
+from compress_core.contract.choices import Choice, ChoiceOf, ChoicePoint, callable_choice, choice, find_choice
 from compress_core.contract.clock import Clock
 from compress_core.contract.context import Context
 from compress_core.contract.hookspecs import hookimpl
@@ -72,6 +72,7 @@ __all__ = [
     "check_config",
     "choice",
     "create_compressed_model",
+    "find_choice",
     "hookimpl",
     "load_compressed_model",
     "mask_weight",

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
 import torch
 from pydantic import Field, TypeAdapter, ValidationError
@@ -22,11 +22,12 @@ from compress_core.config.sections import Count, InitializerConfig, Scopes
 
 if TYPE_CHECKING:
     from compress_core.contract.context import Context
-from compress_core.batchnorm.estimators import ESTIMATORS
+from compress_core.batchnorm.estimators import METHOD
 from compress_core.batchnorm.forward_pass import AdaptationPass, Reference
 from compress_core.batchnorm.guard import MetricGuard
 from compress_core.batchnorm.report import AdaptationReport, BatchNormAdaptationStatistics
 from compress_core.config.scopes import ScopeFilter
+from compress_core.contract.choices import ChoiceOf, choices_of, find_choice
 from compress_core.contract.hookspecs import hookimpl
 from compress_core.contract.initializer import Initializer
 from compress_core.contract.statistics import Statistics
@@ -37,8 +38,6 @@ from compress_core.torch_internals import AnyBatchNorm
 from compress_core.transforms.model_wide import bypass_transforms
 
 logger = logging.getLogger(__name__)
-
-Method = Literal["paired", "exact", "momentum"]
 
 # How many samples the statistics that calibration sees are made from; 64 are within 0.5 points of 2048 in accuracy.
 _PROVISIONAL_SAMPLES = 256
@@ -58,7 +57,7 @@ class BatchNormAdaptationConfig(InitializerConfig):
         description="evaluate_fn(model) -> number, larger is better; true takes that of ModelEvaluationArgs. "
         "Statistics that make it worse are rolled back",
     )
-    method: Method = Field(
+    method: Annotated[str, ChoiceOf(METHOD)] = Field(
         "paired",
         description="estimator: paired (carries the trained statistics over), exact (population moments), momentum "
         "(NNCF's exponential average)",
@@ -76,7 +75,7 @@ class BatchNormAdaptation(Initializer):
     def __init__(self, config: InitializerConfig, paths: tuple[str, ...]) -> None:
         super().__init__(config, paths)
         self.num_samples = 0
-        self.method: Method = "paired"
+        self.method = "paired"
         self.ignored: dict[str, str] = {}
         self.report: AdaptationReport | None = None
         self.guard: Callable[[nn.Module], Any] | bool = False
@@ -193,7 +192,7 @@ class BatchNormAdaptation(Initializer):
         context: Context,
         data: CalibrationData,
         num_samples: int,
-        method: Method,
+        method: str,
         reference: Reference | None = None,
     ) -> AdaptationReport:
         """Runs an adaptation.
@@ -209,8 +208,8 @@ class BatchNormAdaptation(Initializer):
         """
         if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
             raise DataError(f"{data.path}: num_samples must be a whole number of at least 1, got {num_samples!r}")
-        if not isinstance(method, str) or method not in ESTIMATORS:
-            raise DataError(f"{data.path}: method must be one of {', '.join(ESTIMATORS)}, got {method!r}")
+        if not isinstance(method, str) or find_choice(method, METHOD) is None:
+            raise DataError(f"{data.path}: method must be one of {', '.join(choices_of(METHOD))}, got {method!r}")
         layers = self._layers(model, context)
         if not layers:
             raise ModelError(f"{data.path}: the model has no batch norm with running statistics that could be adapted")

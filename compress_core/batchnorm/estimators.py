@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from compress_core.batchnorm.moments import Correlation, Moments, sampled_rows
+from compress_core.contract.choices import Choice, ChoicePoint
 from compress_core.errors import DataError
 from compress_core.torch_internals import AnyBatchNorm
 from compress_core.transforms.call_sites import run_quietly
@@ -239,8 +240,18 @@ class MomentumEstimator(Estimator):
         self.layer.training = False
 
 
-ESTIMATORS: dict[str, type[Estimator]] = {
-    "paired": PairedEstimator,
-    "exact": ExactEstimator,
-    "momentum": MomentumEstimator,
-}
+METHOD = "batchnorm_adaptation.method"
+
+
+def _wrong(value: Any) -> str | None:
+    is_estimator = isinstance(value, type) and issubclass(value, Estimator)
+    return None if is_estimator else f"must be a subclass of Estimator, got {value!r}"
+
+
+POINT = ChoicePoint(METHOD, "a subclass of compress_core.batchnorm.estimators.Estimator", _wrong)
+
+CHOICES = [
+    Choice(METHOD, "paired", PairedEstimator),
+    Choice(METHOD, "exact", ExactEstimator),
+    Choice(METHOD, "momentum", MomentumEstimator),
+]

@@ -13,8 +13,9 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from compress_core.batchnorm.estimators import ESTIMATORS, Estimator
+from compress_core.batchnorm.estimators import METHOD, Estimator
 from compress_core.batchnorm.report import AdaptationReport, LayerDrift
+from compress_core.contract.choices import choice
 from compress_core.data.calibration import CalibrationData
 from compress_core.data.rng import preserved_rng
 from compress_core.errors import DataError, ModelError
@@ -45,7 +46,7 @@ class AdaptationPass:
         self._path = path
         self._model = model
         self._method = method
-        self._estimators: Sequence[Estimator] = [ESTIMATORS[method](name, layer) for name, layer in layers.items()]
+        self._estimators: Sequence[Estimator] = [choice(method, METHOD)(name, layer) for name, layer in layers.items()]
         self._started = time.perf_counter()
         self.samples = 0
         self.batches = 0

@@ -1,8 +1,10 @@
-"""The core's own plugin: the shared initializers, registered like anybody's."""
+"""Batch-norm adaptation as a plugin: registered like anybody's."""
 
 from __future__ import annotations
 
+from compress_core.batchnorm import estimators
 from compress_core.batchnorm.adaptation import BatchNormAdaptation
+from compress_core.contract.choices import Choice, ChoicePoint
 from compress_core.contract.hookspecs import hookimpl
 from compress_core.contract.initializer import Initializer
 
@@ -11,3 +13,15 @@ from compress_core.contract.initializer import Initializer
 def compress_initializers() -> list[type[Initializer]]:
     """Returns batch-norm adaptation."""
     return [BatchNormAdaptation]
+
+
+@hookimpl
+def compress_choice_points() -> list[ChoicePoint]:
+    """Returns the methods of estimation."""
+    return [estimators.POINT]
+
+
+@hookimpl
+def compress_choices() -> list[Choice]:
+    """Returns three of them."""
+    return list(estimators.CHOICES)

@@ -7,7 +7,7 @@ import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -276,7 +276,7 @@ class CompressionController:
         loader: Any = None,
         *,
         num_samples: int | None = None,
-        method: Literal["paired", "exact", "momentum"] | None = None,
+        method: str | None = None,
     ) -> AdaptationReport:
         """Adapts the running statistics of batch norm again.
 
@@ -286,7 +286,7 @@ class CompressionController:
         Args:
             loader: Batches, or `BNAdaptationInitArgs`; by default what the model was created with.
             num_samples: How many; by default what the config asked for, or 2000.
-            method: The estimator; by default the config's.
+            method: Name of the estimator (a choice of `batchnorm_adaptation.method`); by default the config's.
 
         Raises:
             DataError: There are no usable batches. All statistics are as before.

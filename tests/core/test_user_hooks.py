@@ -17,7 +17,7 @@ from torch.nn.modules.module import (
 )
 from torch.nn.utils import prune, spectral_norm, weight_norm
 
-from compress_core.batchnorm.estimators import ESTIMATORS
+from compress_core.batchnorm.estimators import CHOICES
 from compress_core.channels import channel_groups
 from compress_core.trace import trace
 from compress_core.trace.hook_results import USER_HOOK
@@ -537,12 +537,12 @@ def test_hooks_that_call_compiled_functions(net, x, caplog):
 # Those who watch.
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("estimator", CHOICES, ids=lambda choice: choice.name)
 def test_estimators_do_not_see_what_hooks_call(estimator):
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.ReLU()).eval()
     x = torch.randn(16, 4, generator=torch.Generator().manual_seed(0))
     model[2].register_forward_hook(lambda m, i, o: (model[1](o + 7), None)[1])
-    watching = ESTIMATORS[estimator]("1", model[1])
+    watching = estimator.value("1", model[1])
     handles = watching.attach()
     with torch.no_grad():
         model(x)

@@ -63,7 +63,6 @@ class FilterPruning(LevelAlgorithm):
 
     def __init__(self, config: AlgorithmConfig) -> None:
         super().__init__(config)
-        self._context: Context | None = None
         self._schedule: Schedule | None = None
         self._plan: PruningPlan | None = None
         self._pruner: Pruner | None = None
@@ -103,8 +102,7 @@ class FilterPruning(LevelAlgorithm):
     def compress_commit(self, model: nn.Module, context: Context) -> None:
         """Adds the masks, at the initial level."""
         assert self._plan is not None
-        self._context = context
-        self._pruner = Pruner(model, self._plan, self.config.params, self.name)
+        self._pruner = Pruner(model, self._plan, self.config.params, self.name, self.context.shrunk)
         if not context.resuming:
             self._apply(self.config.pruning_init)
 
@@ -244,8 +242,7 @@ class FilterPruning(LevelAlgorithm):
             if number not in range(len(self._active.groups)):
                 count = len(self._active.groups)
                 raise UsageError(f"there is no group {number!r}; groups are 0 to {count - 1}: see pruned_module_groups")
-        assert self._context is not None
-        with self._context.batch_norm.adapted(run_batchnorm_adaptation):
+        with self.context.batch_norm.adapted(run_batchnorm_adaptation):
             if isinstance(pruning_level, Mapping):
                 self._active.apply_each(pruning_level)
             else:

@@ -6,13 +6,14 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from compress_core import AlgorithmConfig, Section
+from compress_core import AlgorithmConfig, ChoiceOf, Section
 from compress_core.config.sections import Count
 
 Level = Annotated[float, Field(ge=0, lt=1)]
 
-ScheduleName = Literal["exponential", "exponential_with_bias", "baseline"]
-Importance = Literal["L1", "L2", "geometric_median"]
+# What plugins can add to: `importance.py` says what a value has to be.
+IMPORTANCE = "filter_pruning.importance"
+SCHEDULE = "level_schedule"
 
 
 class LegrParams(Section):
@@ -31,7 +32,9 @@ class LegrParams(Section):
 class FilterPruningParams(Section):
     """Section `params`."""
 
-    schedule: ScheduleName = Field("exponential", description="how the pruning level grows over the epochs")
+    schedule: Annotated[str, ChoiceOf(SCHEDULE)] = Field(
+        "exponential", description="how the pruning level grows over the epochs"
+    )
     pruning_target: Level | None = Field(
         None, description="share of the channels that goes; 0.5 unless pruning_flops_target is given"
     )
@@ -40,7 +43,9 @@ class FilterPruningParams(Section):
     )
     num_init_steps: Count = Field(0, ge=0, description="epochs before the first one with a schedule's level")
     pruning_steps: Count = Field(100, ge=1, description="epochs from the initial level to the target")
-    filter_importance: Importance = Field("L2", description="what a channel counts: norm, or distance to the others")
+    filter_importance: Annotated[str, ChoiceOf(IMPORTANCE)] = Field(
+        "L2", description="what a channel counts: norm, or distance to the others"
+    )
     interlayer_ranking_type: Literal["unweighted_ranking", "learned_ranking"] = Field(
         "unweighted_ranking", description="how channels of different layers are compared"
     )

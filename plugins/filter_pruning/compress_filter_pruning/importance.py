@@ -6,10 +6,47 @@ from collections.abc import Sequence
 
 import torch
 
-from compress_core import ModelError
+from compress_core import Choice, ChoicePoint, ModelError, PluginError, callable_choice, choice
+from compress_filter_pruning.config import IMPORTANCE
 
 # Rows of the matrix of distances that are computed at a time.
 _ROWS = 256
+
+
+def l1_norm(filters: torch.Tensor) -> torch.Tensor:
+    """The L1 norm of each filter (Li et al., 2017, arXiv:1608.08710)."""
+    return filters.abs().sum(1, dtype=torch.float64)
+
+
+def l2_norm(filters: torch.Tensor) -> torch.Tensor:
+    """The L2 norm of each filter."""
+    norms: torch.Tensor = torch.linalg.vector_norm(filters, dim=1, dtype=torch.float64)
+    return norms
+
+
+def geometric_median(filters: torch.Tensor) -> torch.Tensor:
+    """The sum of each filter's distances to all others (He et al., 2019, arXiv:1811.00250, equation 5)."""
+    wide = filters.double()
+    parts = [
+        # The exact distances: the fast way through a product of matrices makes equal filters differ.
+        torch.cdist(rows, wide, compute_mode="donot_use_mm_for_euclid_dist").sum(1)
+        for rows in torch.split(wide, _ROWS)
+    ]
+    return torch.cat(parts)
+
+
+POINT = ChoicePoint(
+    IMPORTANCE,
+    "a function of the filters of a weight, a tensor of shape (filters, elements of a filter) and any floating dtype, "
+    "that returns the importance of each, shape (filters,), larger for what should stay",
+    callable_choice,
+)
+
+CHOICES = [
+    Choice(IMPORTANCE, "L1", l1_norm),
+    Choice(IMPORTANCE, "L2", l2_norm),
+    Choice(IMPORTANCE, "geometric_median", geometric_median),
+]
 
 
 def filter_importance(weight: torch.Tensor, dim: int, kind: str) -> torch.Tensor:
@@ -18,25 +55,20 @@ def filter_importance(weight: torch.Tensor, dim: int, kind: str) -> torch.Tensor
     Args:
         weight: The weight, any floating dtype.
         dim: Dimension that runs over the filters.
-        kind: `L1` or `L2` for the norm (Li et al., 2017, arXiv:1608.08710), `geometric_median` for the sum of the
-            distances to all other filters (He et al., 2019, arXiv:1811.00250, equation 5).
+        kind: Name of a choice of `filter_pruning.importance`.
 
     Returns:
         Shape (filters,), float64.
+
+    Raises:
+        PluginError: The choice returns something else.
     """
     filters = weight.detach().movedim(dim, 0).flatten(1) if weight.ndim > 1 else weight.detach()[:, None]
-    if kind == "L1":
-        return filters.abs().sum(1, dtype=torch.float64)
-    if kind == "L2":
-        norms: torch.Tensor = torch.linalg.vector_norm(filters, dim=1, dtype=torch.float64)
-        return norms
-    wide = filters.double()
-    parts = [
-        # The exact distances: the fast way through a product of matrices makes equal filters differ.
-        torch.cdist(rows, wide, compute_mode="donot_use_mm_for_euclid_dist").sum(1)
-        for rows in torch.split(wide, _ROWS)
-    ]
-    return torch.cat(parts)
+    found = choice(kind, IMPORTANCE)(filters)
+    if not isinstance(found, torch.Tensor) or found.shape != filters.shape[:1]:
+        what = tuple(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__
+        raise PluginError(f"the filter importance '{kind}' returned {what} for {len(filters)} filters; one number each")
+    return found.detach().double()
 
 
 def layer_norm(weight: torch.Tensor) -> float:

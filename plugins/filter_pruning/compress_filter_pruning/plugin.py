@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from compress_core import Algorithm, hookimpl
+from compress_core import Algorithm, Choice, ChoicePoint, hookimpl
+from compress_filter_pruning import importance, schedules
 from compress_filter_pruning.algorithm import FilterPruning
 
 
@@ -10,3 +11,15 @@ from compress_filter_pruning.algorithm import FilterPruning
 def compress_algorithms() -> list[type[Algorithm]]:
     """Returns filter pruning."""
     return [FilterPruning]
+
+
+@hookimpl
+def compress_choice_points() -> list[ChoicePoint]:
+    """Returns what a channel may count."""
+    return [importance.POINT]
+
+
+@hookimpl
+def compress_choices() -> list[Choice]:
+    """Returns three importances and two schedules."""
+    return [*importance.CHOICES, *schedules.CHOICES]

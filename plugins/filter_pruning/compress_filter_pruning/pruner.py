@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ class Pruner:
         plan: Its groups and what they cost.
         params: The settings.
         key: Name of the masks.
+        announce: Called with a model whose tensors have become smaller.
 
     Attributes:
         model: The model.
@@ -48,13 +49,20 @@ class Pruner:
         certificate: How well that agreed with the masked model.
     """
 
-    def __init__(self, model: nn.Module, plan: PruningPlan, params: FilterPruningParams, key: str) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: PruningPlan,
+        params: FilterPruningParams,
+        key: str,
+        announce: Callable[[nn.Module, Shrinkage], None],
+    ) -> None:
         self.model, self.groups, self.inputs = model, list(plan.groups), plan.inputs
         self.gone: list[list[int]] = [[] for _ in self.groups]
         self.shrunk = self.stripped = Shrinkage()
         self.certificate: Certificate | None = None
         self._operations, self._parameters = plan.operations, plan.parameters
-        self._params, self._key = params, key
+        self._params, self._key, self._announce = params, key, announce
         add_masks(model, self._masked(), key)
 
     # Figures.
@@ -123,6 +131,7 @@ class Pruner:
         if any(self.gone):
             removed, self.certificate = shrink_model(model, self.pairs(), self.inputs)
             self.stripped = self.shrunk.then(removed)
+            self._announce(model, removed)
 
     def shrink(self, optimizer: torch.optim.Optimizer | None, ema: nn.Module | None) -> Certificate:
         """Removes the masked channels for good; see `FilterPruning.shrink`."""
@@ -137,6 +146,7 @@ class Pruner:
         try:
             for entry in models:
                 removed.apply(entry)
+            self._announce(self.model, removed)
         except BaseException:
             for snapshot in snapshots:
                 snapshot.restore()
@@ -154,6 +164,7 @@ class Pruner:
         if shrunk:
             shrunk.apply(self.model)
             self.groups, self.shrunk, self.stripped = groups, shrunk, shrunk
+            self._announce(self.model, shrunk)
 
     def shrink_plan(self) -> dict[str, Any]:
         """Returns what was removed from the plain model that `strip` left; JSON-able."""

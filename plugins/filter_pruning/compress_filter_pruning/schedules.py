@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from compress_core.contract.schedules import exponential_level
-from compress_filter_pruning.config import FilterPruningConfig
+from compress_core import Choice, choice
+from compress_filter_pruning.config import SCHEDULE, FilterPruningConfig
 
 # `exponential_with_bias` has reached this share of the target at this share of the time.
 _EARLY_LEVEL, _EARLY_TIME = 3 / 4, 1 / 8
@@ -27,7 +27,7 @@ class Schedule:
     target: float
     num_init_steps: int
     freeze_epoch: int
-    at: Callable[[int], float]
+    at: Callable[[float], float]
 
     def level(self, epoch: int) -> float | None:
         """Returns the level of an epoch; None while the schedule has not begun: the initial level stays."""
@@ -41,13 +41,13 @@ def make_schedule(config: FilterPruningConfig, target: float) -> Schedule:
     if params.schedule == "baseline":
         return Schedule(target, warmup, warmup, lambda epoch: target)
     # The last of the pruning epochs has the target.
-    duration = params.pruning_steps - 1
-    if params.schedule == "exponential":
-        return Schedule(
-            target, warmup, warmup + params.pruning_steps, lambda k: exponential_level(initial, target, k, duration)
-        )
-    curve = biased_exponential(initial, target, duration)
+    curve = choice(params.schedule, SCHEDULE)(initial, target, params.pruning_steps - 1)
     return Schedule(target, warmup, warmup + params.pruning_steps, curve)
+
+
+def at_once(initial: float, target: float, duration: float) -> Callable[[float], float]:
+    """The target from the first epoch on."""
+    return lambda time: target
 
 
 def biased_exponential(initial: float, target: float, duration: float) -> Callable[[float], float]:
@@ -87,3 +87,7 @@ def biased_exponential(initial: float, target: float, duration: float) -> Callab
         return target if done >= 1 else min(initial + (target - initial) * share, target)
 
     return level
+
+
+# `exponential` is the core's.
+CHOICES = [Choice(SCHEDULE, "exponential_with_bias", biased_exponential), Choice(SCHEDULE, "baseline", at_once)]

@@ -66,8 +66,6 @@ class MagnitudeSparsity(LevelAlgorithm):
 
     def __init__(self, config: AlgorithmConfig) -> None:
         super().__init__(config)
-        self._model: nn.Module | None = None
-        self._context: Context | None = None
         self._schedule: Schedule | None = None
         self._targets: tuple[str, ...] = ()
         self._requested = 0.0
@@ -101,9 +99,9 @@ class MagnitudeSparsity(LevelAlgorithm):
         return plan
 
     @hookimpl
-    def compress_commit(self, model: nn.Module, plan: Plan, context: Context) -> None:
+    def compress_commit(self, model: nn.Module, plan: Plan) -> None:
         """Adds the masks, at the initial level."""
-        self._model, self._context, self._targets = model, context, plan.targets
+        self._targets = plan.targets
         for name in self._targets:
             mask_weight(model, name, key=self.name)
         self._apply_level(self.config.sparsity_init)
@@ -201,7 +199,7 @@ class MagnitudeSparsity(LevelAlgorithm):
         """
         self._check_level("sparsity level", level)
         names = self._targets if module_info is None else self._targets_below(module_info)
-        with self._active_context.batch_norm.adapted(run_batchnorm_adaptation):
+        with self.context.batch_norm.adapted(run_batchnorm_adaptation):
             self._set_masks(names, level, together=module_info is not None or self._is_global)
         if module_info is None:
             self._requested = level
@@ -212,11 +210,6 @@ class MagnitudeSparsity(LevelAlgorithm):
     def _active_schedule(self) -> Schedule:
         assert self._schedule is not None, "the algorithm has not been committed"
         return self._schedule
-
-    @property
-    def _active_context(self) -> Context:
-        assert self._context is not None, "the algorithm has not been committed"
-        return self._context
 
     @property
     def _is_global(self) -> bool:
@@ -237,13 +230,13 @@ class MagnitudeSparsity(LevelAlgorithm):
             selection.write(masks)
 
     def _ranked(self, name: str) -> RankedTensor:
-        values = raw_parameter(self._active_model, name).detach()
+        values = raw_parameter(self.model, name).detach()
         normed = self.config.params.weight_importance == "normed_abs"
         return RankedTensor(name, values, layer_scale(values) if normed else 1.0)
 
     def _attainable(self, level: float) -> int:
         """Returns how many zeros a level means: at least one weight of each layer stays."""
-        sizes = [raw_parameter(self._active_model, name).numel() for name in self._targets]
+        sizes = [raw_parameter(self.model, name).numel() for name in self._targets]
         if self._is_global:
             return min(round(level * sum(sizes)), sum(max(size - 1, 0) for size in sizes))
         return sum(min(round(level * size), max(size - 1, 0)) for size in sizes)
@@ -253,13 +246,8 @@ class MagnitudeSparsity(LevelAlgorithm):
         total = sum(mask.numel() for mask in masks)
         return total - sum(_kept(mask) for mask in masks), total
 
-    @property
-    def _active_model(self) -> nn.Module:
-        assert self._model is not None, "the algorithm has not been committed"
-        return self._model
-
     def _mask(self, name: str) -> WeightMask:
-        return cast("WeightMask", get_weight_transform(self._active_model, name, self.name))
+        return cast("WeightMask", get_weight_transform(self.model, name, self.name))
 
     def _targets_below(self, module_info: str) -> tuple[str, ...]:
         names = tuple(n for n in self._targets if n == module_info or n.rpartition(".")[0] == module_info)

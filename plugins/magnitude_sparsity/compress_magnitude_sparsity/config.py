@@ -6,18 +6,21 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from compress_core import AlgorithmConfig, Section
+from compress_core import AlgorithmConfig, ChoiceOf, Section
 from compress_core.config import Count
 
 Level = Annotated[float, Field(ge=0, lt=1)]
 
-ScheduleName = Literal["polynomial", "exponential", "adaptive", "multistep"]
+# What plugins can add to: schedules of this algorithm (`schedules.py`), and those that depend on the time alone.
+SCHEDULES = ("magnitude_sparsity.schedule", "level_schedule")
 
 
 class MagnitudeSparsityParams(Section):
     """Section `params`."""
 
-    schedule: ScheduleName = Field("polynomial", description="how the sparsity level grows over the epochs")
+    schedule: Annotated[str, ChoiceOf(*SCHEDULES)] = Field(
+        "polynomial", description="how the sparsity level grows over the epochs"
+    )
     sparsity_target: Level = Field(0.5, description="level at the end of the schedule")
     sparsity_target_epoch: Count = Field(90, ge=0, description="epoch at which the target is reached")
     sparsity_freeze_epoch: Count | None = Field(

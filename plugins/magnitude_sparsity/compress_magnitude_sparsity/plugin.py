@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from compress_core import Algorithm, hookimpl
+from compress_core import Algorithm, Choice, ChoicePoint, hookimpl
+from compress_magnitude_sparsity import schedules
 from compress_magnitude_sparsity.algorithm import MagnitudeSparsity
 
 
@@ -10,3 +11,15 @@ from compress_magnitude_sparsity.algorithm import MagnitudeSparsity
 def compress_algorithms() -> list[type[Algorithm]]:
     """Returns magnitude sparsity."""
     return [MagnitudeSparsity]
+
+
+@hookimpl
+def compress_choice_points() -> list[ChoicePoint]:
+    """Returns the schedules that may depend on more than the time."""
+    return [schedules.POINT]
+
+
+@hookimpl
+def compress_choices() -> list[Choice]:
+    """Returns three schedules."""
+    return list(schedules.CHOICES)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import bisect
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
-from compress_core.contract.clock import Clock
-from compress_core.contract.schedules import exponential_level, polynomial_level, progress
-from compress_magnitude_sparsity.config import MagnitudeSparsityConfig
+from compress_core import Choice, ChoicePoint, Clock, callable_choice, find_choice
+from compress_core.contract.schedules import polynomial_level, progress
+from compress_magnitude_sparsity.config import SCHEDULES, MagnitudeSparsityConfig
 
 logger = logging.getLogger(__name__)
 
@@ -103,16 +103,22 @@ class PolynomialSchedule(_TimeSchedule):
         return polynomial_level(self._initial, self.target, done, power=self._power, concave=self._concave)
 
 
-class ExponentialSchedule(_TimeSchedule):
-    """The density decays geometrically."""
+class CurveSchedule(_TimeSchedule):
+    """A choice of `level_schedule`: the level is a function of the epoch.
 
-    def __init__(self, config: MagnitudeSparsityConfig) -> None:
-        self._initial, self._duration = config.sparsity_init, config.params.sparsity_target_epoch
-        super().__init__(config.params.sparsity_target, _freeze_epoch(config, self._duration))
+    Args:
+        config: The section.
+        curve: The choice's value.
+    """
+
+    def __init__(self, config: MagnitudeSparsityConfig, curve: Callable[..., Callable[[float], float]]) -> None:
+        target, duration = config.params.sparsity_target, config.params.sparsity_target_epoch
+        super().__init__(target, _freeze_epoch(config, duration))
+        self._level = curve(config.sparsity_init, target, duration)
 
     def at_epoch(self, clock: Clock, reached: float) -> float | None:
         """See `Schedule`."""
-        return exponential_level(self._initial, self.target, clock.epoch, self._duration)
+        return self._level(clock.epoch)
 
 
 class MultistepSchedule(_TimeSchedule):
@@ -158,17 +164,28 @@ class AdaptiveSchedule(_TimeSchedule):
         self._level, self._held = float(state["level"]), int(state["num_bad_epochs"])
 
 
-_SCHEDULES: dict[str, type[PolynomialSchedule | ExponentialSchedule | MultistepSchedule | AdaptiveSchedule]] = {
-    "polynomial": PolynomialSchedule,
-    "exponential": ExponentialSchedule,
-    "multistep": MultistepSchedule,
-    "adaptive": AdaptiveSchedule,
-}
+POINT = ChoicePoint(
+    SCHEDULES[0],
+    "a class made with the section (`MagnitudeSparsityConfig`), with the methods of "
+    "`compress_magnitude_sparsity.schedules.Schedule`",
+    callable_choice,
+)
+
+CHOICES = [
+    Choice(SCHEDULES[0], "polynomial", PolynomialSchedule),
+    Choice(SCHEDULES[0], "multistep", MultistepSchedule),
+    Choice(SCHEDULES[0], "adaptive", AdaptiveSchedule),
+]
 
 
 def make_schedule(config: MagnitudeSparsityConfig) -> Schedule:
     """Returns the schedule that a section asks for; it reads those parameters that it uses and no others."""
-    return _SCHEDULES[config.params.schedule](config)
+    found = find_choice(config.params.schedule, *SCHEDULES)
+    assert found is not None, "the section has been validated"
+    if found.point == SCHEDULES[0]:
+        schedule: Schedule = found.value(config)
+        return schedule
+    return CurveSchedule(config, found.value)
 
 
 def _freeze_epoch(config: MagnitudeSparsityConfig, last_change: int) -> int:

@@ -55,6 +55,7 @@ class Quantization(Algorithm):
     name = "quantization"
     Config = QuantizationConfig
     stage = Stage.PRECISION
+    applies_lr_multiplier = True
     reads_later = ("params.activations_quant_start_epoch", "params.weights_quant_start_epoch")
     controller_api = (
         "all_quantizations",
@@ -74,8 +75,6 @@ class Quantization(Algorithm):
         self._planned: list[PlannedQuantizer] = []
         self._skipped: dict[str, str] = {}
         self._potential: dict[str, int] = {}
-        self._model: nn.Module | None = None
-        self._context: Context | None = None
         self._staging: StagedQuantization | None = None
         # Names of quantizers that stay off because no calibration sample has reached them.
         self._off: list[str] = []
@@ -119,8 +118,7 @@ class Quantization(Algorithm):
     @hookimpl
     def compress_commit(self, model: nn.Module, context: Context) -> None:
         """Adds the quantizers, with ranges that mean nothing yet."""
-        self._model, self._context = model, context
-        multiplier = self.config.compression_lr_multiplier or context.config.root.compression_lr_multiplier or 1.0
+        multiplier = context.lr_multiplier(self)
         for planned in self._planned:
             module = make_quantizer(planned.spec, planned.shape, lr_multiplier=multiplier)
             module.to(device=_device_of(model))
@@ -263,18 +261,8 @@ class Quantization(Algorithm):
 
     # How it is done.
 
-    @property
-    def _active_model(self) -> nn.Module:
-        assert self._model is not None, "the algorithm has not been committed"
-        return self._model
-
-    @property
-    def _active_context(self) -> Context:
-        assert self._context is not None, "the algorithm has not been committed"
-        return self._context
-
     def _module(self, planned: PlannedQuantizer) -> FakeQuantize:
-        return find_quantizer(self._active_model, planned, self.name)
+        return find_quantizer(self.model, planned, self.name)
 
     def _resumed_plan(self, model: nn.Module, context: Context) -> Plan:
         plan = context.saved_plans[self.name]
@@ -329,10 +317,10 @@ class Quantization(Algorithm):
     ) -> None:
         """Measures the ranges of groups of quantizers, or says why they stay as they are."""
         chosen = [self._calibrated(planned) for planned in self._planned if planned.group in groups]
-        context = self._active_context
+        context = self.context
         data = self._data([q for q in chosen if q.planned.group == "activations" and q.samples], context)
         strict = context.config.root.unused_values == "error"
-        unreached = calibrate(self._active_model, chosen, data, batch_norm=batch_norm, strict=strict)
+        unreached = calibrate(self.model, chosen, data, batch_norm=batch_norm, strict=strict)
         seen = {quantizer.planned.name for quantizer in chosen if quantizer.samples and data is not None}
         self._off = sorted((set(self._off) - seen) | set(unreached))
         self._calibrated_before |= data is not None

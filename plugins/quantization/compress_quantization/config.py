@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from compress_core import AlgorithmConfig, Section
+from compress_core import AlgorithmConfig, ChoiceOf, Section
 from compress_core.config import Count, InitializerSection, Scopes
 
 Bits = Annotated[Count, Field(ge=2, le=8)]
@@ -18,7 +18,9 @@ Epoch = Annotated[Count, Field(ge=0)]
 
 Mode = Literal["symmetric", "asymmetric"]
 QuantizerGroup = Literal["weights", "activations"]
-RangeType = Literal["min_max", "mixed_min_max", "mean_min_max", "threesigma", "percentile", "mean_percentile"]
+
+# What plugins can add to: `ranges` says what a value has to be.
+RANGE = "quantization.range"
 
 
 class RangeParams(Section):
@@ -31,7 +33,9 @@ class RangeParams(Section):
 class RangeConfig(Section):
     """Section `initializer.range` as one object, for all quantizers."""
 
-    type: RangeType = Field("mixed_min_max", description="statistic that the range of a quantizer starts from")
+    type: Annotated[str, ChoiceOf(RANGE)] = Field(
+        "mixed_min_max", description="statistic that the range of a quantizer starts from"
+    )
     num_init_samples: Count = Field(256, ge=0, description="samples to collect statistics on; 0 for no initialization")
     params: RangeParams = Field(default_factory=RangeParams, description="parameters of the percentile types")
 

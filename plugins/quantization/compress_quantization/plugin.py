@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from compress_core import Algorithm, hookimpl
+from compress_core import Algorithm, Choice, ChoicePoint, hookimpl
+from compress_quantization import ranges
 from compress_quantization.algorithm import Quantization
 
 
@@ -10,3 +11,15 @@ from compress_quantization.algorithm import Quantization
 def compress_algorithms() -> list[type[Algorithm]]:
     """Returns quantization."""
     return [Quantization]
+
+
+@hookimpl
+def compress_choice_points() -> list[ChoicePoint]:
+    """Returns the statistics that a range may start from."""
+    return [ranges.POINT]
+
+
+@hookimpl
+def compress_choices() -> list[Choice]:
+    """Returns NNCF's six range initializers."""
+    return list(ranges.CHOICES)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from compress_quantization.config import RangeConfig
+from dataclasses import dataclass
+
+from compress_core import Choice, ChoicePoint, callable_choice, choice
+from compress_quantization.config import RANGE, RangeConfig
 from compress_quantization.quantizer_config import QuantizerSpec
 from compress_quantization.ranges.quantiles import QuantileSketch
 from compress_quantization.ranges.statistics import (
@@ -17,7 +20,77 @@ from compress_quantization.ranges.statistics import (
     ThreeSigma,
 )
 
-__all__ = ["QuantileSketch", "Range", "RangeStatistics", "TensorInfo", "collector_for"]
+__all__ = [
+    "CHOICES",
+    "POINT",
+    "QuantileSketch",
+    "Range",
+    "RangeRequest",
+    "RangeStatistics",
+    "TensorInfo",
+    "collector_for",
+]
+
+
+@dataclass(frozen=True)
+class RangeRequest:
+    """What statistics for a range are made for.
+
+    Attributes:
+        tensor: The tensor: a weight is shown once, an activation batch by batch.
+        symmetric: Whether the range has to lie symmetrically around zero.
+        config: The section `initializer.range`; statistics read those parameters that they use and no others.
+    """
+
+    tensor: TensorInfo
+    symmetric: bool
+    config: RangeConfig
+
+
+def min_max(request: RangeRequest) -> RangeStatistics:
+    """The smallest and the largest value of all."""
+    return MinMax(request.tensor, request.symmetric)
+
+
+def mixed_min_max(request: RangeRequest) -> RangeStatistics:
+    """`min_max` of weights and of channels, else the means of the samples' smallest and largest values."""
+    per_sample = not request.tensor.is_weight and request.tensor.channel_dim is None
+    return SampleMeanMinMax(request.tensor, request.symmetric) if per_sample else min_max(request)
+
+
+def mean_min_max(request: RangeRequest) -> RangeStatistics:
+    """The means of the batches' smallest and largest values."""
+    return MeanMinMax(request.tensor, request.symmetric)
+
+
+def threesigma(request: RangeRequest) -> RangeStatistics:
+    """The median and three standard deviations around it."""
+    return ThreeSigma(request.tensor)
+
+
+def percentile(request: RangeRequest) -> RangeStatistics:
+    """Two percentiles of all values."""
+    params = request.config.params
+    return Percentile(request.tensor, params.min_percentile, params.max_percentile)
+
+
+def mean_percentile(request: RangeRequest) -> RangeStatistics:
+    """The means of two percentiles of the batches."""
+    params = request.config.params
+    return MeanPercentile(request.tensor, params.min_percentile, params.max_percentile)
+
+
+POINT = ChoicePoint(
+    RANGE,
+    "a function (compress_quantization.ranges.RangeRequest) -> compress_quantization.ranges.RangeStatistics that have "
+    "seen nothing yet",
+    callable_choice,
+)
+
+CHOICES = [
+    Choice(RANGE, function.__name__, function)
+    for function in (min_max, mixed_min_max, mean_min_max, threesigma, percentile, mean_percentile)
+]
 
 
 def collector_for(
@@ -37,18 +110,5 @@ def collector_for(
     if channel_dim is None:
         channel_dim = 0 if is_weight else 1
     tensor = TensorInfo(name, channel_dim if spec.per_channel else None, is_weight)
-    abs_max = spec.mode == "symmetric"
-    match config.type:
-        case "min_max":
-            return MinMax(tensor, abs_max)
-        case "mixed_min_max":
-            per_sample = not is_weight and not spec.per_channel
-            return SampleMeanMinMax(tensor, abs_max) if per_sample else MinMax(tensor, abs_max)
-        case "mean_min_max":
-            return MeanMinMax(tensor, abs_max)
-        case "threesigma":
-            return ThreeSigma(tensor)
-        case "percentile":
-            return Percentile(tensor, config.params.min_percentile, config.params.max_percentile)
-        case "mean_percentile":
-            return MeanPercentile(tensor, config.params.min_percentile, config.params.max_percentile)
+    found: RangeStatistics = choice(config.type, RANGE)(RangeRequest(tensor, spec.mode == "symmetric", config))
+    return found
