@@ -129,10 +129,6 @@ class Profile:
         """Returns whether weights of such operators are quantized."""
         return bool(self.operators.get(operator, _NOTHING).weights)
 
-    def unifies_inputs(self, operator: str) -> bool:
-        """Returns whether the inputs of such operators share one quantizer."""
-        return operator in self.unified_scales
-
 
 @functools.cache
 def load_profile(target_device: str) -> Profile:

@@ -5,6 +5,8 @@ import torch
 from torch import nn
 
 from compress_core import ConfigError, DataError, check_config, create_compressed_model
+from compress_filter_pruning.config import FilterPruningConfig
+from compress_filter_pruning.config_checks import check_config as check_section
 from tests.plugins.filter_pruning.pruning_helpers import Chain, config, pruned, seen
 
 
@@ -149,3 +151,13 @@ def test_masks_of_batch_norm(batch_norms):
     assert bool((model.conv1.bias[lost] == 0).all())
     assert bool((model.conv2.weight[:, lost] == 0).all())
     controller.strip()  # agrees either way
+
+
+def test_checks_do_not_count_as_reads():
+    params = {"pruning_target": 0.4, "interlayer_ranking_type": "unweighted_ranking", "multiple_of": 2}
+    values = {"algorithm": "filter_pruning", "pruning_init": 0.1, "params": params}
+    section = FilterPruningConfig.model_validate(values)
+    check_section(section)
+    unread = {leaf for leaf, _, read in section.given_leaves() if not read}
+    # The schedule is to read these.
+    assert unread == {"algorithm", "pruning_init", "params.pruning_target"}

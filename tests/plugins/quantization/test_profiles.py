@@ -104,8 +104,8 @@ def test_trial_has_everything_and_prefers_eight_bits_per_tensor():
 
 def test_unified_scales_overflow_and_presets():
     found = {device: load_profile(device) for device in DEVICES}
-    assert {d for d, p in found.items() if p.unifies_inputs("concat")} == {"CPU", "GPU", "NPU"}
-    assert {d for d, p in found.items() if p.unifies_inputs("add")} == {"NPU"}
+    assert {d for d, p in found.items() if "concat" in p.unified_scales} == {"CPU", "GPU", "NPU"}
+    assert {d for d, p in found.items() if "add" in p.unified_scales} == {"NPU"}
     assert {d for d, p in found.items() if p.half_range_weights} == {"CPU"}
     assert {d: p.presets for d, p in found.items()} == {
         "CPU": "always",
