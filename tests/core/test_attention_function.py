@@ -136,6 +136,12 @@ def test_tensors_that_are_one_object_give_what_torch_gives(objects, weights, bat
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_nothing_is_dropped_in_evaluation(weights):
+    for found, expected in run_both(layer_with(dropout=0.3).eval(), tensors(), WEIGHTS[weights]):
+        assert torch.equal(found, expected)
+
+
 # The function by itself.
 
 
