@@ -556,7 +556,7 @@ def test_activation_transforms_follow_where_the_trace_finds_channels():
 
 def test_activation_transforms_behind_a_weight_that_cannot_be_traced_follow():
     controller, model = pruned()
-    add(model, FreezingTopK(raw_parameter(model, "0.weight")), "0.weight")
+    add(model, Codebook(), "0.weight")
     slopes = activation(model, Slopes(torch.rand(15)))
     check_strip_and_shrink(controller, model)
     assert slopes.values.shape == (9,)
