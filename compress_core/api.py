@@ -128,7 +128,8 @@ def _resume(
         if group[0] is lifecycle.algorithms[0]:
             uncompressed.before_commit(model)
         for algorithm in group:
-            lifecycle.commit(model, algorithm)
+            with guard.transforms_only("compress_commit", algorithm):
+                lifecycle.commit(model, algorithm)
     recompute_weights(model, lifecycle.context.config.root.recompute_weights)
     controller.scheduler.load_state(state.scheduler)
     lifecycle.load_state(model, {name: entry.state for name, entry in state.algorithms.items()})

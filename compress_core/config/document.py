@@ -12,6 +12,7 @@ import json5
 from pydantic import BeforeValidator, Field, ValidationError
 
 from compress_core.config.errors import problems_of, shown
+from compress_core.config.frozen import FrozenDict, frozen
 from compress_core.config.sections import AlgorithmConfig, Count, Scopes, Section
 from compress_core.errors import ConfigError, Problem
 
@@ -105,7 +106,7 @@ class CompressionConfig:
     def __init__(self, document: Mapping[str, Any], *, origin: str = "") -> None:
         if not isinstance(document, Mapping):
             raise ConfigError(f"a config is an object with a key 'compression', got {shown(document)}", path=origin)
-        self.source = {str(key): _copied(value) for key, value in document.items()}
+        self.source = FrozenDict({str(key): frozen(value) for key, value in document.items()})
         self._structs: dict[type, Any] = {}
         problems: list[Problem] = []
         self.root = _validated_root(self.source, problems)
@@ -194,13 +195,6 @@ class CompressionConfig:
             for i, name in enumerate(names)
             if name in names[:i]
         ]
-
-
-def _copied(value: Any) -> Any:
-    """Copies the containers of a document, and nothing that stands in them, such as functions."""
-    if isinstance(value, Mapping):
-        return {key: _copied(item) for key, item in value.items()}
-    return [_copied(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 class UnresolvedSection:

@@ -7,6 +7,8 @@ from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr
 
+from compress_core.config.frozen import FrozenDict, FrozenList, frozen
+
 
 def _whole(value: Any) -> Any:
     """JSON has one kind of number, and configs write epochs as 10.0 as well."""
@@ -37,6 +39,11 @@ class Section(BaseModel):
     )
 
     _reads: set[str] = PrivateAttr(default_factory=set)
+
+    def model_post_init(self, context: Any) -> None:
+        """Freezes what the fields hold: a plugin must not rewrite another's section."""
+        for name, value in self.__dict__.items():
+            self.__dict__[name] = frozen(value)
 
     def __getattribute__(self, name: str) -> Any:
         value = super().__getattribute__(name)
@@ -72,8 +79,8 @@ def _unread(value: Any) -> Any:
     if isinstance(value, Section):
         return value.unread()
     if isinstance(value, list):
-        return [_unread(item) for item in value]
-    return {key: _unread(item) for key, item in value.items()} if isinstance(value, dict) else value
+        return FrozenList([_unread(item) for item in value])
+    return FrozenDict({key: _unread(item) for key, item in value.items()}) if isinstance(value, dict) else value
 
 
 def _leaves(path: str, value: Any, was_read: bool) -> Iterator[tuple[str, Any, bool]]:

@@ -6,9 +6,9 @@ the same hooks as anybody's, and a config field annotated with `ChoiceOf` takes 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic.json_schema import JsonSchemaValue
@@ -54,9 +54,17 @@ def callable_choice(value: Any) -> str | None:
     return None if callable(value) else f"must be callable, got {type(value).__name__}"
 
 
-# Asks for the choices of a point: (point, name that is wanted or None for all) -> by name. The last one counts; what is
-# installed is the registry's business, which stands above this room and puts itself here.
-ChoiceSource = Callable[[str, str | None], Mapping[str, Choice]]
+class ChoiceSource(Protocol):
+    """Whoever knows what is installed: the registry, which stands above this room and puts itself here."""
+
+    def all_choices(self, point: str) -> Mapping[str, Choice]:
+        """Returns the choices of a point by name."""
+
+    def find_choice(self, name: str, points: Sequence[str]) -> Choice | None:
+        """Returns the choice of a name at the first of some points that has it, or None."""
+
+
+# The last one counts.
 _sources: list[ChoiceSource] = []
 
 
@@ -67,13 +75,12 @@ def look_up_choices_with(source: ChoiceSource) -> None:
 
 def choices_of(point: str) -> dict[str, Choice]:
     """Returns every installed choice of a point by name; this loads all plugins."""
-    return dict(_sources[-1](point, None)) if _sources else {}
+    return dict(_sources[-1].all_choices(point)) if _sources else {}
 
 
 def find_choice(name: str, *points: str) -> Choice | None:
     """Returns the choice of a name at the first of some points that has it, or None."""
-    found = (_sources[-1](point, name).get(name) for point in points) if _sources else iter(())
-    return next((choice for choice in found if choice is not None), None)
+    return _sources[-1].find_choice(name, points) if _sources else None
 
 
 def choice(name: str, *points: str) -> Any:

@@ -212,7 +212,8 @@ def compress_commit(model: nn.Module, algorithm: Algorithm, plan: Plan, context:
 def compress_calibrate(model: nn.Module, algorithm: Algorithm, context: Context) -> None:
     """Sets up the algorithm's own values from data, on the committed model.
 
-    Called once, in pipeline order, when every algorithm has committed; not when a state is resumed.
+    Called once, in pipeline order, when every algorithm has committed, with the model in eval mode and without
+    gradients; not when a state is resumed.
 
     Args:
         model: The committed model.
@@ -234,6 +235,8 @@ def compress_calibrate(model: nn.Module, algorithm: Algorithm, context: Context)
 @hookspec
 def compress_initialize(model: nn.Module, context: Context) -> None:
     """For initializers: runs once on the finished model, and again when the user asks for it.
+
+    The model is in eval mode, and no gradients are recorded.
 
     Args:
         model: The compressed model, all algorithms committed and calibrated.

@@ -113,9 +113,10 @@ def export(
         UsageError: The names do not fit.
     """
     graph = _graph(model, references[0].inputs, options)
+    _forget_the_machine(graph)
     for rewrite in rewrites:
         rewrite(graph)
-    _clean(graph)
+    _drop_what_is_unused(graph)
     name_inputs_and_outputs(graph, options.input_names, options.output_names)
     report = ExportReport(
         opset=options.opset,
@@ -242,8 +243,8 @@ def _no_fused_attention() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
-def _clean(graph: Any) -> None:
-    """Drops what nothing reads, what is there twice, and what the exporter notes about the machine it ran on."""
+def _drop_what_is_unused(graph: Any) -> None:
+    """Drops what nothing reads, and what is there twice."""
     from onnx_ir.passes.common import DeduplicateInitializersPass, RemoveUnusedNodesPass  # noqa: PLC0415 - an extra
 
     RemoveUnusedNodesPass()(graph)
@@ -257,7 +258,10 @@ def _clean(graph: Any) -> None:
         short = f".{name}".replace(f".{ACTIVATIONS_ATTRIBUTE}.", ".")[1:]
         if short not in graph.graph.initializers:
             graph.graph.initializers[name].name = short
-    # Stack traces with paths of the machine, for each node.
+
+
+def _forget_the_machine(graph: Any) -> None:
+    """Drops what the exporter notes for each node: stack traces with paths. What rewrites note later stays."""
     graph.metadata_props.clear()
     graph.graph.metadata_props.clear()
     for node in graph.graph.all_nodes():

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import importlib.metadata
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from compress_core.channels.rules import Rule, look_up_rules_with
@@ -242,13 +242,20 @@ class Registry:
             self._load_named(name)
         return dict(sorted(self._initializers.items()))
 
-    def choice(self, point: str, name: str) -> ContributedChoice | None:
-        """Returns a choice of a point, or None when nobody contributes it."""
-        looks: list[Callable[[], object]] = [lambda: self._load_named(name), lambda: self._point(point), self.load_all]
-        for look in looks:
-            if name not in self._choices.get(point, {}):
-                look()
-        return self._choices.get(point, {}).get(name)
+    def choice(self, name: str, *points: str) -> ContributedChoice | None:
+        """Returns the choice of a name at the first of some points that has it, or None when nobody contributes it."""
+
+        def found() -> ContributedChoice | None:
+            at_points = (self._choices.get(point, {}).get(name) for point in points)
+            return next((choice for choice in at_points if choice is not None), None)
+
+        self._load_named(name)
+        for point in points:
+            if found() is None:
+                self._load_named(point.partition(".")[0])
+        if found() is None:
+            self.load_all()
+        return found()
 
     def _point(self, name: str) -> ChoicePoint | None:
         if name not in self._points:
@@ -328,19 +335,22 @@ def use_registry(registry: Registry) -> Iterator[Registry]:
 # The rooms below ask whoever has put himself there.
 
 
-def _choices(point: str, name: str | None) -> Mapping[str, Choice]:
-    registry = default_registry()
-    if name is None:
-        return {key: found.choice for key, found in registry.choices(point).items()}
-    found = registry.choice(point, name)
-    return {} if found is None else {name: found.choice}
+class _InstalledChoices:
+    """Implements `compress_core.contract.choices.ChoiceSource`."""
+
+    def all_choices(self, point: str) -> Mapping[str, Choice]:
+        return {name: found.choice for name, found in default_registry().choices(point).items()}
+
+    def find_choice(self, name: str, points: Sequence[str]) -> Choice | None:
+        found = default_registry().choice(name, *points)
+        return None if found is None else found.choice
 
 
 def _rule(operator: str) -> Rule | None:
-    found = default_registry().choice("channels.rule", operator)
+    found = default_registry().choice(operator, "channels.rule")
     return None if found is None else found.choice.value
 
 
-look_up_choices_with(_choices)
+look_up_choices_with(_InstalledChoices())
 look_up_rules_with(_rule)
 validate_sections_with(lambda raw, path, problems: default_registry().validate_section(raw, path, problems))

@@ -27,7 +27,7 @@ from compress_core.errors import ConfigError, PluginError, Problem, UsageError
 from compress_core.export.target import ExportTarget, GraphRewrite
 from compress_core.registry import PluginInfo, Registry
 from compress_core.registry.checks import check_plugin, new_manager
-from compress_core.transforms.model_wide import transforms_by_key
+from compress_core.transforms.model_wide import evaluating, transforms_by_key
 
 
 class Lifecycle:
@@ -155,6 +155,22 @@ class Lifecycle:
         before = transforms_by_key(model)
         self._call("compress_commit", algorithm, model=model, plan=self.plans[algorithm.name])
         self._refuse_losses("compress_commit", algorithm, before, model)
+        self._refuse_multiplier(algorithm, before, model)
+
+    def _refuse_multiplier(
+        self, algorithm: Algorithm, before: Mapping[int, tuple[str, str, nn.Module]], model: nn.Module
+    ) -> None:
+        """A factor on gradients that an algorithm does not apply would be ignored silently."""
+        if algorithm.applies_lr_multiplier or self.context.lr_multiplier(algorithm) == 1.0:
+            return
+        added = [entry for number, entry in transforms_by_key(model).items() if number not in before]
+        learned = [name for name, _, transform in added if any(p.requires_grad for p in transform.parameters())]
+        if learned:
+            raise ConfigError(
+                f"'{algorithm.name}' learns something (at '{learned[0]}') and does not apply this factor. Remove it, "
+                "or set it in the sections of those that do; a plugin that does declares applies_lr_multiplier = True",
+                path="compression_lr_multiplier",
+            )
 
     def _refuse_losses(
         self, hook: str, algorithm: Algorithm, before: Mapping[int, tuple[str, str, nn.Module]], model: nn.Module
@@ -172,7 +188,8 @@ class Lifecycle:
     def calibrate(self, model: nn.Module, algorithm: Algorithm) -> None:
         """Lets an algorithm set itself up from data."""
         before = transforms_by_key(model)
-        self._call("compress_calibrate", algorithm, model=model)
+        with evaluating(model):
+            self._call("compress_calibrate", algorithm, model=model)
         self._refuse_losses("compress_calibrate", algorithm, before, model)
 
     def close_ledger(self) -> None:
@@ -191,7 +208,8 @@ class Lifecycle:
 
     def initialize(self, model: nn.Module) -> None:
         """Runs the shared initializers, once."""
-        self._call_initializers("compress_initialize", model)
+        with evaluating(model):
+            self._call_initializers("compress_initialize", model)
 
     def step(self, model: nn.Module, clock: Clock) -> None:
         """Begins an optimizer step."""
@@ -289,7 +307,7 @@ class Lifecycle:
                 continue
             rewrite = self._optional("compress_export", algorithm, Callable, model=model, target=target)
             if rewrite is not None:
-                rewrites.append(rewrite)
+                rewrites.append(self._attributed_rewrite(rewrite, algorithm))
         return rewrites
 
     # Initializers.
@@ -328,10 +346,17 @@ class Lifecycle:
         initializer = self.initializers.get(name)
         if initializer is None:
             raise UsageError(f"there is no initializer '{name}' in this config; it has {list(self.initializers)}")
-        with self._attributed("run_again", name):
+        with self._attributed("run_again", name), evaluating(model):
             initializer.run_again(model, self.context, loader, **options)
 
     # How they are called.
+
+    def _attributed_rewrite(self, rewrite: GraphRewrite, algorithm: Algorithm) -> GraphRewrite:
+        def attributed(graph: Any) -> None:
+            with self._attributed("the rewrite of compress_export", algorithm.name):
+                rewrite(graph)
+
+        return attributed
 
     def _call(self, hook: str, algorithm: Algorithm, **arguments: Any) -> Sequence[Any]:
         others: list[object] = [other for other in self.algorithms if other is not algorithm]

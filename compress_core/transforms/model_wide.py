@@ -28,6 +28,19 @@ def transforms_by_key(model: nn.Module) -> dict[int, tuple[str, str, nn.Module]]
 
 
 @contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within the context, `model` is in eval mode and no graph is recorded; afterwards each module has its own mode."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextlib.contextmanager
 def bypass_transforms(model: nn.Module) -> Iterator[None]:
     """Within the context, `model` computes as if no transform had been added."""
     chains = [module for module in model.modules() if isinstance(module, TransformChain)]

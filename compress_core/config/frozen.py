@@ -1,0 +1,48 @@
+"""Lists and dicts that nobody can change: sections of a config are shared by everybody who reads them.
+
+They are lists and dicts all the same: they compare, copy, serialize and become JSON like these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+
+def _refuse(self: Any, *args: Any, **kwargs: Any) -> NoReturn:
+    raise TypeError("a config cannot be changed; make a copy: list(...), dict(...)")
+
+
+class FrozenList(list[Any]):
+    """A list that refuses to be changed."""
+
+    __setitem__ = __delitem__ = __iadd__ = __imul__ = _refuse
+    append = extend = insert = pop = remove = clear = sort = reverse = _refuse
+
+    def __deepcopy__(self, memo: Any) -> FrozenList:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return FrozenList, (list(self),)
+
+
+class FrozenDict(dict[Any, Any]):
+    """A dict that refuses to be changed."""
+
+    __setitem__ = __delitem__ = __ior__ = _refuse
+    pop = popitem = clear = update = setdefault = _refuse
+
+    def __deepcopy__(self, memo: Any) -> FrozenDict:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return FrozenDict, (dict(self),)
+
+
+def frozen(value: Any) -> Any:
+    """Returns a value with all lists and dicts in it, at any depth, replaced by ones that cannot be changed."""
+    if isinstance(value, Mapping):
+        return FrozenDict({key: frozen(item) for key, item in value.items()})
+    if isinstance(value, list):
+        return FrozenList([frozen(item) for item in value])
+    return tuple(frozen(item) for item in value) if type(value) is tuple else value
