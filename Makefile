@@ -7,7 +7,7 @@ DATA ?= digits
 # Two threads: what CI has, and what keeps results comparable between machines.
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test lint types tests install bench-data bench zoo clean
+.PHONY: demo test lint types tests test-torch install bench-data bench zoo clean
 
 install: $(STAMP)
 
@@ -36,6 +36,13 @@ types: $(STAMP)
 tests: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
+# The tests with another version of torch than that of constraints.txt: make test-torch TORCH=2.8.0. No part of CI.
+test-torch:
+	test -n "$(TORCH)" || { echo "which version? make test-torch TORCH=2.8.0" >&2; exit 2; }
+	test -x $(VENV)-torch-$(TORCH)/bin/python || $(PYTHON) -m venv $(VENV)-torch-$(TORCH)
+	$(VENV)-torch-$(TORCH)/bin/python -m pip install --quiet --disable-pip-version-check "torch==$(TORCH)" -e ".[dev]"
+	OMP_NUM_THREADS=1 $(VENV)-torch-$(TORCH)/bin/python -m pytest -n 2
+
 # Public data and trained networks for the benchmarks: fetched by name and version, checked, kept in a cache.
 bench-data: $(STAMP)
 	$(BIN)/python -m examples.common.fetch
@@ -54,4 +61,4 @@ zoo: $(STAMP)
 	$(BIN)/python -m benchmarks.zoo
 
 clean:
-	rm -rf $(VENV) runs dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-torch-* runs dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis

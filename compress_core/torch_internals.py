@@ -23,15 +23,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._C._dynamo import eval_frame as _eval_frame
 from torch._subclasses import fake_tensor
 from torch.autograd import forward_ad
 from torch.nn.modules import batchnorm, conv
 from torch.utils import _python_dispatch, _pytree
-
-try:
-    from torch._C._dynamo.eval_frame import get_eval_frame_callback
-except ImportError:
-    get_eval_frame_callback = None  # type: ignore[assignment]
 
 __all__ = [
     "ASSIGN_ENTRY",
@@ -47,6 +43,7 @@ __all__ = [
     "TorchFunctionDisabled",
     "add_own_forward_pre_hook",
     "compile_graph",
+    "dynamo_callback",
     "function_mode_at",
     "function_mode_count",
     "has_forward_hooks",
@@ -55,7 +52,6 @@ __all__ = [
     "import_compiler",
     "is_any_autocast_enabled",
     "is_forward_mode",
-    "is_frame_compiled_next",
     "is_plain_execution",
     "is_view",
     "may_set_saved_tensors_hooks",
@@ -177,7 +173,7 @@ def is_view(tensor: torch.Tensor) -> bool:
     """Tells whether autograd knows a tensor as a view of another one.
 
     Why: the memory of a view is not its own to be written to, and a weight that is one is nothing that can be saved.
-    Public way: none; `tensor._base` is as private. Results of `detach` are views too, which strides do not show.
+    Public way: none; `tensor._base` is as private, and a view of all of a tensor has nothing else that shows it.
     Without it: AttributeError.
     """
     return tensor._is_view()
@@ -343,19 +339,18 @@ Without it: the values are copied; parameters on the device `meta` stay there.
 # The compiler.
 
 
-def is_frame_compiled_next() -> bool:
-    """Tells whether dynamo looks at the functions that are called now, in order to compile them.
+dynamo_callback = _eval_frame.get_eval_frame_callback
+"""Returns what dynamo calls for the functions that are called now: None or False where none of them will be compiled.
 
-    Why: a compiled model that has fallen back to eager would go on to compile parts of a forward by themselves, and
-        there hide functions from the mode that counts their calls.
-    Public way: `torch.compiler.is_compiling` is False between compiled parts.
-    Without it: False; the warning that calls were not seen may come though nothing is wrong with the example inputs.
-    """
-    return get_eval_frame_callback is not None and get_eval_frame_callback() not in (None, False)
+Why: a compiled model that has fallen back to eager would go on to compile parts of a forward by themselves, and there
+    hide functions from the mode that counts their calls. No function of our own: dynamo would compile that.
+Public way: `torch.compiler.is_compiling` is False between compiled parts.
+Without it: compress_core cannot be imported; at worst there would be warnings of calls that were not seen.
+"""
 
 
 def skip_frame(reason: str) -> None:
-    """Makes dynamo, which is tracing this call, leave the function it began with to eager execution.
+    """Makes dynamo, which is tracing this call within a `try`, leave the function it began with to eager execution.
 
     Why: dynamo hides some functions from modes; the forward has to be run as it is written.
     Public way: `torch.compiler.disable` marks functions beforehand; that a call was hidden is known afterwards.

@@ -17,7 +17,13 @@ from compress_core.transforms.activation import (
 from compress_core.transforms.activation_functions import ACTIVATION_FUNCTIONS
 from compress_core.transforms.base import ActivationTransform, Transform, WeightTransform
 from compress_core.transforms.mask import WeightMask, mask_weight
-from compress_core.transforms.model_wide import bake_transforms, bypass_transforms, has_transforms
+from compress_core.transforms.model_wide import (
+    TransformedWeight,
+    bake_transforms,
+    bypass_transforms,
+    has_transforms,
+    transformed_weights,
+)
 from compress_core.transforms.places import (
     ActivationPlace,
     CallInput,
@@ -47,6 +53,7 @@ __all__ = [
     "ModuleInput",
     "ModuleOutput",
     "Transform",
+    "TransformedWeight",
     "WeightMask",
     "WeightTransform",
     "WeightTransformHandle",
@@ -64,4 +71,5 @@ __all__ = [
     "recompute_weights",
     "strip_activation_transforms",
     "transformed_weight",
+    "transformed_weights",
 ]

@@ -41,16 +41,34 @@ class ActivationTransformHandle:
         Raises:
             TransformError: It has been removed before.
         """
-        owner = _owner(self._model, self.place)
-        container = activations_of(owner)
-        name = None if container is None else container.chain_name(_stored(container, self.place))
-        if container is None or name is None or container.chain(name)._modules.get(self.key) is not self.transform:
-            raise TransformError(f"'{self.place}' has no transform named '{self.key}'")
+        container, name = self._found()
         container.chain(name).discard(self.key)
         if not container.chain(name)._modules:
             del container._modules[name], container.places[name]
             container.make_plan()
         _drop_empty(self._model)
+
+    def substitute(self, transform: nn.Module) -> ActivationTransformHandle:
+        """Puts another transform where this one stands, under its key, and returns the handle of that.
+
+        Args:
+            transform: See `add_activation_transform`.
+
+        Raises:
+            TransformError: This one has been removed before.
+        """
+        container, name = self._found()
+        chain = container.chain(name)
+        chain._modules[self.key] = transform.train(chain.training)
+        return replace(self, transform=transform)
+
+    def _found(self) -> tuple[ActivationTransforms, str]:
+        """Returns the container that holds the transform, and the name of the chain in it."""
+        container = activations_of(_owner(self._model, self.place))
+        name = None if container is None else container.chain_name(_stored(container, self.place))
+        if container is None or name is None or container.chain(name)._modules.get(self.key) is not self.transform:
+            raise TransformError(f"'{self.place}' has no transform named '{self.key}'")
+        return container, name
 
 
 def add_activation_transform(

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from compress_core.errors import TransformError
-from compress_core.torch_internals import add_own_forward_pre_hook, is_frame_compiled_next, skip_frame
+from compress_core.torch_internals import add_own_forward_pre_hook, dynamo_callback, skip_frame
 from compress_core.transforms.activation_functions import activation_module
 from compress_core.transforms.call_sites import (
     CallSiteMode,
@@ -128,7 +128,7 @@ class ActivationTransforms(TransformContainer):
         return run_quietly(self._transform_outputs, output)
 
     def _run_counted(self, forward: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
-        if not torch.compiler.is_compiling() and is_frame_compiled_next():
+        if not torch.compiler.is_compiling() and dynamo_callback() not in (None, False):
             # A compiled model has fallen back to eager here, perhaps because dynamo hides a function from modes. It
             # would go on to compile parts of this forward by themselves, and hide it there.
             forward = torch.compiler.disable(forward)  # type: ignore[no-untyped-call]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from compress_core.transforms.chain import TransformChain, TransformContainer
-from compress_core.transforms.weight import chain_of, detach_chain, parameter_places
+from compress_core.transforms.weight import chain_of, detach_chain, parameter_places, raw_parameter
 
 
 def has_transforms(model: nn.Module) -> bool:
@@ -54,24 +55,50 @@ def bypass_transforms(model: nn.Module) -> Iterator[None]:
             chain.bypassed = value
 
 
+@dataclass(frozen=True)
+class TransformedWeight:
+    """A weight that goes through transforms, wherever it is used.
+
+    Attributes:
+        parameter: The stored one.
+        places: Each layer that reads it through the transforms, and its name there.
+        chain: The transforms as one module: its children, in order, by key.
+    """
+
+    parameter: nn.Parameter
+    places: tuple[tuple[nn.Module, str], ...]
+    chain: nn.Module
+
+    def remove_transforms(self) -> None:
+        """Takes all of its transforms away from all layers; they read the stored parameter again."""
+        for owner, name in self.places:
+            detach_chain(owner, name)
+
+
+def transformed_weights(model: nn.Module) -> list[TransformedWeight]:
+    """Returns every weight of `model` that has transforms, tied ones once, in the order of `named_modules`."""
+    found: list[TransformedWeight] = []
+    for places in parameter_places(model).values():
+        transformed = tuple((owner, name) for _, owner, name in places if chain_of(owner, name) is not None)
+        if transformed:
+            owner, name = transformed[0]
+            chain = chain_of(owner, name)
+            assert chain is not None
+            found.append(TransformedWeight(raw_parameter(owner, name), transformed, chain))
+    return found
+
+
 def bake_transforms(model: nn.Module) -> None:
     """Writes what each chain of a weight computes into the stored parameter and removes the chain.
 
     Activation transforms have nothing to be written into: they stay, and with them the classes of their modules. The
     outputs of the model in eval mode stay the same, bit for bit.
     """
-    for places in parameter_places(model).values():
-        transformed = [(owner, name) for _, owner, name in places if chain_of(owner, name) is not None]
-        if not transformed:
-            continue
-        owner, name = transformed[0]
-        chain, parameter = chain_of(owner, name), owner._parameters[name]
-        assert chain is not None and parameter is not None
-        chain.eval()
+    for weight in transformed_weights(model):
+        weight.chain.eval()
         with torch.no_grad():
-            parameter.copy_(chain(parameter))
-        for owner, name in transformed:
-            detach_chain(owner, name)
+            weight.parameter.copy_(weight.chain(weight.parameter))
+        weight.remove_transforms()
 
 
 @contextlib.contextmanager

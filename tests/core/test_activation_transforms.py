@@ -460,6 +460,26 @@ def test_removing_gives_the_module_its_class_back(x):
         assert module.__dict__.keys() == before[name].keys()
 
 
+def test_substitute_stands_where_the_other_did(x):
+    class Plus(nn.Module):
+        def forward(self, t):
+            return t + 1
+
+    model = nn.Identity().eval()
+    first = add(model, ModuleOutput(""), Scale(2.0), key="a")
+    add(model, ModuleOutput(""), Scale(10.0), key="b")
+    substitute = first.substitute(Plus().train())
+    assert torch.equal(model(x), 10 * (x + 1))
+    handles = activation_transforms(model)
+    assert handles[0] == substitute
+    assert [(handle.key, handle.stage) for handle in handles] == [("a", first.stage), ("b", first.stage)]
+    assert not substitute.transform.training
+    with pytest.raises(TransformError, match="output' has no transform named 'a'"):
+        first.substitute(Plus())
+    substitute.remove()
+    assert torch.equal(model(x), 10 * x)
+
+
 def test_strip_removes_all_and_bake_keeps_activations(x):
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     plain = model(x)

@@ -13,6 +13,7 @@ from compress_core.transforms import (
     get_weight_transform,
     has_transforms,
     raw_parameter,
+    transformed_weights,
 )
 from tests.zoo import StackedLSTM, Transformer, tokens
 
@@ -82,6 +83,25 @@ def test_shared_parameter_has_one_transform_at_all_its_places():
     gradient = raw_parameter(twin, "head.weight").grad
     assert not gradient[half_mask(gradient.shape) == 0].any()
     assert gradient[half_mask(gradient.shape) == 1].any()
+
+
+def test_transformed_weights_are_listed_with_all_their_places_and_can_be_freed():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3))
+    model[2].weight = model[0].weight
+    plain = [layer.weight.detach().clone() for layer in model]
+    assert transformed_weights(model) == []
+    add_weight_transform(model, "0.weight", Add(1.0), stage=Stage.PRECISION, key="late")
+    add_weight_transform(model, "0.weight", Scale(2.0), stage=Stage.STRUCTURE, key="early")
+    add_weight_transform(model, "1.weight", Scale(3.0), stage=Stage.STRUCTURE)
+    tied, other = transformed_weights(model)
+    assert tied.parameter is raw_parameter(model, "2.weight")
+    assert tied.places == ((model[0], "weight"), (model[2], "weight"))
+    assert [name for name, _ in tied.chain.named_children()] == ["early", "late"]
+    assert torch.equal(tied.chain(tied.parameter), 2 * plain[0] + 1)
+    tied.remove_transforms()
+    assert transformed_weights(model) == [other]
+    assert [type(layer) is nn.Linear for layer in model] == [True, False, True]
+    assert model[2].weight is model[0].weight is tied.parameter
 
 
 def test_mask_changes_in_place_and_checks_what_it_is_given():

@@ -84,9 +84,8 @@ class FakeQuantize(WeightTransform, ActivationTransform):
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the learned range; it follows the tensors when pruning makes them smaller."""
-        for learned in self._parameters.values():  # not next(iter(...)), which torch.compile of 2.8 cannot follow
-            return tuple(learned.shape)  # type: ignore[union-attr]
-        return self._first_shape
+        learned = getattr(self, self._logarithmic, None)
+        return self._first_shape if learned is None else tuple(learned.shape)
 
     @property
     def channel_dim(self) -> int | None:

@@ -6,9 +6,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from compress_core.transforms.activation_forward import ActivationTransforms
-from compress_core.transforms.chain import TransformChain
-from compress_core.transforms.weight import chain_of, detach_chain, parameter_places
+from compress_core.transforms import TransformedWeight, activation_transforms, transformed_weights
 from compress_quantization.export.modules import DequantizedWeight, QuantizeDequantize
 from compress_quantization.fake_quantize import FakeQuantize
 
@@ -30,44 +28,36 @@ def prepare(model: nn.Module) -> None:
 
 
 def _replace_activations(model: nn.Module) -> None:
-    made: dict[FakeQuantize, QuantizeDequantize] = {}
-    for container in [module for module in model.modules() if isinstance(module, ActivationTransforms)]:
-        for chain in container.children():
-            assert isinstance(chain, TransformChain)
-            for key, quantizer in list(chain.named_children()):
-                if not isinstance(quantizer, FakeQuantize):
-                    continue
-                if not quantizer.enabled:
-                    chain.discard(key)
-                    continue
-                if quantizer not in made:
-                    made[quantizer] = QuantizeDequantize(quantizer.grid(), quantizer.shape).eval()
-                chain._modules[key] = made[quantizer]
+    made: dict[nn.Module, QuantizeDequantize] = {}
+    for handle in activation_transforms(model):
+        quantizer = handle.transform
+        if not isinstance(quantizer, FakeQuantize):
+            continue
+        if not quantizer.enabled:
+            handle.remove()
+            continue
+        if quantizer not in made:
+            made[quantizer] = QuantizeDequantize(quantizer.grid(), quantizer.shape)
+        handle.substitute(made[quantizer])
 
 
 @torch.no_grad()
 def _replace_weights(model: nn.Module) -> None:
-    replacements: list[tuple[nn.Module, str, DequantizedWeight]] = []
-    for places in parameter_places(model).values():
-        transformed = [(owner, name) for _, owner, name in places if chain_of(owner, name) is not None]
-        if not transformed:
-            continue
-        owner, name = transformed[0]
-        chain, weight = chain_of(owner, name), owner._parameters[name]
-        assert chain is not None and weight is not None
-        *before, last = chain.children()
+    replacements: list[tuple[TransformedWeight, DequantizedWeight]] = []
+    for weight in transformed_weights(model):
+        *before, last = weight.chain.children()
         if not isinstance(last, FakeQuantize) or not last.enabled:
             continue  # nothing is on a grid in the end: the core bakes what is there
-        if any(isinstance(place, nn.RNNBase) for place, _ in transformed):
+        if any(isinstance(owner, nn.RNNBase) for owner, _ in weight.places):
             continue  # baked as well
-        values = weight.detach()
+        values = weight.parameter.detach()
         for transform in before:
             values = transform(values)
-        dequantized = DequantizedWeight(values, last.grid()).eval()
-        replacements += [(owner, name, dequantized) for owner, name in transformed]
-    # All chains go before the first parametrization comes: both change the class of a layer, which may have several.
-    for owner, name, _ in replacements:
-        detach_chain(owner, name)
-    for owner, name, dequantized in replacements:
-        # unsafe: the checks would run the operator, which has values in the exported graph only.
-        parametrize.register_parametrization(owner, name, dequantized, unsafe=True)
+        replacements.append((weight, DequantizedWeight(values, last.grid()).eval()))
+    # All transforms go before the first parametrization: both change the class of a layer, which may have several.
+    for weight, _ in replacements:
+        weight.remove_transforms()
+    for weight, dequantized in replacements:
+        for owner, name in weight.places:
+            # unsafe: the checks would run the operator, which has values in the exported graph only.
+            parametrize.register_parametrization(owner, name, dequantized, unsafe=True)
