@@ -10,6 +10,7 @@ inputs in the reference (uncompressed) model and (m_c, v_c) in the compressed on
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from typing import Any, ClassVar
 
@@ -22,6 +23,7 @@ from compress_core.contract.choices import Choice, ChoicePoint
 from compress_core.errors import DataError
 from compress_core.torch_internals import AnyBatchNorm
 from compress_core.transforms.call_sites import run_quietly
+from compress_core.transforms.user_hooks import is_in_hook
 
 # Values of a channel that are paired in each sample and call, to estimate a correlation.
 _PAIRED_POSITIONS = 8
@@ -120,8 +122,10 @@ class Estimator:
         self.layer.running_var.copy_(variance)
 
     def _quietly_before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        # Transforms of activations count the calls of functions; ours are not the model's.
-        run_quietly(self._before, module, args, kwargs)
+        # A call that a user's hook makes is not the model's. Our own hook is run by the frame that called us.
+        if not is_in_hook(sys._getframe(1).f_back):
+            # Transforms of activations count the calls of functions; ours are not the model's.
+            run_quietly(self._before, module, args, kwargs)
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         values = args[0] if args else kwargs["input"]

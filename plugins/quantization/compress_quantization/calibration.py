@@ -15,6 +15,7 @@ from torch import nn
 from compress_core import CompressionError, DataError
 from compress_core.data.calibration import CalibrationData
 from compress_core.data.rng import preserved_rng
+from compress_core.transforms.user_hooks import hook_is_running
 from compress_core.transforms.weight import resolve_parameter
 from compress_quantization.fake_quantize import FakeQuantize
 from compress_quantization.plan import PlannedQuantizer
@@ -180,11 +181,20 @@ def _observing(observed: Sequence[Calibrated], silenced: Iterable[Calibrated] = 
     before = [(quantizer.module, quantizer.module.observer) for quantizer in members.values()]
     try:
         for key, quantizer in members.items():
-            quantizer.module.observer = quantizer.statistics.update if key in looking else _look_away
+            quantizer.module.observer = _seen_by(quantizer.statistics) if key in looking else _look_away
         yield
     finally:
         for module, observer in before:
             module.observer = observer
+
+
+def _seen_by(statistics: RangeStatistics) -> Callable[[torch.Tensor], None]:
+    def observe(tensor: torch.Tensor) -> None:
+        # A module of the model that a user's hook calls computes on other data.
+        if not hook_is_running():
+            statistics.update(tensor)
+
+    return observe
 
 
 def _look_away(tensor: torch.Tensor) -> None:
