@@ -27,7 +27,7 @@ from compress_core.trace.positions import RunningFrame, location_below, result_i
 from compress_core.trace.values import Taken, ValueTable, Write
 from compress_core.transforms.attention import inside_of
 from compress_core.transforms.places import Path
-from compress_core.transforms.user_hooks import is_in_hook
+from compress_core.transforms.user_hooks import FrameId, is_in_hook
 
 # Questions that torch's own shape functions ask by the dozen; nothing to record.
 _QUERIES = frozenset({"prim.device.default", "prim.layout.default"})
@@ -170,7 +170,7 @@ class Recorder:
 
     def _is_in_hook(self, frame: FrameType | None) -> bool:
         """Tells whether a hook of the user's runs in the innermost module, or calls the module that begins to run."""
-        return bool(self._stack) and is_in_hook(frame, id(self._stack[-1].position.frame))
+        return bool(self._stack) and is_in_hook(frame, FrameId.of(self._stack[-1].position.frame))
 
     # Calls and operators.
 

@@ -28,6 +28,7 @@ from compress_core.transforms.call_sites import (
 from compress_core.transforms.chain import TransformChain, TransformContainer
 from compress_core.transforms.nested import replace_argument, replace_at
 from compress_core.transforms.places import ActivationPlace, CallInput, CallOutput, ModuleInput, ModuleOutput
+from compress_core.transforms.user_hooks import FrameId
 
 logger = logging.getLogger(__name__)
 
@@ -134,7 +135,7 @@ class ActivationTransforms(TransformContainer):
             forward = torch.compiler.disable(forward)  # type: ignore[no-untyped-call]
         mode = CallSiteMode(self._plan.functions, module.training, self._call)
         if not torch.compiler.is_dynamo_compiling():
-            mode.around = id(sys._getframe())
+            mode.around = FrameId.of(sys._getframe())
         try:
             with mode:
                 output = forward(module, *args, **kwargs)

@@ -1,8 +1,9 @@
 """Call sites: transforming what functions are given and return while a module's forward runs.
 
 A `TorchFunctionMode` around the forward sees each call of a torch function, made by the module itself or by modules
-below, and counts those of the functions that have a transform. What the transforms call themselves is hidden from all
-such modes (`run_quietly`), so that compressing one place never shifts the count at another.
+below, and counts those of the functions that have a transform, but not what users' forward hooks call. What the
+transforms call themselves is hidden from all such modes (`run_quietly`), so that compressing one place never shifts the
+count at another.
 
 One mode object serves one forward: a module may call itself, and threads do not meet.
 """
@@ -32,7 +33,7 @@ from compress_core.torch_internals import (
 from compress_core.transforms.activation_functions import activation_called
 from compress_core.transforms.attention import inside_of
 from compress_core.transforms.places import CallInput, CallOutput, CallPattern, Path
-from compress_core.transforms.user_hooks import is_in_hook, is_in_traced_hook
+from compress_core.transforms.user_hooks import FrameId, is_in_hook, is_in_traced_hook
 
 T = TypeVar("T")
 
@@ -156,7 +157,7 @@ class CallSiteMode(TorchFunctionMode):
         self.training = training
         self.apply = apply
         self.counts = [0] * len(functions)
-        self.around: int | None = None  # `id` of the frame that runs the forward
+        self.around: FrameId | None = None  # the frame that runs the forward
 
     def is_called_by_hook(self) -> bool:
         """Tells whether a user's hook, and not the forward, makes the call that the mode is asked about."""

@@ -14,7 +14,6 @@ from __future__ import annotations
 import dis
 import itertools
 import sys
-from collections.abc import Iterator
 from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
@@ -29,11 +28,6 @@ class _Forward(NamedTuple):
 
     offsets: frozenset[int]
     lines: frozenset[int]
-
-
-def _codes(code: CodeType) -> Iterator[CodeType]:
-    yield code
-    yield from (constant for constant in code.co_consts if isinstance(constant, CodeType))
 
 
 def _calls_of_forward(code: CodeType) -> _Forward:
@@ -56,27 +50,44 @@ def _calls_of_forward(code: CodeType) -> _Forward:
     return _Forward(frozenset(offsets), frozenset(lines))
 
 
-# Empty if torch should come to call forwards in another way: then hooks are taken for a part of the forward.
-_FORWARDS: dict[CodeType, _Forward] = {
-    code: found for code in _codes(nn.Module._call_impl.__code__) if (found := _calls_of_forward(code)).offsets
-}
-_COMPUTE_PARAMETERS = frozenset(cls.__call__.__code__ for cls in (WeightNorm, SpectralNorm, BasePruningMethod))
+_CALL = nn.Module._call_impl.__code__
+_INNER = next((code for code in _CALL.co_consts if isinstance(code, CodeType) and code.co_name == "inner"), _CALL)
+_IN_CALL, _IN_INNER = _calls_of_forward(_CALL), _calls_of_forward(_INNER)
+# Not if torch should come to call forwards in another way: then hooks are taken for a part of the forward.
+_IS_KNOWN = bool(_IN_CALL.offsets) and bool(_IN_INNER.offsets)
+_COMPUTE_PARAMETERS = [cls.__call__.__code__ for cls in (WeightNorm, SpectralNorm, BasePruningMethod)]
 
 
-def is_in_hook(frame: FrameType | None, around: int | None = None) -> bool:
+class FrameId(NamedTuple):
+    """Which frame of the stack, without a reference that would keep its variables alive."""
+
+    code: CodeType
+    id: int
+
+    @classmethod
+    def of(cls, frame: FrameType) -> FrameId:
+        """Returns the identity of a frame, as long as that runs."""
+        return cls(frame.f_code, id(frame))
+
+
+def is_in_hook(frame: FrameType | None, around: FrameId | None = None) -> bool:
     """Tells whether a user's hook runs between two frames of the stack.
 
     Args:
         frame: The inner one.
-        around: `id` of the outer one, which is looked at as well; None for the whole stack.
+        around: The outer one, which is looked at as well; None for the whole stack.
     """
+    # Runs for each call that is counted: a microsecond for ten frames. To hash a code object would take longer.
+    last, last_id = around or (None, 0)
     called: CodeType | None = None
     while frame is not None:
         code = frame.f_code
-        if code in _FORWARDS and frame.f_lasti not in _FORWARDS[code].offsets and called not in _COMPUTE_PARAMETERS:
-            return True
-        if id(frame) == around:
-            return False
+        if code is _CALL or code is _INNER:
+            offsets = _IN_CALL.offsets if code is _CALL else _IN_INNER.offsets
+            if frame.f_lasti not in offsets and called not in _COMPUTE_PARAMETERS:
+                return _IS_KNOWN
+        if code is last and id(frame) == last_id:
+            break
         called, frame = code, frame.f_back
     return False
 
@@ -98,8 +109,10 @@ def is_in_traced_hook() -> bool:
     called: CodeType | None = None
     while traced is not None:
         code = traced.f_code
-        if code in _FORWARDS and traced.lineno not in _FORWARDS[code].lines and called not in _COMPUTE_PARAMETERS:
-            return True
+        if code is _CALL or code is _INNER:
+            lines = _IN_CALL.lines if code is _CALL else _IN_INNER.lines
+            if traced.lineno not in lines and called not in _COMPUTE_PARAMETERS:
+                return _IS_KNOWN
         if asked is not None and getattr(traced.symbolic_locals.get("mode"), "value", None) is asked:
             return False
         called, traced = code, getattr(traced, "parent", None)
