@@ -107,7 +107,7 @@ class Lifecycle:
                 self._call("compress_configure", algorithm, config=algorithm.config)
             except ConfigError as error:
                 prefix, _ = self.context.section(algorithm)
-                problems.extend(Problem(f"{prefix}.{p.path}" if p.path else prefix, p.message) for p in error.problems)
+                problems.extend(_below(prefix, problem) for problem in error.problems)
         if problems:
             raise ConfigError(problems)
 
@@ -405,3 +405,10 @@ class Lifecycle:
 
 def _position(algorithm: Algorithm) -> tuple[int, bool]:
     return algorithm.stage, not algorithm.replaces_modules
+
+
+def _below(prefix: str, problem: Problem) -> Problem:
+    """Returns a problem with its path in the document: algorithms know paths within their section."""
+    if f"{problem.path}.".startswith(f"{prefix}."):
+        return problem
+    return Problem(f"{prefix}.{problem.path}" if problem.path else prefix, problem.message)

@@ -93,7 +93,7 @@ class FilterPruning(LevelAlgorithm):
         if not found.groups:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in list(found.skipped.items())[:3])
             raise ConfigError(f"finds no channels that can be pruned ({reasons}); remove this section")
-        self._check_attainable(found)
+        self._check_attainable(found, path)
         self._plan = found
         weights = [member.parameter for group in found.groups for member in group.makers]
         return Plan(tuple(weights), found.skipped, found.to_dict())
@@ -297,7 +297,7 @@ class FilterPruning(LevelAlgorithm):
         self._active.apply(level)
         self._requested = level
 
-    def _check_attainable(self, plan: PruningPlan) -> None:
+    def _check_attainable(self, plan: PruningPlan, section: str) -> None:
         params = self.config.params
         if params.pruning_flops_target is None:
             if self.target_pruning_level and all(group.rounded(1) == group.full_size for group in plan.groups):
@@ -305,7 +305,7 @@ class FilterPruning(LevelAlgorithm):
                 raise ConfigError(
                     f"{params.multiple_of} lets no channel go: the largest group that can be pruned has {largest} "
                     "channels. Lower it",
-                    path="params.multiple_of",
+                    path=f"{section}.params.multiple_of",
                 )
             return
         most = Selector(plan.groups, plan.operations, True, params.all_weights).most()
@@ -314,7 +314,7 @@ class FilterPruning(LevelAlgorithm):
                 f"{params.pruning_flops_target} cannot be reached: at most {most:.3f} of this model's floating point "
                 "operations can go. Lower it, lower multiple_of, or allow more layers (prune_first_conv, "
                 "prune_downsample_convs, scopes)",
-                path="params.pruning_flops_target",
+                path=f"{section}.params.pruning_flops_target",
             )
 
     def _resumed_plan(self, model: nn.Module, context: Context) -> Plan:
