@@ -71,6 +71,10 @@ _REFUSED = {
 }
 
 
+# Keys of NNCF documents that do nothing here: such documents run, and whoever wrote them is told.
+_WITHOUT_EFFECT = ("log_dir", "disable_shape_matching")
+
+
 # Keys of an algorithm's section: at the top they are in the wrong place.
 _SECTION_KEYS = ("algorithm", "params", "initializer")
 
@@ -234,6 +238,8 @@ def _validated_root(source: Mapping[str, Any], problems: list[Problem]) -> RootS
         logger.warning(
             "config: the top-level keys %s mean nothing to compress-core and are left to you", ", ".join(strangers)
         )
+    if idle := [key for key in _WITHOUT_EFFECT if key in source]:
+        logger.warning("config: %s: accepted for NNCF's sake, without effect; they can be removed", ", ".join(idle))
     try:
         return RootSection.model_validate({key: source[key] for key in source if key in RootSection.model_fields})
     except ValidationError as error:
