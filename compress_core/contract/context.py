@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from compress_core.channels.shrinking import Shrinkage
-from compress_core.config import AlgorithmConfig, CompressionConfig, InitializerConfig
+from compress_core.config import AlgorithmConfig, CompressionConfig, InitializerConfig, Section
 from compress_core.config.scopes import ScopeFilter
 from compress_core.contract.algorithm import Algorithm, Plan
 from compress_core.contract.ledger import Ledger
@@ -23,7 +23,7 @@ from compress_core.data.calibration import (
     QuantizationRangeInitArgs,
 )
 from compress_core.data.rng import generators_of, preserved_rng
-from compress_core.errors import ConfigError, DataError, ModelError
+from compress_core.errors import ConfigError, DataError, ModelError, Problem
 from compress_core.torch_internals import AnyBatchNorm
 from compress_core.trace import Example, Trace, TraceError, trace
 from compress_core.transforms import transformed_weight
@@ -264,9 +264,18 @@ class Context:
             return Example.from_batch(data, next(iter(data.batches(1)))[0])
 
     def scope_filter(self, model: nn.Module, algorithm: Algorithm) -> ScopeFilter:
-        """Returns what the scopes of the document and of the algorithm's section leave of a model."""
+        """Returns what the scopes of the document and of the algorithm's section leave of a model.
+
+        Raises:
+            ConfigError: A list of target scopes was given and is empty, or an entry cannot be understood.
+        """
         path, config = self.section(algorithm)
         root = self.config.root
+        sections: list[tuple[str, Section]] = [("", root), (f"{path}.", config)]
+        empty = [f"{prefix}target_scopes" for prefix, section in sections if _has_empty_targets(section)]
+        if empty:
+            message = "is empty, so nothing is a target; name something, or remove it"
+            raise ConfigError([Problem(at, message) for at in empty])
 
         def entries(prefix: str, scopes: Iterable[str]) -> dict[str, str]:
             return {f"{prefix}.{index}": scope for index, scope in enumerate(scopes)}
@@ -315,3 +324,7 @@ class Context:
         """Returns the plan to change every weight that the scopes leave; see `weight_targets`."""
         targets, skipped = self.weight_targets(model, algorithm)
         return Plan(tuple(tensor.name for tensor in targets), skipped)
+
+
+def _has_empty_targets(section: Section) -> bool:
+    return "target_scopes" in section.model_fields_set and not section.__dict__["target_scopes"]

@@ -62,11 +62,14 @@ def test_names_stay_the_same_once_the_model_is_compressed():
 def test_root_and_section_scopes_both_count(root_ignored, ignored, root_target, target, expected):
     from compress_core import create_compressed_model
 
-    config = {
-        "ignored_scopes": root_ignored,
-        "target_scopes": root_target,
-        "compression": {"algorithm": "magnitude_sparsity", "ignored_scopes": ignored, "target_scopes": target},
+    section = {
+        "algorithm": "magnitude_sparsity",
+        "ignored_scopes": ignored,
+        **({"target_scopes": target} if target else {}),
     }
+    config = {"ignored_scopes": root_ignored, "compression": section}
+    if root_target:
+        config["target_scopes"] = root_target
     controller, _ = create_compressed_model(ResidualNet(), config)
     assert {name.removesuffix(".weight") for name in controller.sparsified_module_info} == expected
 
