@@ -30,6 +30,10 @@ def _problems(config: FilterPruningConfig) -> list[Problem]:
                 "'learned_ranking' (LeGR) is not available yet; use 'unweighted_ranking' with all_weights",
             )
         )
+    if params.legr_params is not None and not params.legr_params.model_fields_set:
+        problems.append(
+            Problem("params.legr_params", "is for learned ranking (LeGR), which is not available yet; remove it")
+        )
     if params.pruning_target is not None and params.pruning_flops_target is not None:
         problems.append(
             Problem("params.pruning_flops_target", "is given together with pruning_target; choose one of them")
