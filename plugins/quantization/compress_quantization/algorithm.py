@@ -30,7 +30,7 @@ from compress_core.export import GraphRewrite
 from compress_core.transforms import add_activation_transform, add_weight_transform
 from compress_quantization.calibration import Calibrated, calibrate
 from compress_quantization.config import QuantizationConfig
-from compress_quantization.config_checks import check_config
+from compress_quantization.config_checks import check_config, given_to_example_scripts
 from compress_quantization.effects import applied_to
 from compress_quantization.export import prepare, rewrite
 from compress_quantization.fake_quantize import FakeQuantize
@@ -88,6 +88,12 @@ class Quantization(Algorithm):
         """Refuses what the device does not offer, and values that contradict each other."""
         root = context.config.root
         check_config(config, root.target_device, strict=root.unused_values == "error")
+        path, _ = context.section(self)
+        if idle := given_to_example_scripts(config):
+            names = ", ".join(name.removeprefix("params.") for name in idle)
+            logger.warning("%s.params: %s: read by NNCF's example scripts alone, the values are not used", path, names)
+        for leaf, value in idle.items():
+            context.ledger.record(f"{path}.{leaf}", value, "no effect: for NNCF's example scripts")
 
     @hookimpl
     def compress_plan(self, model: nn.Module, context: Context) -> Plan:

@@ -26,8 +26,8 @@ from compress_quantization.quantizer_config import PRESETS, Resolver, effective_
 
 _GROUPS: tuple[QuantizerGroup, ...] = ("weights", "activations")
 
-# Keys of NNCF's example scripts, which are not read by NNCF itself.
-_WITHOUT_EFFECT = (
+# Keys of `params` that NNCF's example scripts read, and NNCF itself does not.
+_OF_EXAMPLE_SCRIPTS = (
     "batch_multiplier",
     "lr_poly_drop_start_epoch",
     "lr_poly_drop_duration_epochs",
@@ -264,11 +264,7 @@ def _unified_scales(config: QuantizationConfig) -> Iterator[Problem]:
 
 def _dead_values(config: QuantizationConfig, profile: Profile) -> list[Problem]:
     """Finds what can have no effect."""
-    problems = [
-        Problem(f"params.{name}", "has no effect in NNCF either, only in an example script of it; remove it")
-        for name in _WITHOUT_EFFECT
-        if name in config.params.model_fields_set
-    ]
+    problems = []
     if config.export_to_onnx_standard_ops is False:
         problems.append(
             Problem(
@@ -299,6 +295,12 @@ def _dead_values(config: QuantizationConfig, profile: Profile) -> list[Problem]:
                 Problem("initializer.precision", "has no effect without bitwidth_per_scope; give it, or remove this")
             )
     return problems
+
+
+def given_to_example_scripts(config: QuantizationConfig) -> dict[str, Any]:
+    """Returns what the section says that only NNCF's example scripts have ever read: path in the section -> value."""
+    params = config.params
+    return {f"params.{name}": params.__dict__[name] for name in _given(params, _OF_EXAMPLE_SCRIPTS)}
 
 
 def _given(section: Section, names: Sequence[str]) -> Iterable[str]:

@@ -290,8 +290,6 @@ def test_contradictions_are_refused_before_there_is_a_model(device, values, path
 @pytest.mark.parametrize(
     "device, values, path, words",
     [
-        ("CPU", {"params": {"base_lr": 1e-3}}, "params.base_lr", "no effect in NNCF either"),
-        ("CPU", {"params": {"batch_multiplier": 2}}, "params.batch_multiplier", "remove it"),
         ("CPU", {"export_to_onnx_standard_ops": False}, "export_to_onnx_standard_ops", "QuantizeLinear"),
         ("GPU", {"overflow_fix": "enable"}, "overflow_fix", "no effect with target_device GPU"),
         (
@@ -320,9 +318,9 @@ def test_values_without_effect_are_errors_with_a_reason_or_left_unread(device, v
 
 
 def test_all_problems_are_told_at_once():
-    assert set(problems("NPU", preset="mixed", params={"base_wd": 0.1}, weights={"bits": 3})) == {
+    assert set(problems("NPU", preset="mixed", export_to_onnx_standard_ops=False, weights={"bits": 3})) == {
         "preset",
-        "params.base_wd",
+        "export_to_onnx_standard_ops",
         "weights.bits",
     }
 
