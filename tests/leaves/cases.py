@@ -1,0 +1,335 @@
+"""For each leaf of the config a document in which it matters; leaves that are not named here matter in the base ones."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from tests.leaves.observe import Net, Routed
+from tests.leaves.schema import ABSENT
+
+EVERY_OTHER_VALUE = object()
+
+
+@dataclass(frozen=True)
+class Case:
+    """What to set a leaf to, and where.
+
+    Attributes:
+        values: Its values, two or more; by default those that `Leaf.guess` finds. Each has to make another model.
+        context: Keys of the section that the base document gets besides; of the document for leaves of the root.
+        without: Keys of the section that the base document loses.
+        root: Keys of the document.
+        section: For leaves of the root, the algorithm that it is tried with.
+        refused: Values that are an error instead, or EVERY_OTHER_VALUE than the first.
+        refused_at: Path that the error names, below the section or in the document; by default that of the leaf.
+        warned: Whether the other values than the first change nothing, and a warning that names the key says so.
+        same: Pairs of values that mean the same on purpose.
+        model: The model.
+        data: Whether there is a loader.
+        dead: Why the leaf has no effect today, which is a fault.
+    """
+
+    values: tuple[Any, ...] = ()
+    context: Mapping[str, Any] = field(default_factory=dict)
+    without: tuple[str, ...] = ()
+    root: Mapping[str, Any] = field(default_factory=dict)
+    section: str = "magnitude_sparsity"
+    refused: Any = ()
+    refused_at: str = ""
+    warned: bool = False
+    same: tuple[tuple[Any, Any], ...] = ()
+    model: type[nn.Module] = Net
+    data: bool = True
+    dead: str = ""
+
+
+# What the sections are without their leaf: short schedules, all of whose epochs are observed.
+BASES: dict[str, dict[str, Any]] = {
+    "magnitude_sparsity": {
+        "algorithm": "magnitude_sparsity",
+        "sparsity_init": 0.2,
+        "params": {"sparsity_target": 0.7, "sparsity_target_epoch": 4},
+    },
+    "filter_pruning": {
+        "algorithm": "filter_pruning",
+        "pruning_init": 0.25,
+        "params": {
+            "pruning_target": 0.6,
+            "pruning_steps": 5,
+            "prune_first_conv": True,
+            "prune_downsample_convs": True,
+            "multiple_of": 1,
+        },
+    },
+    "quantization": {"algorithm": "quantization"},
+}
+
+ADAPTED = {"initializer": {"batchnorm_adaptation": {"num_bn_adaptation_samples": 16}}}
+NOWHERE = {"ignored_scopes": ["nowhere"]}
+TRIAL = {"target_device": "TRIAL"}
+FOUR_BITS = {"initializer": {"precision": {"bitwidth_per_scope": [[4, "conv1|WEIGHT"]]}}}
+
+
+def better_when_untouched(model: nn.Module) -> float:
+    """A metric by which every adaptation makes the model worse."""
+    better_when_untouched.calls += 1
+    return -float(better_when_untouched.calls)
+
+
+better_when_untouched.calls = 0  # type: ignore[attr-defined]
+
+
+def _example(**entry: Any) -> dict[str, Any]:
+    return {"input_info": [{"sample_size": [1, 3, 8, 8], "filler": "zeros", **entry}]}
+
+
+def _input(*values: Any, **more: Any) -> Case:
+    # Without a loader: otherwise its batches would stand in for an example that does not fit.
+    return Case(values, model=Routed, data=False, section="quantization", **more)
+
+
+TARGETS = Case((ABSENT, ["conv2"], []), refused=([],))
+
+ROOT = {
+    "input_info.[].sample_size": _input([1, 3, 8, 8], [1, 3, 16, 16], context=_example()),
+    "input_info.[].type": _input("float", "long", context=_example()),
+    "input_info.[].filler": _input("zeros", "ones", "random", context=_example()),
+    "input_info.[].keyword": _input(
+        *("left", "right"),
+        context={"input_info": [{"sample_size": [1, 3, 8, 8]}, {"sample_size": [1, 3, 8, 8]}]},
+    ),
+    "target_device": Case(
+        ("ANY", "CPU", "GPU", "NPU", "TRIAL", "CPU_SPR"),
+        section="quantization",
+        context={"compression": {"preset": "performance"}},
+        # There is no profile for the one, and the other has no presets.
+        refused=("CPU_SPR", "NPU"),
+        refused_at="compression.quantization",
+        same=(("ANY", "CPU"),),
+    ),
+    "compression_lr_multiplier": Case(section="quantization"),
+    "unused_values": Case(
+        ("warn", "error"),
+        context={"compression": {"params": {"patience": 2}}},
+        refused=("error",),
+        refused_at="compression.magnitude_sparsity.params.patience",
+    ),
+    "target_scopes": TARGETS,
+    "log_dir": Case(warned=True),
+    "disable_shape_matching": Case((ABSENT, True, False), warned=True),
+}
+
+SHARED = {
+    "target_scopes": TARGETS,
+    "initializer.batchnorm_adaptation.num_bn_adaptation_samples": Case((0, 4, 16)),
+    "initializer.batchnorm_adaptation.guard": Case(
+        (False, better_when_untouched, True), context=ADAPTED, refused=(True,)
+    ),
+    "initializer.batchnorm_adaptation.method": Case(context=ADAPTED),
+    "initializer.batchnorm_adaptation.ignored_scopes": Case(([], ["bn1"]), context=ADAPTED),
+    "validate_scopes": Case((False, True), context=NOWHERE, refused=(True,), refused_at="ignored_scopes.0"),
+}
+
+
+def _schedule(name: str, **params: Any) -> dict[str, Any]:
+    return {"params": {"schedule": name, **params}}
+
+
+ADAPTIVE = _schedule("adaptive", step=0.1)
+MULTISTEP = _schedule("multistep", multistep_steps=[2], multistep_sparsity_levels=[0.3, 0.6])
+# Each schedule has keys of its own, so the values that are compared are given as a whole.
+MAGNITUDE = {
+    "params.schedule": Case(("polynomial", "exponential", "adaptive", "multistep"), without=("params",)),
+    "params.sparsity_target": Case((0.5, 0.7)),
+    "params.sparsity_target_epoch": Case((2, 4)),
+    "params.sparsity_freeze_epoch": Case((ABSENT, 2)),
+    "params.steps_per_epoch": Case((2, 4), context=_schedule("polynomial", update_per_optimizer_step=True)),
+    "params.multistep_steps": Case(([2], [3]), context=MULTISTEP, without=("params",)),
+    "params.multistep_sparsity_levels": Case(
+        ([0.3, 0.6], [0.4, 0.6], [0.3, 0.7]), context=MULTISTEP, without=("params",)
+    ),
+    "params.patience": Case(context=ADAPTIVE, without=("params",)),
+    "params.step": Case((0.05, 0.1), context=ADAPTIVE, without=("params",)),
+    "params.eps": Case((0.03, 0.0), context=ADAPTIVE, without=("params",)),
+}
+
+PRUNING = {
+    "params.schedule": Case(context={"pruning_init": 0.0, "params": {"pruning_target": 0.9, "pruning_steps": ABSENT}}),
+    "params.multiple_of": Case((1, 4, 8), refused=(8,)),
+    "params.pruning_flops_target": Case((0.3, 0.6), context={"params": {"pruning_target": ABSENT}}),
+    "params.pruning_target": Case((0.3, 0.6)),
+    "params.interlayer_ranking_type": Case(refused=("learned_ranking",)),
+    "params.legr_params": Case(refused=EVERY_OTHER_VALUE),
+    **{
+        f"params.{name}": Case((ABSENT, value), refused=EVERY_OTHER_VALUE)
+        for name, value in {
+            "legr_params.generations": 10,
+            "legr_params.train_steps": 10,
+            "legr_params.max_pruning": 0.5,
+            "legr_params.random_seed": 1,
+            "legr_params.population_size": 8,
+            "legr_params.num_samples": 4,
+            "legr_params.mutate_percent": 0.5,
+            "legr_params.scale_sigma": 2.0,
+            "save_ranking_coeffs_path": "a.json",
+            "load_ranking_coeffs_path": "a.json",
+        }.items()
+    },
+}
+
+EXAMPLE_SCRIPTS = (
+    *("batch_multiplier", "lr_poly_drop_start_epoch", "lr_poly_drop_duration_epochs"),
+    *("disable_wd_start_epoch", "base_lr", "base_wd"),
+)
+
+
+def _quantizer(path: str, *, overrides: str = "", root: Mapping[str, Any] = TRIAL) -> dict[str, Case]:
+    """Settings of a quantizer, in a group or in `scope_overrides`, on the device that offers everything."""
+    context: dict[str, Any] = {"scope_overrides": {overrides: {"conv1": {}}}} if overrides else {}
+    return {
+        f"{path}.mode": Case(("symmetric", "asymmetric"), context=context, root=root),
+        f"{path}.bits": Case(
+            (ABSENT, 4, 8) if not overrides else (8, 4), context=context, root=root, same=((ABSENT, 8),)
+        ),
+        f"{path}.signed": Case((False, True), context=context, root=root),
+        f"{path}.per_channel": Case((False, True), context=context, root=root),
+    }
+
+
+_STATISTICS = ("min_max", "mixed_min_max", "mean_min_max", "threesigma", "percentile", "mean_percentile")
+# A weight is a single batch: means over batches are what they are means of, and one sample is as good as many.
+_SAME_FOR_WEIGHTS = (*itertools.combinations(_STATISTICS[:3], 2), _STATISTICS[4:])
+
+
+def _range(path: str, *, entry: Mapping[str, Any], place: tuple[str, ...], of_weights: bool = False) -> dict[str, Case]:
+    def context(**more: Any) -> dict[str, Any]:
+        value: Any = {**entry, **more}
+        for key in reversed(place):
+            value = [value] if key == "[]" else {key: value}
+        if "scope_overrides" in place:
+            value["scope_overrides"][place[1]][place[2]]["mode"] = "asymmetric"  # otherwise one end decides
+        return value
+
+    return {
+        f"{path}.type": Case(context=context(), same=_SAME_FOR_WEIGHTS if of_weights else ()),
+        f"{path}.num_init_samples": Case((24, 0) if of_weights else (24, 4, 0), context=context()),
+        f"{path}.params.min_percentile": Case((0.1, 10), context=context(type="percentile")),
+        f"{path}.params.max_percentile": Case((99.9, 90), context=context(type="percentile")),
+    }
+
+
+def _override_of_range(group: str, scope: str) -> dict[str, Case]:
+    path = f"scope_overrides.{group}.{{}}.initializer.range"
+    place = ("scope_overrides", group, scope, "initializer", "range")
+    # That there is one is told from one with other settings for everything.
+    others = {
+        "initializer": {"range": {"type": "threesigma"}},
+        "scope_overrides": {group: {scope: {"initializer": {}}}},
+    }
+    return {
+        path: Case(context=others),
+        **_range(path, entry={}, place=place, of_weights=group == "weights"),
+    }
+
+
+def _only_range(**entry: Any) -> dict[str, Any]:
+    return {"initializer": {"range": [{"type": "min_max", **entry}]}}
+
+
+QUANTIZATION = {
+    **_range("initializer.range", entry={}, place=("initializer", "range")),
+    **_range("initializer.range.[]", entry={"ignored_scopes": []}, place=("initializer", "range", "[]")),
+    **_override_of_range("weights", "conv1"),
+    **_override_of_range("activations", "conv0"),
+    # Each quantizer has to match one entry, so an entry that leaves one out is an error where there is no other.
+    "initializer.range.[].target_scopes": Case(
+        (["{re}."], ["conv1"], []), context=_only_range(), refused=(["conv1"], []), refused_at="initializer.range"
+    ),
+    "initializer.range.[].ignored_scopes": Case(
+        ([], ["conv1"]), context=_only_range(), refused=(["conv1"],), refused_at="initializer.range"
+    ),
+    "initializer.range.[].target_quantizer_group": Case(
+        (ABSENT, "weights", "activations"),
+        context=_only_range(ignored_scopes=[]),
+        refused=EVERY_OTHER_VALUE,
+        refused_at="initializer.range",
+    ),
+    "initializer.range.[].validate_scopes": Case(
+        (False, True),
+        context=_only_range(**NOWHERE),
+        refused=(True,),
+        refused_at="initializer.range.0.ignored_scopes.0",
+    ),
+    "initializer.range": Case(data=False, root=_example(), refused=({},)),
+    "initializer.precision": Case(refused=EVERY_OTHER_VALUE),
+    "initializer.precision.type": Case(context=FOUR_BITS, root=TRIAL, refused=("hawq", "autoq")),
+    "initializer.precision.bits": Case(
+        ([2, 4, 8], [8]),
+        context=FOUR_BITS,
+        root=TRIAL,
+        refused=([8],),
+        refused_at="initializer.precision.bitwidth_per_scope.0",
+    ),
+    "initializer.precision.bitwidth_per_scope": Case(
+        ([[4, "conv1|WEIGHT"]], [[3, "conv1|WEIGHT"]], [[4, "conv2|WEIGHT"]]), root=TRIAL
+    ),
+    "initializer.precision.bitwidth_assignment_mode": Case(
+        ("liberal", "strict"), context=FOUR_BITS, root=TRIAL, refused=("strict",)
+    ),
+    **{
+        f"initializer.precision.{name}": Case((ABSENT, value), context=FOUR_BITS, root=TRIAL, refused=EVERY_OTHER_VALUE)
+        for name, value in {
+            "num_data_points": 10,
+            "iter_number": 10,
+            "tolerance": 0.1,
+            "compression_ratio": 1.5,
+            "eval_subset_ratio": 0.5,
+            "warmup_iter_number": 10,
+            "traces_per_layer_path": "a.pt",
+            "dump_init_precision_data": True,
+        }.items()
+    },
+    "preset": Case(("performance", "mixed")),
+    **_quantizer("weights"),
+    **_quantizer("activations"),
+    **_quantizer("scope_overrides.weights.{}", overrides="weights"),
+    **_quantizer("scope_overrides.activations.{}", overrides="activations"),
+    "weights.target_scopes": TARGETS,
+    "activations.target_scopes": TARGETS,
+    "weights.validate_scopes": Case(
+        (False, True), context={"weights": NOWHERE}, refused=(True,), refused_at="weights.ignored_scopes.0"
+    ),
+    "activations.validate_scopes": Case(
+        (False, True), context={"activations": NOWHERE}, refused=(True,), refused_at="activations.ignored_scopes.0"
+    ),
+    "activations.unified_scale_ops": Case(
+        ([], [["conv2", "fc"]]), dead="unified_scale_ops is checked and then forgotten: quantizers are not unified"
+    ),
+    "export_to_onnx_standard_ops": Case((ABSENT, True, False), refused=(False,), same=((ABSENT, True),)),
+    "compression_lr_multiplier": Case((ABSENT, 0.5)),
+    "params.activations_quant_start_epoch": Case((0, 2)),
+    "params.weights_quant_start_epoch": Case((0, 2)),
+    **{
+        f"params.{name}": Case((ABSENT, 3.0), context={"params": {"weights_quant_start_epoch": 2}}, warned=True)
+        for name in EXAMPLE_SCRIPTS
+    },
+}
+
+CASES: dict[str, Case] = {
+    **ROOT,
+    **{f"{section}:{path}": case for section in BASES for path, case in SHARED.items()},
+    **{
+        f"{section}:algorithm": Case(
+            (section, "rb_sparsity"), refused=EVERY_OTHER_VALUE, refused_at="compression.algorithm"
+        )
+        for section in BASES
+    },
+    **{f"magnitude_sparsity:{path}": case for path, case in MAGNITUDE.items()},
+    **{f"filter_pruning:{path}": case for path, case in PRUNING.items()},
+    **{f"quantization:{path}": case for path, case in QUANTIZATION.items()},
+}
