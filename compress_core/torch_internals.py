@@ -18,6 +18,7 @@ Importing this module is cheap: what belongs to torch's compiler is imported whe
 from __future__ import annotations
 
 import operator
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -30,6 +31,9 @@ from torch.nn.modules import batchnorm, conv
 from torch.utils import _python_dispatch, _pytree
 
 __all__ = [
+    "MODULE_CALL",
+    "frames_dynamo_traces",
+    "remove_forward_hooks",
     "ASSIGN_ENTRY",
     "FAKE_TENSOR_LOGGER",
     "HOOK_ATTRIBUTES",
@@ -292,6 +296,38 @@ def has_hooks(module: nn.Module) -> bool:
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
+
+
+def remove_forward_hooks(module: nn.Module, kind: type) -> None:
+    """Takes the forward hooks of a class away, of a module that was copied or pickled: nobody has their handles there.
+
+    Why: what records the batch for a loss stands in the hooks of the model, and a stripped model is plain.
+    Public way: handles, which copies do not have.
+    Without it: AttributeError at `strip` of models that have such a hook.
+    """
+    for key in [key for key, hook in module._forward_hooks.items() if isinstance(hook, kind)]:
+        del module._forward_hooks[key]
+        module._forward_hooks_with_kwargs.pop(key, None)
+
+
+MODULE_CALL = nn.Module._call_impl.__code__
+"""The code that runs a module's hooks and its forward.
+
+Why: calls of functions that a user's hook makes are not the model's; only the stack tells whether a hook is running.
+Public way: none; hooks may be registered at any time, so that wrapping them misses some.
+Without it: compress_core cannot be imported. With another layout what hooks call counts as a part of the forward.
+"""
+
+
+def frames_dynamo_traces() -> Any:
+    """Returns the innermost of the frames that dynamo is tracing; loaded when it is, which takes a second.
+
+    Why: under torch.compile, too, what hooks call is not the model's.
+    Public way: none.
+    Without it: compiling a model with activation transforms at call sites raises.
+    """
+    dynamo: Any = sys.modules["torch._dynamo.symbolic_convert"]
+    return dynamo.InstructionTranslator.current_tx().output.current_tx
 
 
 def add_own_forward_pre_hook(module: nn.Module, hook: Callable[..., None]) -> None:

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.nn.modules.conv import _ConvTransposeNd
 
 from compress_core.channels.decisions import TransformedWeight, freeze_chain, transformed_weights, undecided
 from compress_core.channels.errors import ShrinkError
+from compress_core.torch_internals import AnyConvTranspose
 from compress_core.transforms import Transform, WeightTransform, activation_transforms
 
 _WORDS = ("weight", "channels", "fixed")
@@ -157,7 +157,7 @@ class _Following:
 
 def _output_dim(owner: nn.Module, shape: tuple[int, ...]) -> int | None:
     """Returns the dimension of a layer's weight that has its output channels; None if they are spread over two."""
-    if isinstance(owner, _ConvTransposeNd) and len(shape) > 1:
+    if isinstance(owner, AnyConvTranspose) and len(shape) > 1:
         if owner.groups == 1:
             return 1
         return 0 if shape[1] == 1 and shape[0] == owner.groups else None

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from compress_core.contract.batch import Batch
+from compress_core.torch_internals import remove_forward_hooks
 
 
 class BatchRecorder:
@@ -44,7 +45,4 @@ class BatchRecorder:
 
 def remove_recorders(model: nn.Module) -> None:
     """Takes recorders, and what copies have left of them, out of the hooks of a model."""
-    hooks = model._forward_hooks
-    for key in [key for key, hook in hooks.items() if isinstance(hook, BatchRecorder)]:
-        del hooks[key]
-        model._forward_hooks_with_kwargs.pop(key, None)
+    remove_forward_hooks(model, BatchRecorder)

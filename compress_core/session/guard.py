@@ -12,6 +12,7 @@ from compress_core.contract.algorithm import Algorithm
 from compress_core.data.rng import RngState
 from compress_core.errors import PluginError
 from compress_core.session.lifecycle import Lifecycle
+from compress_core.torch_internals import version_of
 from compress_core.transforms.chain import TransformContainer
 from compress_core.transforms.snapshot import ModelSnapshot
 
@@ -95,7 +96,7 @@ def _versions(model: nn.Module) -> dict[str, tuple[int, int, int]]:
     """Returns, for each of a model's own tensors, which object it is, where it lies, and its version."""
     inside = _transforms_in(model)
     return {
-        name: (id(tensor), tensor.data_ptr(), tensor._version)
+        name: (id(tensor), tensor.data_ptr(), version_of(tensor))
         for name, tensor in (*model.named_parameters(), *model.named_buffers())
         if not name.startswith(inside) and not tensor.is_inference()
     }

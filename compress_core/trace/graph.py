@@ -127,7 +127,8 @@ class Operator:
 
     Attributes:
         index: Its number, in the order of the forward.
-        function: The overload, e.g. `torch.ops.aten.convolution.default`.
+        function: The overload, e.g. `torch.ops.aten.convolution.default`; `USER_HOOK` where a user's hook has made a
+            tensor from others.
         arguments: The arguments, tensors replaced by `Ref`.
         keywords: The keyword arguments, likewise.
         inputs: The tensors among the arguments.

@@ -20,13 +20,12 @@ from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils.hooks import RemovableHandle
 
 from compress_core.torch_internals import FakeTensorMode, TorchDispatchMode, TorchFunctionDisabled, schema_of
-from compress_core.trace.graph import Call, ForwardTrace, Frame, ModuleCall, Operator, ValueId
+from compress_core.trace.graph import Call, ForwardTrace, Frame, ModuleCall, Operator
 from compress_core.trace.graph import tensors_with_paths as tensors_of
 from compress_core.trace.hook_results import HookResults
 from compress_core.trace.positions import RunningFrame, location_below, result_is_used
 from compress_core.trace.values import Taken, ValueTable, Write
 from compress_core.transforms.attention import inside_of
-from compress_core.transforms.places import Path
 from compress_core.transforms.user_hooks import FrameId, is_in_hook
 
 # Questions that torch's own shape functions ask by the dozen; nothing to record.
@@ -139,7 +138,8 @@ class Recorder:
             is_model = len(self._stack) == 1
             if is_model:
                 self._hooks.clear()  # whatever has made the arguments of the model, they are its inputs
-            given = [*self._all_of(tuple(args)), *self._all_of(kwargs)]
+            self._hooks.take((args, kwargs), self._frames[:-1])  # made outside of this module
+            given = [*self._values.all_of(tuple(args)), *self._values.all_of(kwargs)]
             self._stack[-1].record.inputs = given
             for path, value in given if is_model else ():
                 self.trace.values[value].inputs.append(path)
@@ -148,7 +148,8 @@ class Recorder:
         if self._suspended:
             return
         with TorchFunctionDisabled():
-            returned = self._all_of(output)
+            self._hooks.take(output, self._frames)
+            returned = self._values.all_of(output)
             self._stack[-1].record.outputs = returned
             for path, value in returned if len(self._stack) == 1 else ():
                 self.trace.values[value].outputs.append(path)
@@ -163,10 +164,6 @@ class Recorder:
             return
         self._stack.pop()
         self._frames = self._frames[:-1]
-
-    def _all_of(self, structure: Any) -> list[tuple[Path, ValueId]]:
-        self._hooks.take(structure, self._frames)
-        return self._values.all_of(structure)
 
     def _is_in_hook(self, frame: FrameType | None) -> bool:
         """Tells whether a hook of the user's runs in the innermost module, or calls the module that begins to run."""

@@ -17,10 +17,11 @@ import sys
 from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
-from torch import nn
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
+
+from compress_core.torch_internals import MODULE_CALL, frames_dynamo_traces
 
 
 class _Forward(NamedTuple):
@@ -50,7 +51,7 @@ def _calls_of_forward(code: CodeType) -> _Forward:
     return _Forward(frozenset(offsets), frozenset(lines))
 
 
-_CALL = nn.Module._call_impl.__code__
+_CALL = MODULE_CALL
 _INNER = next((code for code in _CALL.co_consts if isinstance(code, CodeType) and code.co_name == "inner"), _CALL)
 _IN_CALL, _IN_INNER = _calls_of_forward(_CALL), _calls_of_forward(_INNER)
 # Not if torch should come to call forwards in another way: then hooks are taken for a part of the forward.
@@ -103,8 +104,7 @@ def is_in_traced_hook() -> bool:
     Called by a method of a call-site mode, within the function that has the mode in a variable named `mode`. Dynamo
     does not trace this but calls it, and takes what it returns for a constant.
     """
-    dynamo: Any = sys.modules["torch._dynamo.symbolic_convert"]  # loaded by now, which takes a second
-    traced = dynamo.InstructionTranslator.current_tx().output.current_tx
+    traced = frames_dynamo_traces()
     asked = getattr(traced.symbolic_locals["self"], "value", None)
     called: CodeType | None = None
     while traced is not None:

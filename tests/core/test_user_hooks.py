@@ -426,6 +426,7 @@ def test_what_a_hook_has_changed_is_connected_in_the_trace(net, x, change):
     (operator,) = [operator for operator in found.operators if operator.name == USER_HOOK]
     assert operator.call == hook.index
     assert hook.operators == [operator.index]
+    assert hook.module == "blocks.0"  # the module that calls the one with the hook
     made = hook.outputs[0][1]
     readers = {found.calls[index].function for index, _ in found.consumers()[made]}
     before = {found.values[value].call for _, value in hook.inputs}

@@ -11,7 +11,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
+from compress_core import ChoiceOf
 from compress_core.config.document import RootSection
+from compress_core.contract.choices import choices_of
 from compress_core.registry import Registry
 
 ABSENT = "<absent>"  # a value that is not written at all
@@ -47,7 +49,9 @@ class Leaf:
 
     def literals(self) -> tuple[Any, ...]:
         """All values of a field that lists its values."""
-        return tuple(value for kind in _members(self.field.annotation) for value in _literals(kind))
+        found = tuple(value for kind in _members(self.field.annotation) for value in _literals(kind))
+        points = [item.points for item in self.field.metadata if isinstance(item, ChoiceOf)]
+        return found or tuple(name for names in points for point in names for name in choices_of(point))
 
     def guess(self) -> tuple[Any, ...]:
         """Values that should all make a difference; all of them where the schema lists them."""
