@@ -31,12 +31,10 @@ from torch.nn.modules import batchnorm, conv
 from torch.utils import _python_dispatch, _pytree
 
 __all__ = [
-    "MODULE_CALL",
-    "frames_dynamo_traces",
-    "remove_forward_hooks",
     "ASSIGN_ENTRY",
     "FAKE_TENSOR_LOGGER",
     "HOOK_ATTRIBUTES",
+    "MODULE_CALL",
     "AnyBatchNorm",
     "AnyConv",
     "AnyConvTranspose",
@@ -48,6 +46,7 @@ __all__ = [
     "add_own_forward_pre_hook",
     "compile_graph",
     "dynamo_callback",
+    "frames_dynamo_traces",
     "function_mode_at",
     "function_mode_count",
     "has_forward_hooks",
@@ -62,6 +61,7 @@ __all__ = [
     "pop_function_mode",
     "push_function_mode",
     "recurrent_overrides",
+    "remove_forward_hooks",
     "schema_of",
     "skip_frame",
     "storage_identity",

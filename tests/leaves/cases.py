@@ -31,7 +31,6 @@ class Case:
         same: Pairs of values that mean the same on purpose.
         model: The model.
         data: Whether there is a loader.
-        dead: Why the leaf has no effect today, which is a fault.
     """
 
     values: tuple[Any, ...] = ()
@@ -45,7 +44,6 @@ class Case:
     same: tuple[tuple[Any, Any], ...] = ()
     model: type[nn.Module] = Net
     data: bool = True
-    dead: str = ""
 
 
 # What the sections are without their leaf: short schedules, all of whose epochs are observed.
@@ -144,7 +142,9 @@ ADAPTIVE = _schedule("adaptive", step=0.1)
 MULTISTEP = _schedule("multistep", multistep_steps=[2], multistep_sparsity_levels=[0.3, 0.6])
 # Each schedule has keys of its own, so the values that are compared are given as a whole.
 MAGNITUDE = {
-    "params.schedule": Case(("polynomial", "exponential", "adaptive", "multistep"), without=("params",)),
+    "params.schedule": Case(
+        ("polynomial", "exponential", "adaptive", "multistep", "baseline", "exponential_with_bias"), without=("params",)
+    ),
     "params.sparsity_target": Case((0.5, 0.7)),
     "params.sparsity_target_epoch": Case((2, 4)),
     "params.sparsity_freeze_epoch": Case((ABSENT, 2)),
@@ -307,9 +307,7 @@ QUANTIZATION = {
     "activations.validate_scopes": Case(
         (False, True), context={"activations": NOWHERE}, refused=(True,), refused_at="activations.ignored_scopes.0"
     ),
-    "activations.unified_scale_ops": Case(
-        ([], [["conv2", "fc"]]), dead="unified_scale_ops is checked and then forgotten: quantizers are not unified"
-    ),
+    "activations.unified_scale_ops": Case(([], [["conv2", "fc"]])),
     "export_to_onnx_standard_ops": Case((ABSENT, True, False), refused=(False,), same=((ABSENT, True),)),
     "compression_lr_multiplier": Case((ABSENT, 0.5)),
     "params.activations_quant_start_epoch": Case((0, 2)),
