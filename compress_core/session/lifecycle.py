@@ -48,6 +48,7 @@ class Lifecycle:
         self.origins: dict[str, PluginInfo] = {}
         self.plans: dict[str, Plan] = {}
         self._manager = new_manager()
+        self._callers: dict[tuple[str, str], Callable[..., Sequence[Any]]] = {}
         if isinstance(observers, nn.Module) or not isinstance(observers, Iterable):
             raise PluginError(f"observers must be a list of plugin objects, got {type(observers).__name__}")
         self._observers = list(observers)
@@ -359,11 +360,37 @@ class Lifecycle:
         return attributed
 
     def _call(self, hook: str, algorithm: Algorithm, **arguments: Any) -> Sequence[Any]:
+        key = (hook, algorithm.name)
+        caller = self._callers.get(key)
+        if caller is None:
+            caller = self._callers[key] = self._caller(hook, algorithm)
+        try:
+            result: Sequence[Any] = caller(algorithm=algorithm, context=self.context, **arguments)
+        except BaseException as error:
+            self._attribute(error, hook, algorithm.name)
+            raise
+        return result
+
+    def _caller(self, hook: str, algorithm: Algorithm) -> Callable[..., Sequence[Any]]:
+        """Returns what calls a hook of one algorithm, and of the observers.
+
+        Made once for each: in a training step making it would cost more than calling it (`benchmarks/hook_cost.py`).
+        A single plain implementation, the usual case, is called without pluggy, which takes twice as long.
+        """
         others: list[object] = [other for other in self.algorithms if other is not algorithm]
         caller = self._manager.subset_hook_caller(hook, remove_plugins=others)
-        with self._attributed(hook, algorithm.name):
-            result: Sequence[Any] = caller(algorithm=algorithm, context=self.context, **arguments)
-        return result
+        found = caller.get_hookimpls()
+        if not found:
+            return lambda **arguments: ()
+        if len(found) > 1 or found[0].hookwrapper or found[0].wrapper:
+            return caller
+        function, names = found[0].function, found[0].argnames
+
+        def call(**arguments: Any) -> Sequence[Any]:
+            result = function(*[arguments[name] for name in names])
+            return () if result is None else (result,)
+
+        return call
 
     def _call_initializers(self, hook: str, model: nn.Module) -> None:
         """Calls the observers once, then one initializer after the other."""
@@ -398,9 +425,12 @@ class Lifecycle:
         try:
             yield
         except BaseException as error:
-            origin = self.origins.get(name)
-            error.add_note(f"raised in {hook}() of '{name}'" + (f", {origin}" if origin else ""))
+            self._attribute(error, hook, name)
             raise
+
+    def _attribute(self, error: BaseException, hook: str, name: str) -> None:
+        origin = self.origins.get(name)
+        error.add_note(f"raised in {hook}() of '{name}'" + (f", {origin}" if origin else ""))
 
 
 def _position(algorithm: Algorithm) -> tuple[int, bool]:
