@@ -97,8 +97,7 @@ def _create(
             with guard.read_only("compress_plan", algorithm):
                 lifecycle.plan(model, algorithm)
         if group[0] is lifecycle.algorithms[0]:
-            with guard.read_only("compress_observe"):
-                lifecycle.observe(model)
+            lifecycle.observe(model)
             uncompressed.before_commit(model)
         for algorithm in group:
             with guard.transforms_only("compress_commit", algorithm):

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import NoReturn
 
+import torch
 from torch import nn
 
 from compress_core.contract.algorithm import Algorithm
@@ -96,10 +97,17 @@ def _versions(model: nn.Module) -> dict[str, tuple[int, int, int]]:
     """Returns, for each of a model's own tensors, which object it is, where it lies, and its version."""
     inside = _transforms_in(model)
     return {
-        name: (id(tensor), tensor.data_ptr(), version_of(tensor))
+        name: (id(tensor), _address(tensor), version_of(tensor))
         for name, tensor in (*model.named_parameters(), *model.named_buffers())
         if not name.startswith(inside) and not tensor.is_inference()
     }
+
+
+def _address(tensor: torch.Tensor) -> int:
+    try:
+        return tensor.data_ptr()
+    except RuntimeError:  # sparse, or a subclass without storage
+        return 0
 
 
 @contextlib.contextmanager

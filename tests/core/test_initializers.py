@@ -1,6 +1,7 @@
 """Shared initializers of third parties: the same rules as for algorithms."""
 
 import pytest
+from pydantic import Field
 
 from compress_core import ConfigError, Initializer, InitializerConfig, PluginError, create_compressed_model, hookimpl
 from compress_core.registry import Registry
@@ -11,7 +12,7 @@ CALLS = []
 
 
 class WarmUpConfig(InitializerConfig):
-    steps: int = 1
+    steps: int = Field(1, description="how many")
 
 
 class WarmUp(Initializer):
@@ -86,7 +87,7 @@ def test_value_that_is_read_in_training_counts_where_that_is_declared(registry):
     from compress_core import AlgorithmConfig, Plan
 
     class Config(AlgorithmConfig):
-        weight: float = 1.0
+        weight: float = Field(1.0, description="factor")
 
     members = {
         "Config": Config,
