@@ -63,7 +63,7 @@ def _entry(name: str, value: Any, level: int) -> Iterator[str]:
     yield f"{'#' * level} `{name}`"
     yield ""
     if signature := _signature(name, value):
-        yield from ["```python", signature, "```", ""]
+        yield from ["```text", signature, "```", ""]
     if _has_own_doc(value):
         yield from _rendered(inspect.getdoc(value))
     elif name == "hookimpl":

@@ -180,7 +180,7 @@ def _same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
 
 
 def _words(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the bits of a tensor, in words of eight bytes, which compare five times as fast as bytes; and the rest."""
+    """Returns the bits of a tensor in words of eight bytes, which compare five times as fast as bytes, and the rest."""
     flat = tensor.resolve_conj().resolve_neg().contiguous().view(-1).view(torch.uint8)
     if flat.storage_offset() % 8:
         flat = flat.clone()
