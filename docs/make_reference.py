@@ -68,6 +68,8 @@ def _entry(name: str, value: Any, level: int) -> Iterator[str]:
         yield from _rendered(inspect.getdoc(value))
     elif name == "hookimpl":
         yield from ["Marks a method or a function as the implementation of a hook.", ""]
+    elif isinstance(value, dict):
+        yield from [f"A table of {', '.join(f'`{key}`' for key in value)}.", ""]
     else:
         yield from [f"`{re.sub('compress_core[a-z_.]*[.]', '', str(value))}`", ""]
     if inspect.isclass(value):
