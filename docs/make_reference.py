@@ -10,6 +10,7 @@ import importlib
 import inspect
 import re
 import sys
+import typing
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,11 @@ def _entry(name: str, value: Any, level: int) -> Iterator[str]:
         yield from _rendered(inspect.getdoc(value))
     elif name == "hookimpl":
         yield from ["Marks a method or a function as the implementation of a hook.", ""]
+    elif typing.get_origin(value) is typing.Annotated:
+        yield from [
+            f"The type of a config field: `{inspect.formatannotation(typing.get_args(value)[0])}`, checked.",
+            "",
+        ]
     elif isinstance(value, dict):
         yield from [f"A table of {', '.join(f'`{key}`' for key in value)}.", ""]
     else:
