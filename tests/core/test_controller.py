@@ -11,6 +11,7 @@ from compress_core import (
     CompressionError,
     CompressionStage,
     ModelError,
+    Plan,
     PluginError,
     Stage,
     StateError,
@@ -195,6 +196,31 @@ def test_state_that_does_not_fit_is_refused_and_nothing_changes(registry):
 def _with(state, name):
     entry = {"plugin": "w", "distribution": "pkg", "version": "2.0"}
     return {**state, "algorithms": {**state["algorithms"], name: entry}}
+
+
+def replacing():
+    """An algorithm of a third party that puts a new layer in the place of the last."""
+
+    def commit(self, model):
+        model.fc = nn.Linear(model.fc.in_features, model.fc.out_features)
+
+    return algorithm(
+        stage=Stage.STRUCTURE,
+        replaces_modules=True,
+        compress_plan=hookimpl(lambda self: Plan(("fc.weight",))),
+        compress_commit=hookimpl(commit),
+    )
+
+
+def test_replaced_modules_are_resumed_with_what_later_algorithms_put_on_them(registry):
+    registry.register(contributing(replacing()), "demo")
+    sections = [{"algorithm": "mine"}, SPARSE]
+    controller, model = create(sections=sections)
+    state = json.loads(json.dumps(controller.get_compression_state()))
+    _, resumed = create(sections=sections, compression_state=state)
+    resumed.load_state_dict(model.state_dict())
+    assert torch.equal(resumed.eval()(images()), model.eval()(images()))
+    assert float((resumed.fc.weight == 0).float().mean()) > 0.1
 
 
 def test_resuming_with_another_config_says_what_changed(caplog):
