@@ -6,7 +6,7 @@ the proof that the smaller model computes the same (`proof`). Transforms follow 
 they decide on whole weights is frozen before these are cut (`decisions`).
 """
 
-from compress_core.channels.algebra import Obstacle, Role
+from compress_core.channels.algebra import Dims, Obstacle, Role
 from compress_core.channels.costs import Costs, operation_costs, parameter_costs
 from compress_core.channels.errors import ShrinkError
 from compress_core.channels.groups import ChannelGroup, ChannelGroups, Member, channel_groups
@@ -18,6 +18,7 @@ from compress_core.channels.proof import (
     prove,
     random_arguments,
 )
+from compress_core.channels.rules import Step
 from compress_core.channels.shrink_model import (
     apply_all_or_nothing,
     averaged_module,
@@ -35,12 +36,14 @@ __all__ = [
     "ChannelGroup",
     "ChannelGroups",
     "Costs",
+    "Dims",
     "InputSpec",
     "Member",
     "Obstacle",
     "Role",
     "ShrinkError",
     "Shrinkage",
+    "Step",
     "apply_all_or_nothing",
     "averaged_module",
     "batch_size",
