@@ -40,6 +40,7 @@ class Context:
 
     Attributes:
         config: The whole document.
+        sections: The sections of the config in its order, those of other algorithms included: for cross-checks.
         ledger: Where it is written down what each value of the config did.
         resuming: Whether a compression state is being resumed: no data, no initialization.
         bypassable: Whether bypassing the weight transforms gives the uncompressed model back.
