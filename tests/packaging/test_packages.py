@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
-import sys
-import sysconfig
 import zipfile
-from pathlib import Path
 
 import pytest
 
 from tests.conftest import ROOT
+from tests.packaging.packages import PLUGINS, build_wheel, environment_without_us, install, run
 
 pytestmark = pytest.mark.slow
 
@@ -39,37 +36,10 @@ print(json.dumps({
 """
 
 
-def run(*command, **keywords):
-    environment = {k: v for k, v in os.environ.items() if k not in {"PYTHONPATH", "VIRTUAL_ENV"}}
-    result = subprocess.run(
-        [str(c) for c in command], capture_output=True, text=True, env=environment, check=False, **keywords
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout
-
-
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("dist")
-    run(sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", folder, cwd=ROOT)
-    return next(folder.glob("*.whl"))
-
-
-def environment_without_us(folder):
-    """Makes an environment that holds our dependencies, but nothing of this checkout; returns its python."""
-    run(sys.executable, "-m", "venv", folder)
-    (site,) = (folder / "lib").glob("python*/site-packages")
-    for path in Path(sysconfig.get_paths()["purelib"]).iterdir():
-        ours = re.match(r"_?compress_(core|magnitude|quantization)|__editable__|_editable_impl|.*\.pth$", path.name)
-        if not ours and not (site / path.name).exists():
-            (site / path.name).symlink_to(path)
-    return folder / "bin" / "python"
-
-
 @pytest.fixture
 def environment(tmp_path, wheel):
     python = environment_without_us(tmp_path / "env")
-    run(python, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", wheel)
+    install(python, wheel)
     return python
 
 
@@ -97,8 +67,7 @@ def test_wheel_alone_finds_the_built_in_plugins(environment, tmp_path):
 
 
 def test_third_party_plugin_is_found_configured_run_and_reported_like_a_built_in(environment, tmp_path):
-    plugin = ROOT / "examples" / "random_sparsity"
-    run(environment, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-build-isolation", plugin)
+    install(environment, build_wheel(PLUGINS / "random_sparsity", tmp_path))
     found = json.loads(run(environment, "-c", JOB % '["random_sparsity", "magnitude_sparsity"]', cwd=tmp_path))
     assert found["plugins"]["random_sparsity"] == "plugin 'random_sparsity' (random-sparsity 0.3.0)"
     assert found["failures"] == []
@@ -124,5 +93,5 @@ def test_pytest_works_in_a_checkout_that_was_never_installed(tmp_path):
 
 
 def test_example_package_is_the_readmes_plugin():
-    source = (ROOT / "examples" / "random_sparsity" / "random_sparsity.py").read_text()
+    source = (PLUGINS / "random_sparsity" / "random_sparsity.py").read_text()
     assert f"```python\n{source}```" in (ROOT / "README.md").read_text()
