@@ -92,11 +92,11 @@ def _create(
 ) -> CompressionController:
     """Compresses a model: stage by stage, then calibration and initialization on the whole."""
     controller = CompressionController(model, lifecycle, uncompressed)
-    for group in lifecycle.pipeline():
+    for number, group in enumerate(lifecycle.pipeline()):
         for algorithm in group:
             with guard.read_only("compress_plan", algorithm):
                 lifecycle.plan(model, algorithm)
-        if group[0] is lifecycle.algorithms[0]:
+        if number == 0:
             lifecycle.observe(model)
             uncompressed.before_commit(model)
         for algorithm in group:
@@ -119,12 +119,12 @@ def _resume(
     """Builds the structure that a state describes, without data; its `state_dict` is the user's to load."""
     lifecycle.context.saved_plans = state.plans()
     controller = CompressionController(model, lifecycle, uncompressed)
-    for group in lifecycle.pipeline():
+    for number, group in enumerate(lifecycle.pipeline()):
         for algorithm in group:
             with guard.read_only("compress_plan", algorithm):
                 lifecycle.plan(model, algorithm)
             check_plan(state, algorithm.name, lifecycle.plans[algorithm.name])
-        if group[0] is lifecycle.algorithms[0]:
+        if number == 0:
             uncompressed.before_commit(model)
         for algorithm in group:
             with guard.transforms_only("compress_commit", algorithm):

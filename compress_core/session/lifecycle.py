@@ -115,6 +115,8 @@ class Lifecycle:
     def pipeline(self) -> list[list[Algorithm]]:
         """Returns the algorithms in groups: those of a group plan together, then commit, before the next group plans.
 
+        There is at least one group; it is empty when the config names no algorithm.
+
         A group is a stage. An algorithm that replaces modules is a group of its own, before the others of its stage:
         what they plan is about the new modules.
         """
@@ -125,7 +127,7 @@ class Lifecycle:
                 groups[-1].append(algorithm)
             else:
                 groups.append([algorithm])
-        return groups
+        return groups or [[]]
 
     def plan(self, model: nn.Module, algorithm: Algorithm) -> None:
         """Collects the plan of an algorithm."""
