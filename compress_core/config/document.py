@@ -12,7 +12,7 @@ import json5
 from pydantic import BeforeValidator, Field, ValidationError
 
 from compress_core.config.errors import problems_of, shown
-from compress_core.config.frozen import FrozenDict, frozen
+from compress_core.config.frozen import FrozenDict, frozen, thawed
 from compress_core.config.sections import AlgorithmConfig, Count, Scopes, Section
 from compress_core.errors import ConfigError, Problem
 
@@ -100,30 +100,33 @@ class CompressionConfig:
     Attributes:
         root: The keys at the top of the document.
         sections: The algorithms' sections in the order of the document.
-        source: The document as it was given.
     """
 
     root: RootSection
     sections: tuple[AlgorithmConfig | UnresolvedSection, ...]
-    source: dict[str, Any]
 
     def __init__(self, document: Mapping[str, Any], *, origin: str = "") -> None:
         if not isinstance(document, Mapping):
             raise ConfigError(f"a config is an object with a key 'compression', got {shown(document)}", path=origin)
-        self.source = FrozenDict({str(key): frozen(value) for key, value in document.items()})
+        self._source = FrozenDict({str(key): frozen(value) for key, value in document.items()})
         self._structs: dict[type, Any] = {}
         problems: list[Problem] = []
-        self.root = _validated_root(self.source, problems)
-        self._single = isinstance(self.source.get("compression"), Mapping)
+        self.root = _validated_root(self._source, problems)
+        self._single = isinstance(self._source.get("compression"), Mapping)
         validate = _validators[-1]
         self.sections = tuple(
             section
-            for index, raw in enumerate(_raw_sections(self.source, problems))
+            for index, raw in enumerate(_raw_sections(self._source, problems))
             if (section := validate(raw, self.section_path(index), problems)) is not None
         )
         problems.extend(self._repeated())
         if problems:
             raise ConfigError(problems)
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """A copy of the document as it was given: to change, and to load again."""
+        return {key: thawed(value) for key, value in self._source.items()}
 
     @classmethod
     def from_json(cls, path: str | Path) -> CompressionConfig:

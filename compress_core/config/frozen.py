@@ -46,3 +46,10 @@ def frozen(value: Any) -> Any:
     if isinstance(value, list):
         return FrozenList([frozen(item) for item in value])
     return tuple(frozen(item) for item in value) if type(value) is tuple else value
+
+
+def thawed(value: Any) -> Any:
+    """Returns a copy of a value in which plain lists and dicts stand for all frozen ones."""
+    if isinstance(value, Mapping):
+        return {key: thawed(item) for key, item in value.items()}
+    return [thawed(item) for item in value] if isinstance(value, list) else value
