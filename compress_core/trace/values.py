@@ -48,6 +48,9 @@ class ValueTable:
         # most never are.
         self._stale: dict[int, Write] = {}
         self._by_storage: dict[int, list[int]] = {}
+        # The fake tensors that stand for real ones. The mode itself would forget one that nobody uses, and another storage
+        # could then get the same identity.
+        self._stand_ins: dict[int, torch.Tensor] = {}
         self._not_indexed: list[int] = []
         self._parameters_not_indexed: list[int] = []
 
@@ -55,6 +58,7 @@ class ValueTable:
         """Lets go of all tensors."""
         self._known.clear()
         self._tensors.clear()
+        self._stand_ins.clear()
 
     def known(self, tensor: torch.Tensor) -> ValueId | None:
         """Returns the value that a tensor holds now, or None if it has never been seen."""
@@ -183,7 +187,7 @@ class ValueTable:
         try:
             if self._fake is not None and not isinstance(tensor, FakeTensor):
                 # A parameter shares memory with its views through the fake tensor that stands for it.
-                tensor = self._fake.from_tensor(tensor)
+                tensor = self._stand_ins.setdefault(id(tensor), self._fake.from_tensor(tensor))
             return storage_identity(tensor)
         except (RuntimeError, NotImplementedError):
             return None  # sparse, nested, or wrapped by a function transform
