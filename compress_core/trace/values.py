@@ -48,9 +48,9 @@ class ValueTable:
         # most never are.
         self._stale: dict[int, Write] = {}
         self._by_storage: dict[int, list[int]] = {}
-        # The fake tensors that stand for real ones. The mode itself would forget one that nobody uses, and another storage
-        # could then get the same identity.
-        self._stand_ins: dict[int, torch.Tensor] = {}
+        # Real tensors by their id, with the fake ones that stand for them. The mode itself would forget a fake one that
+        # nobody uses, and another storage could then get the same identity.
+        self._stand_ins: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._not_indexed: list[int] = []
         self._parameters_not_indexed: list[int] = []
 
@@ -187,7 +187,9 @@ class ValueTable:
         try:
             if self._fake is not None and not isinstance(tensor, FakeTensor):
                 # A parameter shares memory with its views through the fake tensor that stands for it.
-                tensor = self._stand_ins.setdefault(id(tensor), self._fake.from_tensor(tensor))
+                if id(tensor) not in self._stand_ins:
+                    self._stand_ins[id(tensor)] = (tensor, self._fake.from_tensor(tensor))
+                tensor = self._stand_ins[id(tensor)][1]
             return storage_identity(tensor)
         except (RuntimeError, NotImplementedError):
             return None  # sparse, nested, or wrapped by a function transform
