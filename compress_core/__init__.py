@@ -2,19 +2,20 @@
 
 from compress_core.api import check_config, create_compressed_model, register_default_init_args
 from compress_core.channels import load_compressed_model
-from compress_core.config import AlgorithmConfig, CompressionConfig, InitializerConfig, Section
+from compress_core.config import AlgorithmConfig, CompressionConfig, Count, InitializerConfig, Scopes, Section
 from compress_core.contract.algorithm import Algorithm, Plan
 from compress_core.contract.batch import Batch
 from compress_core.contract.choices import Choice, ChoiceOf, ChoicePoint, callable_choice, choice, find_choice
 from compress_core.contract.clock import Clock
 from compress_core.contract.context import Context
 from compress_core.contract.hookspecs import hookimpl
-from compress_core.contract.initializer import Initializer
+from compress_core.contract.initializer import Initializer, Phase
 from compress_core.contract.levels import LevelAlgorithm
 from compress_core.contract.stages import CompressionStage, Stage
 from compress_core.contract.statistics import Statistics, Table, TableStatistics
 from compress_core.data.calibration import (
     BNAdaptationInitArgs,
+    CalibrationData,
     InitArgs,
     ModelEvaluationArgs,
     QuantizationRangeInitArgs,
@@ -32,13 +33,14 @@ from compress_core.errors import (
 )
 from compress_core.session.controller import CompressionController
 from compress_core.transforms import mask_weight
-from compress_core.transforms.layers import register_module
+from compress_core.transforms.layers import WeightTensor, register_module
 
 __all__ = [
     "Algorithm",
     "AlgorithmConfig",
     "BNAdaptationInitArgs",
     "Batch",
+    "CalibrationData",
     "Choice",
     "ChoiceOf",
     "ChoicePoint",
@@ -49,6 +51,7 @@ __all__ = [
     "CompressionStage",
     "ConfigError",
     "Context",
+    "Count",
     "DataError",
     "ExportError",
     "InitArgs",
@@ -57,9 +60,11 @@ __all__ = [
     "LevelAlgorithm",
     "ModelError",
     "ModelEvaluationArgs",
+    "Phase",
     "Plan",
     "PluginError",
     "QuantizationRangeInitArgs",
+    "Scopes",
     "Section",
     "Stage",
     "StateError",
@@ -68,6 +73,7 @@ __all__ = [
     "TableStatistics",
     "TransformError",
     "UsageError",
+    "WeightTensor",
     "callable_choice",
     "check_config",
     "choice",

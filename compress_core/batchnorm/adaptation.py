@@ -29,7 +29,7 @@ from compress_core.batchnorm.report import AdaptationReport, BatchNormAdaptation
 from compress_core.config.scopes import ScopeFilter
 from compress_core.contract.choices import ChoiceOf, choices_of, find_choice
 from compress_core.contract.hookspecs import hookimpl
-from compress_core.contract.initializer import Initializer
+from compress_core.contract.initializer import Initializer, Phase
 from compress_core.contract.statistics import Statistics
 from compress_core.data.calibration import BNAdaptationInitArgs, CalibrationData, ModelEvaluationArgs
 from compress_core.data.rng import preserved_rng
@@ -71,6 +71,7 @@ class BatchNormAdaptation(Initializer):
     name = "batchnorm_adaptation"
     Config: ClassVar[type[InitializerConfig]] = BatchNormAdaptationConfig
     struct = BNAdaptationInitArgs
+    phase = Phase.STATISTICS
 
     def __init__(self, config: InitializerConfig, paths: tuple[str, ...]) -> None:
         super().__init__(config, paths)

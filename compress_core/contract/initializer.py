@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -18,6 +19,13 @@ if TYPE_CHECKING:
     from compress_core.contract.context import Context
 
 
+class Phase(enum.IntEnum):
+    """When a shared initializer runs: what changes weights comes before what measures statistics of the result."""
+
+    WEIGHTS = 10
+    STATISTICS = 20
+
+
 class Initializer:
     """Base class of an initializer that algorithms share; one instance serves one model.
 
@@ -29,12 +37,14 @@ class Initializer:
         name: The key in the section `initializer`.
         Config: The class of its section.
         struct: Type of the object of `register_extra_structs` that carries its data, if it takes any.
+        phase: When it runs; within a phase the order is that of the names.
         needs_uncompressed: Whether it needs the uncompressed model: see `Algorithm`.
     """
 
     name: ClassVar[str]
     Config: ClassVar[type[InitializerConfig]]
     struct: ClassVar[type[InitArgs] | None] = None
+    phase: ClassVar[Phase] = Phase.WEIGHTS
     needs_uncompressed: ClassVar[NeedsUncompressed] = "no"
 
     def __init__(self, config: InitializerConfig, paths: tuple[str, ...]) -> None:

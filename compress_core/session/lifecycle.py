@@ -57,7 +57,8 @@ class Lifecycle:
             self._manager.register(observer)
         # Stable: within a stage the user's order counts.
         self.algorithms: list[Algorithm] = sorted(self._instances(registry), key=_position)
-        self.initializers: dict[str, Initializer] = dict(self._shared_initializers(registry))
+        found = sorted(self._shared_initializers(registry), key=lambda item: (item[1].phase, item[0]))
+        self.initializers: dict[str, Initializer] = dict(found)
         instances: list[Algorithm | Initializer] = [*self.algorithms, *self.initializers.values()]
         for instance in instances:
             self._manager.register(instance, name=instance.name)
@@ -135,7 +136,9 @@ class Lifecycle:
         plan = self._one("compress_plan", algorithm, Plan, model=model)
         if not plan.targets:
             path, _ = self.context.section(algorithm)
-            raise ConfigError("finds nothing to compress in this model; remove this section", path=path)
+            reasons = "; ".join(f"'{name}' {reason}" for name, reason in list(plan.skipped.items())[:3])
+            why = f" ({len(plan.skipped)} left alone: {reasons})" if reasons else ""
+            raise ConfigError(f"finds nothing to compress in this model{why}; remove this section", path=path)
         try:
             json.dumps(plan.to_dict(), allow_nan=False)
         except (TypeError, ValueError) as error:

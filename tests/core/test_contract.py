@@ -22,6 +22,7 @@ from compress_core import (
     InitArgs,
     Initializer,
     InitializerConfig,
+    Phase,
     Plan,
     PluginError,
     Section,
@@ -535,6 +536,38 @@ def test_errors_of_every_method_of_an_initializer_are_attributed(method):
 def _state_without(controller):
     controller._lifecycle.initializers.pop("failing")
     return controller.get_compression_state()
+
+
+def test_what_changes_weights_comes_before_what_measures_statistics():
+    order = []
+
+    def initializer(name, phase):
+        def compress_initialize(self):
+            order.append(name)
+
+        members = {"name": name, "Config": InitializerConfig, "compress_initialize": hookimpl(compress_initialize)}
+        return type(name.title(), (Initializer,), members | ({} if phase is None else {"phase": phase}))
+
+    classes = [initializer("a", Phase.STATISTICS), initializer("z", None), initializer("b", Phase.WEIGHTS)]
+    section = {"algorithm": "magnitude_sparsity", "initializer": {"a": {}, "b": {}, "z": {}}}
+    with use_registry(fresh(compress_initializers=lambda self: classes)):
+        create_compressed_model(net(), {"compression": section})
+    assert order == ["b", "z", "a"]
+
+
+def test_plan_without_a_target_tells_why():
+    class Picky(Base):
+        name = "picky"
+
+        @hookimpl
+        def compress_plan(self):
+            return Plan((), {"0.weight": "is no matrix"})
+
+    with (
+        use_registry(fresh(Picky)),
+        pytest.raises(ConfigError, match=r"picky: finds nothing to compress.*1 left alone: '0\.weight' is no matrix"),
+    ):
+        create_compressed_model(net(), sections("picky"))
 
 
 # Open points.
