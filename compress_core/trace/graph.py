@@ -93,7 +93,6 @@ class Call:
         writes: Values that it has overwritten: they go on as one of `outputs`, or under `overwritten`.
         overwritten: The new values of tensors that it has written to and does not return (`x[i] = y`), and of tensors
             that share memory with those, as far as they are used later.
-        result_used: Whether the code that calls does something with what is returned.
     """
 
     index: int
@@ -107,7 +106,6 @@ class Call:
     operators: list[int] = field(default_factory=list)
     writes: list[ValueId] = field(default_factory=list)
     overwritten: list[ValueId] = field(default_factory=list)
-    result_used: bool = True
 
     @property
     def module(self) -> str:

@@ -1,18 +1,13 @@
-"""Where in the code a call stands: positions in the stack of Python frames, and what follows in the bytecode."""
+"""Where in the code a call stands: positions in the stack of Python frames."""
 
 from __future__ import annotations
 
-import dis
-import functools
 from dataclasses import dataclass
-from types import CodeType, FrameType
+from types import FrameType
 from typing import TypeAlias
 
 # One entry for each stack frame: the code object, and the instruction that is being executed.
 Location: TypeAlias = tuple[tuple[int, int], ...]
-
-_CACHE = dis.opmap.get("CACHE", 0)
-_POP_TOP = dis.opmap["POP_TOP"]
 
 
 @dataclass(frozen=True)
@@ -54,22 +49,3 @@ def location_below(running: RunningFrame, caller: FrameType | None) -> Location:
         return tuple(reversed(positions))
     positions.append((id(running.frame.f_code), running.frame.f_lasti))
     return running.above + tuple(reversed(positions))
-
-
-def result_is_used(caller: FrameType) -> bool:
-    """Tells whether code does something with the result of the call that it is in (`relu_(x)` alone does not)."""
-    frame: FrameType | None = caller
-    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "torch":
-        frame = frame.f_back  # torch's own Python functions hand on what they return
-    if frame is None:
-        return True
-    code = _bytecode(frame.f_code)
-    following = frame.f_lasti + 2
-    while following < len(code) and code[following] == _CACHE:
-        following += 2
-    return following >= len(code) or code[following] != _POP_TOP
-
-
-@functools.lru_cache(maxsize=1024)
-def _bytecode(code: CodeType) -> bytes:
-    return code.co_code  # a copy each time it is asked for

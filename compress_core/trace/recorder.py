@@ -23,7 +23,7 @@ from compress_core.torch_internals import FakeTensorMode, TorchDispatchMode, Tor
 from compress_core.trace.graph import Call, ForwardTrace, Frame, ModuleCall, Operator
 from compress_core.trace.graph import tensors_with_paths as tensors_of
 from compress_core.trace.hook_results import HookResults
-from compress_core.trace.positions import RunningFrame, location_below, result_is_used
+from compress_core.trace.positions import RunningFrame, location_below
 from compress_core.trace.values import Taken, ValueTable, Write
 from compress_core.transforms.attention import inside_of
 from compress_core.transforms.user_hooks import FrameId, is_in_hook
@@ -207,7 +207,6 @@ class Recorder:
             self._discard(call)
             return
         call.location = location_below(self._stack[-1].position, caller)
-        call.result_used = result_is_used(caller)
         for running in self._stack:
             running.counts.setdefault(call.function, []).append(call.index)
 
