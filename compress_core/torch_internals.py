@@ -49,7 +49,6 @@ __all__ = [
     "frames_dynamo_traces",
     "function_mode_at",
     "function_mode_count",
-    "has_forward_hooks",
     "has_gradient_hooks",
     "has_hooks",
     "import_compiler",
@@ -78,7 +77,7 @@ __all__ = [
 def is_plain_execution() -> bool:
     """Tells that nobody traces, wraps or differentiates what is computed now; gradients by autograd aside.
 
-    Why: kept weights, recomputed weights and compiled kernels are right for plain tensors and plain execution only.
+    Why: recomputed weights and compiled kernels are right for plain tensors and plain execution only.
     Public way: none asks for dispatch modes or for transforms of `torch.func`; `torch.jit.is_tracing` knows its own.
     Without it: no execution counts as plain. All results stay right; the slower, traceable ways are taken.
     """
@@ -274,16 +273,6 @@ Why: a model that is rolled back has the same hooks in the same order; the confo
 Public way: hooks can be registered, and removed by who has the handle; not listed.
 Without it: the conformance kit does not see hooks of this kind that were left behind.
 """
-
-
-def has_forward_hooks(module: nn.Module) -> bool:
-    """Tells whether a module has hooks that run around its forward.
-
-    Why: a hook may return anything, so what a module with one computed is not kept.
-    Public way: none, see `HOOK_ATTRIBUTES`.
-    Without it: AttributeError at the first forward in eval mode.
-    """
-    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -23,7 +23,6 @@ from compress_core.channels.shrinking import Shrinkage
 from compress_core.data.rng import preserved_rng
 from compress_core.torch_internals import tree_map
 from compress_core.trace.graph import ForwardTrace, tensors_with_paths
-from compress_core.transforms.weight_cache import WeightChain
 
 logger = logging.getLogger(__name__)
 
@@ -166,14 +165,7 @@ def _without_dropout(model: nn.Module) -> nn.Module:
     for module in copied.modules():
         if isinstance(module, (nn.MultiheadAttention, nn.RNNBase)):
             module.dropout = 0.0
-        elif isinstance(module, WeightChain):
-            # With a hook it keeps no transformed weight, which in eval mode would be one more copy.
-            module.register_forward_hook(_nothing)
     return copied
-
-
-def _nothing(module: nn.Module, args: Any, output: Any) -> None:
-    return None
 
 
 def _compare(reference: nn.Module, shrunk: nn.Module, inputs: Any, mode: str, given: Any = None) -> float:

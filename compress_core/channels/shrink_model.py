@@ -20,7 +20,7 @@ from compress_core.channels.shrinking import Shrinkage, shrinkage
 from compress_core.errors import StateError, UsageError
 from compress_core.trace import Example, trace
 from compress_core.transforms.snapshot import ModelSnapshot
-from compress_core.transforms.weight_cache import WeightChain
+from compress_core.transforms.weight_chain import WeightChain
 
 
 def shrink_model(

@@ -15,7 +15,6 @@ from compress_core.channels.following import transform_tensors
 from compress_core.channels.groups import ChannelGroup
 from compress_core.errors import StateError
 from compress_core.torch_internals import AnyConv, AnyConvTranspose, AnyNorm, has_gradient_hooks
-from compress_core.transforms.weight_cache import WeightChain
 
 # The indices along a dimension that stay, ascending.
 Kept: TypeAlias = "list[int]"
@@ -136,9 +135,6 @@ class Shrinkage:
         with torch.no_grad():
             for name in self.kept:
                 self._slice_in_place(name, tensors[name])
-        for module in model.modules():
-            if isinstance(module, WeightChain):
-                module.drop_cache()
         update_attributes(model, self.kept)
 
     def _slice_in_place(self, name: str, tensor: torch.Tensor) -> None:

@@ -1,7 +1,7 @@
 """What a transform declares about itself: the base classes that others derive from.
 
 Any `torch.nn.Module` that keeps the shape of a tensor can be a transform. What the core can do with it beyond calling
-it (keep its result, compute it again, let it take over the function before it, make it smaller with its weight) is
+it (compute it again, let it take over the function before it, make it smaller with its weight) is
 declared here, in attributes with one meaning each. A module that derives from none of these classes has none of these
 capabilities.
 """
@@ -43,16 +43,14 @@ class WeightTransform(Transform):
     """Base of transforms of weights: `forward` maps a weight to one of the same shape.
 
     Attributes:
-        cacheable: In eval mode the result depends on nothing but the weight, parameters and buffers of the transform,
-            and attributes that are replaced when they change, not modified. The core may keep the result.
-        recomputable: It depends on nothing else in training either, and computing it changes no attribute. The core
-            may compute it again for the backward pass.
+        recomputable: Whatever the mode, the result depends on nothing but the weight, parameters and buffers of the
+            transform, and attributes that are replaced when they change, not modified; and computing it changes no
+            attribute. The core may compute it again for the backward pass.
         depends_on_whole_tensor: What happens to an element depends on others (top-k of scores, clustering, a norm), so
             that it would change when the weight is cut. Such a class implements `freeze_decision`, which sets this to
             False for the instance.
     """
 
-    cacheable: ClassVar[bool] = False
     recomputable: ClassVar[bool] = False
     depends_on_whole_tensor: bool = False
 

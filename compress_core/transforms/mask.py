@@ -28,7 +28,6 @@ class WeightMask(WeightTransform):
     """
 
     mask: torch.Tensor
-    cacheable = True
     recomputable = True
     follows: ClassVar[Mapping[str, str]] = {"mask": "weight"}
 

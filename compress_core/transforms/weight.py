@@ -14,7 +14,7 @@ from compress_core.errors import TransformError
 from compress_core.transforms.chain import TransformChain, TransformContainer
 from compress_core.transforms.generated import TRANSFORMS_ATTRIBUTE, base_class, transformed_class, update_class
 from compress_core.transforms.stage import Stage
-from compress_core.transforms.weight_cache import WeightChain
+from compress_core.transforms.weight_chain import WeightChain
 
 
 class WeightTransforms(TransformContainer, nn.ModuleDict):
@@ -51,9 +51,11 @@ def add_weight_transform(
     The parameter stays in place under its name, as do its optimizer state and its entry in `state_dict`. A tensor that
     several layers below `module` share gets one transform, which all of them see.
 
-    In eval mode without gradients, on the CPU, the result is kept while nothing changes, if all transforms of the
-    tensor are `cacheable`. This, `recomputable`, and how the transform follows when channels of the weight are removed,
-    is declared by classes that derive from `WeightTransform`; other modules have no such capability.
+    It is computed each time the layer reads the weight, in eval mode too: however the weight was written to, layers
+    compute with what is stored now.
+
+    What else can be done with the transform (`recomputable`, how it follows when channels of the weight are removed) is
+    declared by classes that derive from `WeightTransform`; other modules have no such capability.
 
     Args:
         module: The layer, or any module above it.

@@ -23,7 +23,6 @@ from compress_core.transforms import (
     get_weight_transform,
     raw_parameter,
 )
-from compress_core.transforms.weight_cache import WeightChain
 from compress_quantization.fake_quantize import AsymmetricFakeQuantize, SymmetricFakeQuantize
 from compress_quantization.quantizers import NativeFakeQuantize
 
@@ -666,14 +665,6 @@ def test_a_plan_is_followed_by_a_model_whose_decisions_are_not_frozen_yet():
     saved.apply(models[1])
     models[1].load_state_dict(models[0].state_dict())
     assert torch.equal(evaluated(models[1]), evaluated(models[0]))
-
-
-def test_the_proof_keeps_no_transformed_weights(monkeypatch):
-    controller, _ = pruned(QUANTIZATION)
-    kept = []
-    monkeypatch.setattr(WeightChain, "_renewed", lambda chain, tensor, inputs: kept.append(chain))
-    controller.shrink()
-    assert not kept
 
 
 def test_declared_transforms_copy_pickle_and_compile():

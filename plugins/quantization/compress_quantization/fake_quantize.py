@@ -36,7 +36,6 @@ class FakeQuantize(WeightTransform, ActivationTransform):
         observer: While set, called with each tensor, which passes as it is.
     """
 
-    cacheable = True
     recomputable = True
     fused_activations = frozenset(ACTIVATION_FUNCTIONS)
     fuses_in_place = True
