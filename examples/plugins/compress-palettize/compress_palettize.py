@@ -56,7 +56,6 @@ class Palette(WeightTransform):
         indices: The entry of each element, in the weight's shape.
     """
 
-    cacheable = True
     recomputable = True
     follows: ClassVar = {"codebook": "fixed", "indices": "weight"}
 
