@@ -35,6 +35,7 @@ __all__ = [
     "FAKE_TENSOR_LOGGER",
     "HOOK_ATTRIBUTES",
     "MODULE_CALL",
+    "TENSOR_HOOK_ATTRIBUTES",
     "AnyBatchNorm",
     "AnyConv",
     "AnyConvTranspose",
@@ -49,6 +50,7 @@ __all__ = [
     "frames_dynamo_traces",
     "function_mode_at",
     "function_mode_count",
+    "global_hooks",
     "has_gradient_hooks",
     "has_hooks",
     "import_compiler",
@@ -273,6 +275,27 @@ Why: a model that is rolled back has the same hooks in the same order; the confo
 Public way: hooks can be registered, and removed by who has the handle; not listed.
 Without it: the conformance kit does not see hooks of this kind that were left behind.
 """
+
+TENSOR_HOOK_ATTRIBUTES = ("_backward_hooks", "_post_accumulate_grad_hooks")
+"""The attributes of a tensor that hold its hooks, each a dict or None.
+
+Why: as `HOOK_ATTRIBUTES`.
+Public way: as there.
+Without it: hooks of tensors outlive a rollback, and the conformance kit does not see them.
+"""
+
+
+def global_hooks() -> dict[str, list[int]]:
+    """Returns the ids of the hooks that torch calls for every module and optimizer of the process, by kind.
+
+    Why: the conformance kit sees that an algorithm leaves none.
+    Public way: none, see `HOOK_ATTRIBUTES`.
+    Without it: such hooks are not seen.
+    """
+    # Not torch.optim.optimizer: torch deletes that name.
+    found = {**vars(torch.nn.modules.module), **vars(sys.modules[torch.optim.Optimizer.__module__])}
+    kinds = [name for name in found if name.startswith("_global_") and name.endswith("_hooks")]
+    return {name: [id(hook) for hook in found[name].values()] for name in kinds}
 
 
 def has_hooks(module: nn.Module) -> bool:

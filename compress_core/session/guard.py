@@ -15,7 +15,7 @@ from compress_core.errors import PluginError
 from compress_core.session.lifecycle import Lifecycle
 from compress_core.torch_internals import version_of
 from compress_core.transforms.chain import TransformContainer
-from compress_core.transforms.snapshot import ModelSnapshot
+from compress_core.transforms.snapshot import GONE, ModelSnapshot
 
 _REMEDY = "add transforms instead, or declare changes_in_place = True"
 
@@ -84,6 +84,8 @@ class ModelGuard:
 
     def _refuse(self, hook: str, algorithm: Algorithm | None, changed: list[str], remedy: str) -> NoReturn:
         names = ", ".join(a.name for a in self._lifecycle.algorithms)
+        if any(name == GONE for name in changed):
+            remedy = "keep the modules and parameters that there are, or declare replaces_modules = True"
         who = f"one of {names}, or an initializer," if algorithm is None else self._lifecycle.who(algorithm)
         raise PluginError(f"{hook}() of {who} has written to the model's tensors, for example {changed[:3]}; {remedy}")
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from compress_core.torch_internals import HOOK_ATTRIBUTES
+from compress_core.torch_internals import HOOK_ATTRIBUTES, TENSOR_HOOK_ATTRIBUTES
 
 
 def fingerprint(model: nn.Module) -> dict[str, Any]:
@@ -28,15 +28,26 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
             "children": list(module._modules),
             "parameters": {key: _tensor(value) for key, value in module._parameters.items()},
             "buffers": {key: _tensor(value) for key, value in module._buffers.items()},
-            "hooks": {key: [id(hook) for hook in module.__dict__.get(key, {}).values()] for key in HOOK_ATTRIBUTES},
+            "hooks": hooks_of(module),
             "simple": {k: v for k, v in module.__dict__.items() if isinstance(v, (int, float, str, tuple))},
         }
+    return {"modules": modules, **generators()}
+
+
+def generators() -> dict[str, Any]:
+    """Returns the states of the global random generators."""
     return {
-        "modules": modules,
         "torch rng": torch.get_rng_state().numpy().tobytes(),
         "python rng": random.getstate(),
-        "numpy rng": [str(part) for part in np.random.get_state()],
+        "numpy rng": [part.tobytes() if isinstance(part, np.ndarray) else part for part in np.random.get_state()],
     }
+
+
+def hooks_of(owner: nn.Module | torch.Tensor) -> dict[str, list[int]]:
+    """Returns the ids of the hooks of a module or tensor, by kind; those kinds of which there is none are left out."""
+    kinds = HOOK_ATTRIBUTES if isinstance(owner, nn.Module) else TENSOR_HOOK_ATTRIBUTES
+    found = {key: [id(hook) for hook in (getattr(owner, key, None) or {}).values()] for key in kinds}
+    return {key: hooks for key, hooks in found.items() if hooks}
 
 
 def _tensor(tensor: torch.Tensor | None) -> Any:
@@ -53,4 +64,5 @@ def _tensor(tensor: torch.Tensor | None) -> Any:
         tensor.requires_grad,
         bits,
         gradient,
+        hooks_of(tensor),
     )

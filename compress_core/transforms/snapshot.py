@@ -11,10 +11,13 @@ import torch
 from torch import nn
 
 from compress_core.errors import ModelError
-from compress_core.torch_internals import FakeTensor
+from compress_core.torch_internals import TENSOR_HOOK_ATTRIBUTES, FakeTensor
 from compress_core.transforms.interrupts import interrupts_held
 
 logger = logging.getLogger(__name__)
+
+# What `changed_tensors` calls a tensor that has no name any more.
+GONE = "a tensor that is no longer part of the model"
 
 
 @dataclass
@@ -35,6 +38,8 @@ class _TensorRecord:
     requires_grad: bool
     gradient: torch.Tensor | None
     gradient_values: torch.Tensor | None
+    # The dict of each kind of hooks, None where there has been none, and what was in it: handles refer to the dict.
+    hooks: dict[str, tuple[Any, dict[Any, Any]]]
 
 
 class StructureSnapshot:
@@ -56,8 +61,8 @@ class StructureSnapshot:
 class ModelSnapshot:
     """Classes, attributes, hooks, flags and tensor contents of a model and its modules.
 
-    Recorded are parameters, buffers, tensors that are plain attributes, and gradients; lists, dicts and sets that are
-    attributes, but not what is nested in them. It holds one copy of all that until it is dropped.
+    Recorded are parameters, buffers, tensors that are plain attributes, gradients and hooks of these; lists, dicts and
+    sets that are attributes, but not what is nested in them. It holds one copy of all that until it is dropped.
 
     Args:
         model: The model; it is not changed.
@@ -86,7 +91,7 @@ class ModelSnapshot:
         for record in self._tensors:
             name = names.get(id(record.tensor), "")
             if not name:
-                changed.append("a tensor that is no longer part of the model")
+                changed.append(GONE)
             elif not _same_bits(record.tensor.detach(), record.values):
                 changed.append(name)
         return changed
@@ -121,7 +126,9 @@ def _record_tensor(name: str, tensor: torch.Tensor) -> _TensorRecord:
     storage = tensor.detach()
     gradient = tensor.grad if tensor.is_leaf else None
     copied = None if gradient is None else gradient.detach().clone()
-    return _TensorRecord(tensor, storage, storage.clone(), tensor.requires_grad, gradient, copied)
+    found = {kind: getattr(tensor, kind, None) for kind in TENSOR_HOOK_ATTRIBUTES}
+    hooks = {kind: (held, dict(held or {})) for kind, held in found.items()}
+    return _TensorRecord(tensor, storage, storage.clone(), tensor.requires_grad, gradient, copied, hooks)
 
 
 def _attempt(step: Callable[[], None]) -> None:
@@ -156,6 +163,12 @@ def _restore_tensor(saved: _TensorRecord) -> None:
         saved.tensor.grad = saved.gradient
     elif saved.tensor.is_leaf and saved.tensor.grad is not None:
         saved.tensor.grad = None
+    for kind, (held, contents) in saved.hooks.items():
+        if held is not None:
+            held.clear()
+            held.update(contents)
+        if getattr(saved.tensor, kind, None) is not held:
+            setattr(saved.tensor, kind, held)
 
 
 def _overwrite(tensor: torch.Tensor, values: torch.Tensor) -> None:

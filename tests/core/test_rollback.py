@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from compress_core import ModelError, create_compressed_model, hookimpl
+from compress_core import ModelError, PluginError, create_compressed_model, hookimpl
 from compress_core.testing import fingerprint
 from compress_core.transforms.interrupts import interrupts_held
 from compress_core.transforms.snapshot import ModelSnapshot
@@ -222,3 +222,35 @@ def test_layers_compiled_by_torchscript_stay_out_of_it():
     assert controller.sparsified_module_info == ["1.weight"]
     x = torch.randn(2, 3)
     assert torch.equal(controller.strip()(x), model(x))
+
+
+def test_hooks_of_tensors_go_and_those_of_the_user_stay():
+    model = ResidualNet()
+    own = model.conv1.weight.register_hook(lambda gradient: gradient * 2)
+    before = fingerprint(model)
+
+    class Hooking(Failing):
+        @hookimpl
+        def compress_commit(self, model):
+            own.remove()
+            model.conv1._parameters["weight"].register_hook(lambda gradient: gradient * 3)
+            model.fc._parameters["weight"].register_post_accumulate_grad_hook(lambda parameter: None)
+
+    with pytest.raises(RuntimeError, match="injected"):
+        create_compressed_model(model, SPARSE, observers=[Hooking()])
+    assert fingerprint(model) == before
+    own.remove()
+    assert not model.conv1.weight._backward_hooks
+
+
+def test_module_that_is_replaced_unasked_is_refused_with_its_own_remedy(registry):
+    def commit(self, model):
+        model.fc = nn.Linear(8, 5)
+
+    members = {
+        "compress_plan": hookimpl(lambda self, model, context: context.plan_weights(model, self)),
+        "compress_commit": hookimpl(commit),
+    }
+    registry.register(contributing(algorithm(**members)), "demo")
+    with pytest.raises(PluginError, match=r"no longer part of the model.*declare replaces_modules = True"):
+        create_compressed_model(ResidualNet(), {"compression": {"algorithm": "mine"}})
