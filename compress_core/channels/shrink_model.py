@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +18,7 @@ from compress_core.channels.proof import Certificate, InputSpec, prove, random_a
 from compress_core.channels.shrinking import Shrinkage, shrinkage
 from compress_core.errors import StateError, UsageError
 from compress_core.trace import Example, trace
+from compress_core.transforms.model_wide import bypass_transforms
 from compress_core.transforms.snapshot import ModelSnapshot
 from compress_core.transforms.weight_chain import WeightChain
 
@@ -112,7 +112,7 @@ def _with_activation_transforms(
         return list(groups)
     device = next((parameter.device for parameter in model.parameters()), None)
     args, kwargs = random_arguments(specs, device, None, small=False)
-    with _plain_weights(model):
+    with bypass_transforms(model, WeightChain):
         algebra = channel_groups(trace(model, Example.of(*args, **kwargs))).algebra
     classes = algebra.classes()
     extended = []
@@ -135,20 +135,6 @@ def _channels_by_class(
     maker = next(member for member in group.members if member.role == Role.MAKES)
     numbers = classes[parameters[maker.parameter][maker.dim]].tolist()
     return {number: channel for number, channel in zip(numbers, maker.channels.tolist(), strict=True) if channel >= 0}
-
-
-@contextlib.contextmanager
-def _plain_weights(model: nn.Module) -> Iterator[None]:
-    """Bypasses weight transforms: they keep shapes, but channels could not be followed through all of them."""
-    chains = [module for module in model.modules() if isinstance(module, WeightChain)]
-    before = [chain.bypassed for chain in chains]
-    try:
-        for chain in chains:
-            chain.bypassed = True
-        yield
-    finally:
-        for chain, bypassed in zip(chains, before, strict=True):
-            chain.bypassed = bypassed
 
 
 # Optimizers and averages.

@@ -12,7 +12,9 @@ Example:
     ```
 """
 
-from compress_core.testing.conformance import Case, conformance_checks
+from compress_core.testing.case import Case
+from compress_core.testing.checks import CheckResult, Report, conformance_checks, run_checks
 from compress_core.testing.fingerprint import fingerprint
+from compress_core.testing.tags import TAGS, tags_of
 
-__all__ = ["Case", "conformance_checks", "fingerprint"]
+__all__ = ["TAGS", "Case", "CheckResult", "Report", "conformance_checks", "fingerprint", "run_checks", "tags_of"]

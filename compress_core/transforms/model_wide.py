@@ -42,9 +42,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def bypass_transforms(model: nn.Module) -> Iterator[None]:
-    """Within the context, `model` computes as if no transform had been added."""
-    chains = [module for module in model.modules() if isinstance(module, TransformChain)]
+def bypass_transforms(model: nn.Module, kind: type[TransformChain] = TransformChain) -> Iterator[None]:
+    """Within the context, `model` computes as if no transform had been added.
+
+    Args:
+        model: The model.
+        kind: Which chains are bypassed; by default those of weights and those of activations.
+    """
+    chains = [module for module in model.modules() if isinstance(module, kind)]
     before = [chain.bypassed for chain in chains]
     try:
         for chain in chains:
