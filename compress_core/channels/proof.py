@@ -287,7 +287,7 @@ def _run(model: nn.Module, inputs: Any) -> Any:
         return model(*args, **kwargs)
 
 
-class _Running:
+class _ForwardStack:
     """The modules whose forwards are running; after an exception the innermost of those that it left."""
 
     def __init__(self) -> None:
@@ -300,8 +300,8 @@ class _Running:
 
 
 @contextlib.contextmanager
-def _running_modules(model: nn.Module) -> Iterator[_Running]:
-    running, handles = _Running(), []
+def _running_modules(model: nn.Module) -> Iterator[_ForwardStack]:
+    running, handles = _ForwardStack(), []
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             continue

@@ -21,14 +21,14 @@ FORMAT = 1
 
 
 def dump_state(
-    lifecycle: Lifecycle, states: Mapping[str, Mapping[str, Any]], rest: Mapping[str, Any]
+    lifecycle: Lifecycle, states: Mapping[str, Mapping[str, Any]], other_entries: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Returns the compression state.
 
     Args:
         lifecycle: The model's algorithms.
         states: What `compress_state` returned, by algorithm.
-        rest: Further entries, such as the scheduler's.
+        other_entries: Further entries, such as the scheduler's.
 
     Raises:
         PluginError: A state is not JSON-able; the message names the algorithm.
@@ -44,7 +44,7 @@ def dump_state(
             "plan": lifecycle.plans[algorithm.name].to_dict(),
             "state": _through_json(algorithm.name, states[algorithm.name]),
         }
-    plain: dict[str, Any] = json.loads(json.dumps({"format": FORMAT, "algorithms": algorithms, **rest}))
+    plain: dict[str, Any] = json.loads(json.dumps({"format": FORMAT, "algorithms": algorithms, **other_entries}))
     return plain
 
 

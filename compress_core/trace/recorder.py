@@ -39,7 +39,7 @@ _QUESTIONS = frozenset(
 
 
 @dataclass
-class _Running:
+class _RunningModule:
     """A module whose forward is running."""
 
     frame: Frame
@@ -75,7 +75,7 @@ class Recorder:
         self._suspended: list[FrameType] = []  # that run the modules which hooks have called
         self._fake = fake
         self._before_write = before_write
-        self._stack: list[_Running] = []
+        self._stack: list[_RunningModule] = []
         self._frames: tuple[Frame, ...] = ()
         self._runs: dict[str, int] = {}
         self._current: Call | None = None
@@ -126,7 +126,7 @@ class Recorder:
             record = ModuleCall(name, type(module).__name__, invocation)
             counts: dict[str, list[int]] = {}
             running = Frame(name, invocation, position.depth, turn)
-            self._stack.append(_Running(running, position, record, counts, isinstance(module, nn.Sequential)))
+            self._stack.append(_RunningModule(running, position, record, counts, isinstance(module, nn.Sequential)))
             self._frames = (*self._frames, running)
             self.trace.sequences[name, invocation] = counts
             self.trace.module_calls.append(record)

@@ -18,7 +18,7 @@ from compress_core.transforms.activation_functions import activation_module
 from compress_core.transforms.call_sites import (
     CallSiteMode,
     TransformedFunction,
-    count_unmade,
+    count_replaced,
     explains,
     functions_named,
     is_observed,
@@ -115,7 +115,7 @@ class ActivationTransforms(TransformContainer):
         if plan.activation is not None and len(args) == 1 and not kwargs:
             chain, (activation, functions) = self.chain(plan.outputs[0][0]), plan.activation
             in_place = bool(getattr(module, "inplace", False))
-            if chain.fuses(activation, in_place=in_place) and count_unmade(functions):
+            if chain.fuses(activation, in_place=in_place) and count_replaced(functions):
                 return run_quietly(chain.forward_fused, args[0], activation, in_place)
         if plan.functions or issubclass(self.owner, nn.TransformerEncoder):
             # The mode is what keeps an encoder from packing its input for the fused layers.
@@ -191,7 +191,7 @@ class ActivationTransforms(TransformContainer):
         chain = self.chain(chain_name)
         tensor = args[0] if args else kwargs.get("input")
         in_place = bool(args[1] if len(args) > 1 else kwargs.get("inplace", False))
-        if tensor is None or not chain.fuses(activation, in_place=in_place) or not count_unmade(function.objects):
+        if tensor is None or not chain.fuses(activation, in_place=in_place) or not count_replaced(function.objects):
             return None
         return run_quietly(chain.forward_fused, tensor, activation, in_place)
 

@@ -230,7 +230,7 @@ def _set_stack(modes: list[Any]) -> None:
         push_function_mode(mode)
 
 
-def count_unmade(functions: tuple[Any, ...]) -> bool:
+def count_replaced(functions: tuple[Any, ...]) -> bool:
     """Counts a call of one of the functions that is about to be computed in another way.
 
     Returns:

@@ -43,11 +43,13 @@ _FORWARDS = [layer.forward for layer in _LAYERS]
 _SIMPLE = (bool, int, float, str, tuple)
 
 
-class _Running(threading.local):
+class _LayerOfThread(threading.local):
+    """The transformed weights of the layer that runs in this thread; None where none has to be noted."""
+
     weights: _Weights | None = None
 
 
-_running = _Running()
+_current_layer = _LayerOfThread()
 
 
 def layer_forward(base: type[nn.Module]) -> Callable[..., Any] | None:
@@ -61,12 +63,12 @@ def layer_forward(base: type[nn.Module]) -> Callable[..., Any] | None:
         if not _is_wanted(self) or torch.compiler.is_compiling() or not torch.is_grad_enabled() or not _may_hook():
             return original(self, *args, **kwargs)
         weights = _Weights()
-        _running.weights = weights
+        _current_layer.weights = weights
         try:
             with saved_tensors_hooks(weights.pack, unpacked):
                 return original(self, *args, **kwargs)
         finally:
-            _running.weights = None
+            _current_layer.weights = None
             weights.close()
 
     return forward
@@ -74,7 +76,7 @@ def layer_forward(base: type[nn.Module]) -> Callable[..., Any] | None:
 
 def note(chain: TransformChain, weight: torch.Tensor, result: torch.Tensor) -> None:
     """Takes notice of what a chain has made of a weight, for the layer that is running in this thread."""
-    weights = _running.weights
+    weights = _current_layer.weights
     if weights is not None and is_recomputable(chain):
         weights.add(chain, weight, result)
 
@@ -95,7 +97,7 @@ def _is_wanted(layer: nn.Module) -> bool:
 
 def _may_hook() -> bool:
     return (
-        _running.weights is None
+        _current_layer.weights is None
         and is_plain_execution()
         # Whoever has set hooks decides what is kept. Under autocast layers keep a copy of their weight.
         and may_set_saved_tensors_hooks()

@@ -56,7 +56,7 @@ def _object_or_list(value: Any) -> str:
     return "list" if isinstance(value, list) else "dict"
 
 
-Ranges = Annotated[
+RangeSection = Annotated[
     Annotated[RangeConfig, Tag("dict")] | Annotated[list[ScopedRangeConfig], Tag("list")],
     Discriminator(_object_or_list),
 ]
@@ -99,7 +99,7 @@ class PrecisionConfig(Section):
 class QuantizationInitializer(InitializerSection):
     """Section `initializer`."""
 
-    range: Ranges | None = Field(
+    range: RangeSection | None = Field(
         None,
         description="statistics for the initial ranges: an object for all quantizers, or a list of objects with "
         "scopes; by default mixed_min_max over 256 samples",

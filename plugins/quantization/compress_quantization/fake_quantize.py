@@ -13,7 +13,7 @@ from compress_core.transforms import ACTIVATION_FUNCTIONS, ActivationTransform, 
 from compress_quantization import kernels
 from compress_quantization.grid import Grid
 from compress_quantization.kernels import Source, Task, fake_quantize
-from compress_quantization.kernels.formulas import Ranges
+from compress_quantization.kernels.formulas import StepLowHigh
 from compress_quantization.kernels.sources import compute_dtype, from_ends, levels_of, ranges_of_channels
 
 _MINIMUM_SCALE = 0.1
@@ -112,7 +112,7 @@ class FakeQuantize(WeightTransform, ActivationTransform):
         raise NotImplementedError
 
     @torch.no_grad()
-    def ranges(self, dtype: torch.dtype = torch.float32) -> Ranges:
+    def step_low_high(self, dtype: torch.dtype = torch.float32) -> StepLowHigh:
         """Returns `step`, `low` and `high` of `kernels.formulas`, of shape (channels,) and without a graph."""
         return ranges_of_channels(self._source(dtype), self.levels(), dtype)
 
@@ -128,7 +128,7 @@ class FakeQuantize(WeightTransform, ActivationTransform):
 
     def grid(self) -> Grid:
         """Returns the grid for runtimes: integers of 8 bits fit int8 (signed) or uint8 (unsigned, asymmetric)."""
-        step, low, _ = self.ranges()
+        step, low, _ = self.step_low_high()
         smallest, largest = self.levels()
         shape = () if self._channel_dim is None else (-1,)
         zero_point = (smallest - torch.round(low / step)).to(torch.int32)

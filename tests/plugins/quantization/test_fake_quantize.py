@@ -341,7 +341,7 @@ class TestFusedActivation:
             assert torch.equal(results[0][0], results[1][0])
             assert torch.equal(results[0][1], results[1][1])
         else:  # compilers round functions otherwise: rarely, that is at the middle of two values or at an end
-            step = module.ranges()[0].max().item()
+            step = module.step_low_high()[0].max().item()
             torch.testing.assert_close(results[0][0], results[1][0], rtol=0, atol=1.001 * step)
             assert (results[0][0] != results[1][0]).float().mean() < 1e-4
             assert ((results[0][1] - results[1][1]).abs() > 1e-5).float().mean() < 1e-4
@@ -460,7 +460,7 @@ class TestSetRange:
         module = self.set_to(cls((1,), signed=True), value, value)
         found = module(torch.tensor([value])).item()
         assert found == pytest.approx(value, rel=0.01, abs=1e-3)
-        assert all(torch.isfinite(bound).all() for bound in module.ranges())
+        assert all(torch.isfinite(bound).all() for bound in module.step_low_high())
 
     @pytest.mark.parametrize("cls", [SymmetricFakeQuantize, AsymmetricFakeQuantize])
     @pytest.mark.parametrize("bad", [float("inf"), -float("inf"), float("nan")])

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from compress_quantization.kernels import compiled, eager, formulas
+from compress_quantization.kernels.launches import encode_launch, gradients_launch, quantize_launch
 from compress_quantization.kernels.layout import LANES, Layout, contiguous_view
-from compress_quantization.kernels.plans import plan_encode, plan_gradients, plan_quantize
 from compress_quantization.kernels.sources import Source, compute_dtype, ranges_of_channels
 from compress_quantization.kernels.task import Task
 
@@ -23,10 +23,10 @@ def quantize(
     x: torch.Tensor, source: Source, task: Task, layout: Layout, *, in_place: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the quantized `x`, in its layout, and the ranges, (3, channels); `in_place` writes it to `x`."""
-    plan = plan_quantize(x, source, task, layout, in_place=in_place) if _may_compile(layout) else None
-    if plan is not None:
-        tensors = [_seen_as(tensor, plan.of_channels) for tensor in source.tensors]
-        *new, ranges = plan.kernel(contiguous_view(x, plan.shape), plan.constants, *tensors)
+    launch = quantize_launch(x, source, task, layout, in_place=in_place) if _may_compile(layout) else None
+    if launch is not None:
+        tensors = [_seen_as(tensor, launch.of_channels) for tensor in source.tensors]
+        *new, ranges = launch.kernel(contiguous_view(x, launch.shape), launch.constants, *tensors)
         return layout.restored(new[0]) if new else x, ranges
     return _eager_quantize(x, source, task, layout, in_place=in_place)
 
@@ -39,10 +39,10 @@ def quantize_and_encode(
     What is kept are codes of one byte, whose arrangement only this module knows, or, without compiled kernels, `x`:
     making codes of many eager operators takes longer than anything else.
     """
-    plan = plan_encode(x, source, task, layout) if _may_compile(layout) else None
-    if plan is not None:
-        tensors = [_seen_as(tensor, plan.of_channels) for tensor in source.tensors]
-        out, code, ranges = plan.kernel(contiguous_view(x, plan.shape), plan.constants, *tensors)
+    launch = encode_launch(x, source, task, layout) if _may_compile(layout) else None
+    if launch is not None:
+        tensors = [_seen_as(tensor, launch.of_channels) for tensor in source.tensors]
+        out, code, ranges = launch.kernel(contiguous_view(x, launch.shape), launch.constants, *tensors)
         return layout.restored(out), code, ranges
     out, ranges = _eager_quantize(x, source, task, layout)
     return out, x, ranges
@@ -64,14 +64,14 @@ def gradients(
     grad = layout.arranged(grad)
     # Behind a function that clips, eager kernels have kept x, and compiled ones make codes.
     may_compile = _may_compile(layout) and not (kept.is_floating_point() and formulas.is_clip(task.activation))
-    plan = plan_gradients(grad, kept, ranges, learned, task, layout) if may_compile else None
-    if plan is not None:
-        grad_x, *totals = plan.kernel(
-            contiguous_view(grad, plan.shape),
-            _seen_as(kept, plan.kept_shape),
-            _seen_as(ranges, (3, *plan.of_channels)),
-            plan.constants,
-            _seen_as(learned, plan.of_channels),
+    launch = gradients_launch(grad, kept, ranges, learned, task, layout) if may_compile else None
+    if launch is not None:
+        grad_x, *totals = launch.kernel(
+            contiguous_view(grad, launch.shape),
+            _seen_as(kept, launch.kept_shape),
+            _seen_as(ranges, (3, *launch.of_channels)),
+            launch.constants,
+            _seen_as(learned, launch.of_channels),
         )
         return layout.restored(grad_x), totals
     return _eager_gradients(grad, kept, ranges, learned, task, layout)
@@ -106,8 +106,7 @@ def _eager_gradients(
 def code_of_elements(code: torch.Tensor, layout: Layout) -> torch.Tensor:
     """Returns codes as int8, in the shape and the layout of the tensor that they belong to."""
     if code.dtype == torch.int32:
-        width = layout.channels * layout.inner if layout.kind == "narrow" else code.shape[-1]
-        code = code.view(torch.int8).reshape(-1, width, LANES).movedim(-1, -2).contiguous()
+        code = code.view(torch.int8).reshape(-1, code.shape[-1], LANES).movedim(-1, -2).contiguous()
     return code.as_strided(layout.shape, layout.strides)
 
 

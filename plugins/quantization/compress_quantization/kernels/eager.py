@@ -3,7 +3,8 @@
 One operator after another over a whole activation is bound by memory. And these are operators that torch vectorizes
 well: comparisons, `where` and `masked_fill` were measured up to ten times as slow as arithmetic, while the backward
 operators of ReLU and hardtanh select elements in one pass. They compare with numbers, so everything is taken in steps,
-where the ends of a symmetric grid are the same for all channels. Where they are not, `formulas` is run as it stands.
+where the ends of a symmetric grid are the same for all channels. Where they are not, `formulas` is run as it stands;
+were that the only way, a training step of ResNet-18 takes 1.5 times as long (its quantizers 817 instead of 154 ms).
 """
 
 from __future__ import annotations
@@ -15,10 +16,18 @@ import numpy as np
 import torch
 
 from compress_quantization.kernels import formulas
-from compress_quantization.kernels.formulas import ERROR_SCALE, LARGEST_ERROR, SMOOTH, UPPER, Activation, Ranges
+from compress_quantization.kernels.formulas import ERROR_SCALE, LARGEST_ERROR, SMOOTH, UPPER, Activation, StepLowHigh
 from compress_quantization.kernels.layout import Layout, contiguous_view
 
-BLOCK = 131072  # elements; a few float32 arrays of this size fit into the caches of a core
+BLOCK = 131072
+"""Elements of a block: a few float32 arrays of this size fit into the caches of a core.
+
+Blocks buy 8 % of the peak memory of a training step of ResNet-18 (the small ViT: 6 %), where the simple way has the
+intermediate results of whole activations, and halve the time for activations of 6 million elements (the first of
+ResNet-18 at 224 pixels, batch 8). At 64 pixels there is no difference beyond noise in time, and an eval forward of the
+ViT would be 5 % faster without.
+"""
+
 _Slices = tuple[slice, slice, slice]
 _BELOW_UPPER = UPPER * (1 - 2**-23)  # in float32
 _aten = torch.ops.aten
@@ -36,8 +45,8 @@ def _blocks(layout: Layout) -> Iterator[_Slices]:
 
 
 def _each_block(
-    layout: Layout, tensors: tuple[torch.Tensor, ...], ranges: Ranges
-) -> Iterator[tuple[tuple[torch.Tensor, ...], Ranges, slice | None]]:
+    layout: Layout, tensors: tuple[torch.Tensor, ...], ranges: StepLowHigh
+) -> Iterator[tuple[tuple[torch.Tensor, ...], StepLowHigh, slice | None]]:
     """Yields the tensors, the ranges that belong to them, and the channels (None for all), block after block."""
     is_one = layout.numel <= BLOCK or tensors[0].device.type != "cpu"
     if layout.channels == 1:
@@ -55,7 +64,7 @@ def _each_block(
         yield tuple(tensor[block] for tensor in whole), (step[channels], low[channels], high[channels]), channels
 
 
-def _common_ends(ranges: Ranges) -> tuple[float, float] | None:
+def _common_ends(ranges: StepLowHigh) -> tuple[float, float] | None:
     """Returns the ends of the range in steps, if they are the same for all channels but for rounding."""
     step, low, high = ranges
     ends = torch.stack([low / step, high / step])
@@ -77,7 +86,7 @@ def _just_outside(low: float, high: float, dtype: torch.dtype) -> tuple[float, f
     )
 
 
-def quantize(x: torch.Tensor, out: torch.Tensor, ranges: Ranges, activation: Activation, layout: Layout) -> None:
+def quantize(x: torch.Tensor, out: torch.Tensor, ranges: StepLowHigh, activation: Activation, layout: Layout) -> None:
     """Writes the quantized `x` to `out`; both have the layout."""
     dtype, ends = ranges[0].dtype, _common_ends(ranges)
     for (source, target), local, _ in _each_block(layout, (x, out), ranges):
@@ -93,7 +102,12 @@ def quantize(x: torch.Tensor, out: torch.Tensor, ranges: Ranges, activation: Act
 
 
 def gradients(
-    grad: torch.Tensor, x: torch.Tensor, grad_x: torch.Tensor, ranges: Ranges, activation: Activation, layout: Layout
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    grad_x: torch.Tensor,
+    ranges: StepLowHigh,
+    activation: Activation,
+    layout: Layout,
 ) -> torch.Tensor:
     """Writes dx to `grad_x`, returns the sums of `formulas`, of shape (3, channels); all have the layout."""
     dtype, ends = ranges[0].dtype, _common_ends(ranges)
@@ -127,7 +141,7 @@ def _parts(
     grad: torch.Tensor,
     x: torch.Tensor,
     grad_x: torch.Tensor,
-    ranges: Ranges,
+    ranges: StepLowHigh,
     activation: Activation,
     ends: tuple[float, float] | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

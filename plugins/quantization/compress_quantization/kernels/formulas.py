@@ -1,6 +1,6 @@
 """What the kernels compute, for each element, in plain torch.
 
-With `step` the distance of two grid values and `low`, `high` the range, all from `FakeQuantize.ranges`:
+With `step` the distance of two grid values and `low`, `high` the range, all from `FakeQuantize.step_low_high`:
 
     y = round(clip(x, low, high) / step) * step
 
@@ -40,7 +40,7 @@ BELOW = -127
 UPPER = 6.0
 
 Activation = str | None
-Ranges = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+StepLowHigh = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 Number = torch.Tensor | float
 Factors = tuple[Number, Number, Number]
 Slopes = tuple[Number, tuple[Number, Number], tuple[Number, Number]]
@@ -72,14 +72,14 @@ def _clipped(value: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> torc
     return torch.minimum(torch.maximum(value, low), high)
 
 
-def quantized(x: torch.Tensor, ranges: Ranges, activation: Activation) -> torch.Tensor:
+def quantized(x: torch.Tensor, ranges: StepLowHigh, activation: Activation) -> torch.Tensor:
     """Returns y."""
     step, low, high = ranges
     value = activate(x.to(step.dtype), activation)
     return torch.round(_clipped(value, low, high) / step) * step
 
 
-def encoded(x: torch.Tensor, ranges: Ranges, activation: Activation) -> tuple[torch.Tensor, torch.Tensor]:
+def encoded(x: torch.Tensor, ranges: StepLowHigh, activation: Activation) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns y, and the code of each element in the dtype that is computed in."""
     step, low, high = ranges
     x = x.to(step.dtype)
@@ -99,7 +99,7 @@ def from_code(grad: torch.Tensor, code: torch.Tensor) -> Parts:
     return _split(grad.to(code.dtype), code.abs() > ABOVE - 2, code > ABOVE - 2, code * (1.0 / ERROR_SCALE))
 
 
-def from_input(grad: torch.Tensor, x: torch.Tensor, ranges: Ranges, activation: Activation) -> Parts:
+def from_input(grad: torch.Tensor, x: torch.Tensor, ranges: StepLowHigh, activation: Activation) -> Parts:
     """Does what `from_code` does where x is at hand; the activation function is None or smooth."""
     step, low, high = ranges
     x = x.to(step.dtype)
@@ -130,7 +130,7 @@ def factors_of(levels: tuple[int, int], activation: Activation, offset: bool) ->
     return (of_error, 0.0, 0.0) if is_clip(activation) else (of_error, 0.0 if offset else smallest / largest, 1.0)
 
 
-def slopes(ranges: Ranges, factors: Factors, activation: Activation) -> Slopes:
+def slopes(ranges: StepLowHigh, factors: Factors, activation: Activation) -> Slopes:
     """Returns what the sums count.
 
     Args:
@@ -169,8 +169,8 @@ def _is(number: float, factor: Number) -> bool:
     return isinstance(factor, float) and factor == number
 
 
-def weights_of_code(
-    code: torch.Tensor, ranges: Ranges, factors: Factors, activation: Activation, offset: bool
+def derivatives_from_code(
+    code: torch.Tensor, ranges: StepLowHigh, factors: Factors, activation: Activation, offset: bool
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Returns for each element dy/dx (0 or 1), and a list of dy/drange and, with `offset`, dy/dlow.
 
@@ -186,9 +186,9 @@ def weights_of_code(
     return inside, weighed(parts, slopes(ranges, factors, activation), offset)
 
 
-def weights_of_input(
-    x: torch.Tensor, ranges: Ranges, factors: Factors, offset: bool
+def derivatives_from_input(
+    x: torch.Tensor, ranges: StepLowHigh, factors: Factors, offset: bool
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Returns what `weights_of_code` does, from what the quantizer itself takes; there is no activation function."""
+    """Returns what `derivatives_from_code` does, from what the quantizer itself takes, without activation function."""
     inside, *parts = from_input(torch.ones_like(x, dtype=ranges[0].dtype), x, ranges, None)
     return inside, weighed(parts, slopes(ranges, factors, None), offset)

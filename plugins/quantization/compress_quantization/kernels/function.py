@@ -8,7 +8,7 @@ import torch
 
 from compress_core.torch_internals import is_plain_execution, is_view
 from compress_quantization.kernels import dispatch, formulas, traceable
-from compress_quantization.kernels.formulas import Ranges
+from compress_quantization.kernels.formulas import StepLowHigh
 from compress_quantization.kernels.layout import Layout, layout_of
 from compress_quantization.kernels.sources import Source, compute_dtype, ranges_of_channels
 from compress_quantization.kernels.task import Task
@@ -30,7 +30,7 @@ def fake_quantize(
         learned: The parameter that gets `drange` times its own sign as its gradient.
         offset: The parameter that gets `dlow`; None when the range has no low end of its own (symmetric).
         source: What the range is computed from, without a graph.
-        task: The rest.
+        task: What is done, and how the range is learned.
         owned: Whether `x` may become the result: nobody else has it, or others want it. Without a graph it does, with
             one only where an activation function comes first (see `can_replace`).
     """
@@ -71,7 +71,7 @@ def can_replace(x: torch.Tensor, activation: str) -> bool:
     return not is_view(x) and not (x.is_leaf and x.requires_grad) and not x.is_inference()
 
 
-def _aligned(ranges: Ranges, ndim: int, task: Task) -> Ranges:
+def _aligned(ranges: StepLowHigh, ndim: int, task: Task) -> StepLowHigh:
     """Returns `ranges` so that they broadcast against a tensor of `ndim` dimensions, and not it against them."""
     shape = [1] * ndim if task.channel_dim is not None else []
     if task.channel_dim is not None:
@@ -155,17 +155,17 @@ def _gradients_with_graph(
     is_smooth = task.activation in formulas.SMOOTH
     if kept.is_floating_point() and (task.activation is None or is_smooth):
         value = formulas.activate(kept.to(step.dtype), task.activation)
-        weights = formulas.weights_of_input(value, of_elements, task.factors, task.offset)
+        derivatives = formulas.derivatives_from_input(value, of_elements, task.factors, task.offset)
     else:
         if kept.is_floating_point():
             code = formulas.encoded(kept, of_elements, task.activation)[1]
         else:
             code = dispatch.code_of_elements(kept, layout)
-        weights = formulas.weights_of_code(code, of_elements, task.factors, task.activation, task.offset)
-    inside, slopes = weights
+        derivatives = formulas.derivatives_from_code(code, of_elements, task.factors, task.activation, task.offset)
+    inside, of_range = derivatives
     wide = grad.to(inside.dtype)
     dims = [dim for dim in range(grad.ndim) if dim != task.channel_dim]
-    drange, *dlow = [(wide * slope).sum(dims) for slope in slopes]
+    drange, *dlow = [(wide * derivative).sum(dims) for derivative in of_range]
     grad_x = torch.where(inside != 0, grad, 0.0)
     if is_smooth and x.requires_grad:
         # By autograd: not all backward operators of activation functions have a derivative.

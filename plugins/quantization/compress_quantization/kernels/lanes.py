@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from compress_quantization.kernels import formulas
-from compress_quantization.kernels.formulas import Activation, Parts, Ranges
+from compress_quantization.kernels.formulas import Activation, Parts, StepLowHigh
 from compress_quantization.kernels.sources import Source, ranges_of
 
 _GROUPED = ("rows", "planes")  # kinds whose ranges come as (channels / lanes, lanes), since each lane has its own
@@ -38,11 +38,6 @@ class Variant(NamedTuple):
     activation: Activation = None
     source: str = ""
     offset: bool = False
-
-    @property
-    def lane_dim(self) -> int:
-        """Dimension of the lanes in `Layout.lane_shape`."""
-        return -3 if self.kind == "narrow" else -2
 
 
 def quantize(
@@ -74,10 +69,10 @@ def quantize_and_encode(
     What belongs to channels has the shape (channels,), or (channels / lanes, lanes) for `rows` and `planes`.
     """
     ranges = _ranges(source, levels, variant)
-    lanes = x.shape[variant.lane_dim]
+    lanes = x.shape[-2]
     parts, words = [], []
     for lane, local in enumerate(_of_lanes(ranges, x, variant)):
-        y, code = formulas.encoded(_lane(x, lane, variant), local, variant.activation)
+        y, code = formulas.encoded(x.select(-2, lane), local, variant.activation)
         parts.append(y.to(x.dtype))
         words.append(code.to(torch.int8) if lanes == 1 else (code.to(torch.int32) & 255) << (8 * lane))
     word = words[0]
@@ -105,13 +100,12 @@ def gradients_from_code(
         learned: Of the shape that ranges have for each channel.
         variant: What this is about.
     """
-    lanes = grad.shape[variant.lane_dim]
-    code = code.flatten(-2) if variant.kind == "narrow" else code
+    lanes = grad.shape[-2]
     parts = []
     for lane in range(lanes):
         # Shifted to the left and back, so that the sign comes along.
         byte = code if lanes == 1 else (code << (24 - 8 * lane)) >> 24
-        parts.append(formulas.from_code(_lane(grad, lane, variant), byte.to(variant.dtype)))
+        parts.append(formulas.from_code(grad.select(-2, lane), byte.to(variant.dtype)))
     return _collected(grad, parts, ranges, factors, learned, variant)
 
 
@@ -124,12 +118,10 @@ def gradients_from_input(
     *,
     variant: Variant,
 ) -> tuple[torch.Tensor, ...]:
-    """Does what `gradients_from_code` does where x, of the same view, is at hand."""
-    parts = [
-        formulas.from_input(_lane(grad, lane, variant), _lane(x, lane, variant), local, variant.activation)
-        for lane, local in enumerate(_of_lanes(ranges, x, variant))
-    ]
-    return _collected(grad, parts, ranges, factors, learned, variant)
+    """Does what `gradients_from_code` does where x is at hand; both in views with one lane: no bytes are loaded."""
+    (local,) = _of_lanes(ranges, x, variant)
+    parts = formulas.from_input(grad.squeeze(-2), x.squeeze(-2), local, variant.activation)
+    return _collected(grad, [parts], ranges, factors, learned, variant)
 
 
 def _ranges(source: tuple[torch.Tensor, ...], levels: torch.Tensor, variant: Variant) -> torch.Tensor:
@@ -138,17 +130,9 @@ def _ranges(source: tuple[torch.Tensor, ...], levels: torch.Tensor, variant: Var
     return torch.stack(ranges_of(Source(variant.source, source), (smallest, largest, top), variant.dtype))
 
 
-def _lane(tensor: torch.Tensor, lane: int, variant: Variant) -> torch.Tensor:
-    rows = tensor.select(variant.lane_dim, lane)
-    return rows.flatten(-2) if variant.kind == "narrow" else rows
-
-
-def _of_lanes(ranges: torch.Tensor, x: torch.Tensor, variant: Variant) -> list[Ranges]:
+def _of_lanes(ranges: torch.Tensor, x: torch.Tensor, variant: Variant) -> list[StepLowHigh]:
     """Returns for each lane the ranges that broadcast against its rows."""
-    lanes = x.shape[variant.lane_dim]
-    if variant.kind == "narrow":
-        repeated = [values.unsqueeze(-1).expand(-1, x.shape[-1]).flatten() for values in ranges.unbind()]
-        ranges = torch.stack(repeated)
+    lanes = x.shape[-2]
     if variant.kind in _GROUPED:
         grouped = ranges.unsqueeze(-1)
         return [(grouped[0, :, lane], grouped[1, :, lane], grouped[2, :, lane]) for lane in range(lanes)]
@@ -164,7 +148,7 @@ def _collected(
     variant: Variant,
 ) -> tuple[torch.Tensor, ...]:
     grad_x = torch.stack([inside.to(grad.dtype) for inside, *_ in parts], -2)
-    sums = [_sum([part[index] for part in parts], grad, variant) for index in (1, 2, 3)]
+    sums = [_sum([part[index] for part in parts], variant) for index in (1, 2, 3)]
     step, low, high = ranges.unbind()
     of_error, below_range, below_low = factors.unbind()
     slopes = formulas.slopes((step, low, high), (of_error, below_range, below_low), variant.activation)
@@ -172,7 +156,7 @@ def _collected(
     return grad_x, drange * torch.sign(learned.to(drange.dtype)), *dlow
 
 
-def _sum(lanes: list[torch.Tensor], grad: torch.Tensor, variant: Variant) -> torch.Tensor:
+def _sum(lanes: list[torch.Tensor], variant: Variant) -> torch.Tensor:
     """Returns sums for each channel, of the shape that ranges have."""
     if variant.kind in _GROUPED:
         sums = [lane.sum(-1) for lane in lanes]
@@ -183,5 +167,4 @@ def _sum(lanes: list[torch.Tensor], grad: torch.Tensor, variant: Variant) -> tor
         total = total + lane
     if variant.kind == "flat":
         return total.sum(-1).sum(0, keepdim=True)
-    columns = total.sum(1).sum(0)
-    return columns.view(grad.shape[-2:]).sum(1) if variant.kind == "narrow" else columns
+    return total.sum(1).sum(0)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from compress_quantization.kernels.formulas import Number, Ranges
+from compress_quantization.kernels.formulas import Number, StepLowHigh
 
 EPS = 1e-16
 Levels = tuple[Number, Number, Number]
@@ -33,7 +33,7 @@ def levels_of(smallest: int, largest: int, dtype: torch.dtype) -> tuple[float, f
     return smallest, largest, largest * (1 + 2 * torch.finfo(dtype).eps)
 
 
-def ranges_of(source: Source, levels: Levels, dtype: torch.dtype) -> Ranges:
+def ranges_of(source: Source, levels: Levels, dtype: torch.dtype) -> StepLowHigh:
     """Returns `step`, `low` and `high` of `formulas`, of the shape of the source.
 
     Args:
@@ -52,7 +52,7 @@ def ranges_of(source: Source, levels: Levels, dtype: torch.dtype) -> Ranges:
     return from_ends(low, width.abs() + EPS, levels[1])
 
 
-def ranges_of_channels(source: Source, levels: tuple[int, int], dtype: torch.dtype) -> Ranges:
+def ranges_of_channels(source: Source, levels: tuple[int, int], dtype: torch.dtype) -> StepLowHigh:
     """Returns `step`, `low` and `high` of a grid with these levels, of shape (channels,)."""
     step, low, high = ranges_of(source, levels_of(*levels, dtype), dtype)
     return step.reshape(-1), low.reshape(-1), high.reshape(-1)
@@ -63,7 +63,7 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def from_ends(low: torch.Tensor, width: torch.Tensor, n: Number) -> Ranges:
+def from_ends(low: torch.Tensor, width: torch.Tensor, n: Number) -> StepLowHigh:
     """Returns the range, with zero on the grid, of `n` steps between a low end and `width` above it."""
     low, high, zero_point = _tuned(low, low + width, n)
     step = (high - low) / n

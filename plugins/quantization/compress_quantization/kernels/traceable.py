@@ -7,12 +7,12 @@ import torch
 from compress_core.torch_internals import is_forward_mode
 from compress_core.transforms import ACTIVATION_FUNCTIONS
 from compress_quantization.kernels import formulas
-from compress_quantization.kernels.formulas import Activation, Ranges
+from compress_quantization.kernels.formulas import Activation, StepLowHigh
 from compress_quantization.kernels.task import Task
 
 
 def fake_quantize(
-    x: torch.Tensor, learned: torch.Tensor, offset: torch.Tensor | None, ranges: Ranges, task: Task
+    x: torch.Tensor, learned: torch.Tensor, offset: torch.Tensor | None, ranges: StepLowHigh, task: Task
 ) -> torch.Tensor:
     """Returns `x` on the grid, with the values and the gradients of the kernels.
 
@@ -29,12 +29,12 @@ def fake_quantize(
     result = torch.round(clipped.detach() / step) * step
     if torch.is_grad_enabled() or is_forward_mode():
         factors = formulas.factors_of(task.levels, task.activation, task.offset)
-        _, weights = formulas.weights_of_input(value.detach(), ranges, factors, task.offset)
+        _, of_range = formulas.derivatives_from_input(value.detach(), ranges, factors, task.offset)
         # Each term is zero: the values stay on the grid exactly, and autograd sees the straight-through gradients.
         result = result + (clipped - clipped.detach())
-        result = result + _zero(learned, learned.detach().sign() * task.multiplier).reshape(step.shape) * weights[0]
+        result = result + _zero(learned, learned.detach().sign() * task.multiplier).reshape(step.shape) * of_range[0]
         if offset is not None:
-            result = result + _zero(offset, task.multiplier).reshape(step.shape) * weights[1]
+            result = result + _zero(offset, task.multiplier).reshape(step.shape) * of_range[1]
     return result.to(x.dtype)
 
 
