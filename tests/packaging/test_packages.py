@@ -88,7 +88,7 @@ def test_third_party_plugin_is_found_configured_run_and_reported_like_a_built_in
 
 def test_pytest_works_in_a_checkout_that_was_never_installed(tmp_path):
     python = environment_without_us(tmp_path / "env")
-    out = run(python, "-m", "pytest", "-q", "tests/core/test_config.py", cwd=ROOT)
+    out = run(python, "-m", "pytest", "-q", "tests/config/test_document.py", cwd=ROOT)
     assert " passed" in out
 
 

@@ -40,7 +40,7 @@ from compress_core.contract.hookspecs import ENTRY_POINT_GROUP
 from compress_core.registry import Registry, use_registry
 from compress_core.transforms import add_weight_transform, raw_parameter
 from tests.conftest import ROOT, declared_entry_points
-from tests.core.test_registry import contributing, plugin
+from tests.registry.test_registry import contributing, plugin
 
 
 class Base(Algorithm):
