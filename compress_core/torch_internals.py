@@ -1,7 +1,7 @@
 """Every name of torch that is not public: what it is wanted for, and what to do on the day that torch takes it away.
 
-No other file of the core or of the built-in plugins uses one; tests/torch_internals/test_canaries.py reads the sources and
-sees to it. It has a canary for each name, too: a test that fails with a sentence when torch changes what the name does.
+No other file of the core or of the built-in plugins uses one: tests/torch_internals/test_one_place.py reads the
+sources. It has a canary for each name, too: a test that fails with a sentence when torch changes what the name does.
 With each name stands
 
     Why: what it is used for.

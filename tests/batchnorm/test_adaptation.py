@@ -159,7 +159,7 @@ def test_failing_adaptation_leaves_statistics():
 
 def test_requests_of_several_algorithms_are_one_run(registry):
     from compress_core import hookimpl
-    from tests.registry.test_registry import algorithm, contributing
+    from tests.plugin_helpers import algorithm, contributing
 
     class Scale(nn.Module):
         def forward(self, weight):
@@ -190,7 +190,7 @@ def test_requests_of_several_algorithms_are_one_run(registry):
 def test_pairing_with_an_algorithm_that_changes_weights_in_place(registry):
     """Before and after commit give the same as bypassing: the change is the same, only the way it is made differs."""
     from compress_core import Plan, hookimpl
-    from tests.registry.test_registry import algorithm, contributing
+    from tests.plugin_helpers import algorithm, contributing
 
     def commit(self, model):
         with torch.no_grad():
@@ -296,7 +296,7 @@ def test_layer_frozen_at_creation_stays_frozen_in_eval_mode():
 @pytest.mark.parametrize("width", [8, 4])
 def test_batch_norm_that_a_commit_replaces_is_paired_by_name(registry, width):
     from compress_core import Plan, hookimpl
-    from tests.registry.test_registry import algorithm, contributing
+    from tests.plugin_helpers import algorithm, contributing
 
     def commit(self, model):
         replacement = nn.BatchNorm2d(width)

@@ -14,7 +14,7 @@ from compress_core import (
 )
 from compress_core.testing import fingerprint
 from tests.bn_helpers import OneNorm, config, data, population_moments
-from tests.registry.test_registry import algorithm, contributing
+from tests.plugin_helpers import algorithm, contributing
 from tests.zoo import images, trained
 
 

@@ -19,7 +19,7 @@ from compress_core.transforms import (
     add_activation_transform,
 )
 from tests.conformance.test_builtin_algorithms import MAY_SKIP, case_for
-from tests.registry.test_registry import contributing
+from tests.plugin_helpers import contributing
 from tests.zoo import ZOO
 
 

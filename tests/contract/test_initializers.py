@@ -5,7 +5,7 @@ from pydantic import Field
 
 from compress_core import ConfigError, Initializer, InitializerConfig, PluginError, create_compressed_model, hookimpl
 from compress_core.registry import Registry
-from tests.registry.test_registry import algorithm, contributing, plugin
+from tests.plugin_helpers import algorithm, contributing, plugin
 from tests.zoo import ResidualNet
 
 CALLS = []

@@ -6,7 +6,6 @@ import pluggy
 import pytest
 
 from compress_core import (
-    Algorithm,
     AlgorithmConfig,
     ConfigError,
     Plan,
@@ -18,32 +17,8 @@ from compress_core import (
 from compress_core.contract.hookspecs import ENTRY_POINT_GROUP
 from compress_core.registry import Registry
 from compress_core.registry.checks import hook_names, new_manager
+from tests.plugin_helpers import Nothing, algorithm, contributing, plugin
 from tests.zoo import ResidualNet
-
-
-class Nothing(Algorithm):
-    name = "nothing"
-    stage = Stage.STRUCTURE
-
-    @hookimpl
-    def compress_plan(self):
-        return Plan(())
-
-    @hookimpl
-    def compress_commit(self):
-        pass
-
-
-def plugin(**members):
-    return type("Plugin", (), {name: hookimpl(f) if callable(f) else f for name, f in members.items()})()
-
-
-def contributing(*classes):
-    return plugin(compress_algorithms=lambda self: list(classes))
-
-
-def algorithm(**members):
-    return type("Mine", (Nothing,), {"name": "mine", **members})
 
 
 def test_contribution_is_attributed():

@@ -21,7 +21,7 @@ from compress_core import (
 )
 from compress_core.session.scheduler import CompressionScheduler
 from compress_core.transforms import raw_parameter
-from tests.registry.test_registry import algorithm, contributing
+from tests.plugin_helpers import algorithm, contributing
 from tests.zoo import ResidualNet, images
 
 SPARSE = {"algorithm": "magnitude_sparsity", "sparsity_init": 0.5}

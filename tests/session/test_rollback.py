@@ -11,7 +11,7 @@ from compress_core import ModelError, PluginError, create_compressed_model, hook
 from compress_core.testing import fingerprint
 from compress_core.transforms.interrupts import interrupts_held
 from compress_core.transforms.snapshot import ModelSnapshot
-from tests.registry.test_registry import algorithm, contributing
+from tests.plugin_helpers import algorithm, contributing
 from tests.zoo import ResidualNet
 
 SPARSE = {"compression": {"algorithm": "magnitude_sparsity", "sparsity_init": 0.3}}

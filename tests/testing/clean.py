@@ -21,7 +21,7 @@ from compress_core.registry import Registry, use_registry
 from compress_core.testing import Case, run_checks
 from compress_core.transforms import get_weight_transform, raw_parameter
 from tests.conftest import declared_entry_points
-from tests.registry.test_registry import contributing, plugin
+from tests.plugin_helpers import contributing, plugin
 from tests.zoo import images
 
 

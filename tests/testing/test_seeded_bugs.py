@@ -8,7 +8,7 @@ from pydantic import Field
 from compress_core import AlgorithmConfig, Initializer, InitializerConfig, PluginError, hookimpl
 from compress_core.registry import use_registry
 from compress_core.testing import conformance_checks, run_checks
-from tests.registry.test_registry import algorithm
+from tests.plugin_helpers import algorithm
 from tests.testing.clean import Ramp, Warm, failures_of, make_case, registered
 from tests.testing.seeded_bugs import BUGS, handles
 
