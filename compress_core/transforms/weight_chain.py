@@ -14,7 +14,8 @@ class WeightChain(TransformChain):
     Nothing is kept in eval mode. Writes through `.data`, NumPy or other memory change no version of the parameter, so
     only comparing all elements with a copy would find them: that takes as long as transforming them (ResNet-18 at 64
     pixels, batch 1, with fake-quantizers: 46 ms with such a check, 37 ms without keeping anything, 32 ms without any
-    check). An unchecked cache would buy 2 % of a forward of 32 images.
+    check). For 32 images weights that are not even checked would buy 1 to 2 % of a forward of ResNet-18, 3 % of the
+    small ViT and 7 % of MobileNetV2.
 
     Attributes:
         recompute: Whether layers compute the weight again in the backward pass, see `recomputation`.
