@@ -19,7 +19,7 @@ from compress_core.trace import trace
 from compress_core.trace.sites import CallRef, Sites
 from compress_core.transforms import CallOutput
 from tests.activation_helpers import FusedScale, Scale, add, calls
-from tests.transforms.hooked_models import HOOKS, Net, RELU, Statistics, assert_quiet, compute, transformed
+from tests.transforms.hooked_models import HOOKS, RELU, Net, Statistics, assert_quiet, compute, transformed
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from compress_core.trace import trace
 from compress_core.trace.hook_results import USER_HOOK
 from compress_core.transforms import CallOutput, ModuleOutput
 from tests.activation_helpers import Scale, add, calls
-from tests.transforms.hooked_models import ADD, HOOKS, Net, RELU, Statistics, assert_quiet, compute, transformed
+from tests.transforms.hooked_models import ADD, HOOKS, RELU, Net, Statistics, assert_quiet, compute, transformed
 
 
 @pytest.fixture
