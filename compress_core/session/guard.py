@@ -84,7 +84,7 @@ class ModelGuard:
 
     def _refuse(self, hook: str, algorithm: Algorithm | None, changed: list[str], remedy: str) -> NoReturn:
         names = ", ".join(a.name for a in self._lifecycle.algorithms)
-        if any(name == GONE for name in changed):
+        if remedy == _REMEDY and GONE in changed:
             remedy = "keep the modules and parameters that there are, or declare replaces_modules = True"
         who = f"one of {names}, or an initializer," if algorithm is None else self._lifecycle.who(algorithm)
         raise PluginError(f"{hook}() of {who} has written to the model's tensors, for example {changed[:3]}; {remedy}")
