@@ -126,7 +126,8 @@ class UnfreezesParameters(Ramp):
 @bug("check_keeps_modes_and_flags", "use try/finally around eval()")
 class LeavesTheModelInEvalMode(Ramp):
     @hookimpl
-    def compress_calibrate(self, model):
+    def compress_commit(self, model, plan):
+        super().compress_commit(model, plan)
         model.eval()
 
 
@@ -695,10 +696,3 @@ class InitializerThatWritesWeights(Warm):
     @hookimpl
     def compress_initialize(self, model):
         model[0].bias.data.add_(1)
-
-
-@bug("check_keeps_modes_and_flags", "has training False after creation, and had True", initializer=True)
-class InitializerThatLeavesEvalMode(Warm):
-    @hookimpl
-    def compress_initialize(self, model):
-        model.eval()
