@@ -1,4 +1,4 @@
-"""`create_compressed_model`: the lifecycle from top to bottom on one page."""
+"""`create_compressed_model`: the whole lifecycle on one page."""
 
 from __future__ import annotations
 
@@ -44,30 +44,30 @@ def create_compressed_model(
 ) -> tuple[CompressionController, nn.Module]:
     """Prepares a model for training with compression, in place.
 
-    The model stays itself: the same object with the same parameter names, that can be copied, pickled, compiled and
-    exported. If anything fails, Ctrl-C included, it is left exactly as it was.
+    The model stays the same object with the same parameter names, and can be copied, pickled, compiled and exported.
+    If anything fails, Ctrl-C included, the model is restored exactly.
 
     Args:
         model: The model, with the weights that compression starts from.
         config: A config, a dict, or the path of a JSON file.
-        compression_state: What `controller.get_compression_state()` returned: builds the same structure without data.
-            Load the `state_dict` of the compressed model afterwards: it holds the masks.
-        init_loader: Batches for initialization (`BNAdaptationInitArgs` describes what is understood), unless they were
-            registered with the config.
-        uncompressed_model: The model with its trained weights, for algorithms that need it in training (a teacher): has
-            to be given when a compression state is resumed, and may be another model otherwise. It is copied.
+        compression_state: What `controller.get_compression_state()` returned; builds the same structure without data.
+            Load the `state_dict` of the compressed model afterwards, because it holds the masks.
+        init_loader: Batches for initialization, unless they were registered with the config; `BNAdaptationInitArgs`
+            describes the formats.
+        uncompressed_model: The model with its trained weights, for algorithms that need it in training (a teacher). It
+            is required when a compression state is resumed; otherwise it defaults to `model` itself. It is copied.
         observers: Plugin objects that are active for this model alone and see the hooks of every algorithm.
 
     Returns:
         The controller, and the model that was given.
 
     Raises:
-        ConfigError: The config is wrong, or something in it can have no effect on this model.
-        DataError: Data is asked for and missing, or unusable.
+        ConfigError: The config is wrong, or a value in it can have no effect on this model.
+        DataError: Data is needed but missing or unusable.
         ModelError: The model cannot be compressed as it is.
         PluginError: A plugin breaks the contract.
         StateError: `compression_state` does not fit.
-        UsageError: A compression state is resumed, and an algorithm needs the uncompressed model.
+        UsageError: A compression state is resumed, and an algorithm needs `uncompressed_model`, which was not given.
     """
     _check_model(model)
     config = CompressionConfig.load(config)
@@ -90,7 +90,7 @@ def create_compressed_model(
 def _create(
     model: nn.Module, lifecycle: Lifecycle, uncompressed: UncompressedModel, guard: ModelGuard
 ) -> CompressionController:
-    """Compresses a model: stage by stage, then calibration and initialization on the whole."""
+    """Compresses a model stage by stage, then runs all calibrations and initializers."""
     controller = CompressionController(model, lifecycle, uncompressed)
     for number, group in enumerate(lifecycle.pipeline()):
         for algorithm in group:
@@ -116,7 +116,7 @@ def _create(
 def _resume(
     model: nn.Module, lifecycle: Lifecycle, uncompressed: UncompressedModel, guard: ModelGuard, state: SavedState
 ) -> CompressionController:
-    """Builds the structure that a state describes, without data; its `state_dict` is the user's to load."""
+    """Builds the structure that a state describes, without data; the user then loads the `state_dict`."""
     lifecycle.context.saved_plans = state.plans()
     controller = CompressionController(model, lifecycle, uncompressed)
     for number, group in enumerate(lifecycle.pipeline()):
@@ -150,8 +150,8 @@ def _check_model(model: nn.Module) -> None:
         raise ModelError("create_compressed_model was called within torch.inference_mode(); call it outside")
     if has_transforms(model):
         raise ModelError(
-            "the model is compressed already. Put all algorithms into one config; to start again, use the model that "
-            "controller.strip() returns, or a fresh one"
+            "the model is compressed already. Put all algorithms into one config; to start over, use the model that "
+            "controller.strip() returns, or a new one"
         )
 
 
@@ -163,17 +163,17 @@ def register_default_init_args(
     forward_fn: ForwardFn | None = None,
     model_eval_fn: Callable[[nn.Module], Any] | None = None,
 ) -> CompressionConfig:
-    """Attaches the data that initializers work with: batch-norm adaptation, quantizer ranges.
+    """Attaches the data for batch-norm adaptation and quantizer ranges to a config.
 
     Args:
         config: A config, a dict, or the path of a JSON file. A `CompressionConfig` is changed in place.
-        train_loader: Batches, mostly the training loader; see `BNAdaptationInitArgs`.
-        device: Where batches are moved; by default to where the model is.
-        forward_fn: `forward_fn(model, batch)`, where it is not obvious how the model takes a batch.
-        model_eval_fn: The metric, for `"guard": true`; takes the model and returns a number, larger is better.
+        train_loader: Batches, usually the training loader; see `BNAdaptationInitArgs`.
+        device: Device that batches are moved to; by default that of the model.
+        forward_fn: `forward_fn(model, batch)`, for models that cannot be called with a batch directly.
+        model_eval_fn: The metric for `"guard": true`; takes the model and returns a number, larger is better.
 
     Returns:
-        The config. Calling this again replaces the data.
+        The config. Calling the function again replaces the data.
     """
     loaded = CompressionConfig.load(config)
     kinds: tuple[type[InitArgs], ...] = (BNAdaptationInitArgs, QuantizationRangeInitArgs)
@@ -185,6 +185,6 @@ def check_config(config: CompressionConfig | Mapping[str, Any] | str | Path) -> 
     """Checks everything about a config that can be checked without a model.
 
     Raises:
-        ConfigError: With all problems, their paths and remedies.
+        ConfigError: Lists all problems with their paths and remedies.
     """
     Lifecycle(default_registry(), Context(CompressionConfig.load(config))).configure()

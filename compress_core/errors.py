@@ -1,8 +1,8 @@
 """Exceptions of compress-core.
 
 Every message says what is wrong, where (a dotted module name or a config path), the value that was seen, and what to
-do about it. All exceptions derive from `CompressionError`; where a built-in exception describes the same kind of
-mistake the class derives from that one too, so that `except ValueError` keeps working.
+do about it. All exceptions derive from `CompressionError`. Where a built-in exception describes the same kind of
+mistake, the class derives from it too, so that `except ValueError` keeps working.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 
 class CompressionError(Exception):
-    """Root of everything that compress-core raises on purpose."""
+    """Base class of all exceptions that compress-core raises on purpose."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Problem:
     """One thing that is wrong in a config.
 
     Attributes:
-        path: Where, as a dotted path into the document, e.g. `compression.1.magnitude_sparsity.params.power`.
+        path: Dotted path in the config, e.g. `compression.1.magnitude_sparsity.params.power`.
         message: What is wrong, the value seen, and the remedy.
     """
 
@@ -32,10 +32,10 @@ class Problem:
 
 
 class ConfigError(CompressionError, ValueError):
-    """The config is wrong, contradicts itself, or says something that can have no effect.
+    """The config is wrong, contradicts itself, or has a value that can have no effect.
 
     Attributes:
-        problems: Everything found wrong, in the order of the document.
+        problems: All problems found, in the order of the config.
     """
 
     def __init__(self, problems: str | Problem | Sequence[Problem], *, path: str = "") -> None:
@@ -65,11 +65,11 @@ class ModelError(CompressionError, ValueError):
 
 
 class DataError(CompressionError, ValueError):
-    """Calibration data is missing, empty, or not what the model takes."""
+    """Calibration data is missing, empty, or not accepted by the model."""
 
 
 class UsageError(CompressionError, ValueError):
-    """A method was called with a value that it cannot take, or at a time when it cannot work."""
+    """A method was called with an invalid value, or at a time when it cannot work."""
 
 
 class StateError(CompressionError, ValueError):
@@ -81,4 +81,4 @@ class TransformError(CompressionError, RuntimeError):
 
 
 class ExportError(CompressionError, RuntimeError):
-    """A model cannot be exported, or what was exported does not compute the same; no file is left."""
+    """A model cannot be exported, or the exported file computes something else; no file is left."""

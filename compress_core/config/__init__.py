@@ -1,4 +1,4 @@
-"""The config: what may stand in it, how it is loaded, and how its errors read."""
+"""The config: its sections, how it is loaded, and how its errors are reported."""
 
 from compress_core.config.document import CompressionConfig
 from compress_core.config.sections import (

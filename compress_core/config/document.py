@@ -1,4 +1,4 @@
-"""`CompressionConfig`: a whole config document."""
+"""`CompressionConfig`: a whole config, loaded and validated."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class InputInfo(Section):
 
 
 class RootSection(Section):
-    """The keys that the core knows at the top of a document, `compression` aside."""
+    """The top-level keys of a config that the core knows, except `compression`."""
 
     input_info: Annotated[list[InputInfo], BeforeValidator(_as_list_of_objects)] = Field(
         default_factory=list, description="example inputs, one for each argument of forward"
@@ -46,7 +46,7 @@ class RootSection(Section):
         "ANY", description="hardware that the compressed model is meant for"
     )
     compression_lr_multiplier: float | None = Field(
-        None, gt=0, description="factor on the gradients of what the algorithms learn"
+        None, gt=0, description="factor on the gradients of the parameters that algorithms add"
     )
     ignored_scopes: Scopes = Field(default_factory=list, description="parts of the model that no algorithm may touch")
     target_scopes: Scopes = Field(default_factory=list, description="if given, the only parts to compress")
@@ -59,47 +59,49 @@ class RootSection(Section):
         "error", description="what happens when a value in an algorithm's section can have no effect"
     )
     log_dir: str | None = Field(
-        None, description="accepted for NNCF's sake; nothing is written without being asked for"
+        None, description="accepted for compatibility with NNCF, without effect: no logs are written"
     )
-    disable_shape_matching: bool | None = Field(None, description="accepted for NNCF's sake, where it is ignored too")
+    disable_shape_matching: bool | None = Field(
+        None, description="accepted for compatibility with NNCF, without effect"
+    )
 
 
-# Sections of NNCF documents that mean something, which this version cannot do: saying nothing would be worse.
+# Sections of NNCF configs that this version does not support: ignoring them silently would mislead the user.
 _REFUSED = {
     "accuracy_aware_training": "accuracy-aware training is not available yet; drive the level from your loop",
     "bootstrapNAS": "neural architecture search is not part of compress-core; remove this section",
 }
 
 
-# Keys of NNCF documents that do nothing here: such documents run, and whoever wrote them is told.
+# Keys of NNCF configs that have no effect here: they are accepted with a warning.
 _WITHOUT_EFFECT = ("log_dir", "disable_shape_matching")
 
 
-# Keys of an algorithm's section: at the top they are in the wrong place.
+# Keys of an algorithm's section that users put at the top level by mistake.
 _SECTION_KEYS = ("algorithm", "params", "initializer")
 
 
 SectionValidator = Callable[[Any, str, list[Problem]], "AlgorithmConfig | UnresolvedSection | None"]
-"""Takes a raw section, its path, and a list that it adds problems to; returns the section, None when it is wrong."""
+"""Takes a raw section, its path, and a list to which it adds problems; returns the section, or None if it is wrong."""
 
-# The last one counts. What is installed is the registry's business, which stands above this room and puts itself here.
+# Only the last one is used. The registry knows what is installed; it registers itself, as this layer cannot import it.
 _validators: list[SectionValidator] = []
 
 
 def validate_sections_with(validator: SectionValidator) -> None:
-    """Makes `validator` the one that documents ask about the sections of algorithms."""
+    """Makes `validator` the one that checks the sections of algorithms."""
     _validators.append(validator)
 
 
 class CompressionConfig:
-    """A validated config document.
+    """A validated config.
 
-    Sections of algorithms that are installed are checked when the document is loaded. A section whose algorithm is
-    not installed is kept as it is, so that a document can be read anywhere; `create_compressed_model` refuses it.
+    Sections of installed algorithms are checked when the config is loaded. A section whose algorithm is not installed
+    is kept unchecked, so that a config can be read anywhere; `create_compressed_model` refuses it.
 
     Attributes:
-        root: The keys at the top of the document.
-        sections: The algorithms' sections in the order of the document.
+        root: The top-level keys.
+        sections: The sections of the algorithms, in the order of the config.
     """
 
     root: RootSection
@@ -130,7 +132,7 @@ class CompressionConfig:
 
     @classmethod
     def from_json(cls, path: str | Path) -> CompressionConfig:
-        """Reads a JSON file; comments and trailing commas are welcome.
+        """Reads a JSON file; comments and trailing commas are allowed.
 
         Raises:
             ConfigError: The file cannot be read or parsed, repeats a key, or is not a valid config.
@@ -151,16 +153,16 @@ class CompressionConfig:
 
     @classmethod
     def from_dict(cls, document: Mapping[str, Any]) -> CompressionConfig:
-        """Validates a document that is in memory; it is not changed, and later changes of it have no effect.
+        """Validates a dict; it is not changed, and later changes of it have no effect.
 
         Raises:
-            ConfigError: It is not a valid config.
+            ConfigError: The dict is not a valid config.
         """
         return cls(document)
 
     @classmethod
     def load(cls, config: CompressionConfig | Mapping[str, Any] | str | Path) -> CompressionConfig:
-        """Returns a config from whatever form it comes in: a config, a dict, or the path of a JSON file."""
+        """Returns a config from a config, a dict, or the path of a JSON file."""
         if isinstance(config, CompressionConfig):
             return config
         if isinstance(config, (str, Path)):
@@ -168,7 +170,7 @@ class CompressionConfig:
         return cls.from_dict(config)
 
     def register_extra_structs(self, structs: Iterable[object]) -> CompressionConfig:
-        """Attaches objects that a document cannot hold, such as `BNAdaptationInitArgs`.
+        """Attaches objects that JSON cannot hold, such as `BNAdaptationInitArgs`.
 
         An object replaces an earlier one of the same type.
 
@@ -230,19 +232,20 @@ def _validated_root(source: Mapping[str, Any], problems: list[Problem]) -> RootS
         if key in _REFUSED:
             problems.append(Problem(key, f"{_REFUSED[key]} (value {shown(source[key])})"))
         elif key not in known:
-            # Case aside: COMPRESSION is a misspelling as well.
+            # Compared in lower case, because COMPRESSION is a misspelling as well.
             close = difflib.get_close_matches(key.lower(), known, n=1, cutoff=0.8)
             if close or key in _SECTION_KEYS:
-                hint = f" Did you mean '{close[0]}'?" if close else " It belongs into 'compression'."
+                hint = f" Did you mean '{close[0]}'?" if close else " It belongs in 'compression'."
                 problems.append(Problem(key, f"unknown key (value {shown(source[key])}).{hint}"))
             else:
                 strangers.append(key)
     if strangers:
         logger.warning(
-            "config: the top-level keys %s mean nothing to compress-core and are left to you", ", ".join(strangers)
+            "config: compress-core does not use the top-level keys %s; they are left to your program",
+            ", ".join(strangers),
         )
     if idle := [key for key in _WITHOUT_EFFECT if key in source]:
-        logger.warning("config: %s: accepted for NNCF's sake, without effect; they can be removed", ", ".join(idle))
+        logger.warning("config: %s: accepted for compatibility with NNCF, but without effect", ", ".join(idle))
     try:
         return RootSection.model_validate({key: source[key] for key in source if key in RootSection.model_fields})
     except ValidationError as error:

@@ -1,4 +1,4 @@
-"""How a pydantic error becomes a sentence that names the path, the value and the remedy."""
+"""Translates pydantic errors into sentences that name the path, the value and the remedy."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def shown(value: Any) -> str:
-    """Returns the value as it is quoted in a message."""
+    """Returns the value as messages quote it, shortened if it is long."""
     text = repr(value)
     return text if len(text) <= _LONGEST_VALUE else text[: _LONGEST_VALUE - 3] + "..."
 
@@ -69,7 +69,7 @@ def _problem(details: Any, model: type[BaseModel], prefix: str) -> Problem:
 
 
 def _location(parts: Sequence[int | str], model: type[BaseModel]) -> list[int | str]:
-    """Leaves out what pydantic adds to a location; the keys of a dict, such as scopes, may look like that."""
+    """Removes what pydantic adds to a location, but keeps keys of dicts that look the same, such as scopes."""
     kept: list[int | str] = []
     for part in parts:
         if not _is_internal(part) or _values_of_dict(_annotation_at(model, kept)[1]) is not None:

@@ -1,6 +1,6 @@
-"""Lists and dicts that nobody can change: sections of a config are shared by everybody who reads them.
+"""Immutable lists and dicts, because all readers of a config share its sections.
 
-They are lists and dicts all the same: they compare, copy, serialize and become JSON like these.
+They derive from list and dict, so they compare, copy and serialize like these.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class FrozenDict(dict[Any, Any]):
 
 
 def frozen(value: Any) -> Any:
-    """Returns a value with all lists and dicts in it, at any depth, replaced by ones that cannot be changed."""
+    """Returns a value with all lists and dicts in it, at any depth, replaced by immutable ones."""
     if isinstance(value, Mapping):
         return FrozenDict({key: frozen(item) for key, item in value.items()})
     if isinstance(value, list):

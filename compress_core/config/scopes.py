@@ -5,8 +5,8 @@ An entry is one of
 * a dotted module name, which means that module and everything below it: `layer1`, `layer1.0.conv1`;
 * a glob over dotted names, in which `*` crosses dots: `layer?.*.conv1`;
 * `{re}` and a regular expression, searched in the dotted name and in NNCF's node names of the module;
-* an NNCF node name, `Model/Sequential[features]/NNCFConv2d[0]/conv2d_0`, of which the names in brackets count;
-* a call as places are printed, `layer1.0/torch.Tensor.add#1`, which means that one alone.
+* an NNCF node name, `Model/Sequential[features]/NNCFConv2d[0]/conv2d_0`, of which only the names in brackets are used;
+* a call, written as places are printed, `layer1.0/torch.Tensor.add#1`, which means that call alone.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ _NNCF_ATTRIBUTE = re.compile(r"^\w+\[([^\]]+)\]$")
 
 @dataclass(frozen=True)
 class ScopedModule:
-    """A module under all the names by which a scope can mean it.
+    """All the names by which a scope can refer to a module.
 
     Attributes:
         name: Dotted name, empty for the model itself.
-        nncf_names: NNCF's node names of it, with and without the prefix `NNCF` of wrapped classes.
+        nncf_names: Its node names in NNCF, with and without the prefix `NNCF` of wrapped classes.
     """
 
     name: str
@@ -42,7 +42,7 @@ class ScopedModule:
 
 
 def scoped_modules(model: nn.Module) -> list[ScopedModule]:
-    """Lists every module of `model` with its names."""
+    """Returns every module of `model` with its names."""
     addresses: dict[str, tuple[str, str]] = {"": (base_class(model).__name__,) * 2}
     result = []
     for name, module in model.named_modules():
@@ -59,12 +59,12 @@ def scoped_modules(model: nn.Module) -> list[ScopedModule]:
 
 
 def is_of_document(path: str) -> bool:
-    """Tells whether the config path of a scope is at the top of the document, for all algorithms."""
+    """Returns whether the config path of a scope is at the top level, so that it applies to all algorithms."""
     return path.startswith(("ignored_scopes.", "target_scopes."))
 
 
 def compile_scope(entry: str) -> Callable[[ScopedModule], bool]:
-    """Returns the predicate that an entry of a scope list stands for.
+    """Returns the function that decides whether a module matches an entry of a scope list.
 
     Raises:
         ValueError: The entry is empty, or its regular expression does not compile.
@@ -97,7 +97,7 @@ def _with_parents(name: str) -> list[str]:
 
 
 def _from_nncf(entry: str) -> Callable[[ScopedModule], bool]:
-    """`Model/Class[a]/Class[b]` is the module a.b and what is below; with an operator at the end, that one alone."""
+    """Matches `Model/Class[a]/Class[b]`, the module a.b and all below; with an operator at the end, that one alone."""
     path, operator = _address(entry)
     if not operator:
         return _below(path) if path else lambda module: False
@@ -105,7 +105,7 @@ def _from_nncf(entry: str) -> Callable[[ScopedModule], bool]:
 
 
 def _address(node_name: str) -> tuple[str, str]:
-    """Returns the dotted path in NNCF's name of a node, and the operator at its end, if there is one."""
+    """Returns the dotted path in a node name of NNCF, and the operator at its end, or an empty string."""
     parts = node_name.split("/")[1:]
     path = ".".join(match.group(1) for part in parts if (match := _NNCF_ATTRIBUTE.match(part)))
     return path, parts[-1] if parts and not _NNCF_ATTRIBUTE.match(parts[-1]) else ""
@@ -113,12 +113,12 @@ def _address(node_name: str) -> tuple[str, str]:
 
 @dataclass
 class ScopeFilter:
-    """Decides which modules an algorithm may touch: in the targets (if any are named) and in no ignored scope.
+    """Decides which modules an algorithm may change: those in the targets (if any are named) and in no ignored scope.
 
     Args:
         model: The model whose modules are matched.
-        ignored: Config path of an entry -> the entry.
-        target: Lists of entries by config path; a module must match every list that is not empty.
+        ignored: Ignored scopes: config path of an entry -> the entry.
+        target: Lists of target scopes, each by config path; a module must match every list that is not empty.
 
     Raises:
         ConfigError: An entry is empty or not a regular expression.
@@ -141,11 +141,11 @@ class ScopeFilter:
             raise ConfigError(problems)
 
     def add(self, operators: Mapping[str, ScopedModule]) -> None:
-        """Makes operators known that are no modules, so that entries can mean them.
+        """Adds operators that are not modules, so that entries can refer to them.
 
         Args:
-            operators: What `reason_to_skip` and `check` call them -> their names. A call has a dotted name below that
-                of its module.
+            operators: The key for `reason_to_skip` and `check` -> the names of the operator. The dotted name of a call
+                is below that of its module.
         """
         self._modules |= operators
 
@@ -154,13 +154,13 @@ class ScopeFilter:
         return [*self.ignored.items(), *(item for entries in self.target for item in entries.items())]
 
     def matches(self, entry: str) -> list[str]:
-        """Returns the dotted names of the modules that an entry means."""
+        """Returns the dotted names of the modules that match an entry."""
         return [name for name in self._modules if self._matches(entry, name)]
 
     def reason_to_skip(self, module_names: Iterable[str]) -> str | None:
-        """Returns why a tensor that these modules share is left alone, or None when it is a target.
+        """Returns why a tensor that these modules share is skipped, or None when it is a target.
 
-        A shared tensor is ignored as soon as one of its places is, and a target as soon as one of its places is.
+        A shared tensor is ignored if any of its modules is ignored, and a target if any of its modules is a target.
         """
         names = list(module_names)
         for path, entry in self.ignored.items():
@@ -172,7 +172,7 @@ class ScopeFilter:
         return None
 
     def targeted_by(self, module_names: Iterable[str]) -> list[tuple[str, str]]:
-        """Returns (config path, entry) of the target scopes that mean one of these modules."""
+        """Returns (config path, entry) of the target scopes that match one of these modules."""
         names = list(module_names)
         return [
             (path, entry)
@@ -185,9 +185,9 @@ class ScopeFilter:
         """Returns a problem for each entry without a match.
 
         Args:
-            own: Dotted names that an entry whose path begins with `own_prefix` can mean.
-            others: Dotted names that any other entry can mean.
-            own_prefix: Path of a section.
+            own: Dotted names that entries of one section may match.
+            others: Dotted names that entries of all other sections may match.
+            own_prefix: Config path of that one section.
         """
         problems = []
         for path, entry in self.entries():
@@ -202,11 +202,11 @@ class ScopeFilter:
             )
             where = 'set "validate_scopes": false in this section'
             if is_of_document(path):
-                where = "put it into the section of the algorithm that it is for"
+                where = "move it to the section of the algorithm that it is meant for"
             problems.append(
                 Problem(
                     path,
-                    f"the scope '{entry}' matches no layer that this could mean.{hint} Correct it, remove it, "
+                    f"the scope '{entry}' matches no layer that it could apply to.{hint} Correct it, remove it, "
                     f"or {where}.",
                 )
             )

@@ -11,7 +11,7 @@ from compress_core.config.frozen import FrozenDict, FrozenList, frozen
 
 
 def _whole(value: Any) -> Any:
-    """JSON has one kind of number, and configs write epochs as 10.0 as well."""
+    """Converts whole floats to int, because JSON has one number type and some configs write epochs as 10.0."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
@@ -27,11 +27,11 @@ Scopes = Annotated[list[str], BeforeValidator(_as_list)]
 
 
 class Section(BaseModel):
-    """Base of every object in a config: closed, frozen, strict about types, and aware of what is read.
+    """Base class of every object in a config: immutable, strict about types, without unknown keys, and tracks reads.
 
-    The fields that anybody reads are remembered, so that a value which was given and never read, and so cannot have had
-    an effect, is found (`compress_core.contract.ledger`). Read a field where it has its effect, not before; checks look
-    at a copy (`unread`).
+    A section records which fields are read. A value that was given but never read cannot have had an effect, and
+    `compress_core.contract.ledger` reports it. So read a field only where it takes effect; checks should read a copy
+    (`unread`).
     """
 
     model_config = ConfigDict(
@@ -41,7 +41,7 @@ class Section(BaseModel):
     _reads: set[str] = PrivateAttr(default_factory=set)
 
     def model_post_init(self, context: Any) -> None:
-        """Freezes what the fields hold: a plugin must not rewrite another's section."""
+        """Makes the values of the fields immutable, so that a plugin cannot change another plugin's section."""
         for name, value in self.__dict__.items():
             self.__dict__[name] = frozen(value)
 
@@ -54,9 +54,9 @@ class Section(BaseModel):
         return value
 
     def unread(self) -> Self:
-        """Returns a copy of this section that nobody has read yet.
+        """Returns a copy of this section in which no field counts as read.
 
-        Checks look at such a copy: that a value has been checked does not mean that it has had an effect.
+        Checks use such a copy, because checking a value does not mean that it has an effect.
         """
         copy = self.model_copy()
         object.__setattr__(copy, "__pydantic_private__", {"_reads": set()})
@@ -65,10 +65,10 @@ class Section(BaseModel):
         return copy
 
     def given_leaves(self, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:
-        """Yields (path, value, was it read) for every value that the user wrote.
+        """Yields (path, value, whether it was read) for every value that the user wrote.
 
-        Sections inside are gone through, those in lists and dicts too; a list of lists has a path for each of them,
-        which all count as read when the list is.
+        This includes nested sections, also those in lists and dicts. Each list within a list has a path of its own,
+        and counts as read when the outer list was read.
         """
         for name in type(self).__pydantic_fields__:
             if name in self.model_fields_set:
@@ -96,28 +96,28 @@ def _leaves(path: str, value: Any, was_read: bool) -> Iterator[tuple[str, Any, b
 
 
 class InitializerConfig(Section):
-    """Base of the section `initializer.<name>` of a shared initializer."""
+    """Base class of the section `initializer.<name>` of a shared initializer."""
 
 
 class InitializerSection(Section):
     """The section `initializer` of an algorithm.
 
-    A subclass adds the algorithm's own data-driven set-up. The sections of the shared initializers that are installed,
-    such as `batchnorm_adaptation`, are added by the core.
+    A subclass adds the algorithm's own data-driven settings. The core adds the sections of the installed shared
+    initializers, such as `batchnorm_adaptation`.
     """
 
     def names(self) -> list[str]:
-        """Returns the names of what the user wrote in this section."""
+        """Returns the keys that the user wrote in this section."""
         return sorted(self.model_fields_set)
 
     def shared(self, name: str) -> InitializerConfig | None:
-        """Returns the section of the shared initializer `name`, or None when the user wrote none."""
+        """Returns the section of the shared initializer `name`, or None if the user wrote none."""
         value = getattr(self, name, None)
         return value if isinstance(value, InitializerConfig) else None
 
 
 class AlgorithmConfig(Section):
-    """Base of an algorithm's section. A subclass adds its fields, and narrows `initializer` if it needs to.
+    """Base class of an algorithm's section; a subclass adds fields and may give `initializer` a narrower type.
 
     Example:
         ```python
@@ -128,8 +128,8 @@ class AlgorithmConfig(Section):
 
     algorithm: str = Field(description="name of the algorithm")
     initializer: InitializerSection = Field(
-        default_factory=InitializerSection, description="data-driven set-up before training"
+        default_factory=InitializerSection, description="what is measured on data before training"
     )
-    ignored_scopes: Scopes = Field(default_factory=list, description="parts of the model to leave alone")
+    ignored_scopes: Scopes = Field(default_factory=list, description="parts of the model to leave unchanged")
     target_scopes: Scopes = Field(default_factory=list, description="if given, the only parts to compress")
     validate_scopes: bool = Field(True, description="whether a scope that matches nothing is an error")

@@ -1,4 +1,4 @@
-"""The base class of algorithms, and the plans that they make."""
+"""The base class of algorithms, and `Plan`, what an algorithm is going to change."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Plan:
     """What an algorithm is going to change.
 
     Attributes:
-        targets: Dotted names of what is changed, mostly of parameters.
-        skipped: Dotted names of what could have been a target -> why it is not.
+        targets: Dotted names of what will be changed, usually parameters.
+        skipped: Dotted names of candidates that will not be changed -> the reason.
         details: Anything else that must be the same when a state is resumed; JSON-able.
     """
 
@@ -33,7 +33,7 @@ class Plan:
     details: Mapping[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the plan as JSON-able values."""
+        """Returns the plan as a JSON-able dict."""
         return {"targets": list(self.targets), "skipped": dict(self.skipped), "details": dict(self.details)}
 
 
@@ -44,20 +44,20 @@ class Algorithm:
     with `@hookimpl`. `compress_plan` and `compress_commit` are required.
 
     Attributes:
-        name: What `"algorithm"` in a config says.
-        Config: The class of its section.
-        stage: Where it stands in the pipeline.
+        name: The name that configs use for it, as the value of `"algorithm"`.
+        Config: The class of its config section.
+        stage: Its position in the pipeline.
         changes_in_place: Whether commit or calibration write to parameters and buffers, instead of adding transforms.
             Such changes cannot be bypassed, so data-driven initializers need a pass over the model before them.
-        replaces_modules: Whether commit puts other modules in the place of the model's. It then plans and commits by
-            itself, before the other algorithms of its stage, which plan on the new modules.
+        replaces_modules: Whether commit replaces modules of the model. The algorithm then plans and commits before the
+            other algorithms of its stage, which plan on the new modules.
         needs_uncompressed: Whether it needs the model as it was before the first commit (`context.uncompressed()`):
-            `"no"`, `"creation"` until the model has been created, or `"training"` as a frozen copy that lasts.
-        needs_batch: Whether its `compress_loss` needs what the model was called with and what it returned.
-        applies_lr_multiplier: Whether it multiplies the gradients of what it learns by `context.lr_multiplier(self)`; a
-            config that asks for a multiplier is refused for an algorithm that learns something and does not.
-        reads_later: Values of the section (dotted, as `params.rate`) that are first read in training, such as in
-            `compress_loss`: they count as having an effect although nothing has read them when the model is created.
+            `"no"`, `"creation"` (while the model is being created), or `"training"` (a frozen copy that stays).
+        needs_batch: Whether its `compress_loss` needs the inputs and outputs of the model's last forward.
+        applies_lr_multiplier: Whether it multiplies the gradients of the parameters that it adds by
+            `context.lr_multiplier(self)`. If it adds parameters and does not, a config with a multiplier is refused.
+        reads_later: Values of the section (dotted, as `params.rate`) that are first read in training, for example in
+            `compress_loss`. They are not reported as unused when the model is created.
         controller_api: Names of public methods and attributes that the controller offers as its own.
     """
 
@@ -79,15 +79,15 @@ class Algorithm:
         self.config = config
 
     def attach(self, context: Context, model: nn.Module | None = None) -> None:
-        """Called by the core: gives the algorithm its context, and its model before it plans."""
+        """Sets the context and the model; the core calls this before `compress_configure` and `compress_plan`."""
         self._context, self._model = context, model
 
     @property
     def model(self) -> nn.Module:
-        """The model that is compressed; there is one from `compress_plan` on.
+        """The model that is compressed; available from `compress_plan` on.
 
         Raises:
-            UsageError: There is none yet.
+            UsageError: `compress_plan` has not been called yet.
         """
         if self._model is None:
             raise UsageError(f"'{self.name}' has no model before compress_plan()")
@@ -95,10 +95,10 @@ class Algorithm:
 
     @property
     def context(self) -> Context:
-        """The context of this model's hooks; there is one from `compress_configure` on.
+        """The context of this model's hooks; available from `compress_configure` on.
 
         Raises:
-            UsageError: There is none yet.
+            UsageError: `compress_configure` has not been called yet.
         """
         if self._context is None:
             raise UsageError(f"'{self.name}' has no context before compress_configure()")
@@ -106,5 +106,5 @@ class Algorithm:
 
     @property
     def compression_rate(self) -> float | None:
-        """Share of what it compresses that is gone, 0 to 1, measured; None when that means nothing here."""
+        """Measured share, 0 to 1, of the weights or channels removed; None if the algorithm removes nothing."""
         return None

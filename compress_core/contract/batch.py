@@ -1,4 +1,4 @@
-"""The last forward of the model in training, for losses that need it."""
+"""`Batch`: inputs and outputs of the model's last forward in training mode, for losses that need them."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Batch:
-    """What the model was called with, and what it returned.
+    """Inputs and outputs of one forward of the model.
 
     Attributes:
         args: Positional arguments of the forward.
-        kwargs: Keyword arguments.
-        outputs: What the model returned, with its graph.
+        kwargs: Keyword arguments of the forward.
+        outputs: What the model returned, with its autograd graph.
     """
 
     args: tuple[Any, ...]

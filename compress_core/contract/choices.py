@@ -1,7 +1,7 @@
-"""Open points: values of the config that plugins can add to, such as a filter importance or a level schedule.
+"""Choice points: config values that plugins can add names to, such as a filter importance or a level schedule.
 
-A `ChoicePoint` says what can be chosen, a `Choice` is one of the things. Both come from plugins, the built-in ones by
-the same hooks as anybody's, and a config field annotated with `ChoiceOf` takes the names of those that are installed.
+A `ChoicePoint` declares what can be chosen, a `Choice` is one named value for it. Plugins contribute both; the built-in
+ones use the same hooks. A config field annotated with `ChoiceOf` accepts the names that are installed.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from compress_core.config.errors import did_you_mean
 
 @dataclass(frozen=True)
 class ChoicePoint:
-    """Something that plugins can add named values to.
+    """A config value that plugins can add named values to.
 
     Attributes:
-        name: Dotted, the algorithm first where it is one algorithm's: `filter_pruning.importance`.
-        description: What is chosen, and what a value has to be, for whoever writes one.
-        check: Returns what is wrong with a value, or None; called when a plugin registers one.
+        name: Dotted; begins with the algorithm if it belongs to a single one: `filter_pruning.importance`.
+        description: What is chosen, and what a value has to be; authors of plugins read this.
+        check: Returns what is wrong with a value, or None; called when a plugin registers a value.
     """
 
     name: str
@@ -34,13 +34,13 @@ class ChoicePoint:
 
 @dataclass(frozen=True)
 class Choice:
-    """A named value for an open point.
+    """A named value for a choice point.
 
     Attributes:
         point: Name of the `ChoicePoint`.
-        name: What a config says.
-        value: What the point's description asks for.
-        description: What it is, in a sentence; empty for the first line of the value's docstring.
+        name: The name that configs use.
+        value: An object as the description of the point asks for, for example a function.
+        description: One sentence about it; if empty, the first line of the value's docstring is shown.
     """
 
     point: str
@@ -50,26 +50,26 @@ class Choice:
 
 
 def callable_choice(value: Any) -> str | None:
-    """For `ChoicePoint.check`: refuses what cannot be called."""
+    """Refuses values that are not callable; for use as `ChoicePoint.check`."""
     return None if callable(value) else f"must be callable, got {type(value).__name__}"
 
 
 class ChoiceSource(Protocol):
-    """Whoever knows what is installed: the registry, which stands above this room and puts itself here."""
+    """Looks up installed choices; the registry implements this and registers itself, as this layer cannot import it."""
 
     def all_choices(self, point: str) -> Mapping[str, Choice]:
         """Returns the choices of a point by name."""
 
     def find_choice(self, name: str, points: Sequence[str]) -> Choice | None:
-        """Returns the choice of a name at the first of some points that has it, or None."""
+        """Returns the choice with this name at the first of `points` that has it, or None."""
 
 
-# The last one counts.
+# Only the last one is used.
 _sources: list[ChoiceSource] = []
 
 
 def look_up_choices_with(source: ChoiceSource) -> None:
-    """Makes `source` the one that is asked for choices."""
+    """Makes `source` the one that choices are looked up with."""
     _sources.append(source)
 
 
@@ -79,7 +79,7 @@ def choices_of(point: str) -> dict[str, Choice]:
 
 
 def find_choice(name: str, *points: str) -> Choice | None:
-    """Returns the choice of a name at the first of some points that has it, or None."""
+    """Returns the choice with this name at the first of `points` that has it, or None."""
     return _sources[-1].find_choice(name, points) if _sources else None
 
 
@@ -87,11 +87,11 @@ def choice(name: str, *points: str) -> Any:
     """Returns the value of a choice.
 
     Args:
-        name: What the config says.
+        name: The name in the config.
         points: Names of the points that it may belong to.
 
     Raises:
-        ValueError: Nobody contributes it; the message lists what is installed.
+        ValueError: No plugin contributes it; the message lists the installed names.
     """
     found = find_choice(name, *points)
     if found is None:
@@ -104,10 +104,10 @@ def choice(name: str, *points: str) -> Any:
 class ChoiceOf:
     """Annotation of a config field that takes the name of a choice.
 
-    The names that are installed stand in the JSON schema and in the error for any other name.
+    The JSON schema and the error for an unknown name list the installed names.
 
     Args:
-        points: Names of the points; the first that has the name counts.
+        points: Names of the points; the first one that has the name is used.
 
     Example:
         ```python

@@ -1,4 +1,4 @@
-"""The clock of a training loop."""
+"""`Clock`: the current epoch and step of a training loop."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Clock:
-    """Where training stands; -1 means that the first has not begun.
+    """The current epoch and step of training; -1 means that the first one has not begun.
 
     Attributes:
         epoch: Index of the current epoch.
         step: Index of the current optimizer step, over all epochs.
         step_in_epoch: Index of the current optimizer step in its epoch.
-        steps_per_epoch: Optimizer steps of the last epoch that was finished, if any was.
+        steps_per_epoch: Number of optimizer steps of the last finished epoch; None before the first is finished.
     """
 
     epoch: int = -1

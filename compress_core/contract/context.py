@@ -1,4 +1,4 @@
-"""What the hooks of one model are told besides the model itself."""
+"""`Context`: config, data and services that the hooks of one model share."""
 
 from __future__ import annotations
 
@@ -36,19 +36,19 @@ _READ_BY_THE_CORE = ("initializer.", "ignored_scopes", "target_scopes")
 
 
 class Context:
-    """Shared by all hooks of one model.
+    """Config, data and services that the hooks of one model share.
 
     Attributes:
-        config: The whole document.
+        config: The whole config.
         sections: The sections of the config in its order, those of other algorithms included: for cross-checks.
-        ledger: Where it is written down what each value of the config did.
-        resuming: Whether a compression state is being resumed: no data, no initialization.
-        bypassable: Whether bypassing the weight transforms gives the uncompressed model back.
-        batch_norm: The running statistics of the model, for algorithms that change or measure it.
-        uncompressed_model: Where `uncompressed` and `teacher` come from.
-        announce_shrinkage: What `shrunk` calls.
-        saved_plans: When a compression state is resumed, the plans in it by algorithm: what had to be traced or
-            measured for a plan is there and need not be done again.
+        ledger: Records what each value of the config did.
+        resuming: Whether a compression state is being resumed; then there is no data and no initialization.
+        bypassable: Whether the model without its weight transforms is the uncompressed model.
+        batch_norm: Adapts the running statistics, for algorithms that change the model or measure activations.
+        uncompressed_model: Provides `uncompressed` and `teacher`.
+        announce_shrinkage: The function that `shrunk` calls.
+        saved_plans: The plans in the compression state that is being resumed, by algorithm. They hold what was traced
+            or measured at planning time, so that it need not be repeated.
     """
 
     batch_norm: BatchNormService
@@ -61,43 +61,43 @@ class Context:
         self.resuming = resuming
         self.bypassable = True
         self.saved_plans: Mapping[str, Plan] = {}
-        # Copies: that this model's algorithms read a value must not be mixed up with others who have read it.
+        # Copies, because each section records which values were read, and another model may share the config.
         self.sections = tuple(s.unread() if isinstance(s, AlgorithmConfig) else s for s in config.sections)
         self._init_loader = init_loader
         self._requests: dict[str, InitializerConfig] = {}
 
     def weight(self, model: nn.Module, name: str, before: Stage = Stage.PRECISION) -> torch.Tensor:
-        """Returns a weight as earlier stages of the pipeline have left it: masked, pruned.
+        """Returns a weight with the transforms of earlier stages applied, for example masked and pruned.
 
         Args:
             model: The model.
             name: Dotted name of the parameter.
-            before: The stage that asks; transforms of this and of later stages are left out.
+            before: The stage of the caller; transforms of this and of later stages are not applied.
 
         Returns:
-            Shape and dtype of the parameter, without a graph; not to be written to.
+            A tensor with shape and dtype of the parameter, detached. Do not write to it.
         """
         return transformed_weight(model, name, before)
 
     @contextlib.contextmanager
     def uncompressed(self) -> Iterator[nn.Module]:
-        """Within the context there is the uncompressed model, while the compressed one is being created.
+        """Context manager that gives the uncompressed model while the compressed one is being created.
 
-        Only for algorithms and initializers that declare `needs_uncompressed`. Where nothing changes the model in place
-        it is the model itself with its transforms bypassed, elsewhere a copy.
+        Only for algorithms and initializers that declare `needs_uncompressed`. If no algorithm changes the model in
+        place, it is the model itself with its transforms bypassed, otherwise a copy.
 
         Raises:
-            PluginError: Nobody has declared that it is needed, or creation is over.
+            PluginError: No algorithm declares `needs_uncompressed`, or the model has been created already.
         """
         with self.uncompressed_model.view() as model:
             yield model
 
     @property
     def teacher(self) -> nn.Module:
-        """The uncompressed model for training: a frozen copy in eval mode, where the compressed model is.
+        """The uncompressed model for training: a frozen copy in eval mode, on the device of the compressed model.
 
-        Only for algorithms that declare `needs_uncompressed = "training"`. It belongs to no `state_dict` and to no
-        checkpoint; whoever resumes gives it (`uncompressed_model=`).
+        Only for algorithms that declare `needs_uncompressed = "training"`. It is in no `state_dict` and no checkpoint;
+        to resume, the user passes it again (`uncompressed_model=`).
 
         Raises:
             PluginError: Nobody has declared that it is needed.
@@ -105,12 +105,12 @@ class Context:
         return self.uncompressed_model.teacher()
 
     def lr_multiplier(self, algorithm: Algorithm) -> float:
-        """Returns the factor on gradients that the config asks for: the section's, else the document's, else 1."""
+        """Returns the configured factor on gradients: that of the section, else that of the config, else 1."""
         own = getattr(algorithm.config, "compression_lr_multiplier", None)
         return float(own or self.config.root.compression_lr_multiplier or 1.0)
 
     def shrunk(self, model: nn.Module, shrinkage: Shrinkage) -> None:
-        """Tells every algorithm that tensors of a model have become smaller; for whoever has removed channels.
+        """Tells every algorithm that channels were removed; to be called by the code that removed them.
 
         Args:
             model: The smaller model.
@@ -119,14 +119,14 @@ class Context:
         self.announce_shrinkage(model, shrinkage)
 
     def section(self, algorithm: Algorithm) -> tuple[str, AlgorithmConfig]:
-        """Returns the path and the content of an algorithm's section."""
+        """Returns the config path of an algorithm's section, and the section."""
         for index, section in enumerate(self.sections):
             if section is algorithm.config:
                 return self.config.algorithm_path(index), algorithm.config
         raise KeyError(algorithm.name)
 
     def requests(self, initializer: str) -> dict[str, InitializerConfig]:
-        """Returns who asked for a shared initializer: path -> section."""
+        """Returns the sections that ask for a shared initializer, by config path."""
         found = {}
         for index, section in enumerate(self.sections):
             if (
@@ -138,22 +138,23 @@ class Context:
         return found
 
     def request(self, path: str) -> InitializerConfig:
-        """Returns the section that stands at a path of `requests`."""
+        """Returns the section at a path that `requests` returned."""
         return self._requests[path]
 
     def generators(self) -> list[torch.Generator]:
-        """Returns the random generators of all data loaders that were given."""
+        """Returns the random generators of all data loaders that the user gave."""
         structs = [s for s in self.config.extra_structs() if isinstance(s, InitArgs)]
         loaders = [self._init_loader, *(struct.data_loader for struct in structs)]
         return [generator for loader in loaders for generator in generators_of(loader)]
 
     def refuse_unread(self, algorithm: Algorithm) -> None:
-        """For the end of `compress_configure`: refuses values that the algorithm has not read and never will.
+        """Refuses values of the section that the algorithm has not read; for the end of `compress_configure`.
 
-        An algorithm that reads its whole section before this lets `compress-core check` find such values.
+        With this, `compress-core check` finds unused values. Only for algorithms that have read their whole section by
+        then.
 
         Raises:
-            ConfigError: There are some, and the config does not say `"unused_values": "warn"`.
+            ConfigError: There are unread values, and the config does not set `"unused_values": "warn"`.
         """
         path, config = self.section(algorithm)
         strict = self.config.root.unused_values == "error"
@@ -164,13 +165,13 @@ class Context:
         """Returns the batches for an initializer or a calibration.
 
         Args:
-            path: Path of the section that asks, for messages.
-            kind: Type of the object of `register_extra_structs` that holds the loader; where there is none of it,
-                data of any other kind is used.
+            path: Config path of the caller's section, for messages.
+            kind: Type of the object of `register_extra_structs` that holds the loader; if none of this type was
+                registered, data of any other type is used.
             loader: A loader (or `InitArgs`) that takes precedence.
 
         Raises:
-            DataError: There is no loader, or it is none.
+            DataError: There is no loader, or the object given is not a loader.
         """
         source = loader if loader is not None else self._init_loader
         if source is None:
@@ -188,7 +189,7 @@ class Context:
 
     @contextlib.contextmanager
     def reading(self, loader: Any) -> Iterator[None]:
-        """Within the context, `loader` (unless it is None) takes precedence over the data that was given before."""
+        """Context manager in which `loader`, unless it is None, takes precedence over the data given before."""
         before, self._init_loader = self._init_loader, self._init_loader if loader is None else loader
         try:
             yield
@@ -196,18 +197,18 @@ class Context:
             self._init_loader = before
 
     def _registered_data(self, kind: type[InitArgs]) -> InitArgs | None:
-        """Returns the registered data of a kind; any other does as well, for a batch is a batch."""
+        """Returns the registered data of a kind, else registered data of any kind: all of them hold batches."""
         exact = self.config.get_extra_struct(kind)
         if exact is not None:
             return exact
         return next((struct for struct in self.config.extra_structs() if isinstance(struct, InitArgs)), None)
 
     def trace(self, model: nn.Module, path: str) -> Trace:
-        """Records what the model computes on an example: `input_info`, or a batch of the data that was given.
+        """Traces the model on an example input: `input_info`, else a batch of the user's data.
 
         Args:
-            model: The model; it is left as it is.
-            path: Path of the section that needs the trace, for messages.
+            model: The model; it is not changed.
+            path: Config path of the section that needs the trace, for messages.
 
         Raises:
             DataError: There is neither `input_info` nor data.
@@ -217,7 +218,7 @@ class Context:
         batch = self._example_batch(path)
         if not infos and batch is None:
             raise DataError(
-                f"{path}: has to see a forward of the model, and there is no example input. Add input_info to the "
+                f"{path}: needs to trace the model, and there is no example input. Add input_info to the "
                 'config, such as "input_info": {"sample_size": [1, 3, 224, 224]}, or give a data loader: '
                 "register_default_init_args(config, loader)"
             )
@@ -233,11 +234,11 @@ class Context:
             return trace(model, batch, training=True)
 
     def example(self, path: str, device: torch.device | None = None) -> Example:
-        """Returns an example to run the model on: a batch of the data that was given, else `input_info`.
+        """Returns an example to run the model on: a batch of the user's data, else `input_info`.
 
         Args:
-            path: Who asks, for messages.
-            device: Where tensors of `input_info` are made.
+            path: The caller, for messages.
+            device: Device for tensors made from `input_info`.
 
         Raises:
             DataError: There is neither data nor `input_info`.
@@ -261,21 +262,21 @@ class Context:
         data = self.calibration_data(path, loader=source)
         with preserved_rng(data.loader):
             if isinstance(data.loader, Iterator):
-                return None  # it can be read once: its batches are for those who need the values
+                return None  # an iterator can be read only once, and calibration needs its batches
             return Example.from_batch(data, next(iter(data.batches(1)))[0])
 
     def scope_filter(self, model: nn.Module, algorithm: Algorithm) -> ScopeFilter:
-        """Returns what the scopes of the document and of the algorithm's section leave of a model.
+        """Returns the filter for a model's modules, from the scopes of the config and of the algorithm's section.
 
         Raises:
-            ConfigError: A list of target scopes was given and is empty, or an entry cannot be understood.
+            ConfigError: A list of target scopes is given but empty, or an entry is not a valid scope.
         """
         path, config = self.section(algorithm)
         root = self.config.root
         sections: list[tuple[str, Section]] = [("", root), (f"{path}.", config)]
         empty = [f"{prefix}target_scopes" for prefix, section in sections if _has_empty_targets(section)]
         if empty:
-            message = "is empty, so nothing is a target; name something, or remove it"
+            message = "is empty, so nothing is a target; add a scope, or remove it"
             raise ConfigError([Problem(at, message) for at in empty])
 
         def entries(prefix: str, scopes: Iterable[str]) -> dict[str, str]:
@@ -292,14 +293,14 @@ class Context:
 
         Raises:
             ConfigError: A scope matches nothing, or nothing is left to compress.
-            ModelError: A weight is computed by somebody else's hook or parametrization.
+            ModelError: A weight is computed by a hook or parametrization that is not ours.
         """
         path, config = self.section(algorithm)
         tensors = weight_tensors(model, algorithm.name)
         scopes = self.scope_filter(model, algorithm)
         candidates = [name for tensor in tensors for name in tensor.module_names]
         if config.validate_scopes:
-            # A scope for everybody may also mean a batch norm, which adaptation then leaves alone.
+            # A scope for all algorithms may also name a batch norm, which adaptation then skips.
             norms = [name for name, module in model.named_modules() if isinstance(module, AnyBatchNorm)]
             scopes.check(candidates, [*candidates, *norms], own_prefix=path)
         targets, skipped = [], {}
@@ -322,7 +323,7 @@ class Context:
         return targets, skipped
 
     def plan_weights(self, model: nn.Module, algorithm: Algorithm) -> Plan:
-        """Returns the plan to change every weight that the scopes leave; see `weight_targets`."""
+        """Returns the plan to change every weight that the scopes allow; see `weight_targets`."""
         targets, skipped = self.weight_targets(model, algorithm)
         return Plan(tuple(tensor.name for tensor in targets), skipped)
 

@@ -1,24 +1,23 @@
-"""The contract: what a plugin can implement, when it is called, with what, and what it returns.
+"""The plugin contract: which hooks a plugin can implement, when they are called, their arguments and results.
 
-A plugin is an importable object (mostly a module) named by an entry point of the group `compress_core.plugins`. It
+A plugin is an importable object (usually a module) named by an entry point of the group `compress_core.plugins`. It
 implements registration hooks with `@compress_core.hookimpl`. The algorithms that it contributes are classes derived
-from `compress_core.Algorithm`; for each section of a config, one instance is made, and its methods, marked with
-`@compress_core.hookimpl` too, implement the lifecycle hooks. An implementation names those arguments that it needs and
-leaves out the rest.
+from `compress_core.Algorithm`. Each section of a config gets one instance, whose methods, also marked with
+`@compress_core.hookimpl`, implement the lifecycle hooks. An implementation declares only the arguments that it needs.
 
 `create_compressed_model` calls, in this order:
 
 1. `compress_configure` for each algorithm: the last chance to refuse a config;
-2. for each stage of the pipeline `compress_plan` for each algorithm of the stage, which changes nothing, then
-   `compress_commit` for each: the only structural change. What comes later plans on what earlier stages have left;
-3. `compress_observe` before the first of these commits, for initializers that have to see the uncompressed model;
-4. `compress_calibrate` for each algorithm, when all have committed;
-5. `compress_initialize`, once, for all: batch-norm adaptation;
+2. for each stage of the pipeline: first `compress_plan` for each algorithm of the stage, which changes nothing, then
+   `compress_commit` for each, the only structural change. Later stages plan on the model that earlier ones changed;
+3. `compress_observe` before the first commit, for initializers that have to see the uncompressed model;
+4. `compress_calibrate` for each algorithm, after all have committed;
+5. `compress_initialize` once for each shared initializer, such as batch-norm adaptation;
 6. `compress_load_state` instead of 3, 4 and 5 when a compression state is resumed.
 
-"For each algorithm" means in pipeline order: by `Algorithm.stage`, within a stage those that replace modules first,
-each by itself, and otherwise in the order of the config. An exception from an implementation keeps its type, gains a
-note that names hook, algorithm and plugin, and puts the model back to where it was.
+"For each algorithm" means in pipeline order: by `Algorithm.stage`, then by the order in the config. Within a stage,
+algorithms that replace modules come first, and each of them commits before the next one plans. An exception from an
+implementation keeps its type and gets a note that names hook, algorithm and plugin; the model is restored.
 """
 
 from __future__ import annotations
@@ -57,8 +56,8 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 def compress_algorithms() -> Iterable[type[Algorithm]]:  # type: ignore[empty-body]
     """Returns the algorithms that this plugin contributes.
 
-    Called once, when the plugin is loaded. Names are global: two installed plugins that contribute one name are an
-    error for the config that uses it.
+    Called once, when the plugin is loaded. Names are global: if two installed plugins contribute the same name, a
+    config that uses it is refused.
 
     Example:
         ```python
@@ -87,10 +86,10 @@ def compress_initializers() -> Iterable[type[Initializer]]:  # type: ignore[empt
 
 @hookspec
 def compress_choices() -> Iterable[Choice]:  # type: ignore[empty-body]
-    """Returns named values that this plugin adds to open points, such as a filter importance or a level schedule.
+    """Returns named values that this plugin adds to choice points, such as a filter importance or a level schedule.
 
-    `compress-core choices` lists the points and what is installed. Names are global to a point: one that is taken is an
-    error for the plugin that comes later, never a surprise for the user.
+    `compress-core choices` lists the points and the installed values. Names are unique within a point: a plugin that
+    contributes a name that is taken is not loaded, so it cannot silently override a value.
 
     Example:
         ```python
@@ -103,7 +102,7 @@ def compress_choices() -> Iterable[Choice]:  # type: ignore[empty-body]
 
 @hookspec
 def compress_choice_points() -> Iterable[ChoicePoint]:  # type: ignore[empty-body]
-    """Returns the points that this plugin opens for others to add to.
+    """Returns the choice points that this plugin declares, for other plugins to add to.
 
     Example:
         ```python
@@ -119,14 +118,14 @@ def compress_choice_points() -> Iterable[ChoicePoint]:  # type: ignore[empty-bod
 
 @hookspec
 def compress_configure(algorithm: Algorithm, config: AlgorithmConfig, context: Context) -> None:
-    """Checks what the schema cannot: values that contradict one another, or other sections.
+    """Checks what the schema cannot, for example values that contradict one another or another section.
 
-    Called first, before the model is looked at, and by `compress-core check`, which has no model at all.
+    Called before all other lifecycle hooks, and by `compress-core check`, in both cases without a model.
 
     Args:
         algorithm: The algorithm that is configured.
         config: Its section.
-        context: Everything else: the document, the data, the ledger.
+        context: The context: the whole config, the data, the ledger.
 
     Raises:
         ConfigError: With the path below the section, e.g. `ConfigError("...", path="params.multistep_steps")`; the
@@ -144,18 +143,18 @@ def compress_configure(algorithm: Algorithm, config: AlgorithmConfig, context: C
 
 @hookspec
 def compress_plan(model: nn.Module, algorithm: Algorithm, context: Context) -> Plan:  # type: ignore[empty-body]
-    """Says what would be changed, and why the rest would not. Required.
+    """Returns what the algorithm will change, and why it skips the rest. Required.
 
-    Called before any algorithm of its stage has changed anything; must leave the model as it is. A plan without a
-    target is an error for the user.
+    Called before any algorithm of its stage has changed anything; must not change the model. A plan without a target
+    is reported to the user as an error.
 
     Args:
-        model: The model, as earlier stages have left it.
+        model: The model after all earlier stages.
         algorithm: The algorithm that plans.
-        context: `context.plan_weights(model, self)` applies the scopes and is enough for most.
+        context: The context. `context.plan_weights(model, self)` applies the scopes and is enough for most algorithms.
 
     Returns:
-        The plan, JSON-able; it is saved in the compression state, and compared when that is resumed.
+        The plan, JSON-able. It is saved in the compression state and compared with the new plan on resuming.
 
     Example:
         ```python
@@ -171,7 +170,7 @@ def compress_observe(model: nn.Module, context: Context) -> None:
     """For initializers: sees the uncompressed model, before the first commit.
 
     Args:
-        model: The model, untouched; must be left as it is.
+        model: The uncompressed model; must not be changed.
         context: The context.
 
     Example:
@@ -187,15 +186,15 @@ def compress_observe(model: nn.Module, context: Context) -> None:
 def compress_commit(model: nn.Module, algorithm: Algorithm, plan: Plan, context: Context) -> None:
     """Changes the model: adds transforms, applies initial levels. Required.
 
-    Called once, in pipeline order, when every algorithm of its stage has planned. Changes go through transforms
-    (`compress_core.mask_weight`, `compress_core.transforms`); an algorithm that writes to weights says so with
-    `changes_in_place = True`, one that replaces modules with `replaces_modules = True`, or it is refused. What an
-    earlier algorithm has added has to stay.
+    Called once, in pipeline order, after every algorithm of its stage has planned. Changes should be transforms
+    (`compress_core.mask_weight`, `compress_core.transforms`). An algorithm that writes to weights must declare
+    `changes_in_place = True`, one that replaces modules `replaces_modules = True`; otherwise it is refused. Transforms
+    that earlier algorithms added must stay.
 
     Args:
-        model: The model, as the algorithms before this one have left it.
+        model: The model after the commits of all earlier algorithms.
         algorithm: The algorithm that commits.
-        plan: What it has planned.
+        plan: Its plan.
         context: The context; `context.resuming` tells whether a compression state is being resumed.
 
     Example:
@@ -210,15 +209,15 @@ def compress_commit(model: nn.Module, algorithm: Algorithm, plan: Plan, context:
 
 @hookspec
 def compress_calibrate(model: nn.Module, algorithm: Algorithm, context: Context) -> None:
-    """Sets up the algorithm's own values from data, on the committed model.
+    """Computes the algorithm's values from data, on the committed model.
 
-    Called once, in pipeline order, when every algorithm has committed, with the model in eval mode and without
-    gradients; not when a state is resumed.
+    Called once, in pipeline order, after every algorithm has committed, with the model in eval mode and without
+    gradients. Not called when a state is resumed.
 
     Args:
         model: The committed model.
         algorithm: The algorithm that calibrates.
-        context: `context.calibration_data(path)` gives the batches, or an error that names `path`.
+        context: The context. `context.calibration_data(path)` returns the batches or raises an error that names `path`.
 
     Example:
         ```python
@@ -234,12 +233,12 @@ def compress_calibrate(model: nn.Module, algorithm: Algorithm, context: Context)
 
 @hookspec
 def compress_initialize(model: nn.Module, context: Context) -> None:
-    """For initializers: runs once on the finished model, and again when the user asks for it.
+    """For initializers: runs once on the calibrated model, and again when the user asks for it.
 
     The model is in eval mode, and no gradients are recorded.
 
     Args:
-        model: The compressed model, all algorithms committed and calibrated.
+        model: The compressed model, after all algorithms have committed and calibrated.
         context: The context.
 
     Example:
@@ -253,11 +252,11 @@ def compress_initialize(model: nn.Module, context: Context) -> None:
 
 @hookspec
 def compress_shrunk(model: nn.Module, algorithm: Algorithm, shrinkage: Shrinkage, context: Context) -> None:
-    """Tensors of the model have become smaller: channels were removed.
+    """Updates the algorithm after channels were removed and tensors of the model became smaller.
 
-    Called for each algorithm after `strip` (then `model` is mostly a copy) and `shrink`, and when such a state is
-    resumed. Transforms have been sliced already, as they declare; what an algorithm keeps by size or by index elsewhere
-    is its own to correct.
+    Called for each algorithm after `strip` (where `model` is usually a copy) and `shrink`, and when a state of a shrunk
+    model is resumed. Transforms have been sliced already, as they declare. The algorithm corrects whatever else it
+    stores that depends on sizes or indices.
 
     Args:
         model: The smaller model.
@@ -278,12 +277,12 @@ def compress_shrunk(model: nn.Module, algorithm: Algorithm, shrinkage: Shrinkage
 
 @hookspec
 def compress_step(model: nn.Module, algorithm: Algorithm, clock: Clock, context: Context) -> None:
-    """The training loop begins an optimizer step (`controller.scheduler.step()`).
+    """Called when the training loop begins an optimizer step (`controller.scheduler.step()`).
 
     Args:
         model: The compressed model.
         algorithm: The algorithm.
-        clock: Epoch and step that begin now.
+        clock: The epoch, and the step that begins now.
         context: The context.
 
     Example:
@@ -297,7 +296,7 @@ def compress_step(model: nn.Module, algorithm: Algorithm, clock: Clock, context:
 
 @hookspec
 def compress_epoch_step(model: nn.Module, algorithm: Algorithm, clock: Clock, context: Context) -> None:
-    """The training loop begins an epoch (`controller.scheduler.epoch_step()`).
+    """Called when the training loop begins an epoch (`controller.scheduler.epoch_step()`).
 
     Args:
         model: The compressed model.
@@ -316,7 +315,7 @@ def compress_epoch_step(model: nn.Module, algorithm: Algorithm, clock: Clock, co
 
 @hookspec
 def compress_loss(model: nn.Module, algorithm: Algorithm, batch: Batch | None, context: Context) -> torch.Tensor | None:
-    """Returns what the algorithm adds to the task's loss (a scalar that can be differentiated), or None.
+    """Returns the term that the algorithm adds to the task's loss, a differentiable scalar, or None.
 
     Args:
         model: The compressed model.
@@ -336,7 +335,7 @@ def compress_loss(model: nn.Module, algorithm: Algorithm, batch: Batch | None, c
 
 @hookspec
 def compress_statistics(model: nn.Module, algorithm: Algorithm, context: Context) -> Statistics:  # type: ignore[empty-body]
-    """Returns figures measured on the model as it is now: reached, not requested.
+    """Returns figures measured on the current model, such as the level reached rather than the level requested.
 
     Args:
         model: The compressed model.
@@ -354,7 +353,7 @@ def compress_statistics(model: nn.Module, algorithm: Algorithm, context: Context
 
 @hookspec
 def compress_stage(model: nn.Module, algorithm: Algorithm, context: Context) -> CompressionStage:  # type: ignore[empty-body]
-    """Returns how far this algorithm has come; an algorithm without this hook counts as fully compressed.
+    """Returns the progress of this algorithm; an algorithm without this hook counts as fully compressed.
 
     Args:
         model: The compressed model.
@@ -373,9 +372,9 @@ def compress_stage(model: nn.Module, algorithm: Algorithm, context: Context) -> 
 
 @hookspec
 def compress_state(model: nn.Module, algorithm: Algorithm, context: Context) -> Mapping[str, Any]:  # type: ignore[empty-body]
-    """Returns the algorithm's state that is not in the model's `state_dict`: JSON-able.
+    """Returns the part of the algorithm's state that is not in the model's `state_dict`, JSON-able.
 
-    Tensors belong into transforms, as buffers or parameters: the model's own `state_dict` saves them.
+    Keep tensors as buffers or parameters of transforms, so that the model's own `state_dict` saves them.
 
     Args:
         model: The compressed model.
@@ -393,12 +392,12 @@ def compress_state(model: nn.Module, algorithm: Algorithm, context: Context) -> 
 
 @hookspec
 def compress_load_state(model: nn.Module, algorithm: Algorithm, state: Mapping[str, Any], context: Context) -> None:
-    """Takes back what `compress_state` returned; called on the committed model instead of calibration.
+    """Restores the state that `compress_state` returned; called on the committed model instead of calibration.
 
     Args:
-        model: The committed model; its `state_dict` is loaded by the user, mostly afterwards.
+        model: The committed model; the user loads its `state_dict`, usually afterwards.
         algorithm: The algorithm.
-        state: What `compress_state` returned, through JSON.
+        state: What `compress_state` returned, after a round trip through JSON.
         context: The context.
 
     Example:
@@ -414,8 +413,8 @@ def compress_load_state(model: nn.Module, algorithm: Algorithm, state: Mapping[s
 def compress_strip(model: nn.Module, algorithm: Algorithm, context: Context) -> None:
     """Bakes the algorithm's changes into a plain model and removes its helpers.
 
-    Called in reverse pipeline order by `controller.strip()`, mostly on a copy. What is left of weight transforms after
-    every algorithm had its turn, the core bakes: an algorithm that only masks needs no implementation.
+    Called in reverse pipeline order by `controller.strip()`, usually on a copy. Afterwards the core bakes the weight
+    transforms that are left, so an algorithm that only masks needs no implementation.
 
     Args:
         model: The model to strip.
@@ -436,23 +435,22 @@ def compress_strip(model: nn.Module, algorithm: Algorithm, context: Context) -> 
 def compress_export(
     model: nn.Module, algorithm: Algorithm, context: Context, target: ExportTarget
 ) -> GraphRewrite | None:
-    """Prepares a copy of the model for an export: replaces helpers by what the format can say.
+    """Prepares a copy of the model for an export: replaces helpers by operators that the format has.
 
-    Called in pipeline order by `controller.export_onnx()`, on a copy in eval mode on the CPU: masks and pruned filters
-    are final when the quantization of what is left begins. An algorithm without this hook is stripped
-    (`compress_strip`) at its turn. What is left of weight transforms after every algorithm had its turn, the core
-    bakes. Whatever an implementation does, the exported file has to compute what the compressed model does: that is
-    checked before the file is written.
+    Called in pipeline order by `controller.export_onnx()`, on a copy in eval mode on the CPU, so masks and pruned
+    filters are final before quantization is exported. For an algorithm without this hook, `compress_strip` is called
+    instead. Afterwards the core bakes the weight transforms that are left. Before the file is written, the core checks
+    that it computes the same as the compressed model.
 
     Args:
-        model: The copy; it is thrown away when it has been exported.
+        model: The copy; it is discarded after the export.
         algorithm: The algorithm.
         context: The context.
         target: The format and its version.
 
     Returns:
-        None, or a function that changes the exported graph in place (for the format `onnx` an `onnx_ir.Model`): called
-        in pipeline order before the graph is checked.
+        None, or a function that changes the exported graph in place (for the format `onnx` an `onnx_ir.Model`). These
+        functions are called in pipeline order before the graph is checked.
 
     Example:
         ```python

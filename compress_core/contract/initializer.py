@@ -29,14 +29,14 @@ class Phase(enum.IntEnum):
 class Initializer:
     """Base class of an initializer that algorithms share; one instance serves one model.
 
-    Each algorithm's section may hold `initializer.<name>`. All requests are merged into one instance, which runs once
-    after every algorithm has committed and calibrated. A subclass implements `compress_initialize`, and
+    Each algorithm's section may contain `initializer.<name>`. All requests are merged into one instance, which runs
+    once, after every algorithm has committed and calibrated. A subclass implements `compress_initialize`, and
     `compress_observe` if it has to see the uncompressed model.
 
     Attributes:
-        name: The key in the section `initializer`.
-        Config: The class of its section.
-        struct: Type of the object of `register_extra_structs` that carries its data, if it takes any.
+        name: Its key in the section `initializer`.
+        Config: The class of its config section.
+        struct: Type of the object of `register_extra_structs` that carries its data; None if it needs no data.
         phase: When it runs; within a phase the order is that of the names.
         needs_uncompressed: Whether it needs the uncompressed model: see `Algorithm`.
     """
@@ -53,16 +53,16 @@ class Initializer:
 
     @classmethod
     def from_requests(cls, requests: Mapping[str, InitializerConfig]) -> Self | None:
-        """Merges what the algorithms asked for.
+        """Merges the requests of all algorithms into one initializer.
 
         Args:
-            requests: Path of the request -> the section; may be empty.
+            requests: Config path of the request -> the section; may be empty.
 
         Returns:
             The initializer, or None when there is nothing to do.
 
         Raises:
-            ConfigError: The requests contradict one another. Here: they are not all the same.
+            ConfigError: The requests contradict one another. This implementation requires them to be equal.
         """
         if not requests:
             return None
@@ -77,42 +77,42 @@ class Initializer:
         return cls(first, tuple(requests))
 
     def needs_data(self) -> bool:
-        """Tells whether it has to be given batches."""
+        """Returns whether it needs batches."""
         return self.struct is not None
 
     def check(self, context: Context) -> None:
-        """Raises what can be known to be wrong before anything is touched; data is checked by the core."""
+        """Raises errors that can be found before the model is changed; the core itself checks the data."""
 
     def load_state(self, state: Mapping[str, Any], model: nn.Module, context: Context) -> None:
-        """Takes back, on a model that is being resumed, what `statistics().to_dict()` was when the state was saved.
+        """Restores the initializer's record of its last run, on a model that is being resumed.
 
         Args:
-            state: That dict, through JSON; empty when it had not run.
+            state: `statistics().to_dict()` as it was saved; empty if the initializer had not run.
             model: The committed model.
             context: The context.
         """
 
     def run_again(self, model: nn.Module, context: Context, loader: Any = None, **options: Any) -> None:
-        """Runs once more, on the model as it is now, because the user asks for it (`controller.initialize`).
+        """Runs the initializer again on the current model; called by `controller.initialize`.
 
-        Here: calls `compress_initialize`. A subclass that takes options overrides this.
+        This implementation calls `compress_initialize`. A subclass that takes options overrides it.
 
         Args:
             model: The compressed model.
             context: The context.
-            loader: Batches that take precedence over those that were given before.
-            options: What the user gives besides.
+            loader: Batches that take precedence over those given before.
+            options: Further options of the user.
 
         Raises:
-            UsageError: There are options, and this initializer takes none.
+            UsageError: There are options, but this initializer takes none.
         """
         if options:
             raise UsageError(f"'{self.name}' takes no options, got {', '.join(options)}")
-        hook: Any = getattr(self, "compress_initialize")  # noqa: B009 - subclasses have it, with the arguments they need
+        hook: Any = getattr(self, "compress_initialize")  # noqa: B009 - subclasses have it, with the arguments they use
         arguments = {"model": model, "context": context}
         with context.reading(loader):
             hook(**{name: arguments[name] for name in inspect.signature(hook).parameters})
 
     def statistics(self) -> Statistics | None:
-        """Returns what it did, or None when it has not run."""
+        """Returns figures about the last run, or None when it has not run."""
         return None

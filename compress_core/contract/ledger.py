@@ -23,10 +23,10 @@ class LedgerEntry:
     """One value of the config.
 
     Attributes:
-        path: Where it stands in the document.
-        value: What it says.
+        path: Its path in the config.
+        value: The value itself.
         effect: What it did, in words.
-        modules: Dotted names of what it touched.
+        modules: Dotted names of what it changed.
     """
 
     path: str
@@ -36,7 +36,10 @@ class LedgerEntry:
 
 
 class Ledger(Statistics):
-    """What each value that the user wrote has done."""
+    """Records the effect of each value in the config.
+
+    A value without an effect means that the model is not what the config says, so such values are reported.
+    """
 
     def __init__(self) -> None:
         self._entries: dict[str, LedgerEntry] = {}
@@ -48,7 +51,7 @@ class Ledger(Statistics):
         return self._entries[path]
 
     def record(self, path: str, value: Any, effect: str, modules: Iterable[str] = ()) -> None:
-        """Writes down what a value did; a second entry for a path replaces the first."""
+        """Records what a value did; a second entry for a path replaces the first."""
         self._entries[path] = LedgerEntry(path, value, effect, tuple(modules))
 
     def close_section(
@@ -60,17 +63,17 @@ class Ledger(Statistics):
         read_later: Sequence[str] = (),
         strict: bool,
     ) -> None:
-        """Records every value of an algorithm's section that has no entry yet, and finds those that nobody read.
+        """Records every value of an algorithm's section that has no entry yet, and reports values that were never read.
 
         Args:
-            path: Path of the section.
+            path: Config path of the section.
             config: The section.
-            targets: What the algorithm changed.
+            targets: Dotted names of what the algorithm changed.
             read_later: Values that will be read in training.
             strict: Whether a value without effect is an error; otherwise it is a warning.
 
         Raises:
-            ConfigError: Values were given that nothing has read: they cannot have had an effect.
+            ConfigError: A value was given but never read, so it cannot have had an effect.
         """
         self.refuse_unread(path, config, read_later=read_later, strict=strict)
         modules = tuple(targets)
@@ -81,10 +84,10 @@ class Ledger(Statistics):
     def refuse_unread(
         self, path: str, config: AlgorithmConfig, *, read_later: Sequence[str] = (), strict: bool
     ) -> None:
-        """Finds values of a section that were given and that nobody has read or recorded.
+        """Reports values of a section that were given but neither read nor recorded.
 
         Raises:
-            ConfigError: There are some, and `strict`; otherwise they are warnings.
+            ConfigError: There are such values and `strict` is true; otherwise they are warnings.
         """
         problems = []
         for leaf, value, was_read in config.given_leaves():
@@ -105,10 +108,10 @@ class Ledger(Statistics):
             logger.warning("config: %s", problem)
 
     def close_root(self, root: Section) -> None:
-        """Records the keys at the top of the document, which describe model and hardware for whoever asks.
+        """Records the top-level keys of the config; an unused one is not an error, it may describe model or hardware.
 
         Args:
-            root: That part of the document.
+            root: The top-level keys.
         """
         for path, value, was_read in root.given_leaves():
             if path not in self._entries and not any(entry.startswith(f"{path}.") for entry in self._entries):
@@ -127,5 +130,5 @@ class Ledger(Statistics):
 
 
 def _json_able(value: Any) -> Any:
-    # Functions, such as a guard, stand in configs that are dicts; their name says enough.
+    # A config that is a dict may contain functions, such as a guard; they are recorded by name.
     return getattr(value, "__qualname__", type(value).__name__) if callable(value) else value

@@ -1,4 +1,4 @@
-"""What algorithms with one level have in common: a level that is set, and masks that are frozen."""
+"""`LevelAlgorithm`: base class of algorithms that compress to one level, with masks that can be frozen."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from compress_core.errors import UsageError
 
 
 class LevelAlgorithm(Algorithm):
-    """Base of algorithms that compress by a level in [0, 1), such as a share of weights that become zero.
+    """Base class of algorithms that compress to a level in [0, 1), such as the share of weights that become zero.
 
-    A subclass implements `set_level` and `level`; it gets `freeze`, `frozen`, and `compression_rate`, which can be set.
+    A subclass implements `set_level` and `level`; it inherits `freeze`, `frozen`, and a settable `compression_rate`.
     """
 
     def __init__(self, config: AlgorithmConfig) -> None:
@@ -20,7 +20,7 @@ class LevelAlgorithm(Algorithm):
         self._frozen = False
 
     def level(self) -> float:
-        """Returns the level that there is, measured."""
+        """Returns the level measured on the model."""
         raise NotImplementedError
 
     def set_level(self, level: float) -> None:
@@ -29,7 +29,7 @@ class LevelAlgorithm(Algorithm):
 
     @property
     def compression_rate(self) -> float:
-        """The level, measured; setting it sets the level and freezes the masks."""
+        """The measured level; setting it sets the level and freezes the masks."""
         return self.level()
 
     @compression_rate.setter
@@ -44,11 +44,11 @@ class LevelAlgorithm(Algorithm):
 
     @property
     def frozen(self) -> bool:
-        """Whether the masks stay as they are."""
+        """Whether the masks are frozen, that is, do not change any more."""
         return self._frozen
 
     def freeze(self, freeze: bool = True) -> None:
-        """Keeps the masks as they are, or lets them change again.
+        """Freezes the masks, or lets them change again.
 
         Raises:
             UsageError: `freeze` is neither True nor False.

@@ -1,13 +1,13 @@
-"""The level functions that schedules share.
+"""Functions from time to compression level that several schedules share.
 
-They are pure: a level is a function of the time, so that a resumed run cannot drift from the first.
+They are pure functions of the time, so that a resumed run has the same levels as an uninterrupted one.
 """
 
 from __future__ import annotations
 
 
 def progress(time: float, duration: float) -> float:
-    """Returns time / duration, held within [0, 1]; with no duration everything is done at once."""
+    """Returns time / duration, clamped to [0, 1]; 1 if the duration is 0."""
     return min(max(time / duration, 0.0), 1.0) if duration > 0 else 1.0
 
 
@@ -19,8 +19,8 @@ def polynomial_level(initial: float, target: float, done: float, *, power: float
         target: Level at the end.
         done: Progress, 0 to 1.
         power: Exponent.
-        concave: Fast first (`target - (target - initial) * (1 - done)^power`, Zhu & Gupta 2017, equation 1) instead of
-            slow first (`initial + (target - initial) * done^power`).
+        concave: True: the level rises fast first (`target - (target - initial) * (1 - done)^power`, Zhu & Gupta 2017,
+            equation 1). False: it rises slowly first (`initial + (target - initial) * done^power`).
     """
     if concave:
         return float(target - (target - initial) * (1 - done) ** power)
@@ -28,9 +28,9 @@ def polynomial_level(initial: float, target: float, done: float, *, power: float
 
 
 def exponential_level(initial: float, target: float, time: float, duration: float) -> float:
-    """Returns the level at which the density decays geometrically from `1 - initial` to `1 - target` in `duration`."""
+    """Returns the level of a schedule whose density decays geometrically from `1 - initial` to `1 - target`."""
     if duration <= 0 or time >= duration:
         return target
     density: float = (1 - initial) * ((1 - target) / (1 - initial)) ** (max(time, 0.0) / duration)
-    # The density never falls below the target's, nor the level rises above it, whatever floating point does.
+    # Rounding errors must not raise the level above the target.
     return min(1 - density, target)

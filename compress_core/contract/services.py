@@ -1,4 +1,4 @@
-"""What the core offers to algorithms besides the model: services of the context."""
+"""Interfaces of the services that the context offers to algorithms."""
 
 from __future__ import annotations
 
@@ -9,31 +9,31 @@ from torch import nn
 
 
 class BatchNormService(Protocol):
-    """The running statistics of one model, as `context.batch_norm`."""
+    """Adapts the running statistics of one model; algorithms use it as `context.batch_norm`."""
 
     def adapted(self, enabled: bool = True) -> AbstractContextManager[None]:
-        """Returns a context in which changes of transforms are followed by an adaptation, if `enabled`.
+        """Returns a context manager that adapts the statistics on exit, if `enabled`.
 
-        The model as it is on entering is what the present statistics belong to. For methods such as
-        `set_sparsity_level(..., run_batchnorm_adaptation=True)`.
+        Change transforms inside it, in methods such as `set_sparsity_level(..., run_batchnorm_adaptation=True)`. The
+        present statistics are taken to belong to the model as it is on entry.
 
         Raises:
-            DataError: On entering: there are no batches to adapt with.
+            DataError: On entry: there are no batches to adapt with.
         """
 
     def as_it_will_be(self) -> AbstractContextManager[None]:
-        """Returns a context in which batch norm has the statistics that the coming adaptation is going to give it.
+        """Returns a context manager in which batch norm has the statistics that the coming adaptation will set.
 
-        For `compress_calibrate` of algorithms that measure activations. Where no adaptation is asked for, or none is
-        installed, batch norm stays as it is.
+        For `compress_calibrate` of algorithms that measure activations. If the config does not ask for adaptation, or
+        it is not installed, batch norm stays unchanged.
         """
 
 
 class UncompressedService(Protocol):
-    """The model as it was before the first commit, as `context.uncompressed()` and `context.teacher`."""
+    """Provides the model as it was before the first commit: `context.uncompressed()` and `context.teacher`."""
 
     def view(self) -> AbstractContextManager[nn.Module]:
-        """Returns a context in which there is the uncompressed model, during creation."""
+        """Returns a context manager that gives the uncompressed model, during creation."""
 
     def teacher(self) -> nn.Module:
-        """Returns the frozen copy that lasts through training."""
+        """Returns the frozen copy that stays available in training."""

@@ -1,4 +1,4 @@
-"""Where an algorithm stands in the pipeline, and how far compression has come."""
+"""`Stage`, the position of an algorithm in the pipeline, and `CompressionStage`, the progress of compression."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["CompressionStage", "Stage"]
 
 
 class CompressionStage(enum.IntEnum):
-    """How far compression has come, with the names and values that NNCF users know."""
+    """The progress of compression, with NNCF's names and values."""
 
     UNCOMPRESSED = 0
     PARTIALLY_COMPRESSED = 1
@@ -19,7 +19,7 @@ class CompressionStage(enum.IntEnum):
 
     @staticmethod
     def combine(stages: Iterable[CompressionStage]) -> CompressionStage:
-        """Returns the common stage when all agree, else `PARTIALLY_COMPRESSED`; without any, `UNCOMPRESSED`."""
+        """Returns the common stage if all are equal, else `PARTIALLY_COMPRESSED`; `UNCOMPRESSED` if there are none."""
         distinct = set(stages)
         if not distinct:
             return CompressionStage.UNCOMPRESSED

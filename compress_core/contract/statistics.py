@@ -14,9 +14,9 @@ class Table:
     """A table of a report.
 
     Attributes:
-        title: What it shows.
+        title: The line above the table.
         headers: One for each column.
-        rows: Cells; numbers are formatted for the reader.
+        rows: The cells of each row; numbers are formatted when the table is printed.
     """
 
     title: str
@@ -39,7 +39,7 @@ def _shown(cell: Any) -> str:
 
 
 class Statistics:
-    """Base of what `compress_statistics` returns."""
+    """Base class of what `compress_statistics` returns."""
 
     def tables(self) -> Sequence[Table]:
         """Returns the report as tables."""
@@ -56,11 +56,11 @@ class Statistics:
 
 @dataclass(frozen=True)
 class TableStatistics(Statistics):
-    """Statistics that are a few values and tables: enough for most plugins.
+    """Statistics made of a few named figures and tables; enough for most plugins.
 
     Attributes:
         values: Named figures, JSON-able.
-        extra_tables: Tables that follow the one of the figures.
+        extra_tables: Tables that follow the table of figures.
         title: Title of the table of figures.
     """
 
@@ -80,12 +80,12 @@ class TableStatistics(Statistics):
 
 @dataclass(frozen=True)
 class CompressionStatistics(Statistics):
-    """Everything that is known about a compressed model.
+    """The statistics of all algorithms and initializers of a compressed model.
 
-    The statistics of an algorithm or initializer are attributes too: `statistics.magnitude_sparsity`.
+    The statistics of one of them are also an attribute: `statistics.magnitude_sparsity`.
 
     Attributes:
-        parts: By name of the algorithm or initializer.
+        parts: Statistics by name of the algorithm or initializer.
     """
 
     parts: Mapping[str, Statistics] = field(default_factory=dict)

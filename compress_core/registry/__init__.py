@@ -1,4 +1,4 @@
-"""What is installed: finding plugins, holding them against the contract, and asking them what they contribute."""
+"""The registry: finds installed plugins, checks them against the contract, and collects what they contribute."""
 
 from compress_core.registry.plugins import ContributedChoice, Contribution, LoadFailure, PluginInfo
 from compress_core.registry.registry import Registry, default_registry, use_registry

@@ -1,4 +1,4 @@
-"""Strict registration: what pluggy lets pass, and what would then silently never run."""
+"""Strict checks of plugins: finds mistakes that pluggy accepts, with the result that a hook silently never runs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def hook_names() -> dict[str, tuple[str, ...]]:
     }
 
 
-# Who may implement what; lifecycle hooks that stand in neither set are algorithms'.
+# Which kind of class may implement which hook; lifecycle hooks in neither set belong to algorithms.
 _REGISTRATION = frozenset(
     ["compress_algorithms", "compress_initializers", "compress_choices", "compress_choice_points"]
 )
@@ -39,15 +39,15 @@ _OF_INITIALIZERS = frozenset(["compress_observe", "compress_initialize"])
 
 
 def check_plugin(plugin: object, label: str) -> None:
-    """Holds everything about `plugin` that looks like a hook implementation against the contract.
+    """Checks everything in `plugin` that looks like a hook implementation against the contract.
 
     Args:
         plugin: A module, or an instance.
         label: How messages name it.
 
     Raises:
-        PluginError: It is a class, implements no hook, or an implementation would not be called, or not as it expects;
-            the message tells everything that is wrong.
+        PluginError: It is a class, implements no hook, or an implementation would not be called as intended; the
+            message lists everything that is wrong.
     """
     if inspect.isclass(plugin):
         raise PluginError(f"{label} is the class {plugin.__name__}; register an instance of it, or a module")
@@ -63,8 +63,8 @@ def implementation_problems(plugin: object, misplaced: frozenset[str] = frozense
 
     Args:
         plugin: A module, or an instance.
-        misplaced: Hooks that such a plugin may not implement.
-        instead: Who implements these.
+        misplaced: Hooks that this kind of plugin may not implement.
+        instead: What implements these hooks, for messages.
     """
     specs, problems = hook_names(), []
     for name, function in _candidates(plugin):
@@ -89,10 +89,10 @@ def implementation_problems(plugin: object, misplaced: frozenset[str] = frozense
 
 def _kind_problems(function: Callable[..., Any], options: dict[str, Any], name: str, where: str) -> list[str]:
     if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
-        return [f"{where} is async, and nobody would await it; make it a plain function"]
+        return [f"{where} is async and would never be awaited; make it a plain function"]
     wraps = options.get("wrapper") or options.get("hookwrapper")
     if inspect.isgeneratorfunction(function) and not wraps and name not in _REGISTRATION:
-        return [f"{where} is a generator, and nobody would run it; make it a plain function"]
+        return [f"{where} is a generator and would never be run; make it a plain function"]
     return []
 
 
@@ -100,7 +100,7 @@ def _kind_problems(function: Callable[..., Any], options: dict[str, Any], name: 
 
 
 def check_algorithm(cls: type[Algorithm]) -> list[str]:
-    """Returns everything that is wrong with a class of algorithms."""
+    """Returns everything that is wrong with an algorithm class."""
     name, problems = cls.__name__, _name_problems(cls)
     if not isinstance(getattr(cls, "stage", None), Stage):
         problems.append(f"{name}.stage must be a compress_core.Stage")
@@ -120,7 +120,7 @@ def check_algorithm(cls: type[Algorithm]) -> list[str]:
 
 
 def check_initializer(cls: type[Initializer]) -> list[str]:
-    """Returns everything that is wrong with a class of initializers."""
+    """Returns everything that is wrong with an initializer class."""
     name, problems = cls.__name__, _name_problems(cls)
     problems += _config_problems(cls, InitializerConfig)
     if not callable(getattr(cls, "compress_initialize", None)):
@@ -131,7 +131,7 @@ def check_initializer(cls: type[Initializer]) -> list[str]:
 
 
 def _hook_problems(cls: type[Any], misplaced: frozenset[str], instead: str) -> list[str]:
-    # An instance needs a config, which there is none of yet; __init__ is not what is checked here.
+    # Without calling __init__, which needs a config; only the methods are checked here.
     instance: Any = object.__new__(cls)
     found = implementation_problems(instance, misplaced, instead)
     return [f"{cls.__name__}.{problem}" for problem in found]
@@ -156,7 +156,7 @@ def _config_problems(cls: type[Any], base: type[Section]) -> list[str]:
 
 
 def _leaves(config: type[BaseModel], prefix: str = "") -> dict[str, bool]:
-    """Returns every field of a section and of those below it, dotted -> whether it has a description."""
+    """Returns the dotted name of every field of a section and its nested sections -> whether it has a description."""
     found: dict[str, bool] = {}
     for name, field in config.model_fields.items():
         path = f"{prefix}{name}"
@@ -173,7 +173,7 @@ def _sections_in(annotation: Any) -> list[type[BaseModel]]:
 
 
 def _attribute_problems(cls: type[Any], base: type[Any]) -> list[str]:
-    """Class attributes that look like a slip of the pen: nobody would ever read them."""
+    """Returns problems with class attributes that look like misspellings, which would never be read."""
     known = [name for name in {*dir(base), *base.__annotations__} if not name.startswith("_")]
     problems = []
     own = {name: value for k in cls.__mro__ if issubclass(k, base) and k is not base for name, value in vars(k).items()}
@@ -184,12 +184,12 @@ def _attribute_problems(cls: type[Any], base: type[Any]) -> list[str]:
         if meant is None and isinstance(value, type) and issubclass(value, Section):
             meant = "Config" if "Config" not in own else None
         if meant is not None:
-            problems.append(f"{cls.__name__}.{name} is not read by anybody. Did you mean '{meant}'?")
+            problems.append(f"{cls.__name__}.{name} is never read. Did you mean '{meant}'?")
     return problems
 
 
 def _is_slip(name: str, word: str) -> bool:
-    """Tells whether two words are one letter apart: one more, one less, another one, or two changed places."""
+    """Returns whether two words differ by one letter inserted, removed, replaced, or swapped with its neighbour."""
     left, right = name.lower().replace("_", ""), word.lower().replace("_", "")
     if left == right:
         return True
@@ -201,7 +201,7 @@ def _is_slip(name: str, word: str) -> bool:
 
 
 class _Manager(pluggy.PluginManager):
-    """Never computes a property because somebody registers a plugin, as pluggy before 1.7 would."""
+    """A plugin manager that does not evaluate properties at registration, as pluggy before 1.7 does."""
 
     def parse_hookimpl_opts(self, plugin: Any, name: str) -> Any:
         if isinstance(inspect.getattr_static(plugin, name, None), property):
@@ -220,7 +220,7 @@ def _candidates(plugin: object) -> Iterator[tuple[str, Callable[..., Any]]]:
     for name in dir(plugin):
         if name.startswith("__"):
             continue
-        # Looked up on the type first: a property must not be computed because somebody registers a plugin.
+        # Looked up on the type first, because registering a plugin must not evaluate its properties.
         static = inspect.getattr_static(plugin, name, None)
         if isinstance(static, property):
             continue
@@ -248,7 +248,7 @@ def _argument_problems(function: Callable[..., Any], allowed: tuple[str, ...], w
     problems = []
     for parameter in inspect.signature(function).parameters.values():
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-            problems.append(f"{where} takes *{parameter.name}, which is never filled; name the arguments it needs")
+            problems.append(f"{where} takes *{parameter.name}, which is never filled; name the arguments that it needs")
         elif parameter.name not in allowed:
             hint = _near_word(parameter.name, allowed) or f" The hook has: {', '.join(allowed) or 'none'}."
             problems.append(f"{where} asks for an argument '{parameter.name}' that the hook does not have.{hint}")

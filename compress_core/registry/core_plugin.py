@@ -1,4 +1,4 @@
-"""What the core contributes itself to open points: registered like anybody's."""
+"""The choice points and choices of the core itself, registered like those of any plugin."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from compress_core.contract.schedules import exponential_level
 
 
 def exponential(initial: float, target: float, duration: float) -> Callable[[float], float]:
-    """The density decays geometrically."""
+    """Lets the density decay geometrically."""
     return lambda time: exponential_level(initial, target, time, duration)
 
 
 @hookimpl
 def compress_choice_points() -> list[ChoicePoint]:
-    """Returns the points that belong to no algorithm alone."""
+    """Returns the choice points that do not belong to a single algorithm."""
     return [
         ChoicePoint(
             "level_schedule",
@@ -36,6 +36,6 @@ def compress_choice_points() -> list[ChoicePoint]:
 
 @hookimpl
 def compress_choices() -> list[Choice]:
-    """Returns the schedule that sparsity and pruning share."""
+    """Returns the level schedule that sparsity and pruning share."""
     choices: list[tuple[str, Any]] = [("exponential", exponential)]
     return [Choice("level_schedule", name, function) for name, function in choices]

@@ -1,4 +1,4 @@
-"""Who contributed what, and what could not be loaded."""
+"""Records of which plugin contributed what, and which plugins could not be loaded."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from compress_core.contract.initializer import Initializer
 
 @dataclass(frozen=True)
 class PluginInfo:
-    """Who contributed something.
+    """Identifies a plugin.
 
     Attributes:
-        name: The entry point's name.
-        distribution: The installed package it came with; empty when it was registered in the process.
-        version: That package's version.
+        name: The name of its entry point.
+        distribution: The installed package that has the entry point; empty for a plugin registered in the process.
+        version: The version of that package.
     """
 
     name: str
@@ -30,12 +30,12 @@ class PluginInfo:
 
     @property
     def label(self) -> str:
-        """How messages begin that are about this plugin."""
+        """The beginning of messages about this plugin."""
         return str(self) if self.distribution else f"plugin '{self.name}'"
 
     @classmethod
     def of(cls, point: importlib.metadata.EntryPoint) -> PluginInfo:
-        """Returns who an entry point belongs to."""
+        """Returns the plugin of an entry point."""
         distribution = point.dist
         if distribution is None:
             return cls(point.name)
@@ -47,7 +47,7 @@ Kind = TypeVar("Kind", Algorithm, Initializer)
 
 @dataclass(frozen=True)
 class Contribution(Generic[Kind]):
-    """An algorithm class or initializer class, and who brought it."""
+    """An algorithm class or initializer class, and the plugin that contributed it."""
 
     cls: type[Kind]
     plugin: PluginInfo
@@ -55,7 +55,7 @@ class Contribution(Generic[Kind]):
 
 @dataclass(frozen=True)
 class ContributedChoice:
-    """A choice, and who brought it."""
+    """A choice, and the plugin that contributed it."""
 
     choice: Choice
     plugin: PluginInfo
@@ -63,7 +63,7 @@ class ContributedChoice:
 
 @dataclass(frozen=True)
 class LoadFailure:
-    """A plugin that is installed and could not be used."""
+    """A plugin that is installed but could not be loaded."""
 
     plugin: PluginInfo
     error: BaseException

@@ -1,4 +1,4 @@
-"""Which plugins are installed, what they contribute, and what went wrong with the others."""
+"""`Registry`: the installed plugins, what they contribute, and which could not be loaded."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ logger = logging.getLogger(__name__)
 
 
 class Registry:
-    """What is installed. One for the process, made when it is first needed; installing is not activating.
+    """The installed plugins. A process has one registry, created on first use.
 
-    Plugins are imported when a name asks for them. Something that is wanted by name (an algorithm, an initializer, a
-    choice) is looked for in the entry points of that name first, and in all others only if it is not there: a plugin
-    that nobody names costs nothing.
+    Plugins are imported on demand, and an installed plugin is not active until a config names it. To find an algorithm,
+    an initializer or a choice by name, the registry first loads the entry points of that name, and all others only if
+    these do not provide it. So a plugin that no config names costs nothing.
 
     Attributes:
         plugins: The plugins that have been loaded.
@@ -52,17 +52,17 @@ class Registry:
     # Finding plugins.
 
     def find_entry_points(self, entry_points: Iterable[importlib.metadata.EntryPoint] | None = None) -> None:
-        """Takes notice of plugins; each is loaded when something of it is wanted.
+        """Finds plugins without loading them; each is loaded on demand.
 
         Args:
-            entry_points: Those to know, instead of the group `compress_core.plugins` of the environment.
+            entry_points: Entry points to use instead of the group `compress_core.plugins` of the environment.
         """
         if entry_points is None:
             entry_points = importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)
         self._pending += entry_points
 
     def load_entry_points(self, entry_points: Iterable[importlib.metadata.EntryPoint] | None = None) -> None:
-        """Loads every plugin; one that fails is a warning and an entry in `failures`.
+        """Loads every plugin; one that fails causes a warning and an entry in `failures`.
 
         Args:
             entry_points: See `find_entry_points`.
@@ -71,7 +71,7 @@ class Registry:
         self.load_all()
 
     def load_all(self) -> None:
-        """Loads every plugin that is known and has not been loaded."""
+        """Loads every plugin that was found but not loaded yet."""
         while self._pending:
             self._load(self._pending.pop(0))
 
@@ -91,19 +91,19 @@ class Registry:
             self.register(point.load(), info)
         except KeyboardInterrupt:
             raise
-        except BaseException as error:  # SystemExit too: a plugin must not end other people's programs
+        except BaseException as error:  # SystemExit too: a plugin must not end the user's program
             self.failures.append(LoadFailure(info, error))
             logger.warning("%s could not be loaded and is left out: %s: %s", info, type(error).__name__, error)
 
     def register(self, plugin: object, info: PluginInfo | str) -> None:
-        """Registers a plugin: all of what it contributes, or nothing.
+        """Registers a plugin: either everything that it contributes, or nothing.
 
         Args:
             plugin: A module or an instance with hook implementations.
-            info: Who it is, or just a name for it.
+            info: Identifies the plugin; may be just a name.
 
         Raises:
-            PluginError: It breaks the contract; the message names the plugin and everything that is wrong.
+            PluginError: The plugin breaks the contract; the message names it and lists everything that is wrong.
         """
         info = PluginInfo(info) if isinstance(info, str) else info
         label = info.label
@@ -162,11 +162,11 @@ class Registry:
                     "uninstall one of them"
                 )
             if initializer.name in self._algorithms:
-                raise PluginError(f"{label}: the name '{initializer.name}' is an algorithm's; choose another")
+                raise PluginError(f"{label}: the name '{initializer.name}' is that of an algorithm; choose another")
         taken = {*self._initializers, *(initializer.name for initializer in initializers)}
         for algorithm in algorithms:
             if algorithm.name in taken:
-                raise PluginError(f"{label}: the name '{algorithm.name}' is an initializer's; choose another")
+                raise PluginError(f"{label}: the name '{algorithm.name}' is that of an initializer; choose another")
 
     def _check_choices(self, points: list[ChoicePoint], choices: list[Choice], label: str) -> None:
         own = {point.name: point for point in points}
@@ -179,7 +179,7 @@ class Registry:
             if point is None:
                 known = [*self._points, *own]
                 raise PluginError(
-                    f"{label}: contributes '{choice.name}' to '{choice.point}', which is no open point."
+                    f"{label}: contributes '{choice.name}' to '{choice.point}', which is not a choice point."
                     f"{did_you_mean(choice.point, known)} There are: {', '.join(known)}"
                 )
             owner = self._choices.get(choice.point, {}).get(choice.name)
@@ -192,10 +192,10 @@ class Registry:
             if (wrong := point.check(choice.value)) is not None:
                 raise PluginError(f"{label}: '{choice.name}' of '{choice.point}' {wrong}; it is {point.description}")
 
-    # What there is.
+    # Looking up contributions.
 
     def algorithms(self) -> dict[str, list[Contribution[Algorithm]]]:
-        """Returns the contributions by algorithm name; more than one for a name is a conflict."""
+        """Returns the contributions by algorithm name; more than one contribution for a name is a conflict."""
         self.load_all()
         return dict(sorted(self._algorithms.items()))
 
@@ -205,7 +205,7 @@ class Registry:
         return dict(sorted(self._initializers.items()))
 
     def points(self) -> dict[str, ChoicePoint]:
-        """Returns the open points by name."""
+        """Returns the choice points by name."""
         self.load_all()
         return dict(sorted(self._points.items()))
 
@@ -215,10 +215,10 @@ class Registry:
         return dict(sorted(self._choices.get(point, {}).items()))
 
     def algorithm(self, name: str) -> Contribution[Algorithm]:
-        """Returns the one contribution of an installed algorithm.
+        """Returns the contribution of an installed algorithm.
 
         Raises:
-            PluginError: Nobody or more than one plugin contributes it.
+            PluginError: No plugin, or more than one, contributes it.
         """
         found = self._found_algorithms(name)
         if len(found) == 1:
@@ -229,7 +229,7 @@ class Registry:
         raise PluginError(self.unknown_algorithm(name))
 
     def initializer(self, name: str) -> Contribution[Initializer] | None:
-        """Returns the contribution of a shared initializer, or None when nobody has it."""
+        """Returns the contribution of a shared initializer, or None when no plugin has it."""
         if name not in self._initializers:
             self._load_named(name)
         if name not in self._initializers:
@@ -237,13 +237,13 @@ class Registry:
         return self._initializers.get(name)
 
     def loaded_initializers(self, names: Iterable[str] = ()) -> dict[str, Contribution[Initializer]]:
-        """Returns the initializers that have been loaded, those of some names among them where there are such."""
+        """Returns the initializers loaded so far, after loading those in `names` as far as they are installed."""
         for name in names:
             self._load_named(name)
         return dict(sorted(self._initializers.items()))
 
     def choice(self, name: str, *points: str) -> ContributedChoice | None:
-        """Returns the choice of a name at the first of some points that has it, or None when nobody contributes it."""
+        """Returns the choice with this name at the first of `points` that has it, or None."""
 
         def found() -> ContributedChoice | None:
             at_points = (self._choices.get(point, {}).get(name) for point in points)
@@ -271,7 +271,7 @@ class Registry:
         return self._algorithms.get(name, [])
 
     def unknown_algorithm(self, name: str) -> str:
-        """Returns the message for an algorithm that nobody contributes: first what concerns it."""
+        """Returns the message for an algorithm that is not installed; problems that concern it come first."""
         self.load_all()
         about_it = [failure for failure in self.failures if name in (failure.plugin.name, failure.plugin.distribution)]
         others = [failure for failure in self.failures if failure not in about_it]
@@ -286,20 +286,20 @@ class Registry:
     def validate_section(
         self, raw: Any, path: str, problems: list[Problem]
     ) -> AlgorithmConfig | UnresolvedSection | None:
-        """Validates an algorithm's section; what is wrong with it is added to `problems`.
+        """Validates an algorithm's section and adds what is wrong with it to `problems`.
 
         Returns:
-            The section, None when it is wrong, or what was written when no installed plugin knows the algorithm and its
-            name is not a misspelling of one that is known.
+            The section; None if it is wrong; an `UnresolvedSection` if the algorithm is not installed and its name does
+            not look like a misspelling of an installed one.
         """
         return validated_section(self, raw, path, problems)
 
     def section_class(self, name: str, initializers: Iterable[str] | None = None) -> type[AlgorithmConfig]:
-        """Returns the class that sections of an installed algorithm are validated with.
+        """Returns the class that validates the sections of an installed algorithm.
 
         Args:
             name: The algorithm.
-            initializers: Names of the shared initializers that it has to know; by default all that are installed.
+            initializers: Names of the shared initializers that it has to accept; by default all installed ones.
         """
         if initializers is None:
             self.load_all()
@@ -324,7 +324,7 @@ def default_registry() -> Registry:
 
 @contextlib.contextmanager
 def use_registry(registry: Registry) -> Iterator[Registry]:
-    """Within the context `registry` takes the place of what is installed (tests, notebooks)."""
+    """Context manager in which `registry` replaces the default one; for tests and notebooks."""
     _in_use.append(registry)
     try:
         yield registry
@@ -332,7 +332,7 @@ def use_registry(registry: Registry) -> Iterator[Registry]:
         _in_use.remove(registry)
 
 
-# The rooms below ask whoever has put himself there.
+# Lower layers cannot import the registry, so it registers itself with them.
 
 
 class _InstalledChoices:

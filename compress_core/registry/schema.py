@@ -1,4 +1,4 @@
-"""The JSON schema of everything that is installed."""
+"""Builds the JSON schema of configs for all installed algorithms."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _TEMPLATE = "#/$defs/{model}"
 
 
 def json_schema(registry: Registry) -> dict[str, Any]:
-    """Returns the schema of a config document (JSON Schema 2020-12).
+    """Returns the schema of a config (JSON Schema 2020-12).
 
     Args:
-        registry: What is installed; an algorithm that two plugins contribute is left out.
+        registry: The installed plugins; an algorithm that two plugins contribute is left out.
     """
     names = [name for name, found in registry.algorithms().items() if len(found) == 1]
     classes = {name: registry.section_class(name) for name in names}
@@ -40,7 +40,7 @@ def json_schema(registry: Registry) -> dict[str, Any]:
 
 
 def _allow_lists_of_one(schema: dict[str, Any]) -> None:
-    """Scopes and inputs may be given without the list; validators see to that, which a schema cannot tell."""
+    """Lets the schema accept a single scope or input without a list, as the validators do."""
     for name, entry in schema.get("properties", {}).items():
         if entry.get("type") == "array" and (name.endswith("_scopes") or name == "input_info"):
             kept = {key: entry.pop(key) for key in ("type", "items")}

@@ -1,4 +1,4 @@
-"""Sections of algorithms: their classes, with the shared initializers in them, and their validation."""
+"""Builds the classes of algorithm sections, shared initializers included, and validates sections with them."""
 
 from __future__ import annotations
 
@@ -17,35 +17,35 @@ from compress_core.registry.plugins import Contribution
 
 
 class SectionClasses:
-    """The classes that sections are validated with, made when they are first wanted."""
+    """The classes that validate sections, each built on first use."""
 
     def __init__(self) -> None:
         self._made: dict[type[Algorithm], type[AlgorithmConfig]] = {}
 
     def forget(self) -> None:
-        """There are other initializers now."""
+        """Discards the classes, because the set of initializers has changed."""
         self._made.clear()
 
     def of(
         self, algorithm: type[Algorithm], initializers: Mapping[str, Contribution[Initializer]]
     ) -> type[AlgorithmConfig]:
-        """Returns the class of an algorithm's sections, which may ask for these initializers."""
+        """Returns the class of an algorithm's sections, with these initializers in it."""
         if algorithm not in self._made:
             self._made[algorithm] = _with_shared_initializers(algorithm.Config, initializers)
         return self._made[algorithm]
 
 
 class Installed(Protocol):
-    """What validation has to know: see `compress_core.registry.Registry`."""
+    """The part of `compress_core.registry.Registry` that validation uses."""
 
     def algorithms(self) -> Mapping[str, Any]:
-        """Returns what there is by name."""
+        """Returns the installed algorithms by name."""
 
     def algorithm(self, name: str) -> Contribution[Algorithm]:
-        """Returns the one of a name, or raises PluginError."""
+        """Returns the algorithm with this name, or raises PluginError."""
 
     def section_class(self, name: str, initializers: Iterable[str] | None = None) -> type[AlgorithmConfig]:
-        """Returns the class of its sections."""
+        """Returns the class of the algorithm's sections."""
 
 
 def validated_section(
@@ -75,7 +75,7 @@ def validated_section(
         return registry.section_class(name, names).model_validate(dict(raw))
     except ValidationError:
         pass
-    # Again with everything that is installed: what is wrong must not depend on what has been loaded by chance.
+    # Validated again with all installed initializers, so that errors do not depend on what happens to be loaded.
     cls = registry.section_class(name)
     try:
         return cls.model_validate(dict(raw))

@@ -1,4 +1,4 @@
-"""The running statistics of the model that is compressed, as algorithms and the controller adapt them."""
+"""Adapts the running statistics of the compressed model, for algorithms and the controller."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from compress_core.transforms.model_wide import swapped_transform_buffers
 
 
 class BatchNorm:
-    """Implements `compress_core.contract.batch_norm.BatchNormService`.
+    """Implements `compress_core.contract.services.BatchNormService`.
 
     Args:
         model: The model.
@@ -33,7 +33,7 @@ class BatchNorm:
         if not enabled:
             yield
             return
-        # Fails before the change when there is no data.
+        # So that missing data is an error before anything is changed.
         self._lifecycle.context.calibration_data("run_batchnorm_adaptation=True", BNAdaptationInitArgs)
         with swapped_transform_buffers(self._model) as as_before:
             yield
@@ -50,11 +50,11 @@ class BatchNorm:
             yield
 
     def adapt(self, loader: Any, num_samples: int | None, method: Any, reference: Any = None) -> AdaptationReport:
-        """Adapts now; arguments that are None are those of the config, see `BatchNormAdaptation.adapt`.
+        """Adapts now; arguments that are None come from the config, see `BatchNormAdaptation.adapt`.
 
         Raises:
             UsageError: Batch-norm adaptation is not installed.
-            DataError: There are no usable batches. All statistics are as before.
+            DataError: There are no usable batches; the statistics are unchanged.
         """
         adaptation = self._adaptation
         if adaptation is None:

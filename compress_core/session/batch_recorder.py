@@ -1,4 +1,4 @@
-"""What the model was called with last in training, for losses that need it."""
+"""Records inputs and outputs of the last forward in training mode, for losses that need them."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from compress_core.torch_internals import remove_forward_hooks
 class BatchRecorder:
     """A forward hook that remembers the last forward in training mode.
 
-    It stands in the hooks of the model, so it goes wherever that is copied or pickled to; a copy remembers nothing,
-    lest it hold tensors that nobody asks for.
+    It is one of the model's hooks, so it is copied and pickled with the model. A copy starts empty and inactive, so
+    that it does not keep tensors alive that nobody uses.
     """
 
     def __init__(self, active: bool = True) -> None:
@@ -23,7 +23,7 @@ class BatchRecorder:
         self._seen: tuple[Any, ...] | None = None
 
     def attach(self, model: nn.Module) -> None:
-        """Begins to watch a model."""
+        """Adds this hook to a model."""
         model.register_forward_hook(self, with_kwargs=True)
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, outputs: Any) -> None:
@@ -44,5 +44,5 @@ class BatchRecorder:
 
 
 def remove_recorders(model: nn.Module) -> None:
-    """Takes recorders, and what copies have left of them, out of the hooks of a model."""
+    """Removes recorders, and the inactive ones of copies, from the hooks of a model."""
     remove_forward_hooks(model, BatchRecorder)

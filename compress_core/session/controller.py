@@ -1,4 +1,4 @@
-"""What the training loop holds."""
+"""`CompressionController`: the user's handle on a compressed model in the training loop."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 class CompressionController:
     """Drives the compression of one model during training.
 
-    Besides its own members it offers those that its algorithms name in `controller_api`, such as
+    It also offers the methods and attributes that its algorithms list in `controller_api`, such as
     `controller.set_sparsity_level(0.7)`.
 
     Attributes:
@@ -66,7 +66,7 @@ class CompressionController:
             self._recorder.attach(model)
 
     def __getattr__(self, name: str) -> Any:
-        # Only called for names that the controller lacks.
+        # Python calls this only for names that the controller does not have itself.
         algorithms = self.__dict__.get("algorithms", {})
         owners = [algorithm for algorithm in algorithms.values() if name in algorithm.controller_api]
         if len(owners) == 1 and self._active:
@@ -92,7 +92,7 @@ class CompressionController:
     def _active(self) -> Lifecycle:
         if self._stripped:
             raise UsageError(
-                "the model was stripped in place and is compressed no more; strip(do_copy=True) leaves it as it is"
+                "the model was stripped in place and is no longer compressed; strip(do_copy=True) works on a copy"
             )
         return self._lifecycle
 
@@ -103,27 +103,26 @@ class CompressionController:
 
     @property
     def context(self) -> Context:
-        """What the hooks of this model are told."""
+        """The context that the hooks of this model get."""
         return self._lifecycle.context
 
     @property
     def ledger(self) -> Ledger:
-        """What each value of the config did."""
+        """The record of what each value of the config did."""
         return self.context.ledger
 
     def loss(self, outputs: Any = None, *inputs: Any, **keywords: Any) -> torch.Tensor:
-        """Returns what the algorithms add to the task's loss: a scalar on the model's device.
+        """Returns the sum of the terms that the algorithms add to the loss: a scalar on the model's device.
 
         Args:
-            outputs: What the model returned in this step, for algorithms whose loss needs it; by default what it
-                returned
-                in its last forward in training mode, which is recorded for them.
-            inputs: What it was called with.
-            keywords: The keyword arguments.
+            outputs: Outputs of the model in this step, for algorithms whose loss needs them; by default those of the
+                last forward in training mode, which is recorded if an algorithm needs it.
+            inputs: Positional arguments that the model was called with.
+            keywords: Keyword arguments that the model was called with.
 
         Raises:
             UsageError: An algorithm needs a forward, and there has been none.
-            PluginError: What an algorithm returns is no scalar.
+            PluginError: An algorithm returned something other than a scalar.
         """
         batch = None if self._recorder is None else self._recorder.batch
         if outputs is not None:
@@ -135,14 +134,15 @@ class CompressionController:
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
     def compression_stage(self) -> CompressionStage:
-        """Returns how far compression has come, measured on the model."""
+        """Returns the progress of compression, measured on the model."""
         return self._active.stage(self.model)
 
     @property
     def compression_rate(self) -> float:
-        """Share of the model's compressed part that is gone, 0 to 1, measured.
+        """Measured share, 0 to 1, of the compressed part of the model that was removed.
 
-        With several algorithms the shares that they leave are multiplied. Setting it is for a single algorithm.
+        With several algorithms it is 1 minus the product of the shares that they keep. It can be set if exactly one
+        algorithm allows it.
         """
         return 1.0 - math.prod(1.0 - rate for rate in self._active.rates())
 
@@ -157,18 +157,19 @@ class CompressionController:
         settable[0].compression_rate = rate  # type: ignore[misc]
 
     def statistics(self, quickly_collected_only: bool = False) -> CompressionStatistics:
-        """Returns figures measured on the model as it is now.
+        """Returns figures measured on the current model.
 
         Args:
-            quickly_collected_only: For NNCF's sake; all figures are collected quickly here.
+            quickly_collected_only: Ignored; accepted for compatibility with NNCF. All figures are quick to collect.
         """
         parts: dict[str, Statistics] = dict(self._active.statistics(self.model))
         return CompressionStatistics({**parts, **self._active.initializer_statistics(), "ledger": self.ledger})
 
     def get_compression_state(self) -> dict[str, Any]:
-        """Returns what `create_compressed_model(..., compression_state=)` needs to build the same structure: JSON-able.
+        """Returns the JSON-able state with which `create_compressed_model` builds the same structure again.
 
-        Weights, masks and learned values are in the model's own `state_dict`: save both.
+        Pass it as `compression_state=`. Weights, masks and learned values are in the model's own `state_dict`: save
+        both.
         """
         reports = {name: found.to_dict() for name, found in self._active.initializer_statistics().items()}
         return dump_state(
@@ -178,10 +179,11 @@ class CompressionController:
         )
 
     def strip(self, do_copy: bool = True) -> nn.Module:
-        """Returns a plain model that computes the same: zeros baked in, helpers gone.
+        """Returns a plain model that computes the same, with transforms baked into its weights.
 
         Args:
-            do_copy: Whether to work on a copy. Otherwise this model itself becomes plain, and the controller is done.
+            do_copy: Whether to work on a copy. Otherwise this model itself becomes plain, and the controller can no
+                longer be used.
         """
         lifecycle = self._active
         model = copy.deepcopy(self.model) if do_copy else self.model
@@ -203,32 +205,32 @@ class CompressionController:
         dynamic_batch: bool = True,
         verify: bool = True,
     ) -> ExportReport:
-        """Writes the compressed model to an ONNX file, when it computes the same there as in torch.
+        """Writes the compressed model to an ONNX file, after checking that the file computes the same as torch.
 
-        Without quantization the file holds the plain model that `strip` returns; with it, integer weights and
-        quantize/dequantize pairs. The model stays as it is.
+        Without quantization the file contains the plain model that `strip` returns; with quantization, integer weights
+        and quantize/dequantize pairs. The model is not changed.
 
         Args:
-            path: The file; one that exists is replaced when everything else has succeeded.
+            path: The file; an existing file is replaced only after everything else has succeeded.
             args: Arguments of forward: a tensor, a tuple, or a dict of keyword arguments. By default a batch of the
-                data that the model was created with, or `input_info`. Inputs like those that the model is for make
-                the comparison meaningful.
-            tolerance: Largest mean absolute difference between the runtime and torch, in units of the output's mean
-                absolute value in torch; it holds for each output, with the runtime's graph optimizations on and off.
+                data that the model was created with, or `input_info`. Pass realistic inputs, so that the comparison
+                is meaningful.
+            tolerance: Largest allowed mean absolute difference between the runtime and torch, divided by the mean
+                absolute output of torch. It applies to each output, with the runtime's graph optimizations on and off.
             opset: Version of ONNX's default operator set, at least 21.
             input_names: Names of the inputs, in order; by default those of forward's arguments.
             output_names: Names of the outputs.
-            dynamic_batch: Whether the file takes any batch size.
+            dynamic_batch: Whether the file accepts any batch size.
             verify: Whether to compare with torch, on two batch sizes, before the file is written.
 
         Returns:
-            What was compared and how it came out.
+            The result of the comparison.
 
         Raises:
             ExportError: A package is missing (`pip install 'compress-core[onnx]'`), the model cannot be exported, or
                 the difference is larger than the tolerance. No file is left then.
             DataError: There is no example input.
-            UsageError: An option has a value that is not possible.
+            UsageError: An option has an invalid value.
         """
         lifecycle = self._active
         options = export.Options(tolerance, opset, input_names, output_names, dynamic_batch, verify)
@@ -247,18 +249,18 @@ class CompressionController:
         return export.export(model, target, references, rewrites, tuple(self.algorithms), options)
 
     def initialize(self, name: str, loader: Any = None, **options: Any) -> Statistics | None:
-        """Runs a shared initializer again, on the model as it is now; if that fails, the model is as before.
+        """Runs a shared initializer again on the current model; if that fails, the model is restored.
 
         Args:
-            name: Which one, as in the section `initializer` of the config.
-            loader: Batches, or `InitArgs`; by default what the model was created with.
-            options: What the initializer takes besides.
+            name: Name of the initializer, as in the section `initializer` of the config.
+            loader: Batches, or `InitArgs`; by default the data that the model was created with.
+            options: Further arguments of the initializer.
 
         Returns:
-            What it has done.
+            The statistics of this run.
 
         Raises:
-            UsageError: The config does not ask for it, or it does not take these options.
+            UsageError: The config does not ask for this initializer, or it does not take these options.
             DataError: There are no usable batches.
         """
         lifecycle = self._active
@@ -280,16 +282,16 @@ class CompressionController:
     ) -> AdaptationReport:
         """Adapts the running statistics of batch norm again.
 
-        As long as the model has not been trained since it was created, this starts from the statistics of the
-        uncompressed model, so that calls do not add up. Afterwards these are gone, and `exact` is used for `paired`.
+        Until the model is trained, this starts from the statistics of the uncompressed model, so repeated calls do not
+        accumulate. After training those statistics are no longer valid, and `exact` replaces `paired`.
 
         Args:
-            loader: Batches, or `BNAdaptationInitArgs`; by default what the model was created with.
-            num_samples: How many; by default what the config asked for, or 2000.
-            method: Name of the estimator (a choice of `batchnorm_adaptation.method`); by default the config's.
+            loader: Batches, or `BNAdaptationInitArgs`; by default the data that the model was created with.
+            num_samples: Number of samples; by default that of the config, or 2000.
+            method: Name of the estimator (a choice of `batchnorm_adaptation.method`); by default that of the config.
 
         Raises:
-            DataError: There are no usable batches. All statistics are as before.
+            DataError: There are no usable batches; the statistics are unchanged.
         """
         self._active  # noqa: B018 - refuses a model that was stripped in place
         return self._batch_norm.adapt(loader, num_samples, method)

@@ -1,4 +1,4 @@
-"""All or nothing: what happens to a model while it is compressed, who may do what, and how it is undone."""
+"""Protects the model while it is compressed: finds forbidden changes by plugins, and rolls back on failure."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _REMEDY = "add transforms instead, or declare changes_in_place = True"
 
 
 class ModelGuard:
-    """Holds plugins to what they may do to a model's own tensors.
+    """Checks that plugins write to a model's own tensors only where they are allowed to.
 
     Args:
         model: The model, before anything is changed.
@@ -31,15 +31,15 @@ class ModelGuard:
     def __init__(self, model: nn.Module, lifecycle: Lifecycle) -> None:
         self._model, self._lifecycle = model, lifecycle
         self.snapshot = ModelSnapshot(model)
-        # What the tensors have to be: as before compression, until an algorithm changes them that says so.
+        # The values that the tensors must have; updated after an algorithm that declares changes_in_place.
         self._reference = self.snapshot
 
     @contextlib.contextmanager
     def read_only(self, hook: str, algorithm: Algorithm | None = None) -> Iterator[None]:
-        """Within the context nobody may write to the model's tensors; compares every bit.
+        """Context manager in which the model's tensors must not change; compares every bit on exit.
 
         Raises:
-            PluginError: Somebody has; the message names the algorithm.
+            PluginError: A tensor has changed; the message names the algorithm.
         """
         yield
         changed = self._changed()
@@ -48,12 +48,13 @@ class ModelGuard:
 
     @contextlib.contextmanager
     def transforms_only(self, hook: str, algorithm: Algorithm) -> Iterator[None]:
-        """Within the context the algorithm may write to the model's tensors if it has declared that it does.
+        """Context manager in which the algorithm may write to the model's tensors only if it declares that it does.
 
-        Only tensors with another version are looked at: what goes past it (`.data`) is found by `close`.
+        Only tensors whose version has changed are compared. Writes that do not bump the version (`.data`) are found by
+        `close`.
 
         Raises:
-            PluginError: It writes to them all the same.
+            PluginError: The algorithm wrote to a tensor without declaring it.
         """
         before = _versions(self._model)
         yield
@@ -62,15 +63,15 @@ class ModelGuard:
                 self._reference = ModelSnapshot(self._model)
             return
         after = _versions(self._model)
-        # What was written to may have been put back, such as the statistics of batch norm.
+        # A changed version alone is no error: values may have been restored, such as the statistics of batch norm.
         if any(after.get(name) != version for name, version in before.items()) and (changed := self._changed()):
             self._refuse(hook, algorithm, changed, _REMEDY)
 
     def close(self) -> None:
-        """At the end of calibration: finds what has been written past the versions of tensors.
+        """Compares all tensors at the end of calibration, to find writes that did not bump a tensor's version.
 
         Raises:
-            PluginError: The model's tensors have other values than the algorithms have declared.
+            PluginError: A tensor has changed although no algorithm declared it.
         """
         changed = self._changed()
         if changed:
@@ -91,12 +92,12 @@ class ModelGuard:
 
 
 def _transforms_in(model: nn.Module) -> tuple[str, ...]:
-    """Returns how the names of tensors begin that belong to transforms."""
+    """Returns the prefixes of the names of tensors that belong to transforms."""
     return tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, TransformContainer))
 
 
 def _versions(model: nn.Module) -> dict[str, tuple[int, int, int]]:
-    """Returns, for each of a model's own tensors, which object it is, where it lies, and its version."""
+    """Returns the identity, the address and the version of each of a model's own tensors."""
     inside = _transforms_in(model)
     return {
         name: (id(tensor), _address(tensor), version_of(tensor))
@@ -114,10 +115,10 @@ def _address(tensor: torch.Tensor) -> int:
 
 @contextlib.contextmanager
 def all_or_nothing(model: nn.Module, lifecycle: Lifecycle) -> Iterator[ModelGuard]:
-    """Within the context a model is compressed; if that fails, Ctrl-C included, it is as before, bit for bit.
+    """Context manager for compressing a model: on any error, Ctrl-C included, the model is restored bit for bit.
 
-    Random generators, those of data loaders too, are as before in any case: whatever initialization draws, the training
-    that follows is the one that would have followed without it.
+    Random generators, also those of data loaders, are always restored, so that initialization does not change the
+    random numbers that the following training draws.
     """
     guard = ModelGuard(model, lifecycle)
     rng = RngState(lifecycle.context.generators())

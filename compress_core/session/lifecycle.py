@@ -26,11 +26,11 @@ from compress_core.transforms.model_wide import evaluating, transforms_by_key
 
 
 class Lifecycle(HookCalls):
-    """Calls the hooks of one model's algorithms, in pipeline order, and says who is to blame.
+    """Calls the hooks of one model's algorithms in pipeline order, and names the algorithm in every error.
 
     Args:
-        registry: What is installed.
-        context: What the hooks are told.
+        registry: The installed plugins.
+        context: The context that the hooks get.
         observers: Further plugin objects that are active for this model alone; they see every algorithm's calls.
 
     Raises:
@@ -53,7 +53,7 @@ class Lifecycle(HookCalls):
         problems = []
         for index, section in enumerate(self.context.sections):
             if not isinstance(section, AlgorithmConfig):
-                # The document may have been read before the plugin was installed, or never had one.
+                # The config may have been read before the plugin was installed.
                 problems.append(
                     Problem(f"{self.context.config.section_path(index)}.algorithm", section.problem.message)
                 )
@@ -71,7 +71,7 @@ class Lifecycle(HookCalls):
         asked = [
             name for s in self.context.sections if isinstance(s, AlgorithmConfig) for name in s.initializer.names()
         ]
-        # The controller offers batch-norm adaptation whether a section asks for it or not.
+        # Batch-norm adaptation is always included, because the controller offers it even if no section asks for it.
         for name, contribution in registry.loaded_initializers([*asked, "batchnorm_adaptation"]).items():
             requests = self.context.requests(name)
             self.origins[name] = contribution.plugin
@@ -98,12 +98,12 @@ class Lifecycle(HookCalls):
             raise ConfigError(problems)
 
     def pipeline(self) -> list[list[Algorithm]]:
-        """Returns the algorithms in groups: those of a group plan together, then commit, before the next group plans.
+        """Returns the algorithms in groups: all of a group plan, then all commit, before the next group plans.
 
         There is at least one group; it is empty when the config names no algorithm.
 
-        A group is a stage. An algorithm that replaces modules is a group of its own, before the others of its stage:
-        what they plan is about the new modules.
+        A group is a stage. An algorithm that replaces modules is a group of its own before the others of its stage,
+        because their plans must refer to the new modules.
         """
         groups: list[list[Algorithm]] = []
         for algorithm in self.algorithms:
@@ -115,7 +115,7 @@ class Lifecycle(HookCalls):
         return groups or [[]]
 
     def plan(self, model: nn.Module, algorithm: Algorithm) -> None:
-        """Collects the plan of an algorithm."""
+        """Asks an algorithm for its plan, and keeps it."""
         algorithm.attach(self.context, model)
         plan = self._one("compress_plan", algorithm, Plan, model=model)
         if not plan.targets:
@@ -133,14 +133,14 @@ class Lifecycle(HookCalls):
         self.plans[algorithm.name] = plan
 
     def observe(self, model: nn.Module) -> None:
-        """Shows the untouched model to the initializers."""
+        """Shows the uncompressed model to the initializers."""
         self._call_initializers("compress_observe", model)
 
     def commit(self, model: nn.Module, algorithm: Algorithm) -> None:
         """Lets an algorithm change the model.
 
         Raises:
-            PluginError: It has thrown away what an earlier algorithm has added.
+            PluginError: It removed transforms that an earlier algorithm added.
         """
         before = transforms_by_key(model)
         self._call("compress_commit", algorithm, model=model, plan=self.plans[algorithm.name])
@@ -150,7 +150,7 @@ class Lifecycle(HookCalls):
     def _refuse_multiplier(
         self, algorithm: Algorithm, before: Mapping[int, tuple[str, str, nn.Module]], model: nn.Module
     ) -> None:
-        """A factor on gradients that an algorithm does not apply would be ignored silently."""
+        """Refuses a factor on gradients for an algorithm that would silently ignore it."""
         if algorithm.applies_lr_multiplier or self.context.lr_multiplier(algorithm) == 1.0:
             return
         added = [entry for number, entry in transforms_by_key(model).items() if number not in before]
@@ -176,14 +176,14 @@ class Lifecycle(HookCalls):
             )
 
     def calibrate(self, model: nn.Module, algorithm: Algorithm) -> None:
-        """Lets an algorithm set itself up from data."""
+        """Lets an algorithm compute its values from data."""
         before = transforms_by_key(model)
         with evaluating(model):
             self._call("compress_calibrate", algorithm, model=model)
         self._refuse_losses("compress_calibrate", algorithm, before, model)
 
     def close_ledger(self) -> None:
-        """Records what the values of the config have done, and refuses those that nobody has read."""
+        """Records the effect of each value of the config, and refuses values that were never read."""
         root = self.context.config.root
         for algorithm in self.algorithms:
             path, config = self.context.section(algorithm)
@@ -212,7 +212,7 @@ class Lifecycle(HookCalls):
             self._call("compress_epoch_step", algorithm, model=model, clock=clock)
 
     def losses(self, model: nn.Module, batch: Batch | None) -> list[torch.Tensor]:
-        """Returns the algorithms' additions to the loss, each of shape ().
+        """Returns the terms that the algorithms add to the loss, each of shape ().
 
         Args:
             model: The model.
@@ -220,14 +220,14 @@ class Lifecycle(HookCalls):
 
         Raises:
             UsageError: An algorithm needs a forward, and there has been none.
-            PluginError: What an algorithm returns is no scalar.
+            PluginError: An algorithm returned something other than a scalar.
         """
         found = []
         for algorithm in self.algorithms:
             if algorithm.needs_batch and batch is None:
                 raise UsageError(
                     f"the loss of '{algorithm.name}' needs a forward of the model in training mode, with gradients, "
-                    "and there has been none; call the model first, or give what it was called with: "
+                    "and there has been none; call the model first, or pass its outputs and inputs: "
                     "controller.loss(outputs, *inputs)"
                 )
             given = batch if algorithm.needs_batch else None
@@ -248,7 +248,7 @@ class Lifecycle(HookCalls):
             self._call("compress_shrunk", algorithm, model=model, shrinkage=shrinkage)
 
     def rates(self) -> list[float]:
-        """Returns the compression rates of the algorithms that have one."""
+        """Returns the compression rate of every algorithm that has one."""
         found = []
         for algorithm in self.algorithms:
             with self._attributed("compression_rate", algorithm.name):
@@ -258,7 +258,7 @@ class Lifecycle(HookCalls):
         return found
 
     def statistics(self, model: nn.Module) -> dict[str, Statistics]:
-        """Returns the statistics of every algorithm that has some."""
+        """Returns the statistics of every algorithm that provides them."""
         found = {a.name: self._optional("compress_statistics", a, Statistics, model=model) for a in self.algorithms}
         return {name: statistics for name, statistics in found.items() if statistics is not None}
 
@@ -272,22 +272,22 @@ class Lifecycle(HookCalls):
         return {a.name: self._optional("compress_state", a, Mapping, model=model) or {} for a in self.algorithms}
 
     def load_state(self, model: nn.Module, states: Mapping[str, Mapping[str, Any]]) -> None:
-        """Gives every algorithm its state back."""
+        """Restores the state of every algorithm."""
         for algorithm in self.algorithms:
             self._call("compress_load_state", algorithm, model=model, state=states[algorithm.name])
 
     def strip(self, model: nn.Module) -> None:
-        """Lets the algorithms bake their changes, the last first."""
+        """Lets the algorithms bake their changes, in reverse pipeline order."""
         for algorithm in reversed(self.algorithms):
             self._call("compress_strip", algorithm, model=model)
 
     def export(self, model: nn.Module, target: ExportTarget) -> list[GraphRewrite]:
-        """Lets the algorithms prepare a copy of the model for an export, the first first.
+        """Lets the algorithms prepare a copy of the model for an export, in pipeline order.
 
-        Those that say nothing about exports are stripped at their turn.
+        For algorithms that do not implement `compress_export`, `compress_strip` is called instead.
 
         Returns:
-            What is to be done to the exported graph.
+            Functions that change the exported graph, in the order in which to call them.
         """
         implemented = [impl.plugin for impl in self._manager.hook.compress_export.get_hookimpls()]
         rewrites = []
@@ -303,7 +303,7 @@ class Lifecycle(HookCalls):
     # Initializers.
 
     def check_initializers(self) -> None:
-        """Data that is asked for has to be there before anything is touched."""
+        """Checks, before the model is changed, that the initializers can run and have their data."""
         for name, initializer in self.initializers.items():
             with self._attributed("check", name):
                 initializer.check(self.context)
@@ -312,7 +312,7 @@ class Lifecycle(HookCalls):
                         self.context.calibration_data(path, initializer.struct)
 
     def initializer_statistics(self) -> dict[str, Statistics]:
-        """Returns what the initializers have done, by name."""
+        """Returns the statistics of the initializers that have run, by name."""
         found = {}
         for name, initializer in self.initializers.items():
             with self._attributed("statistics", name):
@@ -322,16 +322,16 @@ class Lifecycle(HookCalls):
         return found
 
     def load_initializers(self, model: nn.Module, states: Mapping[str, Mapping[str, Any]]) -> None:
-        """Gives every initializer its state back."""
+        """Restores the state of every initializer."""
         for name, initializer in self.initializers.items():
             with self._attributed("load_state", name):
                 initializer.load_state(states.get(name, {}), model, self.context)
 
     def run_again(self, name: str, model: nn.Module, loader: Any, options: Mapping[str, Any]) -> None:
-        """Runs one initializer again because the user asks for it.
+        """Runs one initializer again, for `controller.initialize`.
 
         Raises:
-            UsageError: Nobody has asked for it in the config.
+            UsageError: The config does not ask for this initializer.
         """
         initializer = self.initializers.get(name)
         if initializer is None:
@@ -352,7 +352,7 @@ def _position(algorithm: Algorithm) -> tuple[int, bool]:
 
 
 def _below(prefix: str, problem: Problem) -> Problem:
-    """Returns a problem with its path in the document: algorithms know paths within their section."""
+    """Returns the problem with its full config path; algorithms report paths relative to their section."""
     if f"{problem.path}.".startswith(f"{prefix}."):
         return problem
     return Problem(f"{prefix}.{problem.path}" if problem.path else prefix, problem.message)

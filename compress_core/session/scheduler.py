@@ -1,4 +1,4 @@
-"""What tells the algorithms of one model how training time passes."""
+"""`CompressionScheduler`: tells the algorithms of one model when an epoch or a step begins."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from compress_core.errors import StateError, UsageError
 
 
 class CompressionScheduler:
-    """Tells the algorithms how time passes; NNCF's interface.
+    """Tells the algorithms when an epoch or a step begins; has the interface of NNCF's scheduler.
 
     Call `epoch_step()` at the beginning of each epoch and `step()` at the beginning of each optimizer step.
 
@@ -39,7 +39,7 @@ class CompressionScheduler:
         return self.clock.epoch
 
     def step(self, next_step: int | None = None) -> None:
-        """Begins the next optimizer step, or the one given; the clock moves once every algorithm has followed."""
+        """Begins the next optimizer step, or the one given; the clock moves only if no algorithm raises an error."""
         step = self.clock.step + 1 if next_step is None else _index("step", next_step)
         in_epoch = self.clock.step_in_epoch + (step - self.clock.step)
         clock = Clock(self.clock.epoch, step, max(in_epoch, 0), self.clock.steps_per_epoch)
@@ -47,7 +47,7 @@ class CompressionScheduler:
         self.clock = clock
 
     def epoch_step(self, next_epoch: int | None = None) -> None:
-        """Begins the next epoch, or the one given; the clock moves once every algorithm has followed."""
+        """Begins the next epoch, or the one given; the clock moves only if no algorithm raises an error."""
         clock = self.clock
         epoch = clock.epoch + 1 if next_epoch is None else _index("epoch", next_epoch)
         steps = clock.step_in_epoch + 1 if clock.step_in_epoch >= 0 else clock.steps_per_epoch
@@ -60,10 +60,10 @@ class CompressionScheduler:
         return asdict(self.clock)
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Sets the clock without telling anybody.
+        """Sets the clock without calling the algorithms.
 
         Raises:
-            StateError: The state is not one of `get_state`.
+            StateError: The state was not returned by `get_state`.
         """
         try:
             self.clock = TypeAdapter(Clock).validate_json(json.dumps(dict(state)), strict=True, extra="forbid")

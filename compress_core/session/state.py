@@ -1,4 +1,4 @@
-"""Compression states: JSON-able, versioned, and held against what they are loaded into."""
+"""Compression states: JSON-able, versioned, and checked against the model and config that they are loaded into."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def dump_state(
     Args:
         lifecycle: The model's algorithms.
         states: What `compress_state` returned, by algorithm.
-        other_entries: Further entries, such as the scheduler's.
+        other_entries: Further entries, such as the state of the scheduler.
 
     Raises:
         PluginError: A state is not JSON-able; the message names the algorithm.
@@ -49,7 +49,7 @@ def dump_state(
 
 
 def _plain_config(config: AlgorithmConfig) -> dict[str, Any]:
-    # Functions (a guard) are saved by name: enough to see that there was one.
+    # A function, such as a guard, is saved by name only, to show that there was one.
     return config.model_dump(
         mode="json", exclude_unset=True, fallback=lambda value: getattr(value, "__qualname__", type(value).__name__)
     )
@@ -65,7 +65,7 @@ def _through_json(name: str, state: Mapping[str, Any]) -> Any:
 
 
 class SavedPlan(BaseModel):
-    """A plan, through JSON."""
+    """A plan as it was loaded from JSON."""
 
     targets: list[str]
     skipped: dict[str, str] = {}
@@ -73,7 +73,7 @@ class SavedPlan(BaseModel):
 
 
 class SavedAlgorithm(BaseModel):
-    """One algorithm's part of a compression state."""
+    """The part of a compression state that belongs to one algorithm."""
 
     plugin: str = ""
     distribution: str = ""
@@ -100,10 +100,10 @@ class SavedState(BaseModel):
 
 
 def checked_state(state: Any, lifecycle: Lifecycle, registry: Registry) -> SavedState:
-    """Holds a state against the config and the installed plugins.
+    """Checks a state against the config and the installed plugins, and returns it parsed.
 
     Raises:
-        StateError: It is not a compression state, is of a newer format, or names other algorithms than the config.
+        StateError: It is not a compression state, has a newer format, or names other algorithms than the config.
     """
     if not isinstance(state, Mapping) or "algorithms" not in state:
         raise StateError("compression_state is not what controller.get_compression_state() returned")
@@ -125,7 +125,7 @@ def checked_state(state: Any, lifecycle: Lifecycle, registry: Registry) -> Saved
     if saved.algorithms.keys() != active:
         raise StateError(
             f"compression_state is of the algorithms {sorted(saved.algorithms)}, the config names {sorted(active)}; "
-            "resume with the config that the state was made with"
+            "resume with the config that the state was saved with"
         )
     for algorithm in lifecycle.algorithms:
         _report_changes(algorithm.config, saved.algorithms[algorithm.name].config)
@@ -150,7 +150,7 @@ def _report_changes(config: AlgorithmConfig, saved: Mapping[str, Any]) -> None:
 
 
 def check_plan(state: SavedState, name: str, plan: Plan) -> None:
-    """Holds an algorithm's plan for this model against that of the state.
+    """Compares an algorithm's plan for this model with the plan in the state.
 
     Raises:
         StateError: They differ; the message names the first targets that only one of them has.

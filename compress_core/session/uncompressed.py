@@ -1,4 +1,4 @@
-"""The model as it was before compression: a view while that is possible, a copy where somebody needs one."""
+"""Provides the model as it was before compression: as a view of the compressed model if possible, else as a copy."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ class UncompressedModel:
     """Implements `compress_core.contract.services.UncompressedService`.
 
     Args:
-        lifecycle: Whose algorithms and initializers may need it.
-        given: The uncompressed model, when the user has given it.
+        lifecycle: Has the algorithms and initializers that may need the model.
+        given: The uncompressed model, if the user passed one.
 
     Raises:
-        ModelError: What was given is no model, or is compressed.
-        UsageError: A compression state is resumed, somebody needs the model in training, and it was not given.
+        ModelError: `given` is not a model, or is compressed itself.
+        UsageError: A compression state is resumed, an algorithm needs the model in training, and it was not given.
     """
 
     def __init__(self, lifecycle: Lifecycle, given: Any = None) -> None:
         if given is not None and not isinstance(given, nn.Module):
             raise ModelError(f"uncompressed_model must be a torch.nn.Module, got {type(given).__name__}")
         if given is not None and has_transforms(given):
-            raise ModelError("uncompressed_model is compressed itself; give the model as it was before")
+            raise ModelError("uncompressed_model is compressed itself; give the model as it was before compression")
         members: list[Algorithm | Initializer] = [*lifecycle.algorithms, *lifecycle.initializers.values()]
         self._needed = {member.name: member.needs_uncompressed for member in members}
         self._lasts = "training" in self._needed.values()
@@ -50,7 +50,7 @@ class UncompressedModel:
         self._creating = True
 
     def before_commit(self, model: nn.Module) -> None:
-        """The model is still uncompressed: makes a copy where one will be needed."""
+        """Copies the model, which is still uncompressed, if a copy will be needed."""
         self._model = model
         needed = self._lasts or (not self._bypassable and "creation" in self._needed.values())
         if needed or (self._given is not None and any(need != "no" for need in self._needed.values())):
@@ -59,7 +59,7 @@ class UncompressedModel:
         self._given = None
 
     def end_of_creation(self) -> None:
-        """From now on there is no view any more, and no copy that nobody needs in training."""
+        """Ends the time in which `view` works, and frees the copy unless it is needed in training."""
         self._creating = False
         if not self._lasts:
             self._copy = None
@@ -73,7 +73,7 @@ class UncompressedModel:
             return
         if self._model is None or not self._creating:
             raise PluginError(
-                "the uncompressed model is there while the model is being created; for later, declare "
+                "the uncompressed model is available only while the model is being created; for later, declare "
                 'needs_uncompressed = "training" and use context.teacher'
             )
         with bypass_transforms(self._model):
@@ -83,7 +83,7 @@ class UncompressedModel:
         """See `Context.teacher`."""
         self._check_declared(("training",))
         if self._copy is None:
-            raise PluginError("context.teacher is there from compress_commit() on")
+            raise PluginError("context.teacher is available from compress_commit() on")
         device, own = _device_of(self._model), _device_of(self._copy)
         if device != own and device is not None:
             self._copy.to(device)
@@ -92,7 +92,7 @@ class UncompressedModel:
     def _check_declared(self, needs: tuple[str, ...]) -> None:
         if not any(need in needs for need in self._needed.values()):
             raise PluginError(
-                f"nobody has declared that the uncompressed model is needed: set needs_uncompressed = {needs[0]!r} in "
+                f"no algorithm declares that it needs the uncompressed model: set needs_uncompressed = {needs[0]!r} in "
                 f"the class that uses it; active here: {', '.join(self._needed)}"
             )
 

@@ -216,7 +216,7 @@ def test_unknown_root_keys_are_named_once_and_left_to_the_user(caplog):
     with caplog.at_level(logging.WARNING):
         CompressionConfig.from_dict({"model": "resnet18", "epochs": 3, "batch_size": 4, **section()})
     assert [r.message for r in caplog.records] == [
-        "config: the top-level keys model, epochs, batch_size mean nothing to compress-core and are left to you"
+        "config: compress-core does not use the top-level keys model, epochs, batch_size; they are left to your program"
     ]
 
 

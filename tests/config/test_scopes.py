@@ -89,6 +89,6 @@ def test_a_scope_of_the_document_without_a_match_is_sent_to_a_section():
     }
     model = nn.Sequential(OrderedDict(fc=nn.Linear(2, 2), fd=nn.Linear(2, 2)))
     with pytest.raises(
-        ConfigError, match=r"^ignored_scopes.0: .*put it into the section of the algorithm that it is for"
+        ConfigError, match=r"^ignored_scopes.0: .*move it to the section of the algorithm that it is meant for"
     ):
         create_compressed_model(model, document)

@@ -72,7 +72,10 @@ def test_choice_of_another_plugin_is_used_listed_and_cannot_be_overridden():
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        (Choice("scored.scor", "x", torch.sum), r"'scored.scor', which is no open point. Did you mean 'scored.score'"),
+        (
+            Choice("scored.scor", "x", torch.sum),
+            r"'scored.scor', which is not a choice point. Did you mean 'scored.score'",
+        ),
         (Choice("scored.score", "x", 3), r"'x' of 'scored.score' must be callable, got int; it is a function"),
     ],
 )

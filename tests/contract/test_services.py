@@ -164,7 +164,7 @@ def test_view_of_the_uncompressed_model_during_creation():
         assert torch.equal(seen["viewing"], wanted) and not seen["same object"]
         with pytest.raises(PluginError, match="while the model is being created"), controller.context.uncompressed():
             pass
-        with pytest.raises(PluginError, match=r"nobody has declared.*needs_uncompressed = 'creation'"):
+        with pytest.raises(PluginError, match=r"no algorithm declares.*needs_uncompressed = 'creation'"):
             create_compressed_model(net(), sections("undeclared"))
 
 

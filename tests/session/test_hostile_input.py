@@ -265,7 +265,7 @@ def test_class_of_a_compressed_layer_makes_plain_layers():
     [
         ({"COMPRESSION": {}}, ["COMPRESSION: unknown key", "Did you mean 'compression'?"]),
         ({"compress": {}}, ["compress: unknown key", "Did you mean 'compression'?"]),
-        ({"algorithm": "magnitude_sparsity"}, ["algorithm: unknown key", "It belongs into 'compression'."]),
+        ({"algorithm": "magnitude_sparsity"}, ["algorithm: unknown key", "It belongs in 'compression'."]),
         ({"compression": {"algorithmx": "magnitude_sparsity"}}, ["'algorithm' is required, is it misspelt as 'algorithmx'?"]),
         ({"compression": {"algorithm": "MAGNITUDE_SPARSITY"}}, ["Did you mean 'magnitude_sparsity'?"]),
         (config(0, params={"schedule": "multistep", "multistep_steps": [2, 2], "multistep_sparsity_levels": [0.3, 0.4, 0.5]}), ["multistep_steps: names an epoch twice: [2, 2]"]),

@@ -92,7 +92,7 @@ def test_registration_refuses(name):
 
 
 def test_registration_refuses_config_type_for_config():
-    with pytest.raises(PluginError, match=r"config_type is not read by anybody\. Did you mean 'Config'"):
+    with pytest.raises(PluginError, match=r"config_type is never read\. Did you mean 'Config'"):
         registered(algorithm(config_type=OtherConfig))
 
 

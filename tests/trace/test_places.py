@@ -175,7 +175,7 @@ def test_input_info_that_does_not_fit_without_data_is_an_error():
 
 
 def test_no_example_at_all_says_what_to_add():
-    with pytest.raises(DataError, match=r"^section: has to see a forward .* Add input_info to the config"):
+    with pytest.raises(DataError, match=r"^section: needs to trace the model.* Add input_info to the config"):
         context().trace(nn.Linear(4, 2), "section")
 
 
