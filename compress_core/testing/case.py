@@ -74,6 +74,7 @@ class Case:
     tags: Iterable[str] = ()
     expected_failures: Mapping[str, str] = field(default_factory=dict)
     _state: dict[str, torch.Tensor] = field(default_factory=dict)
+    _shared: tuple[CompressionController, nn.Module] | None = None
 
     def model(self) -> nn.Module:
         """Returns a model with the weights of this case."""
@@ -122,6 +123,12 @@ class Case:
         train(self, controller, model, epochs)
         return controller, model
 
+    def shared(self) -> tuple[CompressionController, nn.Module]:
+        """Returns what `trained` does, the same each time: for checks that only look at it."""
+        if self._shared is None:
+            self._shared = self.trained()
+        return self._shared
+
     def algorithms(self) -> list[type[Algorithm]]:
         """Returns the classes of the algorithms of the config."""
         sections = CompressionConfig.load(self.config).sections
@@ -142,6 +149,7 @@ class Case:
     def with_sections(self, sections: Sequence[Mapping[str, Any]], loader: Any = None) -> Case:
         """Returns the same case with another config (and loader)."""
         changed = copy.copy(self)
+        changed._shared = None
         changed.config = {**self.config, "compression": list(sections)}
         changed.loader = self.loader if loader is None else loader
         return changed

@@ -41,14 +41,14 @@ def check_deepcopy(case: Case) -> None:
 @check()
 def check_pickle(case: Case) -> None:
     """A pickled model comes back as it was."""
-    _, model = case.trained()
+    _, model = case.shared()
     _require_twin(_through(lambda: pickle.loads(pickle.dumps(model)), "pickle"), model, case, "a pickled model")
 
 
 @check()
 def check_torch_save(case: Case) -> None:
     """`torch.save` of the whole model works."""
-    _, model = case.trained()
+    _, model = case.shared()
     file = io.BytesIO()
     _through(lambda: torch.save(model, file), "torch.save")
     file.seek(0)

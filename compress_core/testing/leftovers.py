@@ -28,7 +28,7 @@ _BAKE = (
 @check()
 def check_strip(case: Case) -> None:
     """`strip` gives a model that computes the same, which copies and pickles; the compressed one stays as it is."""
-    controller, model = case.trained()
+    controller, model = case.shared()
     expected = run(model, case.inputs)
     before = fingerprint(model)
     plain = controller.strip()

@@ -84,7 +84,7 @@ def _require_own_tensors(model: nn.Module) -> None:
 @check()
 def check_state_dict_round_trip(case: Case) -> None:
     """What a compressed model saves brings another one to the same outputs, through weights_only."""
-    _, model = case.trained()
+    _, model = case.shared()
     file = io.BytesIO()
     torch.save(model.state_dict(), file)
     file.seek(0)
@@ -103,7 +103,7 @@ def check_state_dict_round_trip(case: Case) -> None:
 @check()
 def check_state_is_json_and_resumes(case: Case) -> None:
     """State and state_dict together, through JSON and weights_only, give the same model without any data."""
-    controller, model = case.trained()
+    controller, model = case.shared()
     state = json.loads(json.dumps(controller.get_compression_state(), allow_nan=False))
     resumed_controller, resumed = _resumed(case, state, case.model(), model)
     require_same(
@@ -144,7 +144,7 @@ def _resumed(case: Case, state: Any, onto: nn.Module, saved: nn.Module) -> tuple
 @check(without={"plans_from_weights": "the case declares that its plan depends on the weights"})
 def check_resumes_on_other_weights(case: Case) -> None:
     """A state is resumed on a model with other weights, such as a freshly made one, before its own are loaded."""
-    controller, model = case.trained()
+    controller, model = case.shared()
     state = json.loads(json.dumps(controller.get_compression_state()))
     other = case.model()
     with torch.no_grad():

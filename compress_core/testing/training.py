@@ -109,7 +109,7 @@ def _require_usable(loss: torch.Tensor) -> None:
 @check()
 def check_statistics(case: Case) -> None:
     """Statistics are JSON-able figures and printable tables, are the same when asked for twice, and change nothing."""
-    controller, model = case.trained()
+    controller, model = case.shared()
     before = _everything(model)
     parts = {name: controller.statistics().parts[name] for name in controller.statistics().parts}
     for name, part in parts.items():

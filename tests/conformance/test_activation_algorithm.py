@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from torch import nn
@@ -106,14 +108,18 @@ def wanted(model: str, check: str) -> bool:
     return "onnx" not in check or model == "resnet"
 
 
+@functools.cache
+def rounding_case(model_name: str):
+    plain = case_for(model_name, "global sparsity")
+    case = plain.with_sections([plain.config["compression"], {"algorithm": "rounding"}])
+    case.tags = ["keeps_activations"]
+    return case
+
+
 CASES = [(model, check) for model in ZOO for check in conformance_checks() if wanted(model, check.__name__)]
 
 
 @pytest.mark.parametrize(("model_name", "check"), CASES, ids=lambda v: getattr(v, "__name__", v))
 def test_promise(model_name, check, registry):
     registry.register(contributing(Rounding), "demo")
-    case = case_for(model_name, "global sparsity")
-    sparsity = case.config["compression"]
-    case.config = {"compression": [sparsity, {"algorithm": "rounding"}]}
-    case.tags = ["keeps_activations"]
-    hold(check, case, model_name, MAY_SKIP_TOO)
+    hold(check, rounding_case(model_name), model_name, MAY_SKIP_TOO)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from torch import nn
@@ -45,6 +47,7 @@ EXPECTED_FAILURES = {
 NOTHING_TO_PRUNE = ("recurrent", "lstm")
 
 
+@functools.cache
 def case_for(model_name: str, config_name: str) -> Case:
     make, make_inputs = ZOO[model_name]
     inputs = make_inputs()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from torch import nn
@@ -24,6 +26,7 @@ SECTIONS = {
 MAY_SKIP = {(model, check) for model, check in PLAIN_MAY_SKIP if "rolls_back" not in check and "scopes" not in check}
 
 
+@functools.cache
 def case_for(model_name: str, config_name: str) -> Case:
     inputs = ZOO[model_name][1]()
     sections = [dict(section) for section in SECTIONS[config_name]]
