@@ -19,7 +19,7 @@ from compress_core.registry.schema import json_schema
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit status: 0, 1 where something is wrong with what was asked about."""
+    """Runs the command line; returns the exit status: 0, or 1 if the command found a problem."""
     parser = argparse.ArgumentParser(prog="compress-core", description="Model compression for PyTorch training loops.")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("algorithms", help="what is installed, from which plugin, and what could not be loaded")
@@ -62,7 +62,7 @@ def _algorithms() -> int:
     print(Table("Installed", ("kind", "name", "plugin", "distribution", "version"), rows).to_str())
     conflicts = [name for name, found in registry.algorithms().items() if len(found) > 1]
     if conflicts:
-        print(f"\nContributed more than once, and so unusable: {', '.join(conflicts)}", file=sys.stderr)
+        print(f"\nContributed more than once and therefore unusable: {', '.join(conflicts)}", file=sys.stderr)
     for failure in registry.failures:
         print(f"\n{failure.plugin} could not be loaded: {failure.error!r}", file=sys.stderr)
     return 1 if conflicts or registry.failures else 0
@@ -92,7 +92,7 @@ def _check(config: Path) -> int:
 
 
 def console() -> None:
-    """Entry point of the installed command; a reader that stops reading (`| head`) is no error."""
+    """Entry point of the installed command; treats a closed pipe (`| head`) as success."""
     try:
         status = main()
         sys.stdout.flush()

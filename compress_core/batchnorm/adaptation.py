@@ -1,6 +1,6 @@
 """Batch-norm adaptation: running statistics that fit the compressed model, before fine-tuning starts.
 
-Compression shifts what every layer puts out, while the running statistics still describe the uncompressed model. One
+Compression changes the output of every layer, while the running statistics still describe the uncompressed model. One
 pass over a few calibration samples corrects them. It runs once, after every algorithm has committed and calibrated.
 """
 
@@ -39,7 +39,7 @@ from compress_core.transforms.model_wide import bypass_transforms
 
 logger = logging.getLogger(__name__)
 
-# How many samples the statistics that calibration sees are made from; 64 are within 0.5 points of 2048 in accuracy.
+# Samples for the provisional statistics during calibration; 64 samples are within 0.5 points of 2048 in accuracy.
 _PROVISIONAL_SAMPLES = 256
 
 # Dotted name of a layer -> running mean, running variance, number of batches tracked.
@@ -54,15 +54,15 @@ class BatchNormAdaptationConfig(InitializerConfig):
     )
     guard: bool | SkipJsonSchema[Callable[[nn.Module], Any]] = Field(
         False,
-        description="evaluate_fn(model) -> number, larger is better; true takes that of ModelEvaluationArgs. "
-        "Statistics that make it worse are rolled back",
+        description="metric, function (model) -> number, larger is better; true uses that of ModelEvaluationArgs. "
+        "If the metric gets worse, the statistics are rolled back",
     )
     method: Annotated[str, ChoiceOf(METHOD)] = Field(
         "paired",
-        description="estimator: paired (carries the trained statistics over), exact (population moments), momentum "
+        description="estimator: paired (corrects the trained statistics), exact (population moments), momentum "
         "(NNCF's exponential average)",
     )
-    ignored_scopes: Scopes = Field(default_factory=list, description="batch norms to leave as they are")
+    ignored_scopes: Scopes = Field(default_factory=list, description="batch norms to leave unchanged")
 
 
 class BatchNormAdaptation(Initializer):
@@ -80,8 +80,8 @@ class BatchNormAdaptation(Initializer):
         self.ignored: dict[str, str] = {}
         self.report: AdaptationReport | None = None
         self.guard: Callable[[nn.Module], Any] | bool = False
-        # The statistics that training left, and those that we left last: while the layers still hold one of these,
-        # adaptation starts from the former and not from its own earlier result.
+        # The trained statistics, and those of our last adaptation: while the layers still hold one of these, adaptation
+        # starts from the trained statistics and not from its own earlier result.
         self._origin: SavedStatistics = {}
         self._last: SavedStatistics = {}
         self._observed: tuple[AdaptationPass, list[tuple[Any, int]]] | None = None
@@ -114,24 +114,24 @@ class BatchNormAdaptation(Initializer):
 
     @property
     def default_samples(self) -> int:
-        """Number of samples of an adaptation that is asked for by hand without a number."""
+        """Number of samples when the user calls adaptation without a number."""
         return self.num_samples or BatchNormAdaptationConfig().num_bn_adaptation_samples
 
     def needs_data(self) -> bool:
-        """Tells whether anybody asked for adaptation."""
+        """Returns whether a section asked for adaptation."""
         return self.num_samples > 0
 
     def check(self, context: Context) -> None:
-        """Raises DataError when a guard is asked for and there is no function for it."""
+        """Raises DataError if the config asks for a guard and no metric is registered."""
         self._metric(context)
 
     def load_state(self, state: Mapping[str, Any], model: nn.Module, context: Context) -> None:
-        """Takes the report back, and which layers were frozen when the model was created.
+        """Restores the report, and which layers were frozen when the model was created.
 
         Raises:
-            StateError: It is no report.
+            StateError: The state is not an adaptation report.
         """
-        self._bypassable = False  # training may have moved weights and statistics: there is nothing to pair with
+        self._bypassable = False  # training may have changed weights and statistics, so there is nothing to pair with
         if not state:
             self._chosen = frozenset(self._layers(model, context))
             return
@@ -145,10 +145,10 @@ class BatchNormAdaptation(Initializer):
 
     @hookimpl
     def compress_observe(self, model: nn.Module, context: Context) -> None:
-        """Remembers the trained statistics; sees the uncompressed model where it cannot be had back later.
+        """Saves the trained statistics, and measures the uncompressed model if it will not be available later.
 
         Raises:
-            ConfigError: Adaptation was asked for, and there is nothing that it could adapt.
+            ConfigError: The config asks for adaptation, but no layer can be adapted.
         """
         layers = self._layers(model, context)
         self._check_scopes(model)
@@ -157,7 +157,7 @@ class BatchNormAdaptation(Initializer):
         self._bypassable = context.bypassable
         if not self.num_samples:
             if layers and not self.paths:
-                logger.info("no batchnorm_adaptation in the config: the statistics of batch norm stay as they are")
+                logger.info("no batchnorm_adaptation in the config: the statistics of batch norm are not changed")
             self._record(context, layers)
             return
         if not layers:
@@ -171,7 +171,7 @@ class BatchNormAdaptation(Initializer):
 
     @hookimpl
     def compress_initialize(self, model: nn.Module, context: Context) -> None:
-        """Adapts, once, with what was asked for."""
+        """Runs the adaptation that the config asks for, once."""
         layers = self._layers(model, context)
         if not self.num_samples or not layers:
             return
@@ -202,10 +202,10 @@ class BatchNormAdaptation(Initializer):
             model: The compressed model.
             context: The context.
             data: The batches.
-            num_samples: How many samples, rounded to whole batches.
-            method: The estimator; `paired` becomes `exact` where there is nothing to pair with.
-            reference: Makes a context in which the model is the one that its running statistics belong to; used when it
-                has been trained since it was created. By default there is no such model.
+            num_samples: Number of samples, rounded to whole batches.
+            method: The estimator; `paired` becomes `exact` if there is no model to pair with.
+            reference: Returns a context manager in which the model computes as the model that its running statistics
+                belong to. Used if the model has been trained since it was created; by default there is none.
         """
         if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
             raise DataError(f"{data.path}: num_samples must be a whole number of at least 1, got {num_samples!r}")
@@ -219,7 +219,7 @@ class BatchNormAdaptation(Initializer):
         if from_origin and self._bypassable:
             reference = functools.partial(bypass_transforms, model)
         if method == "paired" and reference is None:
-            logger.info("batch-norm adaptation: the uncompressed model cannot be had back, using 'exact' for 'paired'")
+            logger.info("batch-norm adaptation: the uncompressed model is gone, using 'exact' for 'paired'")
             method = "exact"
         guard = self._armed_guard(model, context)
         try:
@@ -239,7 +239,7 @@ class BatchNormAdaptation(Initializer):
         Args:
             model: The compressed model.
             context: The context.
-            loader: Batches; by default what the model was created with.
+            loader: Batches; by default the data that the model was created with.
             options: `num_samples`, `method`, `reference`; see `adapt`.
         """
         unknown = options.keys() - {"num_samples", "method", "reference"}
@@ -257,11 +257,10 @@ class BatchNormAdaptation(Initializer):
 
     @contextlib.contextmanager
     def provisional(self, model: nn.Module, context: Context) -> Iterator[None]:
-        """Within the context, batch norm has the statistics that adaptation is going to give it.
+        """Context manager in which batch norm has approximately the statistics that adaptation will set.
 
-        For calibration: ranges that are measured behind statistics that do not fit the compressed model are wrong as
-        soon as these have been adapted. Fewer samples do, and the statistics are afterwards as before. Without a
-        request for adaptation nothing happens.
+        For calibration: activation ranges measured with the old statistics would be wrong after adaptation. Uses fewer
+        samples, and restores the statistics on exit. Does nothing if no section asks for adaptation.
         """
         layers = self._layers(model, context)
         if not self.num_samples or not layers:
@@ -269,7 +268,7 @@ class BatchNormAdaptation(Initializer):
             return
         before = _statistics_of(layers)
         data = context.calibration_data(self.paths[0], BNAdaptationInitArgs)
-        if isinstance(data.loader, Iterator):  # can be read once, and adaptation itself is still to come
+        if isinstance(data.loader, Iterator):  # can be read only once, and adaptation itself needs it later
             yield
             return
         samples = min(self.num_samples, _PROVISIONAL_SAMPLES)
@@ -286,7 +285,7 @@ class BatchNormAdaptation(Initializer):
             _set_statistics(layers, before)
 
     def statistics(self) -> Statistics | None:
-        """Returns what the last adaptation did."""
+        """Returns figures about the last adaptation, or None if there was none."""
         return None if self.report is None else BatchNormAdaptationStatistics(self.report)
 
     def _observe_reference(self, model: nn.Module, layers: dict[str, AnyBatchNorm], context: Context) -> None:
@@ -343,13 +342,14 @@ class BatchNormAdaptation(Initializer):
         return report
 
     def _untouched(self, now: SavedStatistics) -> bool:
-        """Tells whether the layers hold the trained statistics, or those that we have put there."""
+        """Returns whether the layers hold the trained statistics or those of our last adaptation."""
         return bool(self._origin) and (_same(now, self._last) or _same(now, self._origin))
 
     def _layers(self, model: nn.Module, context: Context) -> dict[str, AnyBatchNorm]:
         """Returns the batch norms to adapt: with running statistics, not frozen, not in an ignored scope.
 
-        Those that were frozen when the model was created stay frozen: `model.eval()` must not make them adaptable.
+        Layers that were frozen when the model was created stay frozen, so that `model.eval()` does not make them
+        adaptable.
         """
         root = context.config.root
         ignored = {f"ignored_scopes.{i}": scope for i, scope in enumerate(root.ignored_scopes)} | self.ignored
@@ -378,7 +378,7 @@ class BatchNormAdaptation(Initializer):
 
 
 def _is_frozen(layer: AnyBatchNorm, model: nn.Module) -> bool:
-    """Tells whether the user holds this layer's statistics: in eval mode within a model that trains, or momentum 0."""
+    """Returns whether the user froze this layer's statistics: eval mode in a model that trains, or momentum 0."""
     return (model.training and not layer.training) or layer.momentum == 0.0
 
 

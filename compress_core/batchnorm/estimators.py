@@ -1,11 +1,12 @@
-"""How the running statistics of one batch-norm layer are estimated anew.
+"""Estimators of the running statistics of one batch-norm layer.
 
-An estimator watches the inputs of its layer through a forward pre-hook. It writes its estimate so far into the running
-statistics before the layer normalizes with them, so that deeper layers see what they will see afterwards, at any batch
-size: the first batch is normalized with its own moments, later ones with moments ever closer to the final ones.
+An estimator observes the inputs of its layer through a forward pre-hook. It writes its current estimate into the
+running statistics before the layer normalizes with them, so that deeper layers see the inputs that they will see
+afterwards, at any batch size: the first batch is normalized with its own moments, later ones with moments ever closer
+to the final ones.
 
-Symbols: (mean, var) are the running statistics that training has left; (m_o, v_o) the pooled moments of the layer's
-inputs in the reference (uncompressed) model and (m_c, v_c) in the compressed one, over the same samples.
+Symbols: (mean, var) are the trained running statistics; (m_o, v_o) are the pooled moments of the layer's inputs in the
+reference (uncompressed) model and (m_c, v_c) in the compressed model, over the same samples.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ from compress_core.torch_internals import AnyBatchNorm
 from compress_core.transforms.call_sites import run_quietly
 from compress_core.transforms.user_hooks import is_in_hook
 
-# Values of a channel that are paired in each sample and call, to estimate a correlation.
+# Number of values of a channel that are paired in each sample and call, to estimate a correlation.
 _PAIRED_POSITIONS = 8
 
 
 class Estimator:
-    """Base: gathers moments of one layer.
+    """Base class of estimators: collects the moments of the inputs of one layer.
 
     Args:
         name: The layer's dotted name.
@@ -46,27 +47,27 @@ class Estimator:
         self.mean = layer.running_mean.detach().clone()
         self.var = layer.running_var.detach().clone()
         self.tracked = None if layer.num_batches_tracked is None else layer.num_batches_tracked.clone()
-        # A layer that no batch has passed in training still has the values it was made with. `num_batches_tracked` does
-        # not tell: checkpoints older than torch 0.4.1 have none, and load as zero.
+        # A layer that was never trained still has its initial values. `num_batches_tracked` is not reliable: it is not
+        # in checkpoints older than torch 0.4.1, and then loads as zero.
         self.is_fresh = not bool(self.mean.any()) and bool((self.var == 1).all())
         self.reference = Moments.empty(layer.num_features, self.mean.device)
-        # What the reference model's calls have seen, until the compressed model makes the same call: at each point both
-        # estimates must rest on the same calls, or a model without any change would seem to have one.
+        # Moments of calls of the reference model that wait for the same call of the compressed model. Both estimates
+        # must always use the same calls; otherwise an unchanged model would appear to have changed.
         self._waiting: deque[Moments] = deque()
         self.compressed = Moments.empty(layer.num_features, self.mean.device)
         self._fresh_reference = Moments.empty(layer.num_features, self.mean.device)
         self.in_reference = False
 
     def attach(self) -> list[RemovableHandle]:
-        """Starts watching; the caller removes the handles."""
+        """Registers the hooks on the layer; the caller removes the handles."""
         return [self.layer.register_forward_pre_hook(self._quietly_before, with_kwargs=True)]
 
     def begin_reference(self, *, alternating: bool) -> None:
-        """The next forward is the reference model's: with the statistics that training has left.
+        """Prepares for a forward of the reference model, with the trained statistics.
 
         Args:
-            alternating: Whether the compressed model has had its turn with the batch before this one: calls that only
-                the reference model has made of it are then forgotten.
+            alternating: Whether the compressed model has already seen the previous batch. Calls on that batch that only
+                the reference model made are then dropped.
         """
         self.in_reference = True
         if alternating:
@@ -75,33 +76,33 @@ class Estimator:
             self.write(self.mean, self.var)
 
     def forget_waiting(self) -> None:
-        """Drops what waits for a call of the compressed model that has not come."""
+        """Drops moments of the reference model for which the compressed model made no call."""
         self._waiting.clear()
 
     def begin_compressed(self) -> None:
-        """The next forward is the compressed model's."""
+        """Prepares for a forward of the compressed model."""
         self.in_reference = False
 
     def restore(self) -> None:
-        """Puts the layer's statistics back to what they were."""
+        """Restores the trained statistics of the layer."""
         self.write(self.mean, self.var)
         if self.tracked is not None and self.layer.num_batches_tracked is not None:
             self.layer.num_batches_tracked.copy_(self.tracked)
 
     def finish(self, batches: int, path: str) -> None:
-        """Leaves the final estimate in the layer.
+        """Writes the final estimate to the layer.
 
         Args:
-            batches: How many batches have passed; a fresh layer counts them as those it has seen.
-            path: Where adaptation was asked for, for messages.
+            batches: Number of batches; becomes `num_batches_tracked` of a layer that was never trained.
+            path: Config path of the request, for messages.
 
         Raises:
-            DataError: The inputs of the layer held NaN or infinity, or one value, which has no variance.
+            DataError: The inputs of the layer held NaN or infinity, or only one value, which has no variance.
         """
         if not (self.reference.is_finite() and self.compressed.is_finite()):
             raise DataError(
                 f"{path}: the inputs of the batch norm '{self.name}' hold NaN or infinity on the calibration data; "
-                "check the data and the model. All statistics are as they were"
+                "check the data and the model. The statistics were not changed"
             )
         if self.compressed.count == 1 and not self.keeps_variance_of_one_value():
             raise DataError(
@@ -112,7 +113,7 @@ class Estimator:
             self.layer.num_batches_tracked.fill_(batches)
 
     def keeps_variance_of_one_value(self) -> bool:
-        """Tells whether the estimate from a single value is usable all the same."""
+        """Returns whether the estimate is usable even if the layer has seen only one value."""
         return False
 
     def write(self, mean: torch.Tensor, variance: torch.Tensor) -> None:
@@ -122,9 +123,9 @@ class Estimator:
         self.layer.running_var.copy_(variance)
 
     def _quietly_before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        # A call that a user's hook makes is not the model's. Our own hook is run by the frame that called us.
+        # Calls made by a user's hook do not count. Our own hook is run by the frame that called us.
         if not is_in_hook(sys._getframe(1).f_back):
-            # Transforms of activations count the calls of functions; ours are not the model's.
+            # Activation transforms count function calls, and the calls in here must not be counted.
             run_quietly(self._before, module, args, kwargs)
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -138,7 +139,7 @@ class Estimator:
             self.write(self._fresh_reference.mean, self._fresh_reference.variance)
 
     def observe(self, values: torch.Tensor) -> None:
-        """Takes in the inputs of one call of the layer; shape (batch, channels, ...), not empty."""
+        """Adds the inputs of one call of the layer; shape (batch, channels, ...), not empty."""
         seen = Moments.of(values)
         if not self.in_reference:
             self.compressed.merge(seen)
@@ -150,12 +151,12 @@ class Estimator:
             self._fresh_reference.merge(seen)
 
     def estimate(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns the running mean and variance that follow from what has been seen; shape (channels,) each."""
+        """Returns the current estimate of the running mean and variance; shape (channels,) each."""
         raise NotImplementedError
 
 
 class ExactEstimator(Estimator):
-    """The population moments of the compressed model: mean' = m_c, var' = v_c."""
+    """Estimates the population moments of the compressed model: mean' = m_c, var' = v_c."""
 
     def estimate(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns (m_c, v_c)."""
@@ -163,19 +164,19 @@ class ExactEstimator(Estimator):
 
 
 class PairedEstimator(Estimator):
-    """Carries what training has learned across the change that compression made.
+    """Corrects the trained statistics by the change that compression made, instead of replacing them.
 
-    The gap between running statistics and moments of the sample is noise of the sample, and the difference between
-    (augmented) training data and calibration data. A channel of the compressed model has it too, as far as it still is
-    the channel of the uncompressed one: as far as the two correlate. So, with r = (v_c + eps) / (v_o + eps) and the
+    The gap between the running statistics and the measured moments is sampling noise plus the difference between
+    (augmented) training data and calibration data. A channel of the compressed model has the same gap, to the degree
+    that it correlates with the channel of the uncompressed model. So, with r = (v_c + eps) / (v_o + eps) and the
     correlation rho of the channel's values in both models:
 
         mean' = m_c + rho * (mean - m_o) * sqrt(r)
         var'  = v_c + rho^2 * (var * r - v_c)
 
-    Where compression changed nothing, rho = r = 1 and nothing changes. Where nothing is left of the channel, rho = 0
-    and the estimate is the exact one. This is the regression estimator with the uncompressed model as control variate
-    (Cochran, Sampling Techniques, 1977, chapter 7).
+    If compression did not change a channel, rho = r = 1 and its statistics stay. If nothing is left of a channel,
+    rho = 0 and the estimate is (m_c, v_c). This is the regression estimator with the uncompressed model as control
+    variate (Cochran, Sampling Techniques, 1977, chapter 7).
     """
 
     needs_reference = True
@@ -186,7 +187,7 @@ class PairedEstimator(Estimator):
         self._waiting_rows: deque[torch.Tensor] = deque()
 
     def forget_waiting(self) -> None:
-        """Drops the values, too."""
+        """Also drops the values that wait to be paired."""
         super().forget_waiting()
         self._waiting_rows.clear()
 
@@ -200,11 +201,11 @@ class PairedEstimator(Estimator):
             self._correlation.add(self._waiting_rows.popleft(), rows)
 
     def keeps_variance_of_one_value(self) -> bool:
-        """A trained layer keeps the variance that it has."""
+        """True for a trained layer, which then keeps its variance."""
         return not self.is_fresh
 
     def estimate(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns the transported statistics; for a layer that was never trained, (m_c, v_c)."""
+        """Returns the corrected statistics; for a layer that was never trained, (m_c, v_c)."""
         if self.is_fresh:
             return self.compressed.mean, self.compressed.variance
         if not self.reference.count:
@@ -218,17 +219,17 @@ class PairedEstimator(Estimator):
 
 
 class MomentumEstimator(Estimator):
-    """NNCF's: batch norm's own exponential average, layer by layer, in training mode.
+    """NNCF's estimator: the layer's own exponential average, in training mode.
 
-    What it leaves depends on the batch size and keeps (1 - momentum)^batches of the old statistics.
+    It keeps (1 - momentum)^batches of the old statistics, so the result depends on the batch size.
     """
 
     def keeps_variance_of_one_value(self) -> bool:
-        """One value is passed over."""
+        """True: a call with a single value is skipped."""
         return True
 
     def attach(self) -> list[RemovableHandle]:
-        """Puts the layer into training mode for the time of its forward."""
+        """Registers hooks that put the layer into training mode during its forward."""
         after = self.layer.register_forward_hook(self._after, always_call=True)
         return [*super().attach(), after]
 
@@ -237,7 +238,7 @@ class MomentumEstimator(Estimator):
         if values.numel() == 0:
             return
         self.compressed.merge(Moments.of(values))
-        # One value has no variance: torch refuses to train on it, so it passes with the statistics as they are.
+        # One value has no variance and torch refuses to train on it, so it is normalized in eval mode.
         self.layer.training = values.numel() > values.shape[1]
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:

@@ -1,4 +1,4 @@
-"""One adaptation pass over a model: everything in eval mode, nothing left behind but new statistics."""
+"""One adaptation pass over a model, which changes nothing except the running statistics."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ Reference = Callable[[], AbstractContextManager[Any]]
 
 
 class AdaptationPass:
-    """Estimates the statistics of `layers` anew.
+    """Estimates new statistics for `layers`.
 
-    Use as a context manager: leaving it by an exception puts all statistics back.
+    Use as a context manager: an exception inside restores all statistics.
 
     Args:
         model: The model.
-        layers: Dotted name -> batch norm to adapt; all others stay as they are.
+        layers: Dotted name -> batch norm to adapt; all others are not changed.
         method: Name of the estimator.
-        path: Where it was asked for, for messages.
+        path: Config path of the request, for messages.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class AdaptationPass:
 
     @property
     def needs_reference(self) -> bool:
-        """Tells whether the uncompressed model has to be seen as well."""
+        """Returns whether the estimator needs forwards of the uncompressed model as well."""
         return any(estimator.needs_reference for estimator in self._estimators)
 
     def __enter__(self) -> AdaptationPass:
@@ -73,13 +73,14 @@ class AdaptationPass:
         compressed: bool = True,
         total: int | None = None,
     ) -> None:
-        """Sends batches through the model.
+        """Runs the model on batches.
 
         Args:
-            data: How the model is called with a batch.
+            data: Calls the model with a batch.
             batches: (batch, number of samples) pairs.
-            reference: Makes a context in which the model computes as the reference model; None for no such forward.
-            compressed: Whether the compressed model is run.
+            reference: Returns a context manager in which the model computes as the reference model; None to skip these
+                forwards.
+            compressed: Whether to run the compressed model.
             total: Number of samples expected, for the progress bar.
         """
         with (
@@ -102,7 +103,7 @@ class AdaptationPass:
                 bar.update(size)
 
     def finish(self, requested: int) -> AdaptationReport:
-        """Leaves the estimates in the layers and says what has changed."""
+        """Writes the estimates to the layers and returns a report of the changes."""
         unreached = [e.name for e in self._estimators if not e.compressed.count]
         if len(unreached) == len(self._estimators):
             raise DataError(
@@ -110,7 +111,7 @@ class AdaptationPass:
             )
         if unreached:
             logger.warning(
-                "batch-norm adaptation: %d layers were not reached and stay as they are: %s", len(unreached), unreached
+                "batch-norm adaptation: %d layers were not reached and are not changed: %s", len(unreached), unreached
             )
         for estimator in self._estimators:
             if estimator.compressed.count:
@@ -127,7 +128,7 @@ class AdaptationPass:
         )
 
     def follow(self, layers: dict[str, AnyBatchNorm]) -> None:
-        """Goes on with the layers that now stand under the names, where a commit has replaced some.
+        """Continues with the layers that now have these names, after a commit replaced some of them.
 
         Raises:
             ModelError: A layer is gone, or has another number of channels.
@@ -142,7 +143,7 @@ class AdaptationPass:
             estimator.layer = layer
 
     def restore_statistics(self) -> None:
-        """Gives the layers their old statistics for as long as the pass is interrupted."""
+        """Restores the old statistics of the layers while the pass is interrupted."""
         for estimator in self._estimators:
             estimator.restore()
 
@@ -175,7 +176,7 @@ def _watched(estimators: Iterable[Estimator]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet(model: nn.Module, loader: Any, adapted: set[int]) -> Iterator[None]:
-    """Eval mode, no gradients; afterwards modes, random generators and all other buffers are as they were."""
+    """Context manager: eval mode, no gradients; restores modes, random generators and all other buffers on exit."""
     modes = [(module, module.training) for module in model.modules()]
     buffers = [(buffer, buffer.clone()) for buffer in _foreign_buffers(model, adapted)]
     with preserved_rng(loader), torch.no_grad():
@@ -193,7 +194,7 @@ def _quiet(model: nn.Module, loader: Any, adapted: set[int]) -> Iterator[None]:
 
 
 def _foreign_buffers(model: nn.Module, adapted: set[int]) -> Iterator[torch.Tensor]:
-    """Yields the buffers that a forward might change, though it should not, outside the adapted layers."""
+    """Yields the buffers outside the adapted layers that a forward might change."""
     helpers = {id(m) for module in model.modules() if isinstance(module, WeightTransforms) for m in module.modules()}
     for module in model.modules():
         if id(module) not in adapted and id(module) not in helpers:

@@ -1,4 +1,4 @@
-"""The guard: adapted statistics are kept only if the user's own metric does not get worse."""
+"""`MetricGuard`: keeps adapted statistics only if the user's metric does not get worse."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from compress_core.errors import DataError
 
 
 class MetricGuard:
-    """Measures a model before (when it is made) and after.
+    """Measures a model before adaptation (when the guard is created) and after it (`verdict`).
 
     Args:
         evaluate: Takes the model and returns a number, larger is better.
-        model: The compressed model, with the statistics of before.
-        path: Path of the config value, for messages.
+        model: The compressed model, before adaptation.
+        path: Config path of the value, for messages.
 
     Raises:
-        DataError: The metric is no number.
+        DataError: The metric is not a number.
     """
 
     def __init__(self, evaluate: Callable[[nn.Module], Any], model: nn.Module, path: str) -> None:
@@ -33,7 +33,7 @@ class MetricGuard:
         self._before = self._measure()
 
     def verdict(self) -> GuardVerdict:
-        """Measures again; a metric that is NaN now counts as worse."""
+        """Measures the model again and compares; NaN counts as worse."""
         after = self._measure()
         return GuardVerdict(self._before, after, kept=after >= self._before or math.isnan(self._before))
 

@@ -1,4 +1,4 @@
-"""Channel moments that can be pooled: over batches, over calls of a layer, over processes."""
+"""Moments of channels that can be pooled over batches, calls of a layer and processes."""
 
 from __future__ import annotations
 
@@ -7,22 +7,23 @@ from dataclasses import dataclass
 
 import torch
 
-# Rows of a matrix that are summed in float32 at a time.
+# Number of rows of a matrix that are summed in float32 at a time.
 _ROWS = 256
-# Values that are squared at a time: few enough for the cache, and for memory that is at hand.
+# Number of values that are squared at a time: few enough to stay in the cache.
 _BLOCK = 2**18
-# Positions from which on summing row by row is faster than column by column.
+# Row length from which summing row by row is faster than column by column.
 _SHORTEST_ROW = 50
-# |mean| / std from which on squares in float32 are not exact enough to keep the variance within 1e-6 of float64.
+# Above this |mean| / std, squares in float32 are too inexact to keep the variance within 1e-6 of float64.
 _LARGEST_OFFSET = 2.0
 
 
 @dataclass
 class Moments:
-    """Count, mean and sum of squared deviations of each channel; a mergeable object.
+    """Count, mean and sum of squared deviations of each channel; can be merged.
 
-    Merging is exact (Chan, Golub & LeVeque 1979, equation 2.1): the result does not depend, beyond rounding in float64,
-    on how values were split into parts or in which order these are merged. `Moments.empty` is the neutral element.
+    Merging is exact (Chan, Golub & LeVeque 1979, equation 2.1): except for rounding in float64, the result does not
+    depend on how values were split into parts or in which order these are merged. `Moments.empty` is the neutral
+    element.
 
     Attributes:
         count: Number of values in each channel.
@@ -36,7 +37,7 @@ class Moments:
 
     @classmethod
     def empty(cls, channels: int, device: torch.device | None = None) -> Moments:
-        """Returns the moments of nothing."""
+        """Returns the moments of zero values."""
         zeros = torch.zeros(channels, dtype=torch.float64, device=device)
         return cls(0, zeros, zeros.clone())
 
@@ -44,8 +45,8 @@ class Moments:
     def of(cls, values: torch.Tensor) -> Moments:
         """Returns the moments of a tensor of shape (batch, channels, ...), over all dimensions but the second.
 
-        float32 on the CPU is summed in short pieces that float64 merges, everything else on a float64 copy: within 1e-6
-        of the population moments either way.
+        float32 on the CPU is summed in short pieces that are merged in float64, everything else is copied to float64.
+        Both are within 1e-6 of the population moments.
         """
         channels = values.shape[1]
         count = values.numel() // channels if channels else 0
@@ -60,8 +61,8 @@ class Moments:
         mean, variance = _sums(values)
         far = (mean.square() > _LARGEST_OFFSET**2 * variance).nonzero().flatten()
         if len(far):
-            # Far from zero, squares cancel and float32 is not exact enough. Once the bulk of the mean is subtracted,
-            # what is left of these channels is small, and exact.
+            # Far from zero, squares cancel and float32 is not exact enough. After subtracting most of the mean, the
+            # values of these channels are small and float32 is exact enough.
             bulk = mean[far].to(values.dtype)
             rest, variance[far] = _sums(values[:, far] - bulk.view(1, -1, *[1] * (values.ndim - 2)))
             mean[far] = bulk.double() + rest
@@ -75,7 +76,7 @@ class Moments:
         return cls(count, mean.double(), variance.double() * count)
 
     def merge(self, other: Moments) -> None:
-        """Adds what `other` has seen to this."""
+        """Adds the values of `other` to these moments."""
         if other.count == 0:
             return
         total = self.count + other.count
@@ -90,18 +91,18 @@ class Moments:
         return self.m2 / max(self.count, 1)
 
     def is_finite(self) -> bool:
-        """Tells whether no channel has seen NaN or infinity."""
+        """Returns whether all values so far were finite."""
         return bool(torch.isfinite(self.mean).all() and torch.isfinite(self.m2).all())
 
 
 class Correlation:
-    """Correlation of two versions of the same values, channel by channel; gathered in pieces.
+    """Correlation of two versions of the same values for each channel, accumulated in pieces.
 
     Pieces are merged as in `Moments` (Pebay 2008, equation 3.11 for the co-moment).
 
     Args:
         channels: Number of channels.
-        device: Where the sums are kept.
+        device: Device of the sums.
     """
 
     def __init__(self, channels: int, device: torch.device | None = None) -> None:
@@ -112,10 +113,10 @@ class Correlation:
     def add(self, left: torch.Tensor, right: torch.Tensor) -> None:
         """Adds paired values, each of shape (values, channels), float32 or float64."""
         count, before = len(left), self._left.count
-        # Both at once, and in place: many thin layers make the number of operations and of large buffers count.
+        # Both at once and in place: with many thin layers, the number of operations and of large buffers matters.
         apart = torch.stack([left, right])
         first = apart[:, :1].clone()
-        apart -= first  # small even where the values are far from zero, so that float32 holds them
+        apart -= first  # differences are small even if the values are far from zero, so float32 is exact enough
         bulk = apart.mean(1, keepdim=True)
         apart -= bulk
         comoment = (apart[0] * apart[1]).sum(0).double()
@@ -127,20 +128,20 @@ class Correlation:
         self._right.merge(Moments(count, mean[1], m2[1]))
 
     def value(self) -> torch.Tensor:
-        """Returns Pearson's correlation of each channel; 1 where neither varies, 0 where only one does."""
+        """Returns Pearson's correlation of each channel; 1 if neither version varies, 0 if only one does."""
         scale = self._left.m2.sqrt() * self._right.m2.sqrt()
         constant = ((self._left.m2 == 0) & (self._right.m2 == 0)).double()
         return torch.where(scale > 0, self._comoment / scale, constant).clamp(-1.0, 1.0)
 
 
 def sampled_rows(values: torch.Tensor, positions: int) -> torch.Tensor:
-    """Returns some of the values of each channel: for each sample those at the same few positions.
+    """Returns a few values of each channel, at the same positions in every sample.
 
-    Every sample gives the same number of values, so that what is gathered does not depend on how samples are batched.
+    Every sample contributes the same number of values, so that the result does not depend on how samples are batched.
 
     Args:
         values: Shape (batch, channels, ...).
-        positions: How many of the positions of a sample are taken, where it has as many.
+        positions: Number of positions to take from each sample; all, if it has fewer.
 
     Returns:
         A copy of shape (values, channels), float32 or float64.
@@ -151,7 +152,7 @@ def sampled_rows(values: torch.Tensor, positions: int) -> torch.Tensor:
     if _is_channels_last(values):
         rows = values.movedim(1, -1).reshape(batch, available, channels)[:, index].reshape(-1, channels)
     else:
-        # Position by position: an index into the last dimension is several times as slow where positions are few.
+        # Transposed first: indexing the last dimension is several times slower for few positions.
         by_position = values.reshape(batch * channels, available).t().index_select(0, index)
         rows = by_position.view(-1, batch, channels).transpose(0, 1).reshape(-1, channels)
     return rows if rows.dtype in (torch.float32, torch.float64) else rows.float()
@@ -159,20 +160,20 @@ def sampled_rows(values: torch.Tensor, positions: int) -> torch.Tensor:
 
 @functools.cache
 def _spread(available: int, wanted: int) -> torch.Tensor:
-    """Returns up to `wanted` of the indices below `available`, spread over rows and columns of whatever image it is."""
+    """Returns up to `wanted` indices below `available`, spread over the rows and columns of an image of any width."""
     if available <= wanted:
         return torch.arange(available)
-    # Multiples of the golden ratio fall into step with no width.
+    # Multiples of the golden ratio do not align with any width.
     fractions = (torch.arange(1, wanted + 1, dtype=torch.float64) * ((5**0.5 - 1) / 2)) % 1.0
     chosen: torch.Tensor = torch.unique((fractions * available).long())
     return chosen
 
 
 def _sums(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns mean and variance of each channel in float64, summed in float32 in short pieces that float64 merges.
+    """Returns mean and variance of each channel in float64, from short float32 sums that are merged in float64.
 
-    A row of a contiguous tensor, or a few hundred rows of a channels_last one, are short enough for float32; torch's
-    batch-norm kernel, which adds up in float64, takes ten times as long.
+    A row of a contiguous tensor, or a few hundred rows of a channels_last tensor, are short enough for float32. torch's
+    batch-norm kernel, which sums in float64, takes ten times as long.
     """
     channels = values.shape[1]
     count = values.numel() // channels
@@ -191,7 +192,7 @@ def _sums(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def _column_sums(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the sums of values and of their squares over dimension 0 in float64, piece by piece.
 
-    Down the columns torch works on whole vectors; along many short rows it takes several times as long.
+    Summing down the columns, torch works on whole vectors; summing along many short rows takes several times as long.
     """
     columns = rows.shape[1]
     total = torch.zeros(columns, dtype=torch.float64, device=rows.device)

@@ -1,4 +1,4 @@
-"""Batch-norm adaptation as a plugin: registered like anybody's."""
+"""Registers batch-norm adaptation, through the same hooks as any plugin."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ def compress_initializers() -> list[type[Initializer]]:
 
 @hookimpl
 def compress_choice_points() -> list[ChoicePoint]:
-    """Returns the methods of estimation."""
+    """Returns the choice point of the estimators."""
     return [estimators.POINT]
 
 
 @hookimpl
 def compress_choices() -> list[Choice]:
-    """Returns three of them."""
+    """Returns the three built-in estimators."""
     return list(estimators.CHOICES)

@@ -1,4 +1,4 @@
-"""What an adaptation did, as figures and tables."""
+"""The report of an adaptation, as figures and tables."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from compress_core.contract.statistics import Statistics, Table
 
 @dataclass(frozen=True)
 class GuardVerdict:
-    """What the user's metric said of an adaptation.
+    """The user's metric before and after an adaptation.
 
     Attributes:
-        before: The metric of the compressed model with the statistics of before.
-        after: The metric with the adapted ones.
-        kept: Whether these were kept; otherwise the old ones were put back.
+        before: The metric of the compressed model with the old statistics.
+        after: The metric with the adapted statistics.
+        kept: Whether the adapted statistics were kept; otherwise the old ones were restored.
     """
 
     before: float
@@ -25,13 +25,13 @@ class GuardVerdict:
 
 @dataclass(frozen=True)
 class LayerDrift:
-    """What adaptation did to a layer.
+    """How far adaptation moved the statistics of a layer.
 
     Attributes:
         name: Dotted name.
-        values: Number of values per channel that the estimate rests on; 0 when the layer was not reached.
-        mean_shift: Largest |change of the running mean| over channels, in standard deviations of before.
-        variance_ratio: Smallest and largest (variance now + eps) / (variance before + eps) over channels.
+        values: Number of values per channel behind the estimate; 0 if the layer was not reached.
+        mean_shift: Largest |change of the running mean| over channels, in old standard deviations.
+        variance_ratio: Smallest and largest (new variance + eps) / (old variance + eps) over channels.
     """
 
     name: str
@@ -42,16 +42,16 @@ class LayerDrift:
 
 @dataclass(frozen=True)
 class AdaptationReport:
-    """What one adaptation pass did.
+    """The result of one adaptation pass.
 
     Attributes:
         method: Name of the estimator.
-        requested_samples: What was asked for.
-        samples: How many were used: whole batches.
-        batches: In how many batches.
+        requested_samples: Number of samples requested.
+        samples: Number of samples used, in whole batches.
+        batches: Number of batches used.
         seconds: Wall time.
-        layers: By layer.
-        guard: What the metric said, if there was a guard.
+        layers: How far each layer moved.
+        guard: The user's metric before and after, if there was a guard.
     """
 
     method: str
@@ -64,13 +64,13 @@ class AdaptationReport:
 
 
 class BatchNormAdaptationStatistics(Statistics):
-    """The last adaptation: how it ran, and the drift of each layer."""
+    """Statistics of the last adaptation: its figures, and the drift of each layer."""
 
     def __init__(self, report: AdaptationReport) -> None:
         self.report = report
 
     def tables(self) -> list[Table]:
-        """Returns the run, and the layers."""
+        """Returns a table of the run and a table of the layers."""
         report = self.report
         rows: list[tuple[str, Any]] = [
             ("method", report.method),

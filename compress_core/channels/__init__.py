@@ -1,9 +1,10 @@
-"""Which channels of a model belong together, and the model without some of them.
+"""Finds channels that have to be removed together, and removes them.
 
-Labels on the slices of its tensors are carried through the operators of a trace (`algebra`, `rules`); from them come
-groups of channels (`groups`), what a model costs without some (`costs`), smaller tensors in place (`shrinking`), and
-the proof that the smaller model computes the same (`proof`). Transforms follow as they declare (`following`), and what
-they decide on whole weights is frozen before these are cut (`decisions`).
+Every slice of a tensor gets a label, and rules carry the labels through the operators of a trace (`algebra`, `rules`).
+The labels give groups of channels (`groups`), the cost of a model with fewer channels (`costs`), and the sliced tensors
+(`shrinking`). A comparison of outputs verifies that the smaller model computes the same (`proof`). The tensors of
+transforms are cut as each transform declares (`following`), after decisions over a whole weight have been frozen
+(`decisions`).
 """
 
 from compress_core.channels.algebra import Dims, Obstacle, Role

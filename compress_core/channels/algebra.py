@@ -1,13 +1,12 @@
-"""Labels on the slices of tensors: which of them can only be removed together.
+"""Labels on the slices of tensors, to find which slices can only be removed together.
 
 Every index of every dimension of a parameter gets a label. Rules (`compress_core.channels.rules`) carry the labels
-through the operators of a trace: a value knows, for each of its dimensions, the label of each index, or that the
-dimension does not depend on any parameter. Where an operator makes two indices one (an addition, a contraction), their
-labels are *joined*; where a dimension must keep its size, its labels are *fixed*, with the reason. What is joined is
-removed together: this is the dependency of DepGraph (Fang et al., 2023, arXiv:2301.12900), index by index instead of
-layer by layer.
+through the operators of a trace: each dimension of a value has a label for each index, or none if the dimension does
+not depend on any parameter. Where an operator combines two indices (an addition, a contraction), their labels are
+*joined*. Where a dimension must keep its size, its labels are *fixed*, with a reason. Joined labels are removed
+together. This is the dependency of DepGraph (Fang et al., 2023, arXiv:2301.12900), by index instead of by layer.
 
-A removed index need not be zero in the masked network: every weight that reads it is masked as well.
+A removed index need not be zero in the masked network, because every weight that reads it is masked as well.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-# The labels along one dimension; None for a dimension that no parameter decides about.
+# The labels along one dimension; None for a dimension whose size does not depend on a parameter.
 Labels: TypeAlias = "np.ndarray | None"
 # The labels of a value, dimension by dimension.
 Dims: TypeAlias = "list[Labels]"
@@ -31,9 +30,9 @@ class Obstacle:
     """Why a dimension must keep its size.
 
     Attributes:
-        module: Dotted name of the module in which it happens.
+        module: Dotted name of the module that calls the operator.
         operator: Name of the operator.
-        reason: What it does with the dimension.
+        reason: What the operator does with the dimension.
     """
 
     module: str
@@ -45,14 +44,14 @@ class Obstacle:
 
 
 class Role(IntEnum):
-    """What a dimension of a parameter does with its channels."""
+    """How a parameter uses the channels along one of its dimensions."""
 
     OTHER = 0
-    """Scales or shifts them, or anything else."""
+    """Scales or shifts the channels, or any other use."""
     READS = 1
-    """Sums over them: the input dimension of a weight."""
+    """Sums over the channels: the input dimension of a weight."""
     NORMALIZES = 2
-    """Scales or shifts them behind batch norm."""
+    """Scales or shifts the channels after the normalization of a batch norm."""
     ADDS = 3
     """A bias."""
     MAKES = 4
@@ -61,7 +60,7 @@ class Role(IntEnum):
 
 @dataclass(frozen=True)
 class Product:
-    """A product of matrices or a convolution, as far as its cost is concerned.
+    """The cost of a matrix product or a convolution.
 
     Attributes:
         constant: Multiply-accumulate operations for each combination of the indices of `factors`.
@@ -74,11 +73,11 @@ class Product:
 
 @dataclass
 class Algebra:
-    """Labels, what is joined, and what is fixed.
+    """The labels of a model, and which of them are joined or fixed.
 
     Attributes:
         parameters: Name of each parameter or buffer -> the labels of its dimensions.
-        products: What the first forward multiplies.
+        products: The products of the first forward.
         counting: Whether products are being recorded.
     """
 
@@ -92,7 +91,7 @@ class Algebra:
     _fixed: list[tuple[np.ndarray, Obstacle]] = field(default_factory=list)
 
     def parameter(self, name: str, shape: Sequence[int]) -> Dims:
-        """Returns the labels of a parameter or buffer, new ones at the first call."""
+        """Returns the labels of a parameter or buffer; the first call creates them."""
         if name not in self.parameters:
             dims = []
             for size in shape:
@@ -102,7 +101,7 @@ class Algebra:
         return list(self.parameters[name])
 
     def join(self, left: Labels, right: Labels) -> None:
-        """Makes the labels of two dimensions of one length equal, index by index."""
+        """Joins the labels of two dimensions of the same length, index by index."""
         if left is not None and right is not None and left is not right:
             self._left.append(left)
             self._right.append(right)
@@ -120,12 +119,12 @@ class Algebra:
             self._fixed.append((labels, obstacle))
 
     def mark(self, role: Role, labels: Labels) -> None:
-        """Notes what is done with the channels of a dimension."""
+        """Records how the channels of a dimension are used."""
         if labels is not None:
             self._roles.append((role, labels))
 
     def roles(self) -> np.ndarray:
-        """Returns the role of each label, the highest of those that were marked; shape (labels,)."""
+        """Returns the role of each label, the highest if several were marked; shape (labels,)."""
         found = np.zeros(self._size, np.int8)
         for role, labels in self._roles:
             found[labels] = np.maximum(found[labels], role)
@@ -142,28 +141,28 @@ class Algebra:
             self.products.append(Product(constant, tuple(labels for _, labels in sizes if labels is not None)))
 
     def classes(self) -> np.ndarray:
-        """Returns the class of each label: labels of one class are removed together; shape (labels,)."""
+        """Returns the class of each label, shape (labels,). Labels of one class are removed together."""
         left = np.concatenate([np.empty(0, np.int64), *self._left])
         right = np.concatenate([np.empty(0, np.int64), *self._right])
         return _components(self._size, left, right)
 
     def fixed(self, classes: np.ndarray) -> np.ndarray:
-        """Returns for each class the number of the first reason why it must stay, or -1; shape (labels,)."""
+        """Returns for each class the index of the first obstacle to removing it, or -1; shape (labels,)."""
         found = np.full(self._size, -1)
         for number in range(len(self._fixed) - 1, -1, -1):
             found[classes[self._fixed[number][0]]] = number
         return found
 
     def obstacle(self, number: int) -> Obstacle:
-        """Returns a reason that `fixed` has named."""
+        """Returns the obstacle with an index that `fixed` returned."""
         return self._fixed[number][1]
 
 
 def _components(size: int, left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Returns the connected components of a graph: the smallest node of each, for every node.
+    """Returns, for every node of a graph, the smallest node of its connected component.
 
-    Labels take the smallest label of their neighbours and then that label's own, until nothing changes: a few rounds,
-    each linear in the number of edges.
+    In each round a node takes the smallest label of its neighbours, and then the label of that label, until nothing
+    changes. This takes a few rounds, each linear in the number of edges.
     """
     parent = np.arange(size)
     while True:

@@ -1,4 +1,4 @@
-"""What a model costs when channels are gone: operations and parameters as functions of the sizes of its groups."""
+"""The cost of a model with fewer channels: operations and parameters as functions of the sizes of its groups."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from compress_core.channels.groups import ChannelGroup, ChannelGroups
 
 @dataclass(frozen=True)
 class Costs:
-    """A sum of products of sizes, each of which falls with the channels that are left.
+    """A cost as a sum of products of sizes, each of which is linear in the numbers of channels left.
 
-    Term t costs `constants[t]` times the product over its factors of `fixed[f] + slopes[f] @ left`; `left` holds the
-    number of channels that each group still has.
+    Term t costs `constants[t]` times the product over its factors f of `fixed[t, f] + slopes[t, f] @ left`; `left` is
+    the number of channels left in each group.
 
     Attributes:
         constants: Shape (terms,).
-        fixed: Part of each factor that does not change; shape (terms, factors).
+        fixed: The constant part of each factor; shape (terms, factors).
         slopes: What each channel of a group adds to a factor; shape (terms, factors, groups).
     """
 
@@ -31,7 +31,7 @@ class Costs:
 
     @classmethod
     def nothing(cls) -> Costs:
-        """Returns no terms: a cost of 0."""
+        """Returns a cost of 0, without terms."""
         return cls(np.empty(0, np.int64), np.empty((0, 0), np.int64), np.empty((0, 0, 0), np.int64))
 
     def of(self, left: Sequence[int] | np.ndarray) -> int:
@@ -40,7 +40,7 @@ class Costs:
         return int(self.constants @ sizes.prod(axis=1))
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns JSON-able values; terms that depend on the same groups in the same way are added up."""
+        """Returns a JSON-able dict; terms that depend on the same groups in the same way are added up."""
         terms: dict[str, list[Any]] = {}
         for constant, fixed, slopes in zip(self.constants, self.fixed, self.slopes, strict=True):
             factors = [
@@ -53,7 +53,7 @@ class Costs:
 
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> Costs:
-        """Takes back what `to_dict` returned."""
+        """Restores an object from what `to_dict` returned."""
         groups = int(saved["groups"])
         terms = []
         for constant, factors in saved["terms"]:
@@ -72,8 +72,8 @@ def operation_costs(found: ChannelGroups, chosen: Sequence[ChannelGroup], batch_
 
     Args:
         found: The groups of a model.
-        chosen: Those whose channels may go, in the order of `Costs.of`.
-        batch_size: Samples in the traced batch; costs are those of one.
+        chosen: The groups whose channels may be removed, in the order of `Costs.of`.
+        batch_size: Number of samples in the traced batch; the result is the cost of one sample.
     """
     position = {id(group): number for number, group in enumerate(chosen)}
     numbers = np.array([position.get(id(group), -1) for group in found.groups] + [-1])

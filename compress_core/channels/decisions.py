@@ -1,4 +1,4 @@
-"""Decisions that transforms make on a whole weight, such as the top-k of scores: frozen before the weight is cut."""
+"""Freezes decisions that transforms make over a whole weight, such as the top-k of scores, before the weight is cut."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from compress_core.transforms import WeightTransform
 from compress_core.transforms.chain import TransformChain
 from compress_core.transforms.weight import chain_of, parameter_places
 
-# A frozen decision leaves the same values; this is for transforms that compute them in another order.
+# Freezing a decision must not change values; the tolerance is for transforms that compute them in another order.
 _TOLERANCE = 1e-5
 
 
@@ -25,7 +25,7 @@ class TransformedWeight:
 
     Attributes:
         name: Its dotted name.
-        module: Name of the layer that owns it; of tied ones the first.
+        module: Name of the layer that owns it, the first one if the weight is tied.
         owner: That layer.
         parameter: The stored parameter.
         chain: Its transforms.
@@ -54,17 +54,18 @@ def undecided(chain: TransformChain) -> list[str]:
 
 
 def tensors_to_come(model: nn.Module, weights: Collection[str]) -> tuple[str, ...]:
-    """Returns prefixes of the names of tensors that freezing decisions on these weights may make or take away."""
+    """Returns the prefixes of the names of tensors that freezing decisions on these weights may add or remove."""
     chains = [weight.chain for weight in transformed_weights(model) if weight.name in weights]
     found = {id(transform) for chain in chains for transform in chain.children() if _is_undecided(transform)}
     return tuple(f"{name}." for name, module in model.named_modules() if id(module) in found)
 
 
 def freeze_decisions(model: nn.Module, weights: Collection[str]) -> bool:
-    """Makes decisions on whole weights, of these names, fixed ones; returns whether there were any.
+    """Freezes the decisions over whole weights for these weights; returns whether there were any.
 
     Raises:
-        ShrinkError: A transform cannot, or computes something else afterwards. Decisions before it have been frozen.
+        ShrinkError: A transform cannot freeze its decision, or computes something else afterwards. Decisions of
+            transforms before it have been frozen.
     """
     found = [weight for weight in transformed_weights(model) if weight.name in weights and undecided(weight.chain)]
     for weight in found:
@@ -73,10 +74,10 @@ def freeze_decisions(model: nn.Module, weights: Collection[str]) -> bool:
 
 
 def freeze_chain(chain: TransformChain, weight: TransformedWeight) -> None:
-    """Freezes the decisions in the chain of a weight, or in a copy of it.
+    """Freezes the decisions in the transform chain of a weight, or in a copy of the chain.
 
     Raises:
-        ShrinkError: A transform cannot, or computes something else afterwards.
+        ShrinkError: A transform cannot freeze its decision, or computes something else afterwards.
     """
     with preserved_rng(), torch.no_grad(), _evaluated(chain):
         tensor = weight.parameter.detach()

@@ -1,4 +1,4 @@
-"""What goes wrong when channels are removed."""
+"""The error for channels that cannot be removed."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from compress_core.errors import ModelError
 
 
 class ShrinkError(ModelError):
-    """Channels cannot be removed: the smaller model would not compute what the masked one does, or nothing tells.
+    """Channels cannot be removed: the smaller model would compute something else, or this cannot be checked.
 
     The model has not been changed.
 
     Attributes:
-        module: Dotted name of the module where that showed first.
-        reference: Whether the masked model failed already, on the random inputs.
+        module: Dotted name of the first module where the problem shows.
+        reference: Whether already the masked model failed on the random inputs.
     """
 
     def __init__(self, message: str, module: str = "", *, reference: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""Transforms follow the weights that they are for, each as it declares; none is guessed from sizes."""
+"""Determines how the tensors of transforms are cut with their weights, as each transform declares; never from sizes."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ Dims = Mapping[int, Sequence[int]]
 def transform_tensors(
     model: nn.Module, shapes: Mapping[str, tuple[int, ...]], kept: Mapping[str, Dims]
 ) -> dict[str, tuple[tuple[int, ...], dict[int, list[int]]]]:
-    """Returns what stays of the tensors of weight transforms when parts of their weights go.
+    """Returns which indices of the tensors of weight transforms stay when their weights are cut.
 
-    Decisions on the whole tensor count as frozen, as they will be when the weights are cut; the model is not changed.
+    Decisions over whole weights count as frozen, as they will be when the weights are cut. The model is not changed.
 
     Args:
         model: The model.
-        shapes: Name of a parameter -> its shape as it is.
+        shapes: Name of a parameter -> its current shape.
         kept: Name -> dimension -> indices that stay.
 
     Returns:
-        Name of a tensor -> its shape, and what stays of it.
+        Name of a tensor -> its shape, and dimension -> indices that stay.
 
     Raises:
-        ShrinkError: A transform does not say how one of its tensors follows, or cannot be cut.
+        ShrinkError: A transform does not declare how one of its tensors follows, or cannot be cut.
     """
     names = {id(tensor): name for name, tensor in (*model.named_parameters(), *model.named_buffers())}
     modules = {id(module): name for name, module in model.named_modules()}
@@ -93,7 +93,7 @@ class _Following:
     transform: nn.Module
 
     def dims(self, name: str, tensor: torch.Tensor, shape: tuple[int, ...], gone: Dims) -> dict[int, list[int]]:
-        """Returns what stays of a tensor of the transform."""
+        """Returns the indices of a tensor of the transform that stay, by dimension."""
         if tensor.numel() <= 1:
             return {}
         found = self._declared(name, tensor, shape, gone)
@@ -156,7 +156,7 @@ class _Following:
 
 
 def _output_dim(owner: nn.Module, shape: tuple[int, ...]) -> int | None:
-    """Returns the dimension of a layer's weight that has its output channels; None if they are spread over two."""
+    """Returns the dimension of a layer's weight with the output channels; None if they are spread over two."""
     if isinstance(owner, AnyConvTranspose) and len(shape) > 1:
         if owner.groups == 1:
             return 1
@@ -164,18 +164,18 @@ def _output_dim(owner: nn.Module, shape: tuple[int, ...]) -> int | None:
     return 1 if isinstance(owner, (nn.Embedding, nn.EmbeddingBag)) else 0
 
 
-# Activation transforms: a trace finds their channels, and what they declare has to agree.
+# Activation transforms: a trace finds their channels, and their declarations have to agree with it.
 
 
 @dataclass(frozen=True)
 class DeclaredTensor:
-    """A tensor of more than one element that an activation transform holds, and what it declares about it.
+    """A tensor of more than one element in an activation transform, and its declaration in `follows`.
 
     Attributes:
         owner: The transform and its place, in words.
         module: Name of the module of the place.
         own_name: Name of the tensor in the transform.
-        is_fixed: Whether it must not be cut.
+        is_fixed: Whether the tensor must not be cut.
     """
 
     owner: str
@@ -184,10 +184,10 @@ class DeclaredTensor:
     is_fixed: bool
 
     def check_found(self, dim: int) -> None:
-        """Takes notice that the trace has found channels along a dimension.
+        """Checks the declaration, after the trace has found channels along a dimension.
 
         Raises:
-            ShrinkError: The transform declares that there are none.
+            ShrinkError: The transform declares that the tensor has no channels.
         """
         if self.is_fixed:
             raise ShrinkError(
@@ -198,10 +198,10 @@ class DeclaredTensor:
 
 
 def declared_tensors(model: nn.Module) -> dict[str, DeclaredTensor]:
-    """Returns what activation transforms declare: name of a tensor of more than one element -> how it follows.
+    """Returns the declarations of all activation transforms, by name of the tensor; tensors of one element need none.
 
     Raises:
-        ShrinkError: A transform says nothing about one.
+        ShrinkError: A transform does not declare how one of its tensors follows.
     """
     names = {id(tensor): name for name, tensor in (*model.named_parameters(), *model.named_buffers())}
     found: dict[str, DeclaredTensor] = {}
@@ -224,7 +224,7 @@ def declared_tensors(model: nn.Module) -> dict[str, DeclaredTensor]:
     return found
 
 
-# What both have in common.
+# Shared by transforms of weights and of activations.
 
 
 def _word(transform: nn.Module, name: str) -> str | None:

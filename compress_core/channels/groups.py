@@ -1,4 +1,4 @@
-"""From a trace to groups: sets of channels that are alike, with every slice of every tensor that goes with them."""
+"""Finds the channel groups of a traced model: sets of channels with the slices of all tensors that belong to them."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Member:
     Attributes:
         parameter: Dotted name.
         dim: The dimension.
-        channels: For each index of the dimension the number of the channel in the group that it belongs to, or -1;
-            shape (size of the dimension,), int64.
-        role: What it does with the channels.
+        channels: For each index of the dimension, the index of its channel in the group, or -1; shape
+            (size of the dimension,), int64.
+        role: How the parameter uses the channels.
     """
 
     parameter: str
@@ -33,11 +33,11 @@ class Member:
 
 @dataclass(frozen=True)
 class ChannelGroup:
-    """Channels that touch the same tensors; each can be removed by itself, with all its slices.
+    """Channels with slices of the same tensors; each channel can be removed separately, with all its slices.
 
     Attributes:
         size: Number of channels.
-        members: Every dimension that has slices of them.
+        members: Every dimension of a tensor that has slices of the channels.
         obstacle: Why the channels must stay; None when they can be removed.
     """
 
@@ -51,10 +51,10 @@ class ChannelGroups:
     """All groups of a model.
 
     Attributes:
-        groups: In the order of the parameters.
-        algebra: The labels that they come from.
+        groups: The groups, in the order of the parameters.
+        algebra: The labels from which the groups were made.
         classes: The class of each label.
-        numbers: Position in `groups` of each class; -1 for classes that no parameter has.
+        numbers: Position of each class in `groups`; -1 for classes that no parameter has.
     """
 
     groups: list[ChannelGroup] = field(default_factory=list)
@@ -71,16 +71,16 @@ class ChannelGroups:
 def channel_groups(trace: Trace) -> ChannelGroups:
     """Finds the channel groups of a model.
 
-    Sizes that are written in the code of a forward (`x.view(batch, 64, -1)`) are not seen here: whoever removes
-    channels proves that the smaller model computes the same (`prove`).
+    Sizes that are hard-coded in a forward (`x.view(batch, 64, -1)`) cannot be found here. That is why removing channels
+    ends with a check that the smaller model computes the same (`prove`).
 
     Args:
-        trace: Its trace; several examples give the union of their constraints.
+        trace: The trace of the model; with several examples, the constraints of all of them apply.
     """
     algebra = Algebra()
     for forward in [*trace.forwards, *(forward for forward in trace.training if forward is not None)]:
         _carry(forward, algebra)
-        algebra.counting = False  # one forward is what a forward costs
+        algebra.counting = False  # the cost is that of the first forward only
     return _grouped(algebra)
 
 
@@ -111,7 +111,7 @@ def _carry(forward: ForwardTrace, algebra: Algebra) -> None:
 
 
 def _grouped(algebra: Algebra) -> ChannelGroups:
-    """Puts classes together that have as many slices of the same dimensions."""
+    """Groups the classes that have equally many slices of the same dimensions."""
     classes = algebra.classes()
     reasons, roles = algebra.fixed(classes), algebra.roles()
     places = [(name, dim, labels) for name, dims in algebra.parameters.items() for dim, labels in enumerate(dims)]
@@ -134,19 +134,19 @@ def _grouped(algebra: Algebra) -> ChannelGroups:
 
 
 def _alike(places: list[np.ndarray], fixed: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[int]]:
-    """Finds the classes that occur in the same places equally often.
+    """Groups the classes that occur in the same places equally often.
 
-    What a class occurs in is summed up in 128 random bits for each place: networks have hundreds of thousands of
-    classes, and comparing lists of places would take longer than all the rest.
+    Each place gets 128 random bits, and a class the sum over its places. Networks have hundreds of thousands of
+    classes, and comparing lists of places would take longer than everything else.
 
     Args:
         places: The classes along each dimension of each parameter.
-        fixed: Whether each class must stay; fixed classes are not alike free ones.
+        fixed: Whether each class must stay; a group never mixes fixed and free classes.
 
     Returns:
-        The number of the group of each class (-1 for numbers that are not a class); the number that the class has in
-        it; the first class of each group. Groups and classes are in the order in which they first occur: the number of
-        a class is the smallest of its labels.
+        The group of each class (-1 for numbers that are not a class); the index of the class in its group; the first
+        class of each group. Groups and classes are in the order of first occurrence. The number of a class is the
+        smallest of its labels.
     """
     draw = np.random.default_rng(0)
     lengths = [len(classes) for classes in places]

@@ -1,4 +1,4 @@
-"""Rules of the operators that sum over channels: convolutions, products of matrices, attention, embeddings."""
+"""Label rules of the operators that sum over channels: convolutions, matrix products, attention, embeddings."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _convolution(step: Step) -> list[Dims]:
 
 
 def _contract(step: Step, left: Labels, right: Labels) -> None:
-    """Sums over a dimension of a product: what is removed on one side is removed on the other."""
+    """Joins the summed dimensions of a product: an index removed on one side is removed on the other."""
     if left is None or right is None:
         step.fix([left, right], "is summed with a tensor of fixed size")
     step.algebra.mark(Role.READS, left)
@@ -64,9 +64,9 @@ def _contract(step: Step, left: Labels, right: Labels) -> None:
 def _grouped(
     step: Step, x: Labels, inputs: np.ndarray, outputs: np.ndarray, groups: int, *, transposed: bool
 ) -> np.ndarray:
-    """Convolution in groups: what is removed in one group is removed in each, so that they stay equally large.
+    """Handles convolutions in groups: an index removed in one group is removed in all, so that groups stay equal.
 
-    A group that has one channel of input and output goes as a whole: `groups` shrinks (depthwise convolution).
+    A group with one input and one output channel is removed as a whole, so `groups` shrinks (depthwise convolution).
     """
     if transposed:  # the weight has all inputs in its first dimension and one group's outputs in its second
         whole, part, data = inputs, outputs, x
@@ -130,7 +130,7 @@ def _product(step: Step, first: Any, second: Any) -> Dims:
     left, right = step.dims(first), step.dims(second)
     summed = right[-2] if len(right) > 1 else right[-1]
     if step.activations.issuperset((first.value, second.value)):
-        # No weight reads the channels that could be masked, and what is not zero where they are masked would add up.
+        # No weight reads these channels, so they cannot be masked; values that are not zero would still be summed.
         step.fix([left[-1], summed], "two activations are multiplied and summed over it")
     _contract(step, left[-1], summed)
     for made in [*left[-2:-1], *(right[-1:] if len(right) > 1 else [])]:
@@ -157,7 +157,7 @@ def _product(step: Step, first: Any, second: Any) -> Dims:
 )
 def _attention(step: Step) -> list[Dims]:
     q, k, v = (step.dims(step.argument(position)) for position in range(3))
-    # The scores are divided by the square root of the head size: a smaller head would be another function.
+    # The scores are divided by the square root of the head size, so a smaller head computes another function.
     step.fix([q[-1], k[-1]], "scores are scaled by the size of a head")
     step.fix([q[-2], k[-2], v[-2]], "softmax over it")
     mask = step.argument(3, "attn_mask") if "scaled_dot_product_flash" not in step.operator.name else None

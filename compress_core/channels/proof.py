@@ -1,4 +1,4 @@
-"""Proof by example: a masked model and the model that is left of it compute the same."""
+"""Verifies on random inputs that the masked model and the smaller model compute the same outputs."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ _DROPOUTS = frozenset(
 
 @dataclass(frozen=True)
 class InputSpec:
-    """A tensor that a forward takes.
+    """An input tensor of a forward.
 
     Attributes:
-        path: Where among the arguments: a position or a keyword, then the way into nested containers.
+        path: Its position among the arguments: an index or a keyword, then keys into nested containers.
         shape: Its shape.
         dtype: Its dtype, as `float32`.
     """
@@ -61,7 +61,7 @@ class InputSpec:
 
 
 def input_specs(forward: ForwardTrace) -> list[InputSpec]:
-    """Returns the tensors that a traced forward was given."""
+    """Returns the input tensors of a traced forward."""
     return [
         InputSpec(tuple(path), tuple(value.shape), str(value.dtype).removeprefix("torch."))
         for value in forward.inputs
@@ -70,7 +70,7 @@ def input_specs(forward: ForwardTrace) -> list[InputSpec]:
 
 
 def batch_size(specs: Sequence[InputSpec]) -> int:
-    """Returns the length of the first dimension where all inputs share it, else 1."""
+    """Returns the length of the first dimension if all inputs share it, else 1."""
     sizes = {spec.shape[0] for spec in specs if spec.shape}
     return sizes.pop() if len(sizes) == 1 else 1
 
@@ -81,9 +81,9 @@ class Certificate:
 
     Attributes:
         eval_difference: Largest difference of an output in eval mode, relative to the largest value of that output.
-        train_difference: The same in training mode without dropout, and of the running statistics that it leaves; None
-            where the model has no such forward on these inputs.
-        dtype: What was computed in.
+        train_difference: The same in training mode without dropout, including the updated running statistics; None if
+            the model does not run in training mode on these inputs.
+        dtype: The dtype of the computation.
         inputs: Shapes of the inputs.
     """
 
@@ -103,12 +103,12 @@ class Certificate:
 
 
 def prove(model: nn.Module, shrinkage: Shrinkage, specs: Sequence[InputSpec]) -> Certificate:
-    """Shrinks a copy of a model, its transforms in place, and compares.
+    """Shrinks a copy of a model, with its transforms in place, and compares its outputs with those of the model.
 
     Args:
-        model: The model; it is not changed. What is to go must not matter any more.
-        shrinkage: What is left of its tensors.
-        specs: What its forward takes.
+        model: The model; it is not changed. The channels to remove must be masked.
+        shrinkage: Which indices of its tensors stay.
+        specs: The inputs of its forward.
 
     Raises:
         ShrinkError: The shrunk model fails or computes something else.
@@ -127,18 +127,18 @@ def prove(model: nn.Module, shrinkage: Shrinkage, specs: Sequence[InputSpec]) ->
 
 
 class _ReferenceError(Exception):
-    """The model that is compared with does not run."""
+    """The masked model, which is the reference of the comparison, does not run."""
 
 
 def _prove(
     model: nn.Module, shrinkage: Shrinkage, specs: Sequence[InputSpec], dtype: torch.dtype | None
 ) -> Certificate:
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    # The small one first, and in float64 when it is small: there is never more than one large copy.
+    # The smaller model first, and converted to float64 only when it is small, so there is at most one large copy.
     shrunk = _without_dropout(model)
     shrinkage.apply(shrunk)
     reference = _without_dropout(model)
-    # Decided in the model's own dtype, as in the other copy: in float64 near ties could come out differently.
+    # Decisions are made in the model's own dtype, as in the other copy: float64 could decide near-ties differently.
     freeze_decisions(reference, shrinkage.kept)
     if dtype is not None:
         shrunk.double()
@@ -146,7 +146,7 @@ def _prove(
     inputs = random_arguments(specs, device, dtype, small=True)
     try:
         expected = _run(reference.eval(), inputs)
-    except Exception:  # a batch size that is written in the code
+    except Exception:  # a batch size that is hard-coded
         inputs, expected = random_arguments(specs, device, dtype, small=False), None
     eval_difference = _compare(reference.eval(), shrunk.eval(), inputs, "eval", expected)
     train_difference: float | None = None
@@ -206,7 +206,7 @@ def _difference(expected: torch.Tensor, actual: torch.Tensor | None) -> float:
         return 0.0 if torch.equal(expected, actual) else math.inf
     if not expected.numel():
         return 0.0
-    same = expected == actual  # infinities, such as masked scores, on both sides
+    same = expected == actual  # equal infinities, such as masked scores, differ by NaN otherwise
     error = torch.where(same, 0.0, (expected - actual).abs())
     finite = expected[expected.isfinite()]
     scale = float(finite.abs().max()) if finite.numel() else 1.0
@@ -265,7 +265,7 @@ def _nested(node: Any) -> Any:
 
 
 class _NoDropout(TorchFunctionMode):
-    """Dropout draws as many numbers as there are channels; without it both models see the same random numbers."""
+    """Disables dropout, which draws a random number per channel, so that both models see the same random numbers."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -288,7 +288,7 @@ def _run(model: nn.Module, inputs: Any) -> Any:
 
 
 class _ForwardStack:
-    """The modules whose forwards are running; after an exception the innermost of those that it left."""
+    """Tracks the modules whose forwards are running, to name the innermost one after an exception."""
 
     def __init__(self) -> None:
         self.stack: list[str] = []
@@ -321,7 +321,7 @@ def _running_modules(model: nn.Module) -> Iterator[_ForwardStack]:
 
 
 def _first_difference(reference: nn.Module, shrunk: nn.Module, inputs: Any) -> str:
-    """Returns the first module whose output has the same shape in both models and other values."""
+    """Returns the first module whose output has the same shape but different values in the two models."""
     pairs = zip(_recorded(reference, inputs), _recorded(shrunk, inputs), strict=False)
     for (name, expected), (_, actual) in pairs:
         if expected is None or actual is None or expected.shape != actual.shape:

@@ -1,4 +1,4 @@
-"""Rules of normalizations, reductions, pooling, and other operators that look along dimensions."""
+"""Label rules of normalizations, reductions, pooling, and other operators that combine values along dimensions."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _batch_norm(step: Step) -> list[Dims]:
 
 
 def _parallel(step: Step, labels: Labels, vectors: Iterable[Dims]) -> None:
-    """Joins vectors that run along a dimension."""
+    """Joins a dimension with vectors that have a value for each of its indices."""
     for vector in vectors:
         if not vector:
             continue
@@ -78,7 +78,7 @@ def _group_norm(step: Step) -> list[Dims]:
     return step.same(dims)
 
 
-# Reductions and what looks along a dimension.
+# Reductions and other operators along a dimension.
 
 
 def _dims_argument(value: Any, rank: int) -> list[int]:

@@ -1,6 +1,6 @@
-"""How operators carry labels: a table of small functions, one for each kind of ATen operator.
+"""The rules that carry labels through operators: a table with a small function for each kind of ATen operator.
 
-A rule takes a `Step` and returns the labels of the operator's results. Operators that are tagged pointwise share one
+A rule takes a `Step` and returns the labels of the operator's results. Operators that torch tags as pointwise share one
 rule. An operator without a rule is a barrier: all dimensions that it reads keep their size, and the report names it.
 A plugin adds rules for its own operators as choices of the point `channels.rule`.
 """
@@ -21,18 +21,18 @@ Rule: TypeAlias = "Callable[[Step], list[Dims]]"
 
 RULES: dict[str, Rule] = {}
 
-# Returns the rule that a plugin has for an operator, or None. The last one counts; what is installed is the registry's
-# business, which stands above this room and puts itself here.
+# Each returns the rule that a plugin has for an operator, or None; only the last source is used. The registry registers
+# itself here, because this layer cannot import it.
 _sources: list[Callable[[str], Rule | None]] = []
 
 
 def look_up_rules_with(source: Callable[[str], Rule | None]) -> None:
-    """Makes `source` the one that is asked for rules that do not stand in the table."""
+    """Makes `source` the one that provides rules for operators that are not in the table."""
     _sources.append(source)
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
-    """Makes a function the rule of operators; names are without overload, e.g. `aten.convolution`."""
+    """Decorator that makes a function the rule of operators, named without overload, e.g. `aten.convolution`."""
 
     def add(function: Rule) -> Rule:
         RULES.update(dict.fromkeys(names, function))
@@ -43,10 +43,10 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 @dataclass
 class Step:
-    """One operator, as a rule sees it.
+    """One operator of a trace, as the argument of a rule.
 
     Attributes:
-        algebra: Where labels are joined and fixed.
+        algebra: Joins and fixes labels.
         operator: The operator.
         labels: Labels of the values.
         shapes: Shapes of the values.
@@ -89,7 +89,7 @@ class Step:
             self.algebra.fix(entry, obstacle)
 
     def met(self, column: Sequence[Labels]) -> Labels:
-        """Joins dimensions of one length that meet; returns None, and fixes them, where one is of fixed size."""
+        """Joins dimensions that an operator combines; if one of them has a fixed size, fixes all and returns None."""
         tracked = [labels for labels in column if labels is not None]
         if tracked and len(tracked) < len(column):
             self.fix(tracked, "meets a tensor of fixed size")
@@ -99,12 +99,12 @@ class Step:
         return tracked[0] if tracked else None
 
     def same(self, dims: Sequence[Labels]) -> list[Dims]:
-        """Returns `dims` for the first result; further results carry nothing."""
+        """Returns `dims` for the first result, and no labels for further results."""
         return [list(dims), *(untracked(len(shape)) for shape in self.result_shapes[1:])]
 
 
 def untracked(rank: int) -> Dims:
-    """Returns the labels of a tensor no dimension of which depends on a parameter."""
+    """Returns the labels of a tensor whose dimensions do not depend on parameters."""
     return [None] * rank
 
 
@@ -122,13 +122,13 @@ def propagate(step: Step) -> list[Dims]:
 
 
 def barrier(step: Step) -> list[Dims]:
-    """An operator that nothing is known about."""
+    """Handles an unknown operator: fixes all dimensions that it reads."""
     for tensor in step.tensors():
         step.fix(step.dims(tensor), "no rule says what this operator does with channels")
     return [untracked(len(shape)) for shape in step.result_shapes]
 
 
-@rule(  # those that torch has not tagged
+@rule(  # pointwise operators that torch does not tag as such
     "aten._prelu_kernel",
     "aten.copy",
     "aten.hardswish",
@@ -141,7 +141,7 @@ def barrier(step: Step) -> list[Dims]:
     "aten.fake_quantize_per_tensor_affine_cachemask",
 )
 def pointwise(step: Step) -> list[Dims]:
-    """Element by element, with broadcasting: what meets is joined."""
+    """Handles elementwise operators with broadcasting: joins the dimensions that they combine."""
     shape = step.result_shapes[0] if step.result_shapes else ()
     result: Dims = [None] * len(shape)
     operands = [(step.dims(tensor), step.shape(tensor)) for tensor in step.tensors()]
@@ -195,7 +195,7 @@ def _same(step: Step) -> list[Dims]:
 
 @rule("aten.new_empty", "aten.new_zeros", "aten.new_ones", "aten.new_full", "aten.new_empty_strided")
 def _like(step: Step) -> list[Dims]:
-    """A new tensor: dimensions that are as long as those of the tensor that it is like are taken for the same ones."""
+    """Handles new tensors made like another one: dimensions of the same length are taken to be the same."""
     dims, shape, made = step.dims(step.argument(0)), step.shape(step.argument(0)), step.result_shapes[0]
     if len(shape) != len(made):
         return [untracked(len(made))]

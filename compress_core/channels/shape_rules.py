@@ -1,4 +1,4 @@
-"""Rules of the operators that only move elements: views, permutations, parts, concatenations."""
+"""Label rules of the operators that only move elements: views, permutations, slices, concatenations."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def _cat(step: Step) -> list[Dims]:
 
 
 def _joined(step: Step, column: list[Labels], sizes: list[int]) -> np.ndarray:
-    """Puts labels one behind the other; parts of fixed size get labels of their own, which are fixed."""
+    """Concatenates labels; parts of fixed size get new labels, which are fixed."""
     parts: list[np.ndarray] = []
     for labels, size in zip(column, sizes, strict=True):
         if labels is None:
@@ -118,7 +118,7 @@ def _split(step: Step) -> list[Dims]:
     sizes = [shape[axis] for shape in step.result_shapes]
     parts = np.split(labels, np.cumsum(sizes)[:-1])
     if len(set(sizes)) == 1 and len(sizes) > 1:
-        # Parts of equal size are what code computes from the size as it is: they shrink by the same amount.
+        # Code usually computes equal parts from the size of the tensor, so they must shrink by the same amount.
         step.algebra.join_all(np.stack(parts))
     else:
         step.fix(labels, "is split at positions that are written in the code")
@@ -245,7 +245,7 @@ def _view(step: Step) -> list[Dims]:
         if len(large_before) == len(large_after) == 1:
             result[large_after[0]] = labels
             continue
-        # Each element of the block, under the label of the index that it has in the tracked dimension.
+        # The label of each element of the block, from its index in the tracked dimension.
         shape = [1] * len(before)
         shape[before.index(tracked[0])] = len(labels)
         block = np.broadcast_to(labels.reshape(shape), sizes_before).reshape(sizes_after)
@@ -256,9 +256,9 @@ def _view(step: Step) -> list[Dims]:
 def _place(step: Step, block: np.ndarray, after: list[int], large: list[int], result: Dims) -> None:
     """Decides which dimension of a reshaped block shrinks.
 
-    That is the one along which labels differ; of several (a channel dimension taken apart into groups) the last: the
-    others are mostly numbers in the code, such as that of the heads. A block that holds each label in one column alone
-    stays exact; otherwise columns are joined.
+    It is the dimension along which labels differ. If there are several (a channel dimension split into groups), it is
+    the last one, because the others are usually hard-coded, such as the number of heads. If each label occurs in only
+    one column, nothing is joined; otherwise columns are joined.
     """
     varying = [dim for dim in large if _varies(block, after.index(dim))]
     target = varying[-1] if varying else large[-1]
@@ -273,7 +273,7 @@ def _varies(block: np.ndarray, axis: int) -> bool:
 
 
 def _matching_dimensions(old: tuple[int, ...], new: tuple[int, ...]) -> Iterator[tuple[list[int], list[int]]]:
-    """Yields the smallest runs of dimensions of both shapes that hold the same elements."""
+    """Yields the shortest runs of dimensions of both shapes that have the same elements."""
     left = right = 0
     while left < len(old) or right < len(new):
         before: list[int] = []
@@ -296,5 +296,5 @@ def _matching_dimensions(old: tuple[int, ...], new: tuple[int, ...]) -> Iterator
                 break
         if not before and not after:
             return
-        # Dimensions of size one at the end belong to whatever they stand next to.
+        # Trailing dimensions of size one belong to the last run.
         yield before, after

@@ -1,4 +1,4 @@
-"""Channels of a model removed in place, transforms and all; of its optimizer and its averaged copies too."""
+"""Removes channels from a model in place, from its transforms, its optimizer and its averaged copies."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ from compress_core.transforms.weight_chain import WeightChain
 def shrink_model(
     model: nn.Module, groups: Sequence[tuple[ChannelGroup, set[int]]], specs: Sequence[InputSpec]
 ) -> tuple[Shrinkage, Certificate]:
-    """Removes channels from a model in place; transforms of weights and activations shrink with what they are for.
+    """Removes channels from a model in place, together with their transforms of weights and activations.
 
-    The channels must not matter any more: everything that makes or reads them is masked. Parameters and buffers stay
-    the objects that they are.
+    The channels must be masked: the weights that produce and that read them. Parameters and buffers stay the same
+    objects.
 
     Args:
         model: The model.
-        groups: Groups with the numbers of the channels that go.
-        specs: What the forward takes.
+        groups: Groups with the indices of the channels to remove.
+        specs: The inputs of the forward.
 
     Returns:
-        What happened to the tensors, and how well the smaller model agrees with the masked one.
+        Which indices of which tensors stay, and how well the smaller model agrees with the masked one.
 
     Raises:
-        ShrinkError: The smaller model would fail or compute something else, or a transform does not say how it follows;
-            the model is as before.
+        ShrinkError: The smaller model would fail or compute something else, or a transform does not declare how it
+            follows. The model is not changed.
     """
     found, certificate = planned_shrinkage(model, groups, specs)
     apply_all_or_nothing(found, model)
@@ -51,7 +51,7 @@ def shrink_model(
 def planned_shrinkage(
     model: nn.Module, groups: Sequence[tuple[ChannelGroup, set[int]]], specs: Sequence[InputSpec]
 ) -> tuple[Shrinkage, Certificate]:
-    """Returns what `shrink_model` would do, proven, and changes nothing; arguments and errors as there."""
+    """Returns what `shrink_model` would do, verified on a copy; arguments and errors are the same."""
     chosen = [group for group, gone in groups if gone]
     extended = _with_activation_transforms(model, chosen, specs)
     found = shrinkage(model, list(zip(extended, [gone for _, gone in groups if gone], strict=True)))
@@ -60,10 +60,10 @@ def planned_shrinkage(
 
 
 def apply_all_or_nothing(found: Shrinkage, model: nn.Module) -> None:
-    """Applies a shrinkage; if that fails, the model is as before.
+    """Applies a shrinkage; if that fails, the model is restored.
 
     Raises:
-        StateError: It was made for another model.
+        StateError: The shrinkage was made for another model.
     """
     snapshot = ModelSnapshot(model)
     try:
@@ -74,7 +74,7 @@ def apply_all_or_nothing(found: Shrinkage, model: nn.Module) -> None:
 
 
 def load_compressed_model(model: nn.Module, state_dict: Mapping[str, Any], plan: Mapping[str, Any]) -> nn.Module:
-    """Makes a model as small as a stripped one was, and loads its weights.
+    """Shrinks an uncompressed model as `strip` did, and loads the weights of the stripped model.
 
     Args:
         model: The model as it was before compression, of the user's own class; it is changed in place.
@@ -85,7 +85,7 @@ def load_compressed_model(model: nn.Module, state_dict: Mapping[str, Any], plan:
         The model that was given.
 
     Raises:
-        StateError: Plan, weights and model do not belong together; the model is as before.
+        StateError: Plan, weights and model do not fit together; the model is not changed.
     """
     snapshot = ModelSnapshot(model)
     try:
@@ -106,7 +106,7 @@ def load_compressed_model(model: nn.Module, state_dict: Mapping[str, Any], plan:
 def _with_activation_transforms(
     model: nn.Module, groups: Sequence[ChannelGroup], specs: Sequence[InputSpec]
 ) -> list[ChannelGroup]:
-    """Adds to groups what activation transforms hold for each channel: a trace with them in place tells."""
+    """Adds to the groups the tensors of activation transforms, found with a trace that includes the transforms."""
     declared = declared_tensors(model) if groups else {}
     if not declared:
         return list(groups)
@@ -144,7 +144,7 @@ def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, found: S
     """Refuses an optimizer whose state has other shapes than the parameters.
 
     Raises:
-        UsageError: With the name of the parameter; nothing has been changed.
+        UsageError: Names the parameter; nothing has been changed.
     """
     for name, parameter in model.named_parameters():
         state = optimizer.state.get(parameter, {}) if name in found.kept else {}
@@ -158,7 +158,7 @@ def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, found: S
 
 
 def shrink_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, found: Shrinkage) -> None:
-    """Slices what an optimizer keeps for each element (momentum, moments); call it after the model has shrunk."""
+    """Slices the optimizer's state of each element (momentum, moments); call it after shrinking the model."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name not in found.kept:
@@ -170,10 +170,10 @@ def shrink_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, found: 
 
 
 def averaged_module(ema: nn.Module, found: Shrinkage) -> nn.Module:
-    """Returns the copy of the model in an average of its weights, checked.
+    """Returns the copy of the model inside an average of its weights, after checking it.
 
     Raises:
-        UsageError: It is none; nothing has been changed.
+        UsageError: `ema` is not a copy of the model; nothing has been changed.
     """
     module = ema.module if isinstance(ema, AveragedModel) else ema
     try:

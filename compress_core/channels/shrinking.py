@@ -1,4 +1,4 @@
-"""Smaller tensors in place: parameters, buffers, gradients, and the attributes of layers that speak of their sizes."""
+"""Slices tensors of a model in place: parameters, buffers and gradients, and updates the size attributes of layers."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Shrinkage:
         return bool(self.kept)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns JSON-able values."""
+        """Returns the shrinkage as a JSON-able dict."""
         tensors = {
             name: {"shape": list(self.sizes[name]), "kept": {str(dim): list(indices) for dim, indices in dims.items()}}
             for name, dims in self.kept.items()
@@ -45,10 +45,10 @@ class Shrinkage:
 
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> Shrinkage:
-        """Takes back what `to_dict` returned.
+        """Restores a shrinkage from what `to_dict` returned.
 
         Raises:
-            StateError: It is something else.
+            StateError: `saved` was not returned by `to_dict`.
         """
         try:
             if saved["format"] != 1:
@@ -67,7 +67,7 @@ class Shrinkage:
         return cls(sizes, kept)
 
     def then(self, later: Shrinkage) -> Shrinkage:
-        """Returns the shrinkage that does this one and, on its result, another."""
+        """Returns the composition: this shrinkage, followed by `later` on its result."""
         kept = {name: dict(dims) for name, dims in self.kept.items()}
         for name, dims in later.kept.items():
             for dim, indices in dims.items():
@@ -76,9 +76,9 @@ class Shrinkage:
         return Shrinkage({**later.sizes, **self.sizes}, kept)
 
     def check(self, model: nn.Module) -> None:
-        """Refuses a model whose tensors are not those that this was made for.
+        """Refuses a model whose tensors do not have the names and shapes that this shrinkage was made for.
 
-        What a transform will hold once its decision on a whole weight is frozen (`apply`) is not looked at.
+        Tensors that freezing a decision over a whole weight will add (see `apply`) are not checked.
 
         Raises:
             StateError: A tensor is missing or has another shape.
@@ -97,16 +97,16 @@ class Shrinkage:
                 )
 
     def within(self, names: Iterable[str]) -> Shrinkage:
-        """Returns the part of this that is about tensors of these names."""
+        """Returns the part of this shrinkage for the tensors with these names."""
         allowed = set(names)
         wanted = [name for name in self.kept if name in allowed]
         return Shrinkage({name: self.sizes[name] for name in wanted}, {name: self.kept[name] for name in wanted})
 
     def with_weight_transforms(self, model: nn.Module) -> Shrinkage:
-        """Returns this with what weight transforms hold, which follows as each of them declares.
+        """Returns this shrinkage extended by the tensors of weight transforms, cut as each transform declares.
 
         Raises:
-            ShrinkError: One of them does not say how its tensors follow, or cannot be cut.
+            ShrinkError: A transform does not declare how its tensors follow, or cannot be cut.
         """
         shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         found = transform_tensors(model, shapes, self.kept)
@@ -114,7 +114,7 @@ class Shrinkage:
         return Shrinkage({**self.sizes, **sizes}, {**self.kept, **{name: dims for name, (_, dims) in found.items()}})
 
     def slice(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """Returns the part that stays of `name`, or of a tensor of its shape, such as a momentum."""
+        """Returns the part of `tensor` that stays; it is the tensor `name` or has its shape, such as a momentum."""
         for dim, indices in self.kept[name].items():
             tensor = tensor.index_select(dim, torch.as_tensor(indices, device=tensor.device))
         return tensor
@@ -122,10 +122,11 @@ class Shrinkage:
     def apply(self, model: nn.Module) -> None:
         """Slices the tensors of a model in place, with their gradients, and updates the layers' attributes.
 
-        Parameters and buffers stay the objects that they are. Decisions on whole weights are frozen first.
+        Parameters and buffers stay the same objects. Decisions over whole weights are frozen first.
 
         Raises:
-            StateError: The model is not the one that this was made for; nothing has been changed, but for decisions.
+            StateError: The shrinkage was made for another model. Nothing has been changed except that decisions may
+                have been frozen.
             ShrinkError: A decision cannot be frozen.
         """
         self.check(model)
@@ -148,17 +149,18 @@ class Shrinkage:
 
 
 def _exchange(tensor: torch.Tensor, values: torch.Tensor) -> None:
-    """Gives a tensor other values of another shape; it stays the object that it is.
+    """Gives a tensor new values of another shape, while it stays the same Python object.
 
-    A graph that is still alive, such as that of the last loss, remembers the old shape of a parameter, and the next
-    backward pass would meet it there. So parameters get an inside of their own that no graph knows.
+    An autograd graph that is still alive, such as that of the last loss, remembers the old shape of a parameter, and
+    the next backward pass would fail on it. So the contents of a parameter are swapped with those of a new tensor,
+    which no graph refers to.
     """
     if isinstance(tensor, nn.Parameter) and tensor.is_leaf and not has_gradient_hooks(tensor):
         fresh = nn.Parameter(values, tensor.requires_grad)
         fresh.__dict__.update(tensor.__dict__)
         try:
             torch.utils.swap_tensors(tensor, fresh)  # type: ignore[no-untyped-call]
-        except RuntimeError:  # somebody holds a weak reference, or a view
+        except RuntimeError:  # there is a weak reference to the tensor, or a view of it
             pass
         else:
             return
@@ -172,11 +174,11 @@ def _is_channels_last(tensor: torch.Tensor) -> bool:
 def shrinkage(
     model: nn.Module, groups: Mapping[int, tuple[ChannelGroup, set[int]]] | list[tuple[ChannelGroup, set[int]]]
 ) -> Shrinkage:
-    """Returns what is left of a model's tensors when channels of groups go.
+    """Returns which indices of a model's tensors stay when channels are removed.
 
     Args:
         model: The model.
-        groups: Groups with the numbers of the channels that go.
+        groups: Groups with the indices of the channels to remove.
     """
     pairs = groups.values() if isinstance(groups, Mapping) else groups
     shapes = {name: tuple(t.shape) for name, t in [*model.named_buffers(), *model.named_parameters()]}
@@ -199,7 +201,7 @@ def shrinkage(
 
 
 def update_attributes(model: nn.Module, changed: Mapping[str, Any]) -> None:
-    """Makes the attributes of layers that own changed tensors agree with the tensors' shapes.
+    """Updates attributes such as `out_channels` of the layers whose tensors have a new shape.
 
     Args:
         model: The model.
@@ -230,7 +232,7 @@ def _update_conv(module: Any) -> None:
     transposed = isinstance(module, AnyConvTranspose)
     whole, part = shape[:2]
     if module.groups > 1 and part == 1 and module.in_channels == module.groups:
-        # One input in each group: groups go as a whole.
+        # With one input in each group, groups are removed as a whole.
         multiplier = 1 if transposed else module.out_channels // module.groups
         module.groups = whole // multiplier
     if transposed:

@@ -1,4 +1,4 @@
-"""Which groups of channels a model can do without: found by removing some from copies of it."""
+"""Finds out which groups of channels can be removed, by removing some from copies of the model."""
 
 from __future__ import annotations
 
@@ -21,14 +21,15 @@ logger = logging.getLogger(__name__)
 def removable_groups(
     model: nn.Module, groups: Sequence[ChannelGroup], specs: Sequence[InputSpec]
 ) -> tuple[list[ChannelGroup], list[tuple[ChannelGroup, str]]]:
-    """Returns the groups whose channels can go, and the others with reasons: copies are shrunk by half of each group.
+    """Returns the groups whose channels can be removed, and the other groups with the reason.
 
-    This finds the sizes that are written in the code of a forward (`x.view(batch, 64, -1)`) before training begins.
+    Copies of the model are shrunk by half of each group. This finds sizes that are hard-coded in a forward
+    (`x.view(batch, 64, -1)`) before training begins.
 
     Args:
         model: The model; it is not changed.
         groups: Groups without an obstacle.
-        specs: What its forward takes.
+        specs: The inputs of its forward.
     """
     good = [group for group in groups if group.size > 1]
     broken = [(group, "has a single channel") for group in groups if group.size < 2]
@@ -37,7 +38,7 @@ def removable_groups(
         if error is None:
             break
         if error.reference:
-            logger.warning("what is left of the model without channels cannot be checked beforehand: %s", error)
+            logger.warning("cannot check before training whether the model works with fewer channels: %s", error)
             break
         culprit, reason = _culprit(model, good, specs, error)
         broken.append((culprit, reason))
@@ -48,7 +49,7 @@ def removable_groups(
 def _culprit(
     model: nn.Module, groups: list[ChannelGroup], specs: Sequence[InputSpec], error: ShrinkError
 ) -> tuple[ChannelGroup, str]:
-    """Halves a list of groups that fails together until one is left that cannot be pruned (with those before it)."""
+    """Bisects a failing list of groups, to find the first group that cannot be pruned together with those before it."""
     passing: list[ChannelGroup] = []
     while len(groups) > 1:
         half = groups[: len(groups) // 2]

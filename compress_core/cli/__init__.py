@@ -1,1 +1,1 @@
-"""Commands of `compress-core` that need more than a few lines."""
+"""The larger commands of `compress-core`."""

@@ -1,4 +1,4 @@
-"""A model that is named on the command line: `package.module:attribute` or `path/to/file.py:attribute`."""
+"""Loads a model named on the command line: `package.module:attribute` or `path/to/file.py:attribute`."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ from compress_core.errors import UsageError
 
 
 def load_model(name: str) -> nn.Module:
-    """Returns the model that a name stands for.
+    """Returns the model with a name.
 
-    Modules are looked for in the current directory, too; a file sees the modules beside it, as when it is run.
+    Modules are also searched in the current directory. A file can import modules in its own directory, as when it is
+    run.
 
     Args:
-        name: `module:attribute` or `file.py:attribute`. The attribute is a model, or something that returns one when it
-            is called without arguments: a function, a class.
+        name: `module:attribute` or `file.py:attribute`. The attribute is a model, or a function or class that returns
+            one when called without arguments.
 
     Raises:
-        UsageError: There is no such thing, it fails, or it is no model.
+        UsageError: The name does not exist, loading it fails, or it is not a model.
     """
     source, colon, attribute = name.rpartition(":")
     if not (colon and source and attribute):
@@ -54,13 +55,13 @@ def _module(source: str, file: Path | None) -> ModuleType:
         return importlib.import_module(source)
     if not file.is_file():
         raise UsageError(f"there is no file {file}")
-    # Not under its own name: a file may be called like a module that somebody else imports.
+    # Under a different name, because the file may be named like a module that other code imports.
     name = f"_model_of_{file.stem}"
     spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None:
         raise UsageError(f"{file} cannot be imported")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look up the module that they are made in
+    sys.modules[name] = module  # dataclasses look up the module that they are defined in
     spec.loader.exec_module(module)
     return module
 
@@ -73,12 +74,12 @@ def _attribute(owner: Any, part: str, name: str) -> Any:
 
 
 def _attempt(what: str, action: Callable[[], Any]) -> Any:
-    """Returns what somebody else's code returns; whatever it raises is an error of one line."""
+    """Calls the user's code and turns any exception into a UsageError of one line."""
     try:
         return action()
     except UsageError:
         raise
-    except (Exception, SystemExit) as error:  # a script that ends itself ends here, too
+    except (Exception, SystemExit) as error:  # SystemExit: a script that calls sys.exit when it is imported
         raise UsageError(f"{what} fails: {type(error).__name__}: {error}") from error
 
 
@@ -90,7 +91,7 @@ def _kind(value: Any) -> str:
 
 @contextlib.contextmanager
 def _import_path(directories: Sequence[Path]) -> Iterator[None]:
-    """Modules in some directories can be imported."""
+    """Context manager in which modules in these directories can be imported."""
     entries = [str(directory.resolve()) for directory in directories]
     sys.path[:0] = entries
     try:

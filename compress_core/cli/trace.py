@@ -1,4 +1,4 @@
-"""`compress-core trace`: what a model computes, as text or as a picture."""
+"""`compress-core trace`: shows what a model computes, as text or as a picture."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def _run(options: argparse.Namespace) -> None:
     if output is not None and output.suffix.lower() not in _WRITERS:
         raise UsageError(f"{output}: cannot write this; the name has to end in {', '.join(_WRITERS)}")
     infos, source = _infos(options)
-    # What a model's own code prints must not end up in the trace.
+    # So that output of the model's own code does not end up in the trace.
     with contextlib.redirect_stdout(sys.stderr):
         model = load_model(options.model)
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
@@ -86,7 +86,7 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _infos(options: argparse.Namespace) -> tuple[list[InputInfo], str]:
-    """Returns descriptions of the inputs, and where they come from."""
+    """Returns descriptions of the inputs, and their source for messages."""
     if options.input:
         return [_info(text) for text in options.input], "--input"
     if options.config is not None:
@@ -105,8 +105,8 @@ def _info(text: str) -> InputInfo:
     found = _INPUT.fullmatch(text)
     if found is None:
         raise UsageError(
-            f"--input {text}: is no shape; write sizes, such as 1,3,32,32, with a name before them for an argument by "
-            "keyword, and a dtype after them if it is not float, such as mask=1,16:bool"
+            f"--input {text}: is no shape; write sizes, such as 1,3,32,32; for a keyword argument put its name before "
+            "them, and for a dtype other than float put the dtype after them, such as mask=1,16:bool"
         )
     sizes = [int(size) for size in found["sizes"].split(",")]
     return InputInfo(sample_size=sizes, type=found["dtype"] or "float", keyword=found["name"])

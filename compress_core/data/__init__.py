@@ -1,1 +1,1 @@
-"""What a model runs on while it is compressed: calibration batches, example inputs, random generators."""
+"""Data for a model during compression: calibration batches, example inputs, and random generators."""

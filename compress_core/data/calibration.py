@@ -1,4 +1,4 @@
-"""Calibration data: from whatever a training script has to calls of the model."""
+"""Calibration data: takes the user's data loader and calls the model with its batches."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class InitArgs:
 
     Attributes:
         data_loader: An iterable of batches: tensors, tuples or lists of (inputs, target), dicts of keyword arguments.
-        device: Where batches are moved; by default to where the model is.
-        forward_fn: Says how a batch is given to the model, `forward_fn(model, batch)`, when that is not obvious.
+        device: Device that batches are moved to; by default that of the model.
+        forward_fn: `forward_fn(model, batch)`, for models that cannot be called with a batch directly.
     """
 
     data_loader: Any
@@ -51,11 +51,11 @@ class ModelEvaluationArgs:
 
 
 class CalibrationData:
-    """Batches for one purpose, together with how the model is called with one.
+    """Batches for one purpose, and how to call the model with them.
 
     Args:
-        args: What the user registered.
-        path: Path of the config section that asks for the data; it leads error messages.
+        args: The data that the user registered.
+        path: Path of the config section that needs the data; error messages begin with it.
     """
 
     def __init__(self, args: InitArgs, path: str) -> None:
@@ -80,17 +80,17 @@ class CalibrationData:
 
     @property
     def path(self) -> str:
-        """The path of the config section that asks for the data."""
+        """The path of the config section that needs the data."""
         return self._path
 
     def batches(self, num_samples: int) -> Iterator[tuple[Any, int]]:
-        """Yields (batch, number of samples in it) until `num_samples` is reached as nearly as whole batches allow.
+        """Yields (batch, its number of samples) until the total is as close to `num_samples` as whole batches allow.
 
-        At least one batch is yielded. At most one batch is fetched and not used: only its size tells whether it brings
-        the count nearer, and the last batch of a loader is often smaller than the others.
+        At least one batch is yielded. At most one batch is fetched and not used, because only its size tells whether
+        it brings the total closer; the last batch of a loader is often smaller than the others.
 
         Raises:
-            DataError: The loader is empty, or a batch holds no tensor.
+            DataError: The loader is empty, or a batch contains no tensor.
         """
         seen = 0
         for batch in self._iterate():
@@ -114,18 +114,18 @@ class CalibrationData:
         except TypeError as error:
             raise DataError(f"{self._path}: the data loader cannot be iterated over: {error}") from error
         for batch in batches:
-            # Such as transformers' BatchEncoding, which looks like a dict and is none.
+            # For example BatchEncoding of transformers, a mapping that is not a dict.
             yield dict(batch) if isinstance(batch, Mapping) else batch
 
     def call(self, model: nn.Module, batch: Any) -> None:
         """Runs the model's forward on a batch.
 
         Raises:
-            DataError: It is not clear how the model takes such a batch, or it does not take it.
+            DataError: It is not clear how to call the model with this batch, or the call fails.
         """
         device = self._args.device or _device_of(model)
         try:
-            # A copy: models may write to what they are given, and loaders may give the same tensors again.
+            # A copy, because a model may write to its inputs, and a loader may return the same tensors again.
             moved = tree_map(lambda leaf: leaf.to(device, copy=True) if isinstance(leaf, torch.Tensor) else leaf, batch)
             if self._args.forward_fn is not None:
                 self._args.forward_fn(model, moved)
@@ -136,7 +136,7 @@ class CalibrationData:
         except torch.OutOfMemoryError:
             raise
         except (TypeError, RuntimeError, IndexError, NotImplementedError) as error:
-            # What torch and Python raise when arguments do not fit; anything else is the model's own and stays.
+            # The errors that torch and Python raise for unsuitable arguments; all others come from the model itself.
             raise DataError(
                 f"{self._path}: the model failed on a calibration batch of {_described(batch)}: {error}. Give batches "
                 "that the model takes, or say how it takes them: forward_fn=lambda model, batch: model(...)"
@@ -171,7 +171,7 @@ class CalibrationData:
 
 
 def _inputs_of(model: nn.Module, batch: Sequence[Any]) -> Sequence[Any]:
-    """Splits off the target: (inputs, target), or as many arguments as forward needs and then targets."""
+    """Removes the target from a batch: (inputs, target), or the arguments that forward needs, followed by targets."""
     if isinstance(batch[0], (tuple, list, Mapping)):
         return batch[:1]
     required = sum(

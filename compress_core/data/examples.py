@@ -1,4 +1,4 @@
-"""Example inputs: what a model is traced with."""
+"""Example inputs for tracing a model."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Example:
-    """One set of inputs, and how the model takes it.
+    """One set of inputs, and how to call the model with it.
 
     Attributes:
         batch: Tensors in any nesting.
         run: Calls the model with a batch.
-        source: Where it comes from, for messages.
+        source: Where the inputs come from, for messages.
     """
 
     batch: Any
@@ -44,11 +44,11 @@ class Example:
     def from_input_info(
         cls, infos: Sequence[InputInfo], device: torch.device | None = None, source: str = "input_info"
     ) -> Example:
-        """Returns an example as `input_info` of a config describes it.
+        """Returns an example made from `input_info` of a config.
 
         Args:
             infos: The entries, one for each argument of forward.
-            device: Where the tensors are made.
+            device: Device of the tensors.
             source: Where the entries come from, for messages.
 
         Raises:
@@ -75,7 +75,7 @@ def _filled(info: InputInfo, path: str, device: torch.device | None) -> torch.Te
         raise ConfigError(f"{info.type!r} is not the name of a torch dtype, such as float or long", path=f"{path}.type")
     try:
         return _tensor(info, tuple(info.sample_size), dtype).to(device)
-    except (RuntimeError, OverflowError) as error:  # a quantized dtype, more memory than there is
+    except (RuntimeError, OverflowError) as error:  # a quantized dtype, or not enough memory
         reason = str(error).strip().partition("\n")[0]
         raise ConfigError(
             f"cannot make a {info.type} tensor of the shape {info.sample_size}: {reason}", path=path
@@ -84,7 +84,7 @@ def _filled(info: InputInfo, path: str, device: torch.device | None) -> torch.Te
 
 def _tensor(info: InputInfo, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     if info.filler == "random":
-        # A generator of its own: tracing must not advance the user's random numbers.
+        # A separate generator, so that tracing does not advance the user's random numbers.
         generator = torch.Generator().manual_seed(0)
         if dtype.is_floating_point or dtype.is_complex:
             return torch.rand(shape, generator=generator).to(dtype)
@@ -93,10 +93,11 @@ def _tensor(info: InputInfo, shape: tuple[int, ...], dtype: torch.dtype) -> torc
 
 
 def examples_of(given: Any) -> list[Example]:
-    """Returns examples from one, a tensor, a tuple of arguments, a dict of keyword arguments, or a list of these.
+    """Returns a list of examples from whatever the caller gave.
 
     Args:
-        given: One of these, or a list of several: each element of a list is an example of its own.
+        given: An `Example`, a tensor, a tuple of arguments, a dict of keyword arguments, or a list of these, each
+            element of which becomes one example.
     """
     if isinstance(given, list):
         return [example for entry in given for example in examples_of(entry)]

@@ -1,4 +1,4 @@
-"""Random number generators: saved, and put back."""
+"""Saves and restores the states of random number generators."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ import torch
 
 
 class RngState:
-    """The state of every global generator: torch on the CPU and on each CUDA device in use, Python's, numpy's.
+    """The states of all global generators: torch on the CPU and on each CUDA device in use, Python and numpy.
 
     Args:
-        generators: Further `torch.Generator` objects, such as a data loader's own.
+        generators: Further `torch.Generator` objects, such as that of a data loader.
     """
 
     def __init__(self, generators: Iterable[torch.Generator] = ()) -> None:
         self._cpu = torch.get_rng_state()
-        # Asking for CUDA's state initializes CUDA; a process that has not touched it has no state to keep.
+        # Reading CUDA's state would initialize CUDA; a process that has not used it has no state to save.
         self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
         self._python = random.getstate()
         self._numpy = np.random.get_state()
         self._own = [(generator, generator.get_state()) for generator in generators]
 
     def restore(self) -> None:
-        """Puts every generator back to where it stood."""
+        """Restores the state of every generator."""
         torch.set_rng_state(self._cpu)
         if self._cuda is not None:
             torch.cuda.set_rng_state_all(self._cuda)
@@ -38,7 +38,7 @@ class RngState:
 
 
 def generators_of(loader: Any) -> list[torch.Generator]:
-    """Returns the generators that a data loader and its samplers draw from."""
+    """Returns the random generators of a data loader and its samplers."""
     sampler = getattr(loader, "sampler", None)
     batch_sampler = getattr(loader, "batch_sampler", None)
     owners = (loader, sampler, batch_sampler, getattr(batch_sampler, "sampler", None))
@@ -50,7 +50,7 @@ def generators_of(loader: Any) -> list[torch.Generator]:
 
 @contextlib.contextmanager
 def preserved_rng(*loaders: Any) -> Iterator[None]:
-    """Within the context random numbers may be drawn; afterwards every generator is where it was."""
+    """Context manager that restores all random generators on exit, also those of the given loaders."""
     state = RngState(generator for loader in loaders for generator in generators_of(loader))
     try:
         yield

@@ -1,4 +1,4 @@
-"""The inputs of an export: which arguments forward gets, where their batch dimension is, and batches of other sizes."""
+"""The inputs of an export: the arguments of forward, their batch dimension, and batches of other sizes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from compress_core.errors import ExportError
 from compress_core.torch_internals import tree_flatten_with_path, tree_leaves, tree_map
 from compress_core.trace import Example
 
-# Samples of a batch that are compared: enough for rare disagreements, few enough to be quick.
+# Number of samples that are compared: enough to find rare disagreements, few enough to be quick.
 _MOST_SAMPLES = 16
 
 
@@ -22,8 +22,8 @@ class Inputs:
 
     Attributes:
         args: Positional arguments, tensors in any nesting.
-        kwargs: Keyword arguments likewise.
-        batch_size: Size of dimension 0 that the tensors share; 0 where the first tensor has no dimension.
+        kwargs: Keyword arguments, tensors in any nesting.
+        batch_size: Size of dimension 0 that the tensors share; 0 if the first tensor has no dimensions.
     """
 
     args: tuple[Any, ...]
@@ -36,16 +36,16 @@ class Inputs:
         return [leaf for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, torch.Tensor)]
 
     def named(self) -> list[str]:
-        """Returns where each tensor is, for messages."""
+        """Returns a name for each tensor, for messages."""
         found, _ = tree_flatten_with_path((self.args, self.kwargs))
         return ["".join(map(str, path)) for path, leaf in found if isinstance(leaf, torch.Tensor)]
 
     def has_batch(self, tensor: torch.Tensor) -> bool:
-        """Tells whether dimension 0 of a tensor is the batch."""
+        """Returns whether dimension 0 of a tensor is the batch."""
         return self.batch_size > 0 and tensor.ndim > 0 and tensor.shape[0] == self.batch_size
 
     def resized(self, size: int) -> Inputs:
-        """Returns the first `size` samples, repeated where there are fewer."""
+        """Returns the first `size` samples, repeated if there are fewer."""
 
         def change(leaf: Any) -> Any:
             if not isinstance(leaf, torch.Tensor) or not self.has_batch(leaf):
@@ -56,9 +56,9 @@ class Inputs:
         return Inputs(args, kwargs, size)
 
     def sizes(self) -> tuple[int, int]:
-        """Returns the two batch sizes to compare; the first one is exported with, and not 1.
+        """Returns the two batch sizes to compare; the first one is used for the export.
 
-        Exporters take a dimension of size 1 for a constant.
+        It is never 1, because exporters treat a dimension of size 1 as a constant.
         """
         first = min(max(self.batch_size, 2), _MOST_SAMPLES)
         return first, 1 if first > 2 else 3
@@ -78,7 +78,7 @@ def inputs_of(example: Example, model: nn.Module) -> Inputs:
 
     def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         seen.append((args, kwargs))
-        # The model may write to what it is given.
+        # A copy, because the model may write to its arguments.
         return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, (args, kwargs))
 
     handle = model.register_forward_pre_hook(note, with_kwargs=True)

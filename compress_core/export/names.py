@@ -1,4 +1,4 @@
-"""Names of what goes into a file and comes out of it."""
+"""Names the inputs and outputs of an exported graph."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from compress_core.errors import UsageError
 
 
 def name_inputs_and_outputs(graph: Any, input_names: Sequence[str] | None, output_names: Sequence[str] | None) -> None:
-    """Names the inputs and outputs of an `onnx_ir.Model`; what has one of the names already gets another one.
+    """Names the inputs and outputs of an `onnx_ir.Model`; other values that have one of the names are renamed.
 
     Args:
         graph: The model; it is changed.
-        input_names: Names of its inputs, in order; None leaves them.
-        output_names: Names of its outputs, in order; None leaves them.
+        input_names: Names of its inputs, in order; None keeps the present ones.
+        output_names: Names of its outputs, in order; None keeps the present ones.
 
     Raises:
         UsageError: There are more names than tensors, or fewer, or a name is empty or given twice.

@@ -1,4 +1,4 @@
-"""ONNX export of a model whose transforms have been prepared for it: traced, rewritten, checked, written at once."""
+"""Exports a prepared model to ONNX: exports the graph, applies rewrites, verifies it, and writes the whole file."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ logger = logging.getLogger(__name__)
 METADATA_KEY = "compress_core.export"
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 _OLDEST_OPSET = 21  # DequantizeLinear of int32, of 16 bits, and of any floating-point type
-# Without optimizations it agrees: then it is the integer kernels.
+# Added to the error if the file agrees with torch without optimizations: then the integer kernels are the cause.
 _SATURATION = (
-    ". With the optimizations off they agree: on processors without VNNI instructions, integer kernels lose the top of "
-    "sums of two products of 8 bits; weights on half-range grids (quantization's overflow_fix) prevent it"
+    ". With the optimizations off they agree: on processors without VNNI instructions, integer kernels saturate when "
+    "they add two products of 8 bits; weights on half-range grids (quantization's overflow_fix) prevent it"
 )
-_LARGEST_FILE = 2**31 - 1  # protobuf's
+_LARGEST_FILE = 2**31 - 1  # the limit of protobuf
 _LARGEST_DUPLICATE = 16384  # elements: zero points of many channels, not weights
 
 
 @dataclass(frozen=True)
 class Options:
-    """How to export; see `CompressionController.export_onnx`."""
+    """Options of an export; see `CompressionController.export_onnx`."""
 
     tolerance: float
     opset: int
@@ -59,10 +59,10 @@ class Options:
 
 
 def check_extras() -> None:
-    """Raises where a package that the export needs is not installed.
+    """Checks that the packages that the export needs are installed.
 
     Raises:
-        ExportError: With the remedy.
+        ExportError: A package is missing; the message says how to install it.
     """
     missing = [name for name in _PACKAGES if find_spec(name) is None]
     if missing:
@@ -70,10 +70,10 @@ def check_extras() -> None:
 
 
 def check_path(path: str | os.PathLike[str]) -> Path:
-    """Returns the path of a file that can be written.
+    """Returns the path of the file to write, after checking it.
 
     Raises:
-        UsageError: It is a folder, or in a folder that does not exist.
+        UsageError: The path is a folder, or in a folder that does not exist.
     """
     target = Path(path)
     if target.is_dir() or not target.parent.is_dir():
@@ -82,7 +82,7 @@ def check_path(path: str | os.PathLike[str]) -> Path:
 
 
 def reference_outputs(model: nn.Module, inputs: Inputs) -> Reference:
-    """Runs a model in eval mode on the arguments, which it may write to."""
+    """Returns the outputs of a model in eval mode on the inputs, which the model may write to."""
     copied = inputs.resized(inputs.batch_size) if inputs.batch_size else inputs
     with torch.no_grad():
         result = model(*copied.args, **copied.kwargs)
@@ -97,20 +97,20 @@ def export(
     algorithms: Sequence[str],
     options: Options,
 ) -> ExportReport:
-    """Writes a prepared model to a file, once it is known to compute what it should.
+    """Writes a prepared model to a file, after verifying that the file computes the same.
 
     Args:
         model: The model in eval mode on the CPU, prepared by every algorithm.
-        path: The file; one that exists is replaced.
-        references: What the compressed model makes of some batches; the first one is exported with.
-        rewrites: Changes of the graph that algorithms asked for, in order.
-        algorithms: Names, for the report.
-        options: The rest.
+        path: The file; an existing file is replaced.
+        references: Batches and the outputs of the compressed model; the export uses the first batch.
+        rewrites: Changes of the graph by the algorithms, in order.
+        algorithms: Names of the algorithms, for the report.
+        options: All other options.
 
     Raises:
-        ExportError: It cannot be exported, or differs by more than the tolerance. No file is left, and one that was
-            there stays as it was.
-        UsageError: The names do not fit.
+        ExportError: The model cannot be exported, or the file differs by more than the tolerance. No file is written,
+            and an existing file is not changed.
+        UsageError: The names do not fit the inputs or outputs.
     """
     graph = _graph(model, references[0].inputs, options)
     _forget_the_machine(graph)
@@ -163,7 +163,7 @@ def _graph(model: nn.Module, inputs: Inputs, options: Options) -> Any:
 
 
 def _program(model: nn.Module, inputs: Inputs, is_dynamic: bool) -> Any:
-    # Not strict: strict export loses what functions write to their arguments in place.
+    # Not strict, because strict export loses in-place writes of functions to their arguments.
     def export(shapes: Any) -> Any:
         return torch.export.export(model, inputs.args, inputs.kwargs or None, dynamic_shapes=shapes, strict=False)
 
@@ -174,16 +174,16 @@ def _program(model: nn.Module, inputs: Inputs, is_dynamic: bool) -> Any:
     except RuntimeError as error:
         if "Constraints violated" not in str(error):
             raise
-        # Torch has asked whether some product of the batch size is a certain number, perhaps to know the order in which
-        # a tensor lies in memory. This allows it; whether other sizes work is verified before a file is written.
+        # torch compared a multiple of the batch size with a number, for example to find out the memory layout of a
+        # tensor. The second try allows that; the later verification shows whether other batch sizes work.
         try:
             return export(_dynamic_shapes(model, inputs, torch.export.Dim.DYNAMIC))
         except Exception:
-            raise error from None  # which says more
+            raise error from None  # the first error says more
 
 
 def _reason(error: BaseException) -> str:
-    """Returns what went wrong in the first place: the exporter wraps it in pages of advice to its developers."""
+    """Returns the original error, which the exporter wraps in pages of advice for its developers."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = str(error).strip().splitlines()
@@ -199,7 +199,7 @@ def _dynamic_shapes(model: nn.Module, inputs: Inputs, batch: Any) -> Any:
 
 
 def _name_batch(graph: Any, inputs: Inputs) -> None:
-    """Gives the batch dimension its name, where the exporter has kept a symbol such as s31."""
+    """Names the batch dimension, for which the exporter may have used a symbol such as s31."""
     import onnx_ir  # noqa: PLC0415 - an extra
 
     dims = [
@@ -218,7 +218,7 @@ def _name_batch(graph: Any, inputs: Inputs) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    # The exporter tells its developers much, about its own parts, that no user can do anything about.
+    # The exporter logs much about its own internals that users can do nothing about.
     noisy = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "torch.export")]
     before = [log.level for log in noisy]
     for log in noisy:
@@ -244,7 +244,7 @@ def _no_fused_attention() -> Iterator[None]:
 
 
 def _drop_what_is_unused(graph: Any) -> None:
-    """Drops what nothing reads, and what is there twice."""
+    """Removes nodes that nothing reads, and duplicate initializers."""
     from onnx_ir.passes.common import DeduplicateInitializersPass, RemoveUnusedNodesPass  # noqa: PLC0415 - an extra
 
     RemoveUnusedNodesPass()(graph)
@@ -254,14 +254,14 @@ def _drop_what_is_unused(graph: Any) -> None:
     with _quiet():
         DeduplicateInitializersPass(_LARGEST_DUPLICATE)(graph)
     for name in list(graph.graph.initializers):
-        # Where transforms stand in the model matters to no reader of the file.
+        # The internal location of transforms is of no interest to readers of the file.
         short = f".{name}".replace(f".{ACTIVATIONS_ATTRIBUTE}.", ".")[1:]
         if short not in graph.graph.initializers:
             graph.graph.initializers[name].name = short
 
 
 def _forget_the_machine(graph: Any) -> None:
-    """Drops what the exporter notes for each node: stack traces with paths. What rewrites note later stays."""
+    """Removes the exporter's metadata of each node: stack traces with paths. Metadata of later rewrites stays."""
     graph.metadata_props.clear()
     graph.graph.metadata_props.clear()
     for node in graph.graph.all_nodes():
@@ -299,22 +299,22 @@ def _verified(report: ExportReport, serialized: bytes, references: Sequence[Refe
                 f"output '{worst.output}' of {report.runtime} (graph optimizations {'on' if optimized else 'off'}) "
                 f"differs from torch by {worst.relative_mean:.3g} of its mean absolute value (largest difference: "
                 f"{worst.relative:.3g} of its largest value), on a batch of {worst.batch_size}; tolerance is "
-                f"{report.tolerance:.3g}. No file was written. If that is no surprise (an untrained network, inputs "
-                "unlike the calibration data), pass inputs like those the model is for as args, or a larger tolerance"
+                f"{report.tolerance:.3g}. No file was written. If this is expected (an untrained network, inputs "
+                "unlike the calibration data), pass realistic inputs as args, or a larger tolerance"
                 + (_SATURATION if optimized else "")
             )
     return report
 
 
 def _write(path: Path, serialized: bytes) -> None:
-    """Writes a file as a whole or not at all: under another name first, renamed when it is complete."""
+    """Writes a file completely or not at all: first under another name, which is renamed when it is complete."""
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(serialized)
             file.flush()
             os.fsync(file.fileno())
-        # mkstemp makes files that only their owner may read.
+        # mkstemp creates files that only their owner may read, so the usual permissions are restored.
         umask = os.umask(0)
         os.umask(umask)
         Path(name).chmod(0o666 & ~umask)

@@ -1,4 +1,4 @@
-"""What an export found out about the file that it wrote."""
+"""The report of an export: the file, its operators, and how well it agrees with torch."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from tabulate import tabulate
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far one output of the runtime is from that of the model in torch, on one batch.
+    """The difference between one output of the runtime and of the model in torch, on one batch.
 
     Attributes:
         output: Name of the output.
-        batch_size: Number of samples in the batch; 0 where the model has no batch dimension.
+        batch_size: Number of samples in the batch; 0 if the model has no batch dimension.
         optimized: Whether the runtime's graph optimizations were on (fused integer kernels), or off.
         largest: Largest absolute difference.
         mean: Mean absolute difference.
         relative: `largest` in units of the largest absolute value of the output in torch.
         relative_mean: `mean` in units of the mean absolute value of the output in torch.
         steps: `largest` in steps of an 8-bit grid over the range of the output in torch.
-        top1: Share of the samples with the same largest entry in the last dimension; None for outputs that are no
-            floating-point tensors of shape (samples, ..., 2 or more).
+        top1: Share of the samples with the same largest entry in the last dimension; None unless the output is a
+            floating-point tensor of shape (samples, ..., 2 or more).
     """
 
     output: str
@@ -40,20 +40,20 @@ class Agreement:
 
 @dataclass(frozen=True)
 class ExportReport:
-    """Result of an export; it is in the file as well, as JSON in `metadata_props["compress_core.export"]`.
+    """Result of an export; also stored in the file, as JSON in `metadata_props["compress_core.export"]`.
 
     Attributes:
-        path: The file; not in the file itself.
-        size: Its size in bytes; not in the file itself.
+        path: The file; not stored in it.
+        size: Its size in bytes; not stored in it.
         opset: Version of the operator set.
         algorithms: The algorithms that compressed the model.
-        tolerance: What was asked for; see `CompressionController.export_onnx`.
+        tolerance: The tolerance requested; see `CompressionController.export_onnx`.
         inputs: Names of the inputs.
         outputs: Names of the outputs.
         operators: Operator -> number of nodes in the file.
-        runtime: Name and version of the runtime that checked it; empty when it was not checked.
+        runtime: Name and version of the runtime that verified the file; empty if it was not verified.
         runtime_operators: Operator -> number of nodes after the runtime has optimized the graph.
-        agreements: What was compared.
+        agreements: All comparisons of outputs.
     """
 
     path: str = ""
@@ -69,7 +69,7 @@ class ExportReport:
     agreements: tuple[Agreement, ...] = ()
 
     def worst(self, *, optimized: bool = True) -> Agreement | None:
-        """Returns the comparison with the largest `relative_mean`, or None where nothing was compared."""
+        """Returns the comparison with the largest `relative_mean`, or None if nothing was compared."""
         found = [agreement for agreement in self.agreements if agreement.optimized is optimized]
         return max(found, key=lambda agreement: agreement.relative_mean, default=None)
 
@@ -78,13 +78,13 @@ class ExportReport:
         return asdict(self)
 
     def to_json(self) -> str:
-        """Returns what is stored in the file."""
+        """Returns the JSON text that is stored in the file."""
         values = self.to_dict()
         del values["path"], values["size"]
         return json.dumps(values)
 
     def to_str(self) -> str:
-        """Returns tables for people."""
+        """Returns the report as readable tables."""
         head = f"{self.path}: {self.size / 1e6:.2f} MB, opset {self.opset}, {', '.join(self.algorithms) or 'plain'}"
         operators = [
             [name, self.operators.get(name, 0), self.runtime_operators.get(name, 0) if self.runtime else "-"]

@@ -1,4 +1,4 @@
-"""What is exported to: told to every algorithm, so that it can prepare the model."""
+"""`ExportTarget`: the format of an export, which algorithms need to know to prepare the model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ GraphRewrite: TypeAlias = Callable[[Any], None]
 
 @dataclass(frozen=True)
 class ExportTarget:
-    """A format.
+    """The format of an export.
 
     Attributes:
         format: Its name; `onnx` is the only one.

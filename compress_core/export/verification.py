@@ -1,4 +1,4 @@
-"""The exported graph in ONNX Runtime, beside the model in torch."""
+"""Runs the exported graph in ONNX Runtime and compares its outputs with those of the model in torch."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _LEVELS = 255  # steps of an 8-bit grid
 
 @dataclass(frozen=True)
 class Reference:
-    """What the model in torch returns for a batch.
+    """A batch, and the outputs of the model in torch.
 
     Attributes:
         inputs: The batch.
-        outputs: The tensors that it returns, flat.
+        outputs: The output tensors, as a flat list.
     """
 
     inputs: Inputs
@@ -46,11 +46,11 @@ def compare(serialized: bytes, references: Sequence[Reference], *, optimized: bo
 
     Args:
         serialized: The graph.
-        references: Batches and what torch makes of them.
+        references: Batches with the outputs of torch.
         optimized: Whether the runtime may optimize the graph.
 
     Raises:
-        ExportError: The runtime cannot load or run the graph, or its outputs are of another number or shape.
+        ExportError: The runtime cannot load or run the graph, or its outputs differ in number or shape.
     """
     try:
         session = _session(serialized, optimized=optimized)
@@ -97,7 +97,7 @@ def _agreement(
         return Agreement(name, size, optimized, 0.0, 0.0, 0.0, 0.0, 0.0)
     wide, other = expected.astype(np.float64), actual.astype(np.float64)
     difference = np.abs(wide - other)
-    # Equal infinities differ by nan, and masks of attention are full of them.
+    # The difference of equal infinities is NaN, and masked attention scores are infinite.
     difference[wide == other] = 0.0
     difference[np.isnan(wide) & np.isnan(other)] = 0.0
     difference = np.where(np.isfinite(difference), difference, math.inf)
@@ -131,7 +131,7 @@ def _top1(expected: npt.NDArray[Any], actual: npt.NDArray[Any]) -> float | None:
 
 
 def optimized_operators(serialized: bytes) -> dict[str, int]:
-    """Returns which operators the runtime executes after it has optimized the graph, and how often each."""
+    """Returns how many nodes of each operator the runtime executes after optimizing the graph."""
     import onnx  # noqa: PLC0415 - an extra
 
     with tempfile.TemporaryDirectory() as folder:
@@ -145,7 +145,7 @@ def _session(serialized: bytes, *, optimized: bool, save_to: Path | None = None)
     import onnxruntime  # noqa: PLC0415 - an extra
 
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors only: what it says about saved graphs is not for users
+    options.log_severity_level = 3  # errors only, because its warnings about saved graphs do not concern users
     options.intra_op_num_threads = torch.get_num_threads()
     level = onnxruntime.GraphOptimizationLevel
     options.graph_optimization_level = level.ORT_ENABLE_ALL if optimized else level.ORT_DISABLE_ALL

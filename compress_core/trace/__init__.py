@@ -1,4 +1,4 @@
-"""How a model is read: the graph of one forward, at the level of function calls and of ATen operators."""
+"""Traces of models: the graph of a forward, at the level of function calls and of ATen operators."""
 
 from compress_core.data.examples import Example
 from compress_core.trace.graph import Call, ForwardTrace, Operator, Value

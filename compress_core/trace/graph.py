@@ -1,4 +1,4 @@
-"""What a trace holds: values, the function calls that make them, and the ATen operators inside each call."""
+"""The data of a trace: values, the function calls that compute them, and the ATen operators inside each call."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ ValueId: TypeAlias = int
 
 @dataclass(frozen=True)
 class Ref:
-    """Stands for a tensor in the recorded arguments of an operator.
+    """A reference to a tensor in the recorded arguments of a call or operator.
 
     Attributes:
-        value: Which value it is.
+        value: Index of the value.
     """
 
     value: ValueId
@@ -30,18 +30,18 @@ class Ref:
 
 @dataclass
 class Value:
-    """A tensor of the forward, as it was between two writes to it.
+    """The content of a tensor of the forward between two writes to it.
 
     Attributes:
         index: Its number.
         shape: Its shape in the example forward.
         dtype: Its dtype.
-        parameter: Dotted name, where it is a parameter or buffer of the model.
-        call: Number of the function call that made it; None for inputs, parameters and constants.
-        operator: Number of the ATen operator that made it; None likewise.
-        inputs: Under which paths of the forward's arguments it was given.
-        outputs: Under which paths of the forward's result it was returned.
-        before: What the same tensor held before it was written to; None for tensors that nobody has written to.
+        parameter: Dotted name, if it is a parameter or buffer of the model.
+        call: Number of the function call that computed it; None for inputs, parameters and constants.
+        operator: Number of the ATen operator that computed it; None for inputs, parameters and constants.
+        inputs: Paths at which it is among the arguments of the model's forward.
+        outputs: Paths at which it is in the result of the model's forward.
+        before: The value of the same tensor before the last write; None if it was never written to.
     """
 
     index: ValueId
@@ -61,13 +61,13 @@ class Value:
 
 @dataclass(frozen=True)
 class Frame:
-    """A module whose forward is running when something is called.
+    """A module whose forward was running when a function was called.
 
     Attributes:
         module: Dotted name.
-        invocation: Which call of the module this is in the forward, from 0.
-        depth: How many stack frames lie above the module's own code.
-        turn: Number of the call within the container that runs it (`nn.Sequential` calls all children in one line).
+        invocation: Index of this call of the module in the forward, from 0.
+        depth: Number of stack frames above the module's own code.
+        turn: Index of the call within the container that runs it (`nn.Sequential` calls all children in one line).
     """
 
     module: str
@@ -84,15 +84,15 @@ class Call:
         index: Its number, in the order of the forward.
         function: The function's name, e.g. `torch.nn.functional.relu`; see `torch.overrides.resolve_name`.
         frames: The running modules, the model itself first; the last one makes the call.
-        location: Code positions from the model's forward down to the call: equal for the turns of a loop.
+        location: Code positions from the model's forward down to the call; equal for all iterations of a loop.
         arguments: The arguments, tensors replaced by `Ref`.
         keywords: The keyword arguments, likewise.
         inputs: The tensors among the arguments, with their paths.
-        outputs: The tensors of the result, with their paths. A call that returns its argument as it is has it here.
+        outputs: The tensors of the result, with their paths, including arguments that are returned unchanged.
         operators: Numbers of the ATen operators that it ran.
-        writes: Values that it has overwritten: they go on as one of `outputs`, or under `overwritten`.
-        overwritten: The new values of tensors that it has written to and does not return (`x[i] = y`), and of tensors
-            that share memory with those, as far as they are used later.
+        writes: Values that it overwrote; the new values are in `outputs` or `overwritten`.
+        overwritten: The new values of tensors that it wrote to but does not return (`x[i] = y`), and of tensors that
+            share memory with those, if they are used later.
     """
 
     index: int
@@ -114,7 +114,7 @@ class Call:
 
     @property
     def results(self) -> list[ValueId]:
-        """Values that this call has made: new ones, not arguments passed through."""
+        """The values that this call computed, without arguments that it returned unchanged."""
         given = {value for _, value in self.inputs}
         return [v for v in dict.fromkeys([v for _, v in self.outputs] + self.overwritten) if v not in given]
 
@@ -125,16 +125,16 @@ class Operator:
 
     Attributes:
         index: Its number, in the order of the forward.
-        function: The overload, e.g. `torch.ops.aten.convolution.default`; `USER_HOOK` where a user's hook has made a
+        function: The overload, e.g. `torch.ops.aten.convolution.default`; `USER_HOOK` if a user's hook computed a
             tensor from others.
         arguments: The arguments, tensors replaced by `Ref`.
         keywords: The keyword arguments, likewise.
         inputs: The tensors among the arguments.
         outputs: The tensors of the result, with their paths.
-        call: Number of the function call in which it ran; None when torch ran it by itself.
+        call: Number of the function call in which it ran; None if it ran outside of recorded calls.
         module: Dotted name of the innermost module whose forward was running.
-        overwritten: New values of tensors that share memory with what it has written to (`x` after a write to `x[0]`),
-            as far as they are used later. Their shape is that of `Value.before`.
+        overwritten: New values of tensors that share memory with a tensor that it wrote to (`x` after a write to
+            `x[0]`), if they are used later. Their shape is that of `Value.before`.
     """
 
     index: int
@@ -160,7 +160,7 @@ class ModuleCall:
     Attributes:
         module: Dotted name.
         cls: Name of its class.
-        invocation: Which call of the module this is in the forward, from 0.
+        invocation: Index of this call of the module in the forward, from 0.
         inputs: The tensors among the arguments, with their paths.
         outputs: The tensors of the result, with their paths.
     """
@@ -182,9 +182,9 @@ class ForwardTrace:
         calls: The function calls, in order.
         operators: The ATen operators, in order.
         module_calls: Runs of modules, in the order in which they began.
-        sequences: (module, invocation) -> function -> numbers of its calls while the module ran, modules below it
-            included. Calls without any tensor result are not counted.
-        real: Whether real tensors had to be used, because the forward needs values.
+        sequences: (module, invocation) -> function -> numbers of its calls while the module ran, including calls by
+            submodules. Calls without a tensor result are not counted.
+        real: Whether the forward needed values, so that it ran on real tensors.
     """
 
     training: bool = False
@@ -197,7 +197,7 @@ class ForwardTrace:
 
     @property
     def inputs(self) -> list[Value]:
-        """The tensors that the model was given."""
+        """The input tensors of the model."""
         return [value for value in self.values if value.inputs]
 
     @property
@@ -206,7 +206,7 @@ class ForwardTrace:
         return [value for value in self.values if value.outputs]
 
     def consumers(self) -> dict[ValueId, list[tuple[int, Path]]]:
-        """Returns, for each value, the calls that take it: (number of the call, path of the argument)."""
+        """Returns, for each value, the calls that read it: (number of the call, path of the argument)."""
         found: dict[ValueId, list[tuple[int, Path]]] = {value.index: [] for value in self.values}
         for call in self.calls:
             for path, value in call.inputs:
@@ -215,7 +215,7 @@ class ForwardTrace:
 
 
 def tensors_with_paths(structure: Any, path: Path = ()) -> Iterator[tuple[Path, torch.Tensor]]:
-    """Yields the tensors in nested tuples, lists, mappings and dataclasses, with how to reach them."""
+    """Yields the tensors in nested tuples, lists, mappings and dataclasses, with their paths."""
     if isinstance(structure, torch.Tensor):
         yield path, structure
     elif isinstance(structure, (tuple, list)):
@@ -239,8 +239,8 @@ class Forwards:
     """Several forwards of one model.
 
     Attributes:
-        forwards: In eval mode, one for each example.
-        training: In training mode, one for each example; None where that forward failed.
+        forwards: Forwards in eval mode, one for each example.
+        training: Forwards in training mode, one for each example; None for a forward that failed.
         modules: Dotted name -> class name of every module of the model.
     """
 
@@ -250,7 +250,7 @@ class Forwards:
 
     @property
     def reached(self) -> set[str]:
-        """Names of the modules whose forward ran in one of the examples, or whose parameters were used without it."""
+        """Names of the modules whose forward ran, or whose parameters were used, in at least one example."""
         forwards = [*self.forwards, *(f for f in self.training if f is not None)]
         ran = {run.module for forward in forwards for run in forward.module_calls}
         used = {value.parameter for forward in forwards for value in forward.values if value.parameter}
@@ -258,10 +258,10 @@ class Forwards:
 
     @property
     def unreached(self) -> list[str]:
-        """Names of modules that no example has reached, outermost ones only.
+        """Names of the outermost modules that no example has reached.
 
-        Containers that are only looked into (`nn.ModuleList`) count as reached when something in them is, or nothing is
-        in them.
+        A container without a forward (`nn.ModuleList`) counts as reached if it is empty or one of its modules was
+        reached.
         """
         reached = self.reached
         ancestors = {name[:at] for name in reached for at, sign in enumerate(name) if sign == "."}

@@ -1,7 +1,7 @@
-"""What users' forward hooks have computed, until the model's forward goes on with it.
+"""Keeps track of tensors that users' forward hooks computed, until the model's forward uses them.
 
-What hooks call is not recorded: most of them only look at a model. Where one changes a tensor of the model, or returns
-another, the first use of that stands in the trace as the result of one unknown function.
+The calls inside hooks are not recorded, because most hooks only observe a model. If a hook changes a tensor or returns
+another one, the trace records that tensor, on its first use, as the result of one unknown function.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from compress_core.trace.graph import Call, ForwardTrace, Frame, Operator, Ref, 
 from compress_core.trace.values import ValueTable, Write
 
 USER_HOOK = "user.forward_hook"
-"""The name that a call and an operator have which stand for what a hook has made of a tensor."""
+"""Name of the call and the operator that represent the computation inside a hook."""
 
 
 class HookResults:
-    """Tensors that hooks have made or written to, and that the forward has not taken yet.
+    """The tensors that hooks computed or wrote to and that the forward has not used yet.
 
     Args:
-        trace: Where results are written to when they are taken.
+        trace: The trace, which gets the results on their first use.
         values: The values of the tensors.
     """
 
@@ -34,16 +34,16 @@ class HookResults:
         self._waiting: Any = WeakIdKeyDictionary()
 
     def clear(self) -> None:
-        """Forgets all: what there is comes from outside of the forward."""
+        """Forgets all tensors, because they come from outside of the forward."""
         self._waiting.clear()
 
     def note(self, given: Iterable[torch.Tensor], made: Iterable[torch.Tensor], written: list[torch.Tensor]) -> None:
-        """Notes that a hook has computed something.
+        """Records that a hook ran an operator.
 
         Args:
-            given: What it was computed from.
-            made: The tensors that were returned.
-            written: The tensors that were written to.
+            given: The tensors that it read.
+            made: The tensors that it returned.
+            written: The tensors that it wrote to.
         """
         given = list(given)
         sources: dict[ValueId, None] = {}
@@ -65,10 +65,10 @@ class HookResults:
         return {} if known is None else {known: None}
 
     def take(self, structure: Any, frames: tuple[Frame, ...]) -> None:
-        """Records where the tensors of a structure come from, as far as that is a hook."""
+        """Adds to the trace those tensors of a structure that come from a hook."""
         for _, tensor in tensors_with_paths(structure) if self._waiting else ():
             sources = self._waiting.pop(tensor, None)
-            # From nothing of the model comes a constant.
+            # A tensor that does not depend on the model is a constant.
             if sources:
                 self._record(tensor, list(sources), frames)
 

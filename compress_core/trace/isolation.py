@@ -1,4 +1,4 @@
-"""A forward that leaves no traces: what it changes in a model is put back afterwards."""
+"""Runs a forward without side effects: everything that it changes in a model is restored afterwards."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from compress_core.data.rng import preserved_rng
 from compress_core.torch_internals import storage_identity, version_of
 from compress_core.transforms.snapshot import StructureSnapshot
 
-# Objects that hold no state of a forward, or look after it themselves.
+# Objects that hold no state of a forward, or whose state is restored elsewhere.
 _OPAQUE = (nn.Module, type, FunctionType, MethodType, ModuleType, torch.Generator)
 _PLAIN = (str, bytes, int, float, complex)
-# Deep enough for caches; a module that refers to its trainer must not make us copy a data set.
+# Enough for caches; limited, so that a module that refers to its trainer does not make us copy a data set.
 _DEEPEST, _MOST_ITEMS = 5, 1000
 
 
 class Untouched:
-    """Attributes, modes, hooks, caches, buffers of a model, and the random generators: as they were, on exit.
+    """Context manager that restores attributes, modes, hooks, caches and buffers of a model, and random generators.
 
     Args:
         model: The model.
-        values: Whether the forward computes on real tensors, so that parameters are to be watched as well. One that is
-            about to be written to is copied then; the caller announces it with `before_write`.
+        values: Whether the forward computes on real tensors, so that it may write to parameters as well. The caller
+            announces each write with `before_write`, which copies the parameter first.
     """
 
     def __init__(self, model: nn.Module, *, values: bool) -> None:
@@ -46,7 +46,7 @@ class Untouched:
             modes = [(m, m.training) for m in self._model.modules() if isinstance(m, torch.jit.ScriptModule)]
             data = self._watch(nested.tensors) if self._values else []
             for buffer in self._model.buffers():
-                self._save(buffer)  # batch norm does not announce that it writes
+                self._save(buffer)  # because writes by batch norm are not announced
             stack.callback(self._restore_values, data)
             stack.callback(_restore_modes, modes)
             stack.callback(nested.restore)
@@ -60,7 +60,7 @@ class Untouched:
         self._by_storage.clear()
 
     def before_write(self, tensor: torch.Tensor) -> None:
-        """Keeps a copy of what is about to be written to, if it belongs to the model."""
+        """Keeps a copy of a tensor that is about to be written to, if it belongs to the model."""
         for owner in self._by_storage.get(_storage(tensor), ()):
             self._save(owner)
 
@@ -79,17 +79,17 @@ class Untouched:
             if _storage(tensor) != _storage(original) or tensor.shape != original.shape:
                 tensor.data = original  # `weight.data = ...` in a forward
         for tensor, values, version in self._copies.values():
-            # Writing back what is there already would count as a write, and make a later backward fail.
+            # Restoring an unchanged tensor would bump its version, and a later backward pass would fail.
             if version is None or version != _version(tensor):
                 with torch.no_grad(), torch.inference_mode(tensor.is_inference()):
                     tensor.detach().copy_(values)
             elif not _equal(tensor, values):
-                tensor.data.copy_(values)  # what wrote has not counted as a write (batch norm); nor does this
+                tensor.data.copy_(values)  # the write did not bump the version (batch norm), and neither does this
 
 
 def _restore_modes(modes: list[tuple[torch.jit.ScriptModule, bool]]) -> None:
     for module, training in modes:
-        module.training = training  # a script module keeps it outside of its attributes
+        module.training = training  # a script module does not keep it among its attributes
 
 
 class _Nested:
@@ -110,7 +110,7 @@ class _Nested:
                     self._visit(value, 0)
 
     def restore(self) -> None:
-        """Puts the contents back."""
+        """Restores the contents."""
         for container, contents in self._contents:
             if not _same_items(container, contents):
                 container.clear()
@@ -152,7 +152,7 @@ def _equal(tensor: torch.Tensor, values: torch.Tensor) -> bool:
     try:
         return torch.equal(tensor, values)
     except (RuntimeError, NotImplementedError):
-        return True  # sparse: whatever writes to these counts as a write
+        return True  # sparse: all writes to these bump the version
 
 
 def _version(tensor: torch.Tensor) -> int | None:
@@ -163,4 +163,4 @@ def _storage(tensor: torch.Tensor) -> int:
     try:
         return storage_identity(tensor)
     except (RuntimeError, NotImplementedError):
-        return -1  # sparse: all of them are watched together
+        return -1  # sparse: all of these are treated as one storage

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import TypeAlias
 
-# One entry for each stack frame: the code object, and the instruction that is being executed.
+# One entry for each stack frame: the code object, and the instruction being executed.
 Location: TypeAlias = tuple[tuple[int, int], ...]
 
 
@@ -17,7 +17,7 @@ class RunningFrame:
     Attributes:
         frame: The frame.
         above: Positions from the model's forward down to the call of this module; empty for the model itself.
-        parent: That of the module around this one.
+        parent: The frame of the module around this one.
     """
 
     frame: FrameType
@@ -31,14 +31,14 @@ class RunningFrame:
 
     @property
     def depth(self) -> int:
-        """How many frames lie between the model's own and the module's code."""
+        """Number of frames between the model's own code and the module's code."""
         return 0 if self.parent is None else len(self.above) + 1
 
 
 def location_below(running: RunningFrame, caller: FrameType | None) -> Location:
-    """Returns the positions from the model's forward down to `caller`, a frame that `running` has led to.
+    """Returns the positions from the model's forward down to `caller`, a frame below `running`.
 
-    Frames above `running` stand still while it runs, so they are not walked again.
+    The positions of frames above `running` do not change while it runs, so they are not determined again.
     """
     positions = []
     frame = caller

@@ -1,8 +1,8 @@
-"""Recording one forward at two levels: function calls and the ATen operators inside them.
+"""Records one forward at two levels: function calls and the ATen operators inside them.
 
-A `TorchFunctionMode` sees the functions that the model's Python code calls, outermost ones only (but the inside of
-`nn.MultiheadAttention`); a `TorchDispatchMode` sees what these do. Forward hooks, for the time of the recording, tell
-which module is running.
+A `TorchFunctionMode` sees the outermost torch functions that the model's Python code calls (and those inside of
+`nn.MultiheadAttention`); a `TorchDispatchMode` sees the operators that these run. Temporary forward hooks record which
+module is running.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from compress_core.trace.values import Taken, ValueTable, Write
 from compress_core.transforms.attention import inside_of
 from compress_core.transforms.user_hooks import FrameId, is_in_hook
 
-# Questions that torch's own shape functions ask by the dozen; nothing to record.
+# Queries that torch's own shape functions make very often; they are not recorded.
 _QUERIES = frozenset({"prim.device.default", "prim.layout.default"})
 
-# Asked by forwards all the time; they compute no tensor and leave no record, so that need not be found out each time.
+# Queries that forwards make often. They compute no tensor and are not recorded; listing them saves time.
 _QUESTIONS = frozenset(
     [getattr(torch.Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "is_cuda", "requires_grad")]
     + [getattr(torch.Tensor, name) for name in ("size", "dim", "numel", "stride", "__len__", "is_floating_point")]
@@ -54,8 +54,8 @@ class Recorder:
     """Records what happens in a model while `modes()` are active.
 
     Args:
-        model: The model; its hooks are the only thing that changes, until `close`.
-        training: The mode that the model is in, written into the trace.
+        model: The model; only its hooks are changed, until `close`.
+        training: The mode that the model is in, stored in the trace.
         fake: The mode under which the forward runs; None for a forward on real tensors.
         before_write: Called with each tensor that is about to be written to, when tensors are real.
     """
@@ -72,7 +72,7 @@ class Recorder:
         parameters = {id(tensor): name for name, tensor in [*model.named_buffers(), *model.named_parameters()]}
         self._values = ValueTable(self.trace, parameters, fake)
         self._hooks = HookResults(self.trace, self._values)
-        self._suspended: list[FrameType] = []  # that run the modules which hooks have called
+        self._suspended: list[FrameType] = []  # frames of modules that hooks have called
         self._fake = fake
         self._before_write = before_write
         self._stack: list[_RunningModule] = []
@@ -100,16 +100,16 @@ class Recorder:
     # Modules.
 
     def _attach(self, name: str, module: nn.Module) -> None:
-        # Ours are the outermost hooks, and the innermost: what the user's make of arguments and results is between.
+        # Our hooks are the outermost and the innermost ones, so that changes by the user's hooks are seen in between.
         enter = functools.partial(self._enter, name)
         self._handles.append(module.register_forward_pre_hook(enter, prepend=True))
         self._handles.append(module.register_forward_pre_hook(self._begin, with_kwargs=True))
         self._handles.append(module.register_forward_hook(self._end, prepend=True))
-        # Called when the forward raises, too: the model may catch that and go on.
+        # Also called when the forward raises, because the model may catch the exception and continue.
         self._handles.append(module.register_forward_hook(self._leave, always_call=True))
 
     def _enter(self, name: str, module: nn.Module, args: Any) -> None:
-        # Asking a tensor for its shape in a hook is a call that the mode would record.
+        # Otherwise the mode would record even a query of a tensor's shape in this hook.
         with TorchFunctionDisabled():
             frame = sys._getframe(1)
             if self._suspended or self._is_in_hook(frame.f_back):
@@ -137,7 +137,7 @@ class Recorder:
         with TorchFunctionDisabled():
             is_model = len(self._stack) == 1
             if is_model:
-                self._hooks.clear()  # whatever has made the arguments of the model, they are its inputs
+                self._hooks.clear()  # the arguments of the model are inputs, wherever they come from
             self._hooks.take((args, kwargs), self._frames[:-1])  # made outside of this module
             given = [*self._values.all_of(tuple(args)), *self._values.all_of(kwargs)]
             self._stack[-1].record.inputs = given
@@ -156,7 +156,7 @@ class Recorder:
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         frame = self._suspended[-1] if self._suspended else self._stack[-1].position.frame if self._stack else None
-        # When somebody's hook has raised before `_enter`, there is nothing to leave.
+        # If a user's hook has raised before `_enter`, there is nothing to leave.
         if frame is None or sys._getframe(1) not in (frame, frame.f_back):
             return
         if self._suspended:
@@ -166,7 +166,7 @@ class Recorder:
         self._frames = self._frames[:-1]
 
     def _is_in_hook(self, frame: FrameType | None) -> bool:
-        """Tells whether a hook of the user's runs in the innermost module, or calls the module that begins to run."""
+        """Returns whether a user's hook is running in the innermost module, or called the module that begins to run."""
         return bool(self._stack) and is_in_hook(frame, FrameId.of(self._stack[-1].position.frame))
 
     # Calls and operators.
@@ -198,12 +198,12 @@ class Recorder:
     def _finish(self, call: Call, output: Any, taken: list[Taken], caller: FrameType) -> None:
         for path, tensor in tensors_of(output):
             known = self._values.known(tensor)
-            # Unknown is what torch made without telling the dispatcher, such as an alias.
+            # A tensor is unknown if torch created it without the dispatcher, such as an alias.
             call.outputs.append((path, self._values.made(tensor, Write(call.index, None)) if known is None else known))
         if self._wrote:
             self._note_writes(call, taken)
         elif not call.outputs:
-            # A question about a tensor (its shape, its dtype), not a computation: leaves no trace.
+            # A query of a tensor (its shape, its dtype) is not a computation, so it is not recorded.
             self._discard(call)
             return
         call.location = location_below(self._stack[-1].position, caller)
@@ -269,7 +269,7 @@ class Recorder:
             if id(tensor) in given:
                 value = self._values.value(tensor)
             elif len(now) == len(results):
-                # What was written to is a real tensor of the model, and returned is the fake one that stands for it.
+                # The operator wrote to a real tensor of the model but returned the fake tensor that represents it.
                 value = now[number]
                 self._values.same(tensor, value)
             else:
@@ -289,9 +289,9 @@ class Recorder:
 def fake_batch_norm(
     x: torch.Tensor, weight: Any, bias: Any, mean: Any, var: Any, training: bool, *_: float
 ) -> tuple[torch.Tensor, ...] | None:
-    """Returns what batch norm would; torch takes ten times as long, because it decomposes it into twenty operators.
+    """Returns the fake result of batch norm, ten times faster than torch, which decomposes it into twenty operators.
 
-    None for low precision, where the dtype of the statistics depends on the device.
+    Returns None for low precision, where the dtype of the statistics depends on the device.
     """
     if x.dtype not in {torch.float32, torch.float64}:
         return None
@@ -312,7 +312,7 @@ class _CallMode(TorchFunctionMode):
 
 
 class _OperatorMode(TorchDispatchMode):
-    # Such as `torch.cond`: recorded like any other operator.
+    # Operators such as `torch.cond` are recorded like any other.
     supports_higher_order_operators = True
 
     def __init__(self, recorder: Recorder) -> None:
@@ -325,10 +325,10 @@ class _OperatorMode(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class _Facts:
-    """What has to be known of an operator to run it."""
+    """Properties of an operator that are needed to run it."""
 
     is_query: bool
-    positions: tuple[int, ...] = ()  # of arguments that are written to
+    positions: tuple[int, ...] = ()  # of the arguments that it writes to
     names: tuple[str, ...] = ()
 
     def written(self, args: Any, kwargs: dict[str, Any]) -> list[torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Traces for people: as text, as a Graphviz graph, as a picture."""
+"""Renders traces as text, as a Graphviz graph, or as a picture."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from compress_core.transforms.places import Path
 Level: TypeAlias = Literal["calls", "operators"]
 LEVELS: tuple[Level, ...] = ("calls", "operators")
 
-# Seconds after which Graphviz has met a graph that it will not lay out.
+# Time limit for Graphviz in seconds; it may never finish on a large graph.
 _PATIENCE = 300
 _WIDEST_RULE = 100
 _INDENT = "    "
@@ -47,13 +47,13 @@ def to_text(trace: Forwards, level: Level = "calls") -> str:
 def to_dot(trace: Forwards, level: Level = "calls", forward: int = 0) -> str:
     """Returns one forward as a graph in the language of Graphviz.
 
-    Modules are boxes around what they call. Edges are tensors, with their shapes. Parameters are not drawn, nor is a
-    step whose result nobody takes and that takes nothing but parameters.
+    Modules are boxes around their calls. Edges are tensors, with their shapes. Parameters are not drawn, nor are steps
+    that read only parameters and whose result is not used.
 
     Args:
         trace: The trace.
         level: `calls` of functions, or ATen `operators`.
-        forward: Which forward: a number in `Trace.forwards`.
+        forward: Index of the forward in `Trace.forwards`.
 
     Raises:
         UsageError: There is no such forward.
@@ -135,7 +135,7 @@ def _forward_text(title: str, forward: ForwardTrace, level: Level) -> str:
 
 
 def counts_text(forward: ForwardTrace) -> str:
-    """Returns how much there is in a forward: `1 call, 2 operators`."""
+    """Returns the numbers of calls and operators in a forward: `1 call, 2 operators`."""
     counts = {"call": len(forward.calls), "operator": len(forward.operators)}
     return ", ".join(f"{number} {what}" if number == 1 else f"{number} {what}s" for what, number in counts.items())
 
@@ -182,12 +182,12 @@ def _ends(value: Value) -> tuple[tuple[str, list[Path]], tuple[str, list[Path]]]
 def _shape(value: Value) -> str:
     sizes = "x".join(map(str, value.shape))
     kind = str(value.dtype).removeprefix("torch.")
-    # Nearly everything is float32: what is not should stand out.
+    # Almost all tensors are float32, so only other dtypes are shown.
     return f"[{sizes}]" if kind == "float32" else f"{kind}[{sizes}]"
 
 
 def path_text(path: Path) -> str:
-    """Returns a path as it is written in messages: `0.hidden_states`."""
+    """Returns a path as text for messages: `0.hidden_states`."""
     return ".".join(str(part) for part in path)
 
 
@@ -196,7 +196,7 @@ def path_text(path: Path) -> str:
 
 @dataclass
 class _Cluster:
-    """A module: what it calls itself, and the modules in it, in the order of the forward."""
+    """The box of a module: its own calls and the boxes of its submodules, in the order of the forward."""
 
     name: str
     items: list[Call | Operator | _Cluster] = field(default_factory=list)
@@ -243,7 +243,7 @@ class _Dot:
                 self._add(1, f'{prefix}{value.index} [label={quoted(label)}, shape=ellipse, fillcolor="{colour}"];')
 
     def _clusters(self) -> _Cluster:
-        # By name and not by who calls whom: a module that two others call has one box.
+        # Nested by name and not by caller, so that a module that two others call has one box.
         root = _Cluster("")
         for step in (step for step in self._steps if f"n{step.index}" in self._drawn):
             cluster = root
@@ -258,7 +258,7 @@ class _Dot:
             if not isinstance(item, _Cluster):
                 self._node(item, indent)
             elif len(item.items) == 1 and not isinstance(item.items[0], _Cluster):
-                self._node(item.items[0], indent, item.label)  # a box around one node would say no more
+                self._node(item.items[0], indent, item.label)  # a box around one node would add no information
             else:
                 self._add(indent, f"subgraph {quoted('cluster ' + item.name)} {{")
                 kind = self._classes.get(item.name)
@@ -279,7 +279,7 @@ class _Dot:
         for step in self._steps:
             for value in dict.fromkeys(_inputs(step)):
                 lines += self._edge(latest, value, f"n{step.index}")
-            # What a call hands on as it is (dropout in eval mode) goes through it.
+            # A tensor that a call returns unchanged (dropout in eval mode) is drawn as passing through it.
             latest.update(dict.fromkeys(_results(step), f"n{step.index}"))
         for result in self._forward.outputs:
             lines += self._edge(latest, result.index, f"out{result.index}")
@@ -295,7 +295,7 @@ class _Dot:
 
 
 def quoted(text: str) -> str:
-    """Returns text as a quoted string of Graphviz, in which only the line breaks keep a meaning of their own."""
+    """Returns text as a quoted string of Graphviz, with everything escaped except line breaks."""
     escaped = (
         text.replace("&", "&amp;").replace("\\", "\\\\").replace('"', '\\"').replace("\r", "").replace("\n", "\\n")
     )

@@ -1,10 +1,10 @@
-"""From calls of one traced forward to places that hold for every forward.
+"""Turns calls of one traced forward into places that are valid for every forward.
 
-The same call can be described from the point of view of each module that is running: "the second `relu` of
-`layer1.0`", "the fifth of `layer1`". The innermost module that can tell a call apart from all others is the best: its
-forward has the fewest calls to count, and changes elsewhere in the model do not disturb it.
+A call can be described relative to each module that is running: "the second `relu` of `layer1.0`", "the fifth of
+`layer1`". The innermost module that distinguishes the call from all others is the best choice: its forward has the
+fewest calls to count, and changes elsewhere in the model do not affect it.
 
-Calls are the same *site* when they stand at the same code positions below the model: the turns of a loop.
+Calls at the same code positions below the model, that is, iterations of a loop, are the same *site*.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from compress_core.transforms.places import (
     Path,
 )
 
-# A call as seen from a running module: function, code positions below the module, and modules between them.
+# A call relative to a running module: function, code positions below the module, and modules in between.
 SiteKey: TypeAlias = tuple[str, str, tuple[tuple[int, int], ...], tuple[tuple[str, int], ...]]
 
 
 def site_key(call: Call, level: int) -> SiteKey:
-    """Returns a call as seen from `call.frames[level]`."""
+    """Returns the key of a call relative to the module `call.frames[level]`."""
     frame = call.frames[level]
     between = tuple((inner.module, inner.turn) for inner in call.frames[level + 1 :])
     return frame.module, call.function, call.location[frame.depth :], between
@@ -55,7 +55,7 @@ class Sites:
     """Finds the places of the values of a trace.
 
     Args:
-        trace: The trace; forwards in training mode, where it has them, tell which calls are made there.
+        trace: The trace; its forwards in training mode, if there are any, show which calls are made in that mode.
     """
 
     def __init__(self, trace: Trace) -> None:
@@ -82,20 +82,20 @@ class Sites:
         return site_key(self._call(where), 0)
 
     def output_place(self, where: CallRef, path: Path) -> ActivationPlace | None:
-        """Returns where the result of a call can be transformed.
+        """Returns the place at which the result of a call can be transformed.
 
         Args:
             where: The call.
-            path: Which tensor of its result.
+            path: Path of the tensor in the result.
 
         Returns:
-            The output of a module, where the module does nothing with the tensor but return it; else the call itself.
-            An activation function that ends a larger module is a place of its own, because a transform can take it
-            over. None when the examples contradict each other about which call it is.
+            The output of a module if the module only returns the tensor, otherwise the output of the call. An
+            activation function at the end of a larger module gets a place of its own, because a transform can compute
+            it too. None if the examples contradict each other about which call it is.
         """
         call = self._call(where)
         of_module = self._module_output(where, path)
-        # torch.compile hides calls of hardswish, so that their places keep a module from being compiled.
+        # Not hardswish: torch.compile hides its calls, so a place at such a call prevents compiling the module.
         can_take_over = activation_called(call.function) in {"relu", "relu6"}
         if of_module is not None and not (can_take_over and self._is_one_of_many(where)):
             return of_module
@@ -106,25 +106,25 @@ class Sites:
         call = self._call(where)
         if not self._is_unique(call, len(call.frames) - 1):
             return None
-        # Every turn of a loop has to end in the module's result: otherwise some would be left out.
+        # All iterations of a loop have to return the result from the module; otherwise some would be missed.
         items = {self._returned_as(other, path) for other in self._calls_at[self.site(where)]}
         item = items.pop() if len(items) == 1 else None
         return None if item is None else ModuleOutput(call.module, item)
 
     def _is_one_of_many(self, where: CallRef) -> bool:
-        """Tells whether the module that makes a call, or a module below it, makes others too."""
+        """Returns whether the module that makes a call, or one of its submodules, makes other calls too."""
         frame = self._call(where).frames[-1]
         return self._call_counts[where.forward][frame.module, frame.invocation] > 1
 
     def input_place(self, where: CallRef, path: Path) -> ActivationPlace | None:
-        """Returns where an argument of a call can be transformed, for this call alone; None as in `output_place`."""
+        """Returns the place of an argument of a call, for this call alone; None in the same case as `output_place`."""
         call = self._call(where)
         found = self._pattern(call)
         return None if found is None else CallInput(found[0], call.function, found[1], path)
 
     @staticmethod
     def model_input(path: Path) -> ActivationPlace:
-        """Returns where an argument of the model's forward can be transformed."""
+        """Returns the place of an argument of the model's forward."""
         return ModuleInput("", path)
 
     def _call(self, where: CallRef) -> Call:
@@ -141,7 +141,7 @@ class Sites:
         return len(self._roots[site_key(call, level)]) == 1
 
     def _returned_as(self, where: CallRef, path: Path) -> Path | None:
-        """Returns under which path a call's module returns a result that it does not use itself; None otherwise."""
+        """Returns the path at which the module of a call returns its result; None if the module uses the result."""
         call = self._call(where)
         frame, value = call.frames[-1], dict(call.outputs).get(path, -1)
         run = self._runs[where.forward][frame.module, frame.invocation]
@@ -184,7 +184,7 @@ class Sites:
 
     @staticmethod
     def _sequences(forwards: list[ForwardTrace], module: str, function: str) -> list[list[SiteKey]]:
-        """Returns, for each run of a module, its calls of a function as seen from the module."""
+        """Returns, for each run of a module, the keys of its calls of a function relative to the module."""
         found = []
         for forward in forwards:
             for (name, _), calls in forward.sequences.items():

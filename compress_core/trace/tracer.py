@@ -1,4 +1,4 @@
-"""`trace`: the graph of a model, from one or more example forwards."""
+"""`trace` records the graph of a model from one or more example forwards."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class TraceError(ModelError):
 
 @dataclass
 class Trace(Forwards):
-    """The union of several forwards of one model, and how it is shown."""
+    """One or more recorded forwards of a model, with methods to display them."""
 
     def to_text(self, level: render.Level = "calls") -> str:
         """Returns tables of the forwards: number, module, function, inputs -> outputs; then the modules not reached.
@@ -47,7 +47,7 @@ class Trace(Forwards):
 
         Args:
             level: `calls` of functions, or ATen `operators`.
-            forward: Which forward: a number in `forwards`.
+            forward: Index of the forward in `forwards`.
         """
         return render.to_dot(self, level, forward)
 
@@ -61,17 +61,16 @@ class Trace(Forwards):
 
 
 def trace(model: nn.Module, examples: Any, *, training: bool = False) -> Trace:
-    """Records what a model computes, without computing it.
+    """Records what a model computes, without computing values.
 
-    The forward runs on fake tensors (shapes and dtypes, no values); a forward that needs values, for a branch or a
-    shape, runs again on real ones. The model is left as it was: modes, hooks, buffers, attributes; so are the random
-    generators.
+    The forward runs on fake tensors (shapes and dtypes, no values). A forward that needs values, for a branch or a
+    shape, runs again on real tensors. Modes, hooks, buffers and attributes of the model and the random generators are
+    restored.
 
     Args:
         model: The model.
-        examples: `Example`s, or what `examples_of` understands: a tensor, a tuple of arguments, a dict of keyword
-            arguments, or a list of these.
-        training: Whether to record a forward in training mode, too.
+        examples: An `Example`, a tensor, a tuple of arguments, a dict of keyword arguments, or a list of these.
+        training: Whether to record a forward in training mode as well.
 
     Returns:
         The trace, one forward for each example.
@@ -87,7 +86,7 @@ def trace(model: nn.Module, examples: Any, *, training: bool = False) -> Trace:
             try:
                 found.training.append(_forward(model, example, training=True))
             except TraceError as error:
-                # Such as batch norm, which refuses a single value for each channel.
+                # For example batch norm, which refuses a single value for each channel.
                 logger.debug("no trace in training mode: %s", error)
                 found.training.append(None)
     if not found.forwards:
@@ -129,7 +128,7 @@ def _place(model: nn.Module, error: BaseException) -> str:
     names = {id(module): f"'{name}' ({type(module).__name__})" for name, module in model.named_modules() if name}
     found = ""
     cause: BaseException | None = error
-    while cause is not None:  # the innermost one: others are made further out
+    while cause is not None:  # down to the original exception, which others may wrap
         for frame, _ in traceback.walk_tb(cause.__traceback__):
             found = names.get(id(frame.f_locals.get("self")), found)
         cause = cause.__cause__
@@ -158,7 +157,7 @@ def _record(model: nn.Module, example: Example, *, fake: bool, training: bool) -
 
 
 def _fake_mode_of(model: nn.Module) -> FakeTensorMode:
-    """Returns a new mode, or the one that the model's parameters were made under, if they are fake themselves."""
+    """Returns a new fake mode, or that of the model's parameters if these are fake themselves."""
     for tensor in itertools.chain(model.parameters(), model.buffers()):
         if isinstance(tensor, FakeTensor):
             return tensor.fake_mode
@@ -166,7 +165,7 @@ def _fake_mode_of(model: nn.Module) -> FakeTensorMode:
 
 
 def _batch_for(model: nn.Module, batch: Any, mode: FakeTensorMode | None) -> Any:
-    """Returns a batch that the forward may write to, on the meta device if that is where the model is."""
+    """Returns a batch that the forward may write to, on the meta device if the model is on it."""
     parameters = list(model.parameters())
     meta = bool(parameters) and all(parameter.is_meta for parameter in parameters)
 
@@ -183,7 +182,7 @@ def _batch_for(model: nn.Module, batch: Any, mode: FakeTensorMode | None) -> Any
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Torch logs a stack trace for each operator that fails on fake tensors, whether the caller can go on or not."""
+    """Context manager that silences torch, which logs a stack trace for each operator that fails on fake tensors."""
     log = logging.getLogger(FAKE_TENSOR_LOGGER)
     level = log.level
     log.setLevel(logging.CRITICAL)
@@ -195,7 +194,7 @@ def _quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _eager() -> Iterator[None]:
-    """Parts that are compiled run as they are; autocast keeps no casts, which would outlive the fake tensors."""
+    """Context manager: runs compiled parts eagerly, and disables autocast's cache, which would keep fake tensors."""
     cached = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     try:

@@ -1,4 +1,4 @@
-"""Which value a tensor holds: identities of tensors, writes in place, and memory that tensors share."""
+"""Tracks which value each tensor holds, through writes in place and memory that tensors share."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from compress_core.torch_internals import FakeTensor, FakeTensorMode, is_view, s
 from compress_core.trace.graph import ForwardTrace, Ref, Value, ValueId, tensors_with_paths
 from compress_core.transforms.places import Path
 
-# A tensor among arguments: its path, itself, the value that it held then.
+# A tensor among arguments: its path, the tensor, and the value that it held.
 Taken: TypeAlias = tuple[Path, torch.Tensor, ValueId]
 
 
 @dataclass(frozen=True)
 class Write:
-    """What has written to a tensor: numbers of the function call and of the ATen operator."""
+    """The source of a write to a tensor: numbers of the function call and of the ATen operator."""
 
     call: int | None
     operator: int | None
 
 
 class ValueTable:
-    """Knows the values of tensors while a forward is recorded.
+    """Maps tensors to values while a forward is recorded.
 
-    Tensors are known by identity. A fake tensor is kept alive, so that an identity is not used twice; a real one is
-    forgotten when it dies, because all activations of a large batch would not fit into memory.
+    Tensors are identified by `id`. A fake tensor is kept alive, so that its id is not reused. A real tensor is
+    forgotten when it is freed, because all activations of a large batch would not fit into memory.
 
     Args:
-        trace: Where values are written to.
-        parameters: Identity -> dotted name of parameters and buffers.
-        fake: The mode that makes tensors fake; None for real tensors.
+        trace: The trace, which gets the values.
+        parameters: `id` -> dotted name of parameters and buffers.
+        fake: The mode that creates fake tensors; None for real tensors.
     """
 
     def __init__(self, trace: ForwardTrace, parameters: dict[int, str], fake: FakeTensorMode | None) -> None:
@@ -44,8 +44,8 @@ class ValueTable:
         self._fake = fake
         self._known: dict[int, ValueId] = {}
         self._tensors: dict[int, Any] = {}  # the tensors, or weak references to them
-        # Tensors whose memory was written to through another tensor. They get their new value when they are used next:
-        # most never are.
+        # Tensors whose memory was written to through another tensor. They get a new value on their next use, because
+        # most of them are never used again.
         self._stale: dict[int, Write] = {}
         self._by_storage: dict[int, list[int]] = {}
         # Real tensors by their id, with the fake ones that stand for them. The mode itself would forget a fake one that
@@ -55,7 +55,7 @@ class ValueTable:
         self._parameters_not_indexed: list[int] = []
 
     def close(self) -> None:
-        """Lets go of all tensors."""
+        """Releases all tensors."""
         self._known.clear()
         self._tensors.clear()
         self._stand_ins.clear()
@@ -76,7 +76,7 @@ class ValueTable:
         return index
 
     def made(self, tensor: torch.Tensor, by: Write) -> ValueId:
-        """Notes that a tensor has got a new value."""
+        """Records that a tensor has a new value."""
         before = self._known.get(id(tensor))
         index = self._new(tensor)
         value = self._values[index]
@@ -84,7 +84,7 @@ class ValueTable:
         return index
 
     def written(self, tensor: torch.Tensor, by: Write) -> ValueId:
-        """Notes that a tensor has been written to, and with it those that share its memory."""
+        """Records a write to a tensor, and thereby to all tensors that share its memory."""
         index = self.made(tensor, by)
         self._stale.pop(id(tensor), None)
         for other in self.sharing(tensor):
@@ -92,13 +92,13 @@ class ValueTable:
         return index
 
     def forget_call(self, index: int) -> None:
-        """Notes that a function call is not recorded after all; what it has written to stays written to."""
+        """Records that a function call is dropped from the trace; its writes stay recorded."""
         for identity, by in self._stale.items():
             if by.call == index:
                 self._stale[identity] = Write(None, by.operator)
 
     def same(self, tensor: torch.Tensor, index: ValueId) -> None:
-        """Notes that a tensor is another object for a value."""
+        """Records that a tensor is another object with the same value."""
         self._hold(tensor)
         self._known[id(tensor)] = index
 
@@ -168,7 +168,7 @@ class ValueTable:
         """Yields other known tensors that have memory in common with `tensor`."""
         self._index(self._not_indexed)
         if self._fake is None or is_view(tensor):
-            self._index(self._parameters_not_indexed)  # each has to be made fake for that: not before it matters
+            self._index(self._parameters_not_indexed)  # done late, because each parameter has to be made fake for it
         key = self._storage(tensor)
         for identity in self._by_storage.get(key, ()) if key is not None else ():
             other = self._tensor(identity)
@@ -186,7 +186,7 @@ class ValueTable:
     def _storage(self, tensor: torch.Tensor) -> int | None:
         try:
             if self._fake is not None and not isinstance(tensor, FakeTensor):
-                # A parameter shares memory with its views through the fake tensor that stands for it.
+                # Views of a parameter share memory with the fake tensor that represents it.
                 if id(tensor) not in self._stand_ins:
                     self._stand_ins[id(tensor)] = (tensor, self._fake.from_tensor(tensor))
                 tensor = self._stand_ins[id(tensor)][1]
@@ -196,9 +196,9 @@ class ValueTable:
 
 
 def may_overlap(first: torch.Tensor, second: torch.Tensor) -> bool:
-    """Tells whether two tensors in one storage have elements in common; may say yes where they do not.
+    """Returns whether two tensors in one storage have elements in common; may return True when they do not.
 
-    Exact for parts of one tensor that slicing or `chunk` make: boxes in a common grid.
+    The result is exact for parts of a tensor made by slicing or `chunk`, which are boxes in a common grid.
     """
     if not first.numel() or not second.numel():
         return False
@@ -217,7 +217,7 @@ def may_overlap(first: torch.Tensor, second: torch.Tensor) -> bool:
         high = [low[0] + first.shape[dim], low[1] + second.shape[dim]]
         offsets = [offset % stride for offset in offsets]
         if room and max(high) * stride > room:
-            return True  # a row runs over into the next: not a box
+            return True  # not a box, because a row extends into the next one
         apart = apart or high[0] <= low[1] or high[1] <= low[0]
         room = stride
     return not apart

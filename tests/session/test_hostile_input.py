@@ -120,7 +120,7 @@ def test_unreached_layers_are_named(caplog):
     model = ResidualNet()
     model.other = nn.BatchNorm2d(3)
     create_compressed_model(model, config(), init_loader=[images(16)])
-    assert "1 layers were not reached and stay as they are: ['other']" in caplog.text
+    assert "1 layers were not reached and are not changed: ['other']" in caplog.text
 
 
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.int64, torch.bool])
