@@ -1,7 +1,7 @@
-"""How a model is changed, and how every change is undone.
+"""Transforms: reversible changes of a model's weights and activations.
 
 A weight transform is a small `torch.nn.Module` that maps a weight to the weight that the layer computes with. The
-original parameter stays where it is, under its name; the transforms of one tensor form a chain, ordered by stage.
+original parameter stays in the layer under its name; the transforms of one tensor form a chain, ordered by stage.
 
 An activation transform does the same to a tensor that a forward computes; places (`ModuleInput`, `ModuleOutput`,
 `CallInput`, `CallOutput`) say which one.

@@ -1,4 +1,4 @@
-"""Activation transforms: adding, finding and removing them."""
+"""Adds, finds and removes activation transforms."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from compress_core.transforms.stage import Stage
 
 @dataclass(frozen=True)
 class ActivationTransformHandle:
-    """One transform at one place, and the way to undo it.
+    """One transform at one place, with methods to remove or replace it.
 
     Attributes:
-        place: Where it stands, below the model.
-        key: Its name there.
+        place: Its place in the model.
+        key: Its name at this place.
         transform: The transform.
-        stage: Where in the chain of this place it stands.
+        stage: Its stage, which determines its position in the chain of this place.
     """
 
     place: ActivationPlace
@@ -36,10 +36,10 @@ class ActivationTransformHandle:
     _model: nn.Module = field(repr=False)
 
     def remove(self) -> None:
-        """Takes the transform away from this place; the last one gives the module its original class back.
+        """Removes the transform from this place; removing the last one restores the module's original class.
 
         Raises:
-            TransformError: It has been removed before.
+            TransformError: The transform has been removed before.
         """
         container, name = self._found()
         container.chain(name).discard(self.key)
@@ -49,13 +49,13 @@ class ActivationTransformHandle:
         _drop_empty(self._model)
 
     def substitute(self, transform: nn.Module) -> ActivationTransformHandle:
-        """Puts another transform where this one stands, under its key, and returns the handle of that.
+        """Replaces this transform by another one, under the same key, and returns the handle of the new one.
 
         Args:
-            transform: See `add_activation_transform`.
+            transform: The new transform; see `add_activation_transform`.
 
         Raises:
-            TransformError: This one has been removed before.
+            TransformError: This transform has been removed before.
         """
         container, name = self._found()
         chain = container.chain(name)
@@ -63,7 +63,7 @@ class ActivationTransformHandle:
         return replace(self, transform=transform)
 
     def _found(self) -> tuple[ActivationTransforms, str]:
-        """Returns the container that holds the transform, and the name of the chain in it."""
+        """Returns the container that holds the transform, and the name of its chain there."""
         container = activations_of(_owner(self._model, self.place))
         name = None if container is None else container.chain_name(_stored(container, self.place))
         if container is None or name is None or container.chain(name)._modules.get(self.key) is not self.transform:
@@ -74,19 +74,19 @@ class ActivationTransformHandle:
 def add_activation_transform(
     model: nn.Module, place: ActivationPlace, transform: nn.Module, *, stage: Stage, key: str | None = None
 ) -> ActivationTransformHandle:
-    """Sends an activation through `transform`.
+    """Applies `transform` to an activation in every forward.
 
-    One transform may be added at several places: they share its parameters.
+    One transform may be added at several places, which then share its parameters.
 
     Args:
-        model: The model that `place` was found in, or the module that `place.module` counts from.
-        place: Which tensor.
-        transform: Maps it to one of the same shape. Its parameters are trained, its buffers saved with the module of
-            the place. It must return a new tensor or the one it was given (not a view of it), and its backward must not
-            need the tensor that it returned: what comes next may write to it in place. Classes that derive from
-            `ActivationTransform` declare what else they can do: take over the activation function before them, write
-            to a tensor that nobody else has, follow when channels are removed.
-        stage: Where in the chain of this place it stands.
+        model: The model in which `place` was found, or the module to which `place.module` is relative.
+        place: Identifies the tensor.
+        transform: Maps the tensor to one of the same shape. Its parameters are trained, its buffers are saved with the
+            module of the place. It must return a new tensor or its argument itself (not a view of it). Its backward
+            must not need the returned tensor, because the next operation may write to it in place. Classes that derive
+            from `ActivationTransform` declare further capabilities: to compute the preceding activation function as
+            well, to overwrite a tensor that has no other reader, to follow when channels are removed.
+        stage: Its stage, which determines its position in the chain of this place.
         key: Its name in the chain and so in `state_dict`, unique at each place; by default its class name in lower
             case. Algorithms use their own name.
 
@@ -94,8 +94,8 @@ def add_activation_transform(
         A handle whose `remove()` undoes this.
 
     Raises:
-        TransformError: There is no such module or function, the forward of the module is out of reach, or the key is
-            taken or unusable. Nothing has been changed.
+        TransformError: There is no such module or function, the forward of the module cannot be changed, or the key is
+            taken or invalid. Nothing has been changed.
     """
     key = type(transform).__name__.lower() if key is None else key
     if not key or "." in key:
@@ -149,7 +149,7 @@ def get_activation_transform(model: nn.Module, place: ActivationPlace, key: str)
 
 
 def strip_activation_transforms(model: nn.Module) -> None:
-    """Removes every activation transform of `model`, which then computes with the activations as they are."""
+    """Removes every activation transform of `model`, which then computes with untransformed activations."""
     for _, module in list(model.named_modules()):
         if activations_of(module) is not None:
             del module.__dict__[ACTIVATIONS_ATTRIBUTE]
@@ -171,7 +171,7 @@ def _containers(model: nn.Module) -> Iterator[tuple[str, ActivationTransforms]]:
 
 
 def _stored(container: ActivationTransforms, place: ActivationPlace) -> ActivationPlace:
-    """Returns the place under the module name that the container knows (a shared module has several)."""
+    """Returns the place with the module name that the container uses; a shared module has several names."""
     return next((p for p in container.places.values() if replace(p, module=place.module) == place), place)
 
 
@@ -229,7 +229,7 @@ def _drop_empty(model: nn.Module) -> None:
 
 
 def _free_name(container: ActivationTransforms, place: ActivationPlace) -> str:
-    """Returns a name for state_dict that says which place it is, the same in every run."""
+    """Returns a name for `state_dict` that describes the place and is the same in every run."""
     path = place.item if isinstance(place, ModuleOutput | CallOutput) else place.argument
     parts = ["output" if isinstance(place, ModuleOutput | CallOutput) else "input", *map(str, path)]
     if isinstance(place, CallInput | CallOutput):

@@ -1,4 +1,4 @@
-"""What a module with activation transforms computes: its forward, with the chains of all places applied."""
+"""The forward of a module with activation transforms: applies the chains of all its places."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ _MAKERS: frozenset[type[nn.Module]] = frozenset(
 
 @dataclass
 class _Plan:
-    """What the forward has to do, derived from the places."""
+    """What the forward has to do; derived once from the places."""
 
     inputs: tuple[tuple[str, ModuleInput], ...] = ()
     outputs: tuple[tuple[str, ModuleOutput], ...] = ()
@@ -71,11 +71,11 @@ class ActivationTransforms(TransformContainer):
         self.places: dict[str, ActivationPlace] = {}
         self._warned = False
         self._plan = _Plan()
-        # torch's fused transformer layers bypass their children unless one of these has a hook. Nobody calls us.
+        # torch's fused transformer layers bypass their children unless one of these has a hook. This hook never runs.
         add_own_forward_pre_hook(self, _no_fast_path)
 
     def __getstate__(self) -> dict[str, Any]:
-        # Function objects such as torch.relu are found anew by name; not all of them can be pickled.
+        # Without the plan: not all function objects such as torch.relu can be pickled, so they are looked up again.
         return {name: value for name, value in self.__dict__.items() if name != "_plan"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -83,7 +83,7 @@ class ActivationTransforms(TransformContainer):
         self.make_plan()
 
     def make_plan(self) -> None:
-        """Derives from the places what the forward has to do; called whenever they change."""
+        """Builds the plan of the forward from the places; called whenever the places change."""
         places = self.places
         calls = {name: place for name, place in places.items() if isinstance(place, CallInput | CallOutput)}
         plan = _Plan(
@@ -118,7 +118,7 @@ class ActivationTransforms(TransformContainer):
             if chain.fuses(activation, in_place=in_place) and count_replaced(functions):
                 return run_quietly(chain.forward_fused, args[0], activation, in_place)
         if plan.functions or issubclass(self.owner, nn.TransformerEncoder):
-            # The mode is what keeps an encoder from packing its input for the fused layers.
+            # An active function mode keeps an encoder from packing its input for the fused layers.
             output = self._run_counted(forward, module, args, kwargs)
         else:
             output = forward(module, *args, **kwargs)
@@ -130,8 +130,8 @@ class ActivationTransforms(TransformContainer):
 
     def _run_counted(self, forward: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
         if not torch.compiler.is_compiling() and dynamo_callback() not in (None, False):
-            # A compiled model has fallen back to eager here, perhaps because dynamo hides a function from modes. It
-            # would go on to compile parts of this forward by themselves, and hide it there.
+            # A compiled model has fallen back to eager here, perhaps because dynamo hides a function from modes.
+            # Without this, dynamo would compile parts of this forward separately and hide the function there.
             forward = torch.compiler.disable(forward)  # type: ignore[no-untyped-call]
         mode = CallSiteMode(self._plan.functions, module.training, self._call)
         if not torch.compiler.is_dynamo_compiling():
@@ -141,7 +141,7 @@ class ActivationTransforms(TransformContainer):
                 output = forward(module, *args, **kwargs)
             self._check_counts(mode)
         except TransformError:
-            # Dynamo cannot break a graph within `try`: where the check asks it to, it leaves all of this to eager.
+            # Dynamo cannot break a graph within `try`; where the check asks for that, all of this runs in eager mode.
             raise
         return output
 
@@ -169,7 +169,7 @@ class ActivationTransforms(TransformContainer):
             return func(*args, **kwargs)
         written = args[0] if function.in_place else kwargs.get("out")
         if function.in_place and torch.is_grad_enabled():
-            # The result is written back below; what autograd keeps of this call must not be overwritten by that.
+            # A copy, because writing the result back below must not overwrite what autograd has saved of this call.
             args = (run_quietly(torch.clone, args[0]), *args[1:])
         for site in inputs:
             args, kwargs = run_quietly(replace_argument, args, kwargs, site.path, self.chain(site.chain), site.place)

@@ -1,4 +1,4 @@
-"""Activation functions that a transform directly behind them can take over, to compute both in one pass."""
+"""Activation functions that the transform directly after them can compute as well, in one pass."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ ACTIVATION_FUNCTIONS: dict[str, Callable[..., torch.Tensor]] = {
     "relu6": F.relu6,
     "hardswish": F.hardswish,
 }
-"""What the names of activation functions stand for: those for which one pass was measured to be faster than two. All
-take `inplace`."""
+"""Activation functions by name. It has those for which one pass was measured to be faster than two. All take
+`inplace`."""
 
 _CALLS = {
     "torch.relu": "relu",
@@ -27,7 +27,7 @@ _CALLS = {
     "torch.nn.functional.hardswish": "hardswish",
 }
 
-# Modules that do nothing else, and the function that they call.
+# Modules that only compute an activation function, and the function that they call.
 _MODULES: dict[type[nn.Module], tuple[str, str]] = {
     nn.ReLU: ("relu", "torch.nn.functional.relu"),
     nn.ReLU6: ("relu6", "torch.nn.functional.hardtanh"),
@@ -36,10 +36,10 @@ _MODULES: dict[type[nn.Module], tuple[str, str]] = {
 
 
 def activation_called(function: str) -> str | None:
-    """Returns which activation function a torch function is, by the name of `torch.overrides.resolve_name`."""
+    """Returns the name of the activation function that a torch function (named as in `torch.overrides`) computes."""
     return _CALLS.get(function)
 
 
 def activation_module(cls: type[nn.Module]) -> tuple[str, str] | None:
-    """Returns which activation function a module of exactly this class is, and the torch function that it calls."""
+    """Returns the activation function that modules of exactly this class compute, and the torch function they call."""
     return _MODULES.get(cls)

@@ -1,13 +1,13 @@
-"""Multi-head attention with its inside in view.
+"""Multi-head attention whose inner function calls are visible to function modes.
 
-`nn.MultiheadAttention` leaves all its work to one function of torch, and while a function mode is active that function
-is a single call to the mode: of the projections and products inside the mode sees nothing. Here is a function of the
-same arguments and results which does each step by a call that the mode gets to see.
+`nn.MultiheadAttention` calls a single function of torch. A function mode sees only that call, and not the projections
+and products inside. This module has a function with the same arguments and results that makes a visible call for each
+step.
 
-Activation quantizers are placed and named by these calls, counted per function. So which calls are made, in which order
-and with which arguments by position is what saved models and users' scopes refer to, and depends on the options of the
-layer alone, not on the tensors. Functions are looked up when they are called, because users replace some of them,
-such as scaled_dot_product_attention, by faster ones.
+Activation quantizers are placed at and named after these calls, counted per function. Saved models and users' scopes
+refer to the calls, their order and their positional arguments, so these must depend only on the options of the layer,
+never on the tensors. Functions are looked up at each call, because users replace some of them, such as
+scaled_dot_product_attention, by faster ones.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from torch.nn import functional
 
 
 def inside_of(function: Any) -> Callable[..., Any] | None:
-    """Returns what computes the same as a function of torch, and whose own calls a function mode gets to see.
+    """Returns a function that computes the same as a function of torch, by calls that a function mode can see.
 
     Args:
-        function: A function as a mode is given it.
+        function: A function as the mode receives it.
 
     Returns:
-        The function to call while the mode is active; None for functions that have no inside of interest.
+        The function to call while the mode is active; None for functions that need no replacement.
     """
     return _multi_head_attention if function is _WHOLE and _IS_KNOWN else None
 
@@ -52,7 +52,7 @@ class _Projections(NamedTuple):
 
 
 class _Keys(NamedTuple):
-    """What is attended to, and what is added to the scores of it."""
+    """Keys and values, and the masks that are added to their scores."""
 
     key: Tensor
     value: Tensor
@@ -106,13 +106,13 @@ def _multi_head_attention(
         output, probabilities = _attend_in_steps(query, keys, sizes, dropout)
     else:
         output = _attend(query, keys, sizes, dropout, is_causal)
-    del projected, query, keys  # makes room for the last projection
+    del projected, query, keys  # frees memory for the last projection
     output = _project_out(output, out_proj_weight, out_proj_bias, sizes)
     return _results(output, probabilities, average_attn_weights, is_batched, sizes)
 
 
 def _is_known(function: Any) -> bool:
-    # Whoever has put something else in its place gets it called, as a whole. So does a torch with other arguments.
+    # A replacement by the user, or the function of a torch with other arguments, is called as a whole.
     if not isinstance(function, FunctionType):
         return False
     if function.__globals__ is not vars(functional) or function.__closure__ is not None:
@@ -133,7 +133,7 @@ def _as_batch_of_one(
     return query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1), padding
 
 
-# Checks. What they raise is what torch raises, because callers may catch it.
+# Checks. They raise the same types of exceptions as torch, because callers may catch these.
 
 
 def _check_dimensions(
@@ -201,7 +201,7 @@ def _check_projections(inputs: tuple[Tensor, Tensor, Tensor], weights: _Projecti
             raise AssertionError(f"the bias for {name} has the shape {tuple(bias.shape)}, expected is {(features,)}")
 
 
-# Masks. They are added to the scores: -inf where nothing is attended to.
+# Masks. They are added to the scores, with -inf at positions that are masked out.
 
 
 def _summand(mask: Tensor | None, name: str, dtype: torch.dtype, other: Tensor | None = None) -> Tensor | None:
@@ -216,7 +216,7 @@ def _summand(mask: Tensor | None, name: str, dtype: torch.dtype, other: Tensor |
 
 
 def _kernel_can_mask(mask: Tensor | None, padding: Tensor | None, need_weights: bool) -> bool:
-    """Returns whether the mask, said to be causal, need not be looked at."""
+    """Returns whether the kernel applies the causal mask itself, so that `mask` need not be read."""
     if mask is None:
         raise RuntimeError("is_causal is set and attn_mask is None; give the causal mask as well")
     return padding is None and not need_weights
@@ -241,7 +241,7 @@ def _merged_mask(keys: _Keys, sizes: _Sizes) -> Tensor | None:
     if padding is None:
         return keys.mask
     batch, heads, count = sizes.batch, sizes.heads, keys.key.size(1)
-    # Sizes are tensors while torch.jit.trace looks on.
+    # Under torch.jit.trace, sizes are tensors.
     if not torch.jit.is_tracing() and padding.shape != (batch, count):  # type: ignore[attr-defined, no-untyped-call]
         raise AssertionError(f"the shape of key_padding_mask is {tuple(padding.shape)}, expected is {(batch, count)}")
     padding = padding.view(batch, 1, 1, count).expand(-1, heads, -1, -1).reshape(batch * heads, 1, count)
@@ -261,15 +261,15 @@ def _in_three(packed: Tensor | None) -> _Projections:
 def _project(
     query: Tensor, key: Tensor, value: Tensor, packed: Tensor | None, separate: _Projections | None, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    # Torch makes one, two or three products, depending on which of the tensors are the same object. Places count calls:
-    # a later forward, with one query for example, must not put quantizers of one tensor on another.
+    # torch computes one, two or three products, depending on which of the tensors are the same object. Here it is
+    # always three: places count calls, and quantizers must not move to other tensors in a later forward.
     weights, biases = _in_three(packed) if separate is None else separate, _in_three(bias)
     if weights.query is None or weights.key is None or weights.value is None:
         raise AssertionError("a weight of the projections is None; expected are in_proj_weight or three separate ones")
     if separate is not None:
         _check_projections((query, key, value), weights, biases)
     linear = functional.linear
-    # Not in a loop: its turns would be one place.
+    # Not in a loop, because all iterations of a loop are one place.
     projected_query = linear(query, weights.query, biases.query)
     projected_key = linear(key, weights.key, biases.key)
     projected_value = linear(value, weights.value, biases.value)
@@ -287,7 +287,7 @@ def _add_learned_key(keys: _Keys, bias_k: Tensor | None, bias_v: Tensor | None, 
 def _split_heads(
     query: Tensor, keys: _Keys, static_k: Tensor | None, static_v: Tensor | None, sizes: _Sizes
 ) -> tuple[Tensor, _Keys]:
-    """Returns them as (batch * heads, queries or keys, width)."""
+    """Splits tensors into heads; returns them in shape (batch * heads, queries or keys, width)."""
     rows, width = sizes.batch * sizes.heads, sizes.width
     key, value, mask, padding = keys
     query = query.view(sizes.queries, rows, width).transpose(0, 1)
@@ -308,7 +308,7 @@ def _add_zero_key(keys: _Keys, sizes: _Sizes) -> _Keys:
 
 
 def _attend(query: Tensor, keys: _Keys, sizes: _Sizes, dropout: float, is_causal: bool) -> Tensor:
-    """Returns the values attended to as (queries, batch, heads, width)."""
+    """Returns the attention output in shape (queries, batch, heads, width)."""
     mask = _merged_mask(keys, sizes)
     batch, heads, count, width = sizes.batch, sizes.heads, keys.key.size(1), sizes.width
     if mask is not None:
@@ -321,7 +321,7 @@ def _attend(query: Tensor, keys: _Keys, sizes: _Sizes, dropout: float, is_causal
 
 
 def _attend_in_steps(query: Tensor, keys: _Keys, sizes: _Sizes, dropout: float) -> tuple[Tensor, Tensor]:
-    """Returns the values attended to as (queries, batch * heads, width), and the probabilities of keys."""
+    """Returns the attention output in shape (queries, batch * heads, width), and the attention probabilities."""
     mask = _merged_mask(keys, sizes)
     scaled, transposed = query * math.sqrt(1.0 / sizes.width), keys.key.transpose(-2, -1)
     scores = torch.bmm(scaled, transposed) if mask is None else torch.baddbmm(mask, scaled, transposed)

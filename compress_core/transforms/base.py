@@ -1,4 +1,4 @@
-"""What a transform declares about itself: the base classes that others derive from.
+"""Base classes of transforms, with which a transform declares its capabilities.
 
 Any `torch.nn.Module` that keeps the shape of a tensor can be a transform. What the core can do with it beyond calling
 it (compute it again, let it take over the function before it, make it smaller with its weight) is
@@ -18,37 +18,37 @@ from compress_core.transforms.activation_functions import ACTIVATION_FUNCTIONS
 
 
 class Transform(nn.Module):
-    """What transforms of weights and of activations have in common.
+    """Base class of transforms of weights and of activations.
 
     Attributes:
-        follows: How each tensor of the transform follows when channels of what it transforms go: name of a parameter or
-            buffer (dotted, where it is held by a module inside) -> one of
+        follows: How the tensors of the transform are cut when channels of the weight or activation are removed: name of
+            a parameter or buffer (dotted, if it belongs to a submodule) -> one of
 
-            * `"weight"`: it broadcasts against the weight, aligned from the last dimension. A dimension as large as the
-              weight's loses what the weight's loses; one of size 1 stays. For masks, scores, scales.
-            * `"channels"`: it has one value for each output channel, all along one dimension; the others have size 1.
-              Output channels are dimension 0 of a weight, dimension 1 of transposed convolutions and embeddings.
-              Of an activation they are what the trace finds.
-            * `"fixed"`: it does not depend on any size of the weight or activation. For codebooks, thresholds.
+            * `"weight"`: the tensor broadcasts against the weight, aligned from the last dimension. A dimension of the
+              same size as the weight's is cut like it; one of size 1 stays. For masks, scores, scales.
+            * `"channels"`: the tensor has one value for each output channel along one dimension; all others have size
+              1. Output channels are dimension 0 of a weight, dimension 1 of transposed convolutions and embeddings.
+              For an activation, the trace finds the channels.
+            * `"fixed"`: the tensor does not depend on any size of the weight or activation. For codebooks, thresholds.
 
-            Every tensor of more than one element has to be named, or pruned channels cannot be removed from the model:
-            sizes do not tell (a codebook of 15 entries says nothing about a weight with 15 inputs). Names of tensors
-            that are not there (yet) do no harm.
+            Every tensor of more than one element has to be listed, otherwise channels cannot be removed. The core does
+            not guess from sizes, because a codebook of 15 entries is not related to a weight with 15 inputs. Names of
+            tensors that do not exist (yet) are allowed.
     """
 
     follows: ClassVar[Mapping[str, str] | None] = None
 
 
 class WeightTransform(Transform):
-    """Base of transforms of weights: `forward` maps a weight to one of the same shape.
+    """Base class of transforms of weights: `forward` maps a weight to one of the same shape.
 
     Attributes:
-        recomputable: Whatever the mode, the result depends on nothing but the weight, parameters and buffers of the
-            transform, and attributes that are replaced when they change, not modified; and computing it changes no
-            attribute. The core may compute it again for the backward pass.
-        depends_on_whole_tensor: What happens to an element depends on others (top-k of scores, clustering, a norm), so
-            that it would change when the weight is cut. Such a class implements `freeze_decision`, which sets this to
-            False for the instance.
+        recomputable: In training and eval mode the result depends only on the weight, on the transform's own parameters
+            and buffers, and on attributes that are replaced (not mutated) when they change, and `forward` changes no
+            attribute. The core may compute the result again in the backward pass.
+        depends_on_whole_tensor: The result for an element depends on other elements (top-k of scores, clustering, a
+            norm), so it would change if the weight were cut. The class implements `freeze_decision`, which sets this
+            to False for the instance.
     """
 
     recomputable: ClassVar[bool] = False
@@ -57,13 +57,13 @@ class WeightTransform(Transform):
     def shrunk_dims(
         self, name: str, tensor: torch.Tensor, shape: tuple[int, ...], kept: Mapping[int, Sequence[int]]
     ) -> Mapping[int, Sequence[int]] | None:
-        """Says what stays of a tensor that `follows` does not name; for what its words cannot say.
+        """Returns which indices stay of a tensor that `follows` does not list, for rules that it cannot express.
 
         Args:
-            name: Name of the parameter or buffer in this transform, dotted where it is held by a module inside.
-            tensor: The tensor as it is.
-            shape: Shape of the weight as it is.
-            kept: Dimension of the weight -> indices along it that stay, ascending; others stay whole.
+            name: Name of the parameter or buffer in this transform, dotted if it belongs to a submodule.
+            tensor: The tensor before it is cut.
+            shape: Shape of the weight before it is cut.
+            kept: Dimension of the weight -> indices along it that stay, ascending; other dimensions stay whole.
 
         Returns:
             Dimension of the tensor -> indices that stay, ascending; an empty dict leaves it whole. None: not declared.
@@ -71,28 +71,29 @@ class WeightTransform(Transform):
         return None
 
     def freeze_decision(self, weight: torch.Tensor) -> None:
-        """Makes what depends on the whole tensor a fixed decision, which can be cut with the weight.
+        """Stores the decision over the whole weight in tensors that can be cut with the weight.
 
-        Afterwards the transform computes what it did before, for this weight, from tensors that `follows` names (such
-        as a buffer with the mask that top-k of its scores has given), and `depends_on_whole_tensor` is False.
+        Afterwards the transform computes the same for this weight as before, from tensors that `follows` lists (for
+        example a buffer with the mask of the top-k scores), and `depends_on_whole_tensor` is False.
 
         Args:
-            weight: What the transform is given now: the stored weight behind earlier transforms; without a graph.
+            weight: The present argument of `forward`: the stored weight after earlier transforms, detached.
 
         Raises:
-            NotImplementedError: It cannot; then channels of such weights are not removed.
+            NotImplementedError: The transform cannot do this; then channels of its weight are not removed.
         """
         raise NotImplementedError(f"{type(self).__name__} has no freeze_decision(weight)")
 
 
 class ActivationTransform(Transform):
-    """Base of transforms of activations: `forward` maps a tensor to one of the same shape.
+    """Base class of transforms of activations: `forward` maps a tensor to one of the same shape.
 
     Attributes:
-        fused_activations: Names (of `ACTIVATION_FUNCTIONS`) of the activation functions that `fused` takes over where
-            the transform stands directly behind one.
-        fuses_in_place: Whether `fused_in_place` takes over functions that work in place, too.
-        owns_input: Whether `forward_owned` writes to its argument; it is called where nobody else has that.
+        fused_activations: Names (in `ACTIVATION_FUNCTIONS`) of the activation functions that `fused` computes as well,
+            if the transform comes directly after one of them.
+        fuses_in_place: Whether `fused_in_place` does the same for in-place activation functions.
+        owns_input: Whether `forward_owned` may be called, which overwrites its argument; the core calls it if the
+            tensor has no other reader.
     """
 
     fused_activations: ClassVar[frozenset[str]] = frozenset()
@@ -100,24 +101,24 @@ class ActivationTransform(Transform):
     owns_input: ClassVar[bool] = False
 
     def fused(self, x: torch.Tensor, activation: str) -> torch.Tensor:
-        """Returns `self(ACTIVATION_FUNCTIONS[activation](x))`; worth overriding where that is one pass.
+        """Returns `self(ACTIVATION_FUNCTIONS[activation](x))`; override it to compute both in one pass.
 
         Args:
-            x: What the activation function takes.
-            activation: Its name, one of `fused_activations`.
+            x: The input of the activation function.
+            activation: Name of the function, one of `fused_activations`.
         """
         result: torch.Tensor = self(ACTIVATION_FUNCTIONS[activation](x))
         return result
 
     def fused_in_place(self, x: torch.Tensor, activation: str) -> torch.Tensor:
-        """Does what `fused` does, and leaves in `x` what the function would, or what is returned.
+        """Returns the result of `fused`, and writes either the activated value or this result to `x`.
 
-        Others may go on with `x`. Arguments are those of `fused`.
+        The forward may use `x` afterwards. Arguments are those of `fused`.
         """
         result: torch.Tensor = self(ACTIVATION_FUNCTIONS[activation](x, inplace=True))
         return result
 
     def forward_owned(self, x: torch.Tensor) -> torch.Tensor:
-        """Does what `forward` does, and may write the result to `x`, which nobody else has, unless autograd records."""
+        """Does what `forward` does; may overwrite `x` unless autograd records, because `x` has no other reader."""
         result: torch.Tensor = self(x)
         return result

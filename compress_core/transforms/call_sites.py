@@ -1,11 +1,10 @@
-"""Call sites: transforming what functions are given and return while a module's forward runs.
+"""Call sites: transforms arguments and results of functions that a module's forward calls.
 
-A `TorchFunctionMode` around the forward sees each call of a torch function, made by the module itself or by modules
-below, and counts those of the functions that have a transform, but not what users' forward hooks call. What the
-transforms call themselves is hidden from all such modes (`run_quietly`), so that compressing one place never shifts the
-count at another.
+A `TorchFunctionMode` around the forward sees every call of a torch function by the module and its submodules. It counts
+the calls of functions that have a transform, except calls inside users' forward hooks. Calls made by transforms are
+hidden from all such modes (`run_quietly`), so that a transform at one place does not shift the count at another.
 
-One mode object serves one forward: a module may call itself, and threads do not meet.
+Each forward has its own mode object, so that recursive calls and threads do not interfere.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ from compress_core.transforms.user_hooks import FrameId, is_in_hook, is_in_trace
 
 T = TypeVar("T")
 
-# Functions written in Python that dynamo shows to modes as those written in C.
+# Functions written in Python that dynamo shows to modes like those written in C.
 _NEVER_HIDDEN = frozenset(
     f"torch.nn.functional.{name}"
     for name in (
@@ -49,7 +48,7 @@ _NEVER_HIDDEN = frozenset(
 
 @dataclass(frozen=True)
 class Site:
-    """One place in the calls of a function: which chain, which calls, which tensor."""
+    """One place in the calls of a function: the name of its chain, the calls, and the tensor."""
 
     chain: str
     place: CallInput | CallOutput
@@ -57,21 +56,21 @@ class Site:
 
     @property
     def calls(self) -> CallPattern:
-        """Which calls belong to the site."""
+        """The calls that belong to the site."""
         return self.place.calls
 
 
 @dataclass(frozen=True)
 class TransformedFunction:
-    """A function that has sites below a module.
+    """A function that has sites in the forward of a module.
 
     Attributes:
-        name: As `torch.overrides.resolve_name` gives it.
+        name: Its name, as `torch.overrides.resolve_name` gives it.
         objects: The function objects that have this name.
         inputs: Sites at its arguments.
         outputs: Sites at its results.
-        in_place: Whether it writes to its first argument, so that callers may ignore what it returns.
-        activation: Which activation function it is, of those that a transform can take over.
+        in_place: Whether it writes to its first argument, so that callers may ignore the result.
+        activation: Its name in `ACTIVATION_FUNCTIONS`, if a transform can compute it as well.
     """
 
     name: str
@@ -83,17 +82,17 @@ class TransformedFunction:
 
     @property
     def calls(self) -> CallPattern:
-        """The calls that a forward is expected to make; the same for all sites of the function."""
+        """The calls that a forward is expected to make, which are the same for all sites of the function."""
         return (*self.inputs, *self.outputs)[0].calls
 
     @property
     def may_be_hidden(self) -> bool:
-        """Whether dynamo may hide the function from modes, as it does with some that are written in Python."""
+        """Whether dynamo may hide the function from modes, as it does with some functions written in Python."""
         return self.name not in _NEVER_HIDDEN and all(isinstance(f, FunctionType) for f in self.objects)
 
 
 def transformed_functions(sites: dict[str, CallInput | CallOutput]) -> tuple[TransformedFunction, ...]:
-    """Groups the sites below a module (chain name to place) by function."""
+    """Groups the sites of a module (chain name -> place) by function."""
     found = []
     for name in dict.fromkeys(place.function for place in sites.values()):
         mine = {chain: place for chain, place in sites.items() if place.function == name}
@@ -122,13 +121,13 @@ def _overridable_functions() -> dict[str, list[Any]]:
 
 @functools.cache
 def functions_named(name: str) -> tuple[Any, ...]:
-    """Returns the function objects that `torch.overrides.resolve_name` gives this name.
+    """Returns the function objects to which `torch.overrides.resolve_name` gives this name.
 
     Raises:
-        TransformError: There is none.
+        TransformError: No function has this name.
     """
     found = list(_overridable_functions().get(name, ()))
-    # Not all functions that a mode gets to see are listed (torch.nn.functional.hardswish is not).
+    # torch does not list all functions that a mode can see (torch.nn.functional.hardswish is missing).
     root, _, path = name.partition(".")
     if root == "torch" and path:
         with contextlib.suppress(AttributeError):
@@ -160,14 +159,14 @@ class CallSiteMode(TorchFunctionMode):
         self.around: FrameId | None = None  # the frame that runs the forward
 
     def is_called_by_hook(self) -> bool:
-        """Tells whether a user's hook, and not the forward, makes the call that the mode is asked about."""
+        """Returns whether the current call is made by a user's hook and not by the forward."""
         if torch.compiler.is_dynamo_compiling():
             return is_in_traced_hook()
         return is_in_hook(sys._getframe(1), self.around)
 
     def index_of(self, func: Any) -> int:
-        """Returns which of the functions `func` is, or -1."""
-        # Compared one by one: dynamo traces this, and cannot for every function guard its presence in a dict.
+        """Returns the index of `func` among the functions, or -1."""
+        # Compared one by one, because dynamo traces this and cannot guard the presence of every function in a dict.
         for index, function in enumerate(self.functions):
             for candidate in function.objects:
                 if func is candidate:
@@ -175,7 +174,7 @@ class CallSiteMode(TorchFunctionMode):
         return -1
 
     def transforms_next(self, index: int) -> bool:
-        """Tells whether the next call of a function has a transform."""
+        """Returns whether the next call of a function has a transform."""
         function, call = self.functions[index], self.counts[index]
         sites = (*function.inputs, *function.outputs)
         return any(site.calls.includes(call, training=self.training) for site in sites)
@@ -198,14 +197,14 @@ class CallSiteMode(TorchFunctionMode):
 
 
 def run_quietly(function: Callable[..., T], *args: Any) -> T:
-    """Calls `function` hidden from call-site modes, so that what it calls is not counted."""
+    """Calls `function` hidden from call-site modes, so that the calls inside it are not counted."""
     if not function_mode_count():
         return function(*args)
     if torch.compiler.is_dynamo_compiling():
         with TorchFunctionDisabled():
             return function(*args)
-    # Only our modes are taken off: those of torch.export and of the user go on seeing everything. And they are taken
-    # off rather than disabled, so that compiled kernels find the mode stack that they were compiled for.
+    # Only our modes are removed, so that those of torch.export and of the user still see everything. They are removed
+    # rather than disabled, so that compiled kernels find the mode stack that they were compiled for.
     stack = [function_mode_at(i) for i in range(function_mode_count())]
     others = [mode for mode in stack if not isinstance(mode, CallSiteMode)]
     if len(others) == len(stack):
@@ -218,7 +217,7 @@ def run_quietly(function: Callable[..., T], *args: Any) -> T:
 
 
 def is_observed() -> bool:
-    """Tells whether a function mode other than ours is active, which may keep what functions return."""
+    """Returns whether a function mode other than ours is active, which may keep references to results."""
     size = function_mode_count()
     return not all(isinstance(function_mode_at(i), CallSiteMode) for i in range(size))
 
@@ -234,8 +233,8 @@ def count_replaced(functions: tuple[Any, ...]) -> bool:
     """Counts a call of one of the functions that is about to be computed in another way.
 
     Returns:
-        Whether that may be done: not when a mode that is active now transforms this very call. Then nothing is counted,
-        and the call must be made.
+        Whether the caller may do so. False if an active mode has a transform for this very call; then nothing is
+        counted, and the caller must make the call.
     """
     found: list[tuple[CallSiteMode, int]] = []
     for position in range(function_mode_count()):
@@ -253,7 +252,7 @@ def count_replaced(functions: tuple[Any, ...]) -> bool:
 
 
 def explains(pattern: CallPattern, seen: int, *, training: bool) -> bool:
-    """Tells whether `seen` calls are what was traced, or the same with loops that run longer or shorter."""
+    """Returns whether `seen` calls are as many as were traced, or can be explained by longer or shorter loops."""
     expected = pattern.expected(training=training)
     if pattern.was_traced(seen, training=training):
         return True

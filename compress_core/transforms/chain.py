@@ -1,4 +1,4 @@
-"""Chains: the transforms of one tensor, one after another."""
+"""Chains: the transforms of one tensor, applied one after another."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class TransformChain(nn.Module):
         self._stages: dict[str, int] = {}
 
     def add(self, key: str, transform: nn.Module, stage: int) -> None:
-        """Inserts `transform` behind everything of the same or an earlier stage."""
+        """Inserts `transform` after all transforms of the same or an earlier stage."""
         # Not add_module: it refuses names that the chain has as attributes, such as "add" or "training".
         self._modules[key] = transform
         self._stages[key] = stage
@@ -33,7 +33,7 @@ class TransformChain(nn.Module):
             self._modules[name] = self._modules.pop(name)
 
     def discard(self, key: str) -> None:
-        """Takes the transform `key` out of the chain."""
+        """Removes the transform `key` from the chain."""
         del self._modules[key]
         del self._stages[key]
 
@@ -42,7 +42,7 @@ class TransformChain(nn.Module):
         return self._stages[key]
 
     def forward(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Maps the tensor of the uncompressed model to the one that is computed with."""
+        """Maps the tensor of the uncompressed model to the tensor that the compressed model computes with."""
         if self.bypassed:
             return tensor
         for transform in self._modules.values():
@@ -50,14 +50,14 @@ class TransformChain(nn.Module):
         return tensor
 
     def up_to(self, tensor: torch.Tensor, stage: int | None) -> torch.Tensor:
-        """Returns what the transforms of stages before `stage` (None for all) make of a tensor, bypassed or not."""
+        """Applies the transforms of stages before `stage` (None for all stages), even if the chain is bypassed."""
         for key, transform in self._modules.items():
             if stage is None or self._stages[key] < stage:
                 tensor = transform(tensor)  # type: ignore[misc]
         return tensor
 
     def forward_owned(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Does what `forward` does with a tensor that nobody else has, so that transforms may write to it."""
+        """Does what `forward` does, for a tensor without other readers, which transforms may therefore overwrite."""
         if self.bypassed:
             return tensor
         for transform in self._modules.values():
@@ -68,11 +68,11 @@ class TransformChain(nn.Module):
         return tensor
 
     def fuses(self, activation: str, *, in_place: bool) -> bool:
-        """Tells whether the first transform can take over an activation function that stands before it.
+        """Returns whether the first transform can also compute the activation function before it.
 
         Args:
-            activation: Which one.
-            in_place: Whether it is to write its result to its argument: then there must be no other transform.
+            activation: Name of the activation function.
+            in_place: Whether the function works in place; then the chain must have no other transform.
         """
         if self.bypassed:
             return False
@@ -85,7 +85,7 @@ class TransformChain(nn.Module):
         return False
 
     def forward_fused(self, tensor: torch.Tensor, activation: str, in_place: bool) -> torch.Tensor:
-        """Returns what `forward` would behind the activation function, in one pass of the first transform."""
+        """Returns `forward` of the activated tensor; the first transform computes both in one pass."""
         first = True
         for transform in self._modules.values():
             if first and isinstance(transform, ActivationTransform):
@@ -98,10 +98,10 @@ class TransformChain(nn.Module):
 
 
 class TransformContainer(nn.Module):
-    """Chains by name, as a part of the module whose tensors they transform.
+    """The chains of one module, by name.
 
-    A `state_dict` without any key of a transform (the plain FP32 model's) loads strictly and leaves the transforms as
-    they are; one that has some of the keys of a transform, but not all, is incomplete and is refused by torch as ever.
+    A `state_dict` without any key of a transform (that of the plain FP32 model) loads strictly and does not change the
+    transform. A `state_dict` with only some keys of a transform is incomplete, and torch refuses it as usual.
     """
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -109,6 +109,6 @@ class TransformContainer(nn.Module):
             for key, transform in chain.named_children():
                 own_prefix = f"{prefix}{name}.{key}."
                 if not any(entry.startswith(own_prefix) for entry in state_dict):
-                    # torch has given us a dict of this call's own: what is added here is seen by our children alone.
+                    # This dict belongs to this call alone, so entries added here are seen only by our children.
                     state_dict.update(transform.state_dict(prefix=own_prefix))
         super()._load_from_state_dict(state_dict, prefix, *args)

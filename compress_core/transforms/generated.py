@@ -1,14 +1,13 @@
 """Generated subclasses: layers whose weight is computed on access, and modules whose activations are transformed.
 
-A layer with a weight transform becomes an instance of a subclass of its own class in which `weight` is a property: the
-parameter that is stored under that name, sent through the chain of transforms. `torch.nn.utils.parametrize` works
-the same way, with two differences that matter here: the parameter keeps its name (so checkpoints, optimizers and
-EMA copies do not notice), and the layer can be pickled, because pickling names the original class and rebuilds the
-subclass.
+A layer with a weight transform becomes an instance of a subclass of its own class in which `weight` is a property: it
+returns the stored parameter of that name after the chain of transforms. `torch.nn.utils.parametrize` works the same
+way, with two differences: here the parameter keeps its name (so checkpoints, optimizers and EMA copies are not
+affected), and the layer can be pickled, because pickling stores the original class and rebuilds the subclass.
 
-A module with activation transforms gets a `forward` that applies them. Their container is an attribute that is no
-child: `nn.Sequential`, and many a user's forward, call one child after another and would call it as well. Everything
-by which a module hands something on to its children (names, state, moves, modes) is extended to it instead.
+A module with activation transforms gets a `forward` that applies them. Their container is an attribute but not a child
+module, because `nn.Sequential` and many user-defined forwards call all their children. Instead, all methods with which
+a module reaches its children (names, state, moves, modes) are extended to the container.
 
 Invariants:
     * `isinstance` against the original class holds, and `__name__`, `__qualname__` and `__module__` are the original's.
@@ -50,13 +49,13 @@ def base_class(module: nn.Module) -> type[nn.Module]:
 
 
 def transformed_class(base: type[nn.Module], names: frozenset[str], activations: bool = False) -> type[nn.Module]:
-    """Returns the subclass of `base` in which the parameters `names` are read through their transforms.
+    """Returns the subclass of `base` that applies transforms to the parameters `names` and, if asked, to activations.
 
     Args:
         base: The layer's original class.
         names: Names of parameters.
-        activations: Whether the forward applies activation transforms. Without these and without names the class
-            itself is returned.
+        activations: Whether the forward applies activation transforms. If False and `names` is empty, `base` itself is
+            returned.
     """
     if not names and not activations:
         return base
@@ -67,10 +66,10 @@ def transformed_class(base: type[nn.Module], names: frozenset[str], activations:
 
 
 def update_class(module: nn.Module) -> None:
-    """Gives a module the class that goes with the transforms that it holds.
+    """Sets the class of a module according to the transforms that it has.
 
     Raises:
-        TransformError: Its class cannot be subclassed.
+        TransformError: The class of the module cannot be subclassed.
     """
     chains = module._modules.get(TRANSFORMS_ATTRIBUTE)
     names = frozenset() if chains is None else frozenset(chains._modules)
@@ -117,10 +116,10 @@ def _weight_property(name: str) -> property:
     def get(self: nn.Module) -> torch.Tensor | None:
         container = self._modules.get(TRANSFORMS_ATTRIBUTE)
         if name not in self._parameters:
-            if container is None:  # a layer that is being constructed
+            if container is None:  # the layer is still being constructed
                 raise AttributeError(name)
             raise TransformError(
-                f"the parameter '{name}' of a compressed {type(self).__name__} was taken away; apply parametrize, "
+                f"the parameter '{name}' of a compressed {type(self).__name__} was removed; apply parametrize, "
                 "weight_norm or prune before compression, or to the model that controller.strip() returns"
             )
         raw = self._parameters[name]
@@ -130,7 +129,7 @@ def _weight_property(name: str) -> property:
             return run_quietly(container._modules[name], raw)  # type: ignore[arg-type, no-any-return]
         except AttributeError as error:
             # An AttributeError leaving a property makes Python fall back to `nn.Module.__getattr__`, which would
-            # return the untransformed parameter without a word.
+            # silently return the untransformed parameter.
             raise TransformError(f"a weight transform of '{name}' in {type(self).__name__} failed: {error}") from error
 
     return property(get)
@@ -139,7 +138,7 @@ def _weight_property(name: str) -> property:
 def _rebuild(
     names: tuple[str, ...], make: Callable[..., nn.Module], args: tuple[Any, ...], activations: bool = False
 ) -> nn.Module:
-    """Makes the module as its original class would, then gives it the subclass back (called by pickle and deepcopy)."""
+    """Rebuilds the module with its original class, then sets the subclass; called by pickle and deepcopy."""
     module = make(*args)
     set_class(module, transformed_class(base_class(module), frozenset(names), activations))
     return module
@@ -167,7 +166,7 @@ def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
 def _reduce_ex(self: nn.Module, protocol: Any) -> Any:
     cls: Any = type(self)
     base: type[nn.Module] = cls._compress_base_class
-    # Attributes of the MRO below the generated class decide, so a user's own __reduce__ keeps working.
+    # Uses the MRO after the generated class, so that a user's own __reduce__ keeps working.
     reduced: Any = super(cls, self).__reduce_ex__(max(protocol, 2))
     make, args, *rest = reduced
     # The default is `copyreg.__newobj__(cls)`: pickle cannot find the generated class by name, only the original.

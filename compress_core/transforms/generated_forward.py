@@ -1,4 +1,4 @@
-"""What a generated class adds for activation transforms: a forward, and the ways on to the transforms' container."""
+"""Methods of generated classes for activation transforms: a forward, and those that reach the transforms' container."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def activation_methods(base: type[nn.Module], attribute: str, forward: Callable[
     Args:
         base: The original class.
         attribute: Name of the attribute.
-        forward: The forward that is surrounded by transforms.
+        forward: The forward to which transforms are added.
     """
     return {
         "forward": _forward(forward, attribute),
@@ -77,7 +77,7 @@ def _load_from_state_dict(base: type[nn.Module], attribute: str) -> Callable[...
         error_msgs: list[str],
     ) -> None:
         own_prefix = f"{prefix}{attribute}."
-        # The container is no child: its entries would be unexpected ones.
+        # The container is not a child, so torch would report its entries as unexpected.
         own = {key: state_dict.pop(key) for key in list(state_dict) if key.startswith(own_prefix)}
         lists = (missing_keys, unexpected_keys, error_msgs)
         base._load_from_state_dict(self, state_dict, prefix, local_metadata, strict, *lists)

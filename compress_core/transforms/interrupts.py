@@ -1,4 +1,4 @@
-"""Ctrl-C at a bad moment: held until the moment has passed."""
+"""Delays Ctrl-C while code runs that must not be interrupted."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from types import FrameType
 
 @contextlib.contextmanager
 def interrupts_held() -> Iterator[None]:
-    """Within the context SIGINT is noted and not raised; it is raised when the context ends.
+    """Context manager that delays a SIGINT until the context ends.
 
-    In other threads than the main one Python raises no KeyboardInterrupt anyway.
+    Outside of the main thread it does nothing, because Python raises KeyboardInterrupt only there.
     """
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is None:
         yield

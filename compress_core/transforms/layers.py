@@ -1,4 +1,4 @@
-"""Which layers carry weights, and the weights of a model as a list."""
+"""The layer classes that have weights, and the list of all weights of a model."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ ModuleType = TypeVar("ModuleType", bound=type[nn.Module])
 
 @dataclass(frozen=True)
 class WeightedLayer:
-    """What compression needs to know of a layer class.
+    """Properties of a layer class that compression needs.
 
     Attributes:
         parameters: Names of the weights; one that is None on an instance is skipped.
-        output_dim: The dimension of the weights that runs over output channels.
+        output_dim: The dimension of the weights that has the output channels.
         operator: Name of the operator in NNCF's node names, e.g. `conv2d`.
-        ignored_algorithms: Algorithms that leave layers of this class alone.
+        ignored_algorithms: Algorithms that skip layers of this class.
     """
 
     parameters: tuple[str, ...] = ("weight",)
@@ -35,7 +35,7 @@ def _recurrent_parameters(layers: Iterable[str]) -> tuple[str, ...]:
     return tuple(f"weight_{kind}{layer}" for layer in layers for kind in ("ih", "hh", "hr"))
 
 
-# Recurrent stacks name their weights by depth and direction; names that an instance lacks are skipped.
+# Recurrent layers name their weights by depth and direction; names that an instance does not have are skipped.
 _STACKED = _recurrent_parameters(f"_l{depth}{direction}" for depth in range(64) for direction in ("", "_reverse"))
 
 _WEIGHTED_LAYERS: dict[type[nn.Module], WeightedLayer] = {
@@ -60,14 +60,14 @@ _WEIGHTED_LAYERS: dict[type[nn.Module], WeightedLayer] = {
 def register_module(
     *parameter_names: str, ignored_algorithms: Iterable[str] = (), target_weight_dim_for_compression: int = 0
 ) -> Callable[[ModuleType], ModuleType]:
-    """Class decorator: makes a layer class of yours known as one that carries weights.
+    """Class decorator that registers your own layer class as one that has weights.
 
     Subclasses of torch's own layers need no registration.
 
     Args:
         *parameter_names: Names of its weight parameters; `"weight"` when none is given.
-        ignored_algorithms: Names of algorithms that must leave it alone.
-        target_weight_dim_for_compression: The weights' output-channel dimension.
+        ignored_algorithms: Names of algorithms that must skip it.
+        target_weight_dim_for_compression: The dimension of the weights that has the output channels.
 
     Returns:
         The decorator, which returns the class unchanged.
@@ -86,7 +86,7 @@ def register_module(
 
 
 def weighted_layer(cls: type[nn.Module]) -> WeightedLayer | None:
-    """Returns what is known of a layer class, or of the nearest one it derives from; None if it has no weights."""
+    """Returns the properties of a layer class, or of its nearest known base class; None if it has no weights."""
     for base in cls.__mro__:
         if base in _WEIGHTED_LAYERS:
             return _WEIGHTED_LAYERS[base]
@@ -95,14 +95,14 @@ def weighted_layer(cls: type[nn.Module]) -> WeightedLayer | None:
 
 @dataclass(frozen=True)
 class WeightTensor:
-    """A weight of a model; a tensor that several layers share is one of these.
+    """A weight of a model; a tensor that several layers share is a single `WeightTensor`.
 
     Attributes:
-        name: Dotted name of the parameter at its first place, e.g. `layer1.0.conv1.weight`.
-        module_names: Dotted names of all layers that hold it.
-        layer: What is known of the first layer's class.
-        parameter: The stored parameter; None where the layer computes it by a hook or a parametrization.
-        untouchable: Why no algorithm can transform it, if so.
+        name: Dotted name of the parameter in the first layer that has it, e.g. `layer1.0.conv1.weight`.
+        module_names: Dotted names of all layers that have it.
+        layer: Properties of the first layer's class.
+        parameter: The stored parameter; None if the layer computes it by a hook or a parametrization.
+        untouchable: Why no algorithm can transform it; empty if it can be transformed.
     """
 
     name: str
@@ -125,11 +125,11 @@ def _untouchable(module: nn.Module) -> str:
 
 
 def weight_tensors(model: nn.Module, algorithm: str) -> list[WeightTensor]:
-    """Lists the weights of all weighted layers of `model`, in the order of `named_modules`.
+    """Returns the weights of all weighted layers of `model`, in the order of `named_modules`.
 
     Args:
         model: The model; it is not changed.
-        algorithm: Name of the algorithm that asks, for layers registered with `ignored_algorithms`.
+        algorithm: Name of the calling algorithm, to skip layers registered with `ignored_algorithms`.
     """
     places: Mapping[int, list[tuple[str, nn.Module, str]]] = parameter_places(model)
     tensors: list[WeightTensor] = []

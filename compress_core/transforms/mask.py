@@ -1,4 +1,4 @@
-"""Masks: the transform that sparsity and pruning share."""
+"""`WeightMask`, the transform that sparsity and pruning share."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from compress_core.transforms.weight import add_weight_transform, get_weight_tra
 class WeightMask(WeightTransform):
     """Multiplies a weight by a mask of zeros and ones.
 
-    The gradient that reaches the stored parameter is masked as well; its value is kept, so a masked weight can come
-    back when the mask is computed anew.
+    The gradient of the stored parameter is masked as well. The stored value is kept, so a masked weight can come back
+    when the mask is computed again.
 
-    The mask has the weight's dtype: training steps were measured no slower with it than with a boolean mask, for which
-    torch has to convert in each forward and backward (`benchmarks/sparsity_cost.py`).
+    The mask has the weight's dtype. Training steps were not slower with it than with a boolean mask, which torch has to
+    convert in each forward and backward (`benchmarks/sparsity_cost.py`).
 
     Attributes:
-        mask: Zeros and ones, in the weight's shape (or one that broadcasts to it), dtype and device.
+        mask: Zeros and ones, with the weight's dtype and device, of its shape or one that broadcasts to it.
     """
 
     mask: torch.Tensor
@@ -52,20 +52,20 @@ def mask_weight(
     key: str = "mask",
     stage: Stage = Stage.SPARSITY,
 ) -> WeightMask:
-    """Masks a weight, or changes the mask that it has.
+    """Masks a weight, or changes its present mask.
 
     Args:
         model: The model, or any module above the parameter.
         name: Dotted name of the parameter below `model`, e.g. `"features.0.weight"`.
-        mask: Zeros and ones (any dtype) of a shape that broadcasts to the weight's; None keeps everything.
+        mask: Zeros and ones (any dtype) of a shape that broadcasts to the weight's; None masks nothing.
         key: Name of the transform; an algorithm passes its own name, so that two algorithms can mask one weight.
-        stage: Where in the chain of this tensor the mask stands.
+        stage: Its stage, which determines the position of the mask in the chain of this weight.
 
     Returns:
         The transform, whose `mask` buffer may be written to in place.
 
     Raises:
-        TransformError: There is no such parameter, or the mask does not fit it or holds something else than 0 and 1.
+        TransformError: There is no such parameter, or the mask does not fit it or has values other than 0 and 1.
     """
     parameter = raw_parameter(model, name)
     if mask is None:

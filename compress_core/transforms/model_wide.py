@@ -1,4 +1,4 @@
-"""Transforms of a whole model at once: found, bypassed, swapped, baked."""
+"""Operations on all transforms of a model: find, bypass, swap, bake."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from compress_core.transforms.weight import chain_of, detach_chain, parameter_pl
 
 
 def has_transforms(model: nn.Module) -> bool:
-    """Tells whether anything in `model` has weight or activation transforms."""
+    """Returns whether any module of `model` has weight or activation transforms."""
     return any(isinstance(module, TransformContainer) for module in model.modules())
 
 
@@ -30,7 +30,7 @@ def transforms_by_key(model: nn.Module) -> dict[int, tuple[str, str, nn.Module]]
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Within the context, `model` is in eval mode and no graph is recorded; afterwards each module has its own mode."""
+    """Context manager: `model` is in eval mode, without autograd; restores the mode of each module on exit."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
@@ -62,11 +62,11 @@ def bypass_transforms(model: nn.Module, kind: type[TransformChain] = TransformCh
 
 @dataclass(frozen=True)
 class TransformedWeight:
-    """A weight that goes through transforms, wherever it is used.
+    """A weight with transforms.
 
     Attributes:
-        parameter: The stored one.
-        places: Each layer that reads it through the transforms, and its name there.
+        parameter: The stored parameter.
+        places: Each layer that has the weight, and the name of the weight in it.
         chain: The transforms as one module: its children, in order, by key.
     """
 
@@ -75,7 +75,7 @@ class TransformedWeight:
     chain: nn.Module
 
     def remove_transforms(self) -> None:
-        """Takes all of its transforms away from all layers; they read the stored parameter again."""
+        """Removes all transforms of the weight; its layers then use the stored parameter."""
         for owner, name in self.places:
             detach_chain(owner, name)
 
@@ -94,10 +94,10 @@ def transformed_weights(model: nn.Module) -> list[TransformedWeight]:
 
 
 def bake_transforms(model: nn.Module) -> None:
-    """Writes what each chain of a weight computes into the stored parameter and removes the chain.
+    """Writes each transformed weight to the stored parameter, and removes the weight transforms.
 
-    Activation transforms have nothing to be written into: they stay, and with them the classes of their modules. The
-    outputs of the model in eval mode stay the same, bit for bit.
+    Activation transforms cannot be baked, so they stay, and so do the generated classes of their modules. The outputs
+    of the model in eval mode stay the same, bit for bit.
     """
     for weight in transformed_weights(model):
         weight.chain.eval()
@@ -108,12 +108,12 @@ def bake_transforms(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def swapped_transform_buffers(model: nn.Module) -> Iterator[Callable[[], contextlib.AbstractContextManager[None]]]:
-    """Keeps a copy of the transforms' buffers (masks), so that the model as it is now can be had back for a while.
+    """Context manager that saves the transforms' buffers (masks), to return to the present model for a while.
 
     Yields:
-        A function that makes a context in which the transforms have their buffers of now.
+        A function that returns a context manager in which the transforms have the saved buffers.
 
-    An exception within the context puts the buffers back for good.
+    An exception within the outer context restores the saved buffers permanently.
     """
     helpers = [module for module in model.modules() if isinstance(module, TransformChain)]
     owners = {id(module): module for chain in helpers for module in chain.modules()}

@@ -1,4 +1,4 @@
-"""Reading and replacing a tensor within nested arguments or results."""
+"""Reads and replaces a tensor in nested arguments or results."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from compress_core.transforms.places import Path
 
 
 def replace_at(value: Any, path: Path, replace: Callable[[torch.Tensor], torch.Tensor], where: object) -> Any:
-    """Returns `value` with the tensor at `path` replaced; containers on the way are copied, not changed.
+    """Returns `value` with the tensor at `path` replaced; containers on the path are copied, not changed.
 
     Args:
-        value: A tensor, or tuples, lists, mappings and objects that hold it.
-        path: How to reach the tensor; empty for `value` itself.
+        value: A tensor, or nested tuples, lists, mappings and objects with tensors.
+        path: Path of the tensor; empty for `value` itself.
         replace: Maps the tensor to its replacement.
-        where: What the message names.
+        where: The place, for messages.
 
     Raises:
         TransformError: There is nothing at the path.
@@ -74,10 +74,10 @@ def replace_argument(
     Args:
         args: Positional arguments.
         kwargs: Keyword arguments.
-        path: First the position or the keyword of the argument, then how to reach the tensor within it.
+        path: The position or keyword of the argument, followed by the path of the tensor within it.
         replace: Maps the tensor to its replacement.
-        where: What the message names.
-        names: Names of the positional parameters, so that an argument is found whichever way it is passed.
+        where: The place, for messages.
+        names: Names of the positional parameters, to find an argument passed by position or by keyword.
         known: Names of parameters that a call may leave out.
 
     Raises:

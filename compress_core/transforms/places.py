@@ -1,12 +1,12 @@
-"""Places: where in a model an activation can be transformed.
+"""Places: positions in a model at which an activation can be transformed.
 
-A place names a tensor by how it comes about in a forward: as an argument or a result of a module, or of a function
-that is called while a module's forward runs. Places are values: they can be compared, written as JSON and read back,
-and they hold for every forward of the model, not for the one that was traced.
+A place identifies a tensor by its role in a forward: as an argument or a result of a module, or of a function that is
+called while a module's forward runs. Places can be compared, written as JSON and read back, and they are valid for
+every forward of the model, not just for the traced one.
 
-A function may be called several times while a module runs. Calls that stand at one line of code (a loop) are one
-*site*; the sites of a function below a module are numbered in the order in which the traced forward reached them.
-`CallPattern` says which call belongs to which site.
+A function may be called several times while a module runs. Calls from the same code position (a loop) are one *site*.
+The sites of a function in a module are numbered in the order in which the traced forward reached them. `CallPattern`
+says which call belongs to which site.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Literal, TypeAlias
 
-# How to reach a tensor in nested arguments or results: positions in tuples and lists, keys of dicts.
+# The path of a tensor in nested arguments or results: positions in tuples and lists, keys of dicts.
 Path: TypeAlias = tuple[int | str, ...]
 
 
 @dataclass(frozen=True)
 class CallPattern:
-    """Which calls of a function, counted while a module's forward runs, belong to a site.
+    """Selects the calls of a function that belong to a site, counted while a module's forward runs.
 
-    Calls in modules below count as well, in the order in which they happen.
+    Calls by submodules count as well, in the order in which they happen.
 
     Attributes:
-        site: The site that is meant.
-        sites: The site of each call that the traced forward made, in eval mode.
-        training: The same in training mode, where the forward may make other calls; None when they are the same.
-        counts: How many calls other traced runs of the module made, in eval mode, if fewer.
+        site: The site to select.
+        sites: The site of each call of the traced forward in eval mode.
+        training: The same in training mode; None if it makes the same calls.
+        counts: Numbers of calls of other traced runs of the module in eval mode, if they made fewer.
         training_counts: The same in training mode.
     """
 
@@ -40,19 +40,19 @@ class CallPattern:
     training_counts: tuple[int, ...] = ()
 
     def expected(self, *, training: bool) -> tuple[int, ...]:
-        """Returns the sites of the calls of one forward."""
+        """Returns the site of each call that one forward is expected to make."""
         return self.training if training and self.training is not None else self.sites
 
     def was_traced(self, calls: int, *, training: bool) -> bool:
-        """Tells whether a traced run of the module made this many calls."""
+        """Returns whether a traced run of the module made this number of calls."""
         counts = self.training_counts if training else self.counts
         return calls == len(self.expected(training=training)) or calls in counts
 
     def includes(self, call: int, *, training: bool) -> bool:
-        """Tells whether the call number `call` (from 0) belongs to the site.
+        """Returns whether the call with the index `call` (from 0) belongs to the site.
 
-        A loop may run longer than it did when it was traced: calls beyond the traced ones go on as the end of the
-        traced sequence repeats itself.
+        A loop may run longer than when it was traced: calls beyond the traced ones continue the repeating pattern at
+        the end of the traced sequence.
         """
         expected = self.expected(training=training)
         if call < len(expected):
@@ -62,7 +62,7 @@ class CallPattern:
 
 
 def _period(sites: tuple[int, ...]) -> int:
-    """Returns the length of the shortest pattern that the end of `sites` repeats at least once, or 0."""
+    """Returns the length of the shortest pattern that is repeated at the end of `sites`, or 0 if there is none."""
     for period in range(1, len(sites) // 2 + 1):
         if sites[-period:] == sites[-2 * period : -period]:
             return period
@@ -71,7 +71,7 @@ def _period(sites: tuple[int, ...]) -> int:
 
 @dataclass(frozen=True)
 class Place:
-    """Base of the four kinds.
+    """Base class of the four kinds of places.
 
     Attributes:
         module: Dotted name of the module; the empty string is the model itself.
@@ -81,7 +81,7 @@ class Place:
     module: str
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns JSON-able values for `place_from_dict`."""
+        """Returns the place as a JSON-able dict for `place_from_dict`."""
         return {"kind": self.kind, **asdict(self)}
 
 
@@ -102,10 +102,10 @@ class ModuleInput(Place):
 
 @dataclass(frozen=True)
 class ModuleOutput(Place):
-    """What a module's forward returns.
+    """The result of a module's forward.
 
     Attributes:
-        item: How to reach the tensor in it; empty for the result itself.
+        item: Path of the tensor in the result; empty for the result itself.
     """
 
     kind: ClassVar[str] = "module_output"
@@ -136,12 +136,12 @@ class CallInput(Place):
 
 @dataclass(frozen=True)
 class CallOutput(Place):
-    """What a function returns that is called while a module's forward runs.
+    """The result of a function that is called while a module's forward runs.
 
     Attributes:
         function: The function's name, e.g. `torch.nn.functional.relu`; see `torch.overrides.resolve_name`.
         calls: Which of its calls.
-        item: How to reach the tensor in the result; empty for the result itself.
+        item: Path of the tensor in the result; empty for the result itself.
     """
 
     kind: ClassVar[str] = "call_output"
@@ -161,7 +161,7 @@ _KINDS: dict[str, type[ModuleInput | ModuleOutput | CallInput | CallOutput]] = {
 
 
 def place_from_dict(values: Mapping[str, Any]) -> ActivationPlace:
-    """Returns the place that `Place.to_dict` described.
+    """Returns the place for which `Place.to_dict` returned `values`.
 
     Raises:
         KeyError: The kind is unknown, or a value is missing.

@@ -1,11 +1,11 @@
-"""Transformed weights that are computed again in the backward pass, instead of being kept for it.
+"""Computes transformed weights again in the backward pass, instead of keeping them for it.
 
-For the gradient of its input a layer needs its weight. What a chain of transforms makes of one is a tensor of its own,
-so between forward and backward each compressed layer would hold its weight twice; for large models and small batches
-that is most of the memory that compression costs. Computing it again takes as long as an elementwise operator or two.
+For the gradient of its input a layer needs its weight. A transformed weight is a separate tensor, so between forward
+and backward each compressed layer would hold its weight twice; for large models and small batches that is most of the
+memory that compression costs. Computing it again takes as long as one or two elementwise operators.
 
-It is done on request (`recompute_weights`), where every transform of the weight declares `recomputable = True`, in
-layers that only multiply with their weight, and where nobody else has a say about what is kept for the backward pass
+This is done on request (`recompute_weights`), if every transform of the weight declares `recomputable = True`, in
+layers that only multiply with their weight, and if nothing else controls what is kept for the backward pass
 (checkpointing, offloading, compilers).
 """
 
@@ -32,7 +32,7 @@ from compress_core.torch_internals import (
 from compress_core.transforms.base import WeightTransform
 from compress_core.transforms.chain import TransformChain
 
-# Layers whose forward is one operator that keeps its input and its weight and nothing else.
+# Layers whose forward is one operator that keeps only its input and its weight for the backward pass.
 _LAYERS: tuple[type[nn.Module], ...] = (
     *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d),
     *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
@@ -53,7 +53,7 @@ _current_layer = _LayerOfThread()
 
 
 def layer_forward(base: type[nn.Module]) -> Callable[..., Any] | None:
-    """Returns a forward for subclasses of `base` whose weight is transformed; None where weights have to be kept."""
+    """Returns a forward for subclasses of `base` with a transformed weight; None if the weight has to be kept."""
     if all(base.forward is not known for known in _FORWARDS):
         return None
     original: Callable[..., Any] = base.forward
@@ -82,7 +82,7 @@ def note(chain: TransformChain, weight: torch.Tensor, result: torch.Tensor) -> N
 
 
 def is_recomputable(chain: TransformChain) -> bool:
-    """Tells whether a chain computes the same each time."""
+    """Returns whether all transforms of a chain declare that they compute the same each time."""
     return not chain.bypassed and all(
         isinstance(transform, WeightTransform) and transform.recomputable and not has_hooks(transform)
         for transform in chain._modules.values()
@@ -99,21 +99,21 @@ def _may_hook() -> bool:
     return (
         _current_layer.weights is None
         and is_plain_execution()
-        # Whoever has set hooks decides what is kept. Under autocast layers keep a copy of their weight.
+        # If other hooks are set, they control what is kept. Under autocast, layers keep a copy of their weight.
         and may_set_saved_tensors_hooks()
         and not is_any_autocast_enabled()
     )
 
 
 class _Kept(NamedTuple):
-    """A tensor that is kept, and its version: with hooks torch no longer checks it itself."""
+    """A tensor that is kept, and its version, which torch does not check when hooks are set."""
 
     tensor: torch.Tensor
     version: int
 
 
 class _Recipe(NamedTuple):
-    """How to compute a transformed weight, and as what its layer has kept it."""
+    """How to compute a transformed weight again, and the memory layout in which the layer kept it."""
 
     chain: TransformChain
     weight: torch.Tensor
@@ -126,7 +126,7 @@ class _Weights:
     """The transformed weights of a layer that is running."""
 
     def __init__(self) -> None:
-        # Held until the layer is done, lest another tensor gets the same memory.
+        # Held until the layer is done, so that no other tensor gets the same memory.
         self._results: dict[int, tuple[TransformChain, torch.Tensor, torch.Tensor]] = {}
 
     def add(self, chain: TransformChain, weight: torch.Tensor, result: torch.Tensor) -> None:
@@ -138,7 +138,7 @@ class _Weights:
         self._results.clear()
 
     def pack(self, tensor: torch.Tensor) -> _Kept | _Recipe:
-        """Called with each tensor that the layer's operators keep."""
+        """Called by torch with each tensor that the layer's operators keep."""
         found = self._results.get(storage_identity(tensor))
         if found is None or tensor.dtype != found[2].dtype:
             return _Kept(tensor, version_of(tensor))
@@ -148,10 +148,10 @@ class _Weights:
 
 
 def unpacked(packed: _Kept | _Recipe) -> torch.Tensor:
-    """Called in the backward pass for what `_Weights.pack` returned.
+    """Called by torch in the backward pass with what `_Weights.pack` returned.
 
     Raises:
-        RuntimeError: Something has changed in between, so that gradients would be wrong.
+        RuntimeError: The weight or a transform has changed since the forward, so gradients would be wrong.
     """
     if isinstance(packed, _Kept):
         if version_of(packed.tensor) != packed.version:
@@ -169,7 +169,7 @@ def unpacked(packed: _Kept | _Recipe) -> torch.Tensor:
         )
     with torch.no_grad():
         result = TransformChain.forward(packed.chain, packed.weight)
-        if result.stride() != packed.strides:  # the parameter has another memory format now
+        if result.stride() != packed.strides:  # the memory format of the parameter has changed
             result = torch.empty_strided(result.shape, packed.strides, dtype=result.dtype, device=result.device).copy_(
                 result
             )
@@ -177,7 +177,7 @@ def unpacked(packed: _Kept | _Recipe) -> torch.Tensor:
 
 
 def _state(chain: TransformChain, weight: torch.Tensor) -> tuple[Any, ...]:
-    """Returns what the result depends on: versions of tensors, and attributes."""
+    """Returns everything that the result depends on: versions of tensors, and attributes."""
     state: list[Any] = [id(weight), version_of(weight)]
     for module in chain.modules():
         for stored in (module._parameters, module._buffers):

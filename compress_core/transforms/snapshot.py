@@ -1,4 +1,4 @@
-"""A model as it was: what makes `create_compressed_model` all or nothing."""
+"""Snapshots of a model, from which `create_compressed_model` restores it after an error."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class _ModuleRecord:
     module: nn.Module
     cls: type[nn.Module]
     attributes: dict[str, Any]
-    # Contents of the module's own containers (parameters, buffers, children, hooks, lists): their identity stays,
-    # because others, such as a removable hook handle, hold references to them.
+    # Contents of the module's own containers (parameters, buffers, children, hooks, lists). The containers themselves
+    # must stay the same objects, because for example removable hook handles refer to them.
     containers: list[tuple[Any, Any]]
 
 
@@ -43,7 +43,7 @@ class _TensorRecord:
 
 
 class StructureSnapshot:
-    """Classes, attributes, modes and hooks of a model's modules; no values of tensors.
+    """A snapshot of classes, attributes, modes and hooks of a model's modules, without values of tensors.
 
     Args:
         model: The model; it is not changed.
@@ -59,7 +59,7 @@ class StructureSnapshot:
 
 
 class ModelSnapshot:
-    """Classes, attributes, hooks, flags and tensor contents of a model and its modules.
+    """A snapshot of classes, attributes, hooks, flags and tensor values of a model and its modules.
 
     Recorded are parameters, buffers, tensors that are plain attributes, gradients and hooks of these; lists, dicts and
     sets that are attributes, but not what is nested in them. It holds one copy of all that until it is dropped.
@@ -77,7 +77,7 @@ class ModelSnapshot:
         self._tensors = [_record_tensor(name, tensor) for name, tensor in tensors.values()]
 
     def restore(self) -> None:
-        """Puts everything back, bit for bit. A Ctrl-C that arrives meanwhile is held until it is done."""
+        """Restores everything, bit for bit; a Ctrl-C in the meantime is delayed until it is done."""
         with interrupts_held():
             for record in self._modules:
                 _attempt(lambda record=record: _restore_module(record))  # type: ignore[misc]
@@ -85,7 +85,7 @@ class ModelSnapshot:
                 _attempt(lambda saved=saved: _restore_tensor(saved))  # type: ignore[misc]
 
     def changed_tensors(self, model: nn.Module) -> list[str]:
-        """Returns the names of tensors that were replaced, or whose values are not the same bits as before."""
+        """Returns the names of tensors that were replaced or whose bits have changed."""
         names = {id(tensor): name for name, tensor in reversed(list(_tensors_of(model)))}
         changed = []
         for record in self._tensors:
@@ -132,7 +132,7 @@ def _record_tensor(name: str, tensor: torch.Tensor) -> _TensorRecord:
 
 
 def _attempt(step: Callable[[], None]) -> None:
-    """One tensor or module that refuses must not keep the others from being restored."""
+    """Runs a step and logs its exception, so that one failure does not keep the rest from being restored."""
     try:
         step()
     except Exception:
@@ -173,7 +173,7 @@ def _restore_tensor(saved: _TensorRecord) -> None:
 
 def _overwrite(tensor: torch.Tensor, values: torch.Tensor) -> None:
     if any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
-        # An expanded tensor cannot be written to as a whole; its one true row can.
+        # An expanded tensor cannot be written to as a whole, so only its stored elements are written.
         index = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in tensor.stride())
         tensor, values = tensor[index], values[index]
     tensor.copy_(values)

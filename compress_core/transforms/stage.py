@@ -1,4 +1,4 @@
-"""Where an algorithm, and what it does to a tensor, stands in the pipeline."""
+"""`Stage`: the position of an algorithm and its transforms in the pipeline."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import enum
 class Stage(enum.IntEnum):
     """Position of an algorithm (and of its weight transforms) in the pipeline.
 
-    Structure is decided first, then sparsity, then precision: a quantizer has to see the weights that sparsity left,
-    and sparsity the channels that pruning left. Within one stage the user's order counts.
+    Structure comes first, then sparsity, then precision, because a quantizer has to see the sparse weights, and
+    sparsity the channels that are left after pruning. Within a stage, the order of the config is kept.
     """
 
     STRUCTURE = 10

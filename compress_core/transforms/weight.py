@@ -1,4 +1,4 @@
-"""Weight transforms: adding, finding, bypassing and removing them."""
+"""Adds, finds, bypasses and removes weight transforms."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class WeightTransforms(TransformContainer, nn.ModuleDict):
 
 @dataclass(frozen=True)
 class WeightTransformHandle:
-    """What `add_weight_transform` returns: the way to undo it.
+    """Returned by `add_weight_transform`, to remove the transform again.
 
     Attributes:
-        name: The tensor's dotted name below `module`.
+        name: The tensor's dotted name in `module`.
         key: The transform's name in the chain.
     """
 
@@ -35,7 +35,7 @@ class WeightTransformHandle:
     key: str
 
     def remove(self) -> None:
-        """Takes the transform away; the last one gives the layer its original class back.
+        """Removes the transform; removing the last one restores the layer's original class.
 
         Raises:
             TransformError: The transform has been removed before.
@@ -46,10 +46,10 @@ class WeightTransformHandle:
 def add_weight_transform(
     module: nn.Module, name: str, transform: nn.Module, *, stage: Stage, key: str | None = None
 ) -> WeightTransformHandle:
-    """Sends a weight through `transform` whenever a layer reads it.
+    """Applies `transform` to a weight whenever a layer reads it.
 
-    The parameter stays in place under its name, as do its optimizer state and its entry in `state_dict`. A tensor that
-    several layers below `module` share gets one transform, which all of them see.
+    The parameter keeps its name, its optimizer state and its entry in `state_dict`. A tensor that several layers in
+    `module` share gets one transform, which applies in all of them.
 
     It is computed each time the layer reads the weight, in eval mode too: however the weight was written to, layers
     compute with what is stored now.
@@ -58,11 +58,11 @@ def add_weight_transform(
     declared by classes that derive from `WeightTransform`; other modules have no such capability.
 
     Args:
-        module: The layer, or any module above it.
-        name: The parameter's name below `module`, dotted: `"weight"`, `"layer1.0.conv1.weight"`.
-        transform: Maps the weight to one of the same shape. It becomes a child of the layer: its parameters are
-            trained, its buffers saved.
-        stage: Where in the chain of this tensor it stands.
+        module: The layer, or any module that contains it.
+        name: The parameter's dotted name in `module`: `"weight"`, `"layer1.0.conv1.weight"`.
+        transform: Maps the weight to one of the same shape. It becomes a child of the layer, so its parameters are
+            trained and its buffers saved.
+        stage: Its stage, which determines its position in the chain of this weight.
         key: Name of the transform in the chain and so in `state_dict`, unique for each tensor; by default its class
             name in lower case. Algorithms use their own name.
 
@@ -70,8 +70,8 @@ def add_weight_transform(
         A handle whose `remove()` undoes this.
 
     Raises:
-        TransformError: There is no such parameter, it is computed by somebody else already (`parametrize`,
-            `weight_norm`), or the key is taken or unusable.
+        TransformError: There is no such parameter, it is already computed by something else (`parametrize`,
+            `weight_norm`), or the key is taken or invalid.
     """
     key = type(transform).__name__.lower() if key is None else key
     if not key or "." in key:
@@ -96,15 +96,15 @@ def add_weight_transform(
 
 
 def recompute_weights(model: nn.Module, on: bool = True) -> None:
-    """Chooses whether transformed weights are kept for the backward pass, or computed again there.
+    """Chooses whether transformed weights are kept for the backward pass or computed again there.
 
-    Convolutions and linear layers do the latter where all transforms of their weight are `recomputable` (see
-    `WeightTransform`), and nobody else decides what is kept (checkpointing, `saved_tensors_hooks`, autocast,
-    compilers). A weight, or what transforms it, that is changed in between makes the backward pass raise.
+    Computing them again applies to convolutions and linear layers if all transforms of the weight are `recomputable`
+    (see `WeightTransform`) and nothing else controls what is kept (checkpointing, `saved_tensors_hooks`, autocast,
+    compilers). If the weight or a transform is changed in between, the backward pass raises an error.
 
     Args:
         model: The model, or any part of it.
-        on: Whether to compute them again; at first they are kept.
+        on: Whether to compute weights again; by default they are kept.
     """
     for module in model.modules():
         if isinstance(module, WeightChain):
@@ -125,25 +125,25 @@ def remove_weight_transform(module: nn.Module, name: str, key: str) -> None:
 
 
 def get_weight_transform(module: nn.Module, name: str, key: str) -> nn.Module | None:
-    """Returns the transform `key` of the parameter `name` (dotted) below `module`, or None."""
+    """Returns the transform `key` of the parameter `name` (dotted) in `module`, or None."""
     owner, parameter_name = resolve_parameter(module, name)
     chain = chain_of(owner, parameter_name)
     return None if chain is None else chain._modules.get(key)
 
 
 def raw_parameter(module: nn.Module, name: str) -> nn.Parameter:
-    """Returns the stored parameter `name` (dotted) below `module`, untouched by any transform."""
+    """Returns the stored parameter `name` (dotted) in `module`, without transforms."""
     owner, parameter_name = resolve_parameter(module, name)
     return cast("nn.Parameter", owner._parameters[parameter_name])
 
 
 def transformed_weight(module: nn.Module, name: str, before: Stage | None = None) -> torch.Tensor:
-    """Returns what the transforms of a weight make of it, without a graph.
+    """Returns a weight with its transforms applied, detached.
 
     Args:
-        module: The model, or any module above the parameter.
-        name: Dotted name of the parameter below `module`.
-        before: Leaves out the transforms of this stage and of later ones; by default none.
+        module: The model, or any module that contains the parameter.
+        name: Dotted name of the parameter in `module`.
+        before: Transforms of this stage and of later stages are not applied; by default all are applied.
 
     Raises:
         TransformError: There is no such parameter.
@@ -187,12 +187,12 @@ def _why_not_plain(owner: nn.Module, parameter_name: str, name: str) -> str:
 
 
 def is_plain_parameter(module: nn.Module, name: str) -> bool:
-    """Tells whether `module` stores `name` itself (True) or computes it by a hook or a parametrization."""
+    """Returns whether `module` stores the parameter `name`, instead of computing it by a hook or parametrization."""
     return module._parameters.get(name) is not None
 
 
 def parameter_places(model: nn.Module) -> Mapping[int, list[tuple[str, nn.Module, str]]]:
-    """Returns, for `id(parameter)`, every place that holds it: (module's name, module, parameter's name).
+    """Returns, for each `id(parameter)`, all its owners: (module's name, module, parameter's name).
 
     Shared modules and tied parameters appear once for each module object, in the order of `named_modules`.
     """
@@ -212,7 +212,7 @@ def _places_of(module: nn.Module, parameter: torch.Tensor | None) -> list[tuple[
 
 def transforms_of(owner: nn.Module) -> WeightTransforms | None:
     """Returns the container of a layer's chains, or None when the layer is not transformed."""
-    if isinstance(owner, torch.jit.ScriptModule):  # compiled elsewhere, out of reach
+    if isinstance(owner, torch.jit.ScriptModule):  # its forward is compiled and cannot be changed
         return None
     child = owner._modules.get(TRANSFORMS_ATTRIBUTE)
     return child if isinstance(child, WeightTransforms) else None
@@ -237,7 +237,7 @@ def _attach_chain(owner: nn.Module, parameter_name: str, chain: TransformChain) 
     if container is None:
         container = WeightTransforms()
         container.train(owner.training)
-    # Fails where the class cannot be subclassed, before anything is changed.
+    # Fails before anything is changed if the class cannot be subclassed.
     transformed_class(base_class(owner), frozenset([*container.keys(), parameter_name]))
     if TRANSFORMS_ATTRIBUTE not in owner._modules:
         owner._modules[TRANSFORMS_ATTRIBUTE] = container
@@ -246,7 +246,7 @@ def _attach_chain(owner: nn.Module, parameter_name: str, chain: TransformChain) 
 
 
 def detach_chain(owner: nn.Module, parameter_name: str) -> None:
-    """Removes the chain of one parameter from one layer; the last one gives the layer its class back."""
+    """Removes the chain of one parameter from a layer; removing the last one restores the layer's original class."""
     container = cast("WeightTransforms", transforms_of(owner))
     del container[parameter_name]
     if not container:

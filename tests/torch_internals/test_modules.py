@@ -91,6 +91,31 @@ def test_all_kinds_of_hooks_are_known():
     assert set(internals.HOOK_ATTRIBUTES) == stores == set(HOOKS)
 
 
+@canary("TENSOR_HOOK_ATTRIBUTES", breaks="putting back the hooks of tensors when a model is rolled back")
+def test_hooks_of_tensors_are_known():
+    kinds = {
+        "_backward_hooks": lambda tensor: tensor.register_hook(lambda grad: grad),
+        "_post_accumulate_grad_hooks": lambda tensor: tensor.register_post_accumulate_grad_hook(lambda tensor: None),
+    }
+    assert set(internals.TENSOR_HOOK_ATTRIBUTES) == set(kinds)
+    for attribute, register in kinds.items():
+        tensor = nn.Parameter(torch.ones(1))
+        assert not any(getattr(tensor, name) for name in kinds)
+        handle = register(tensor)
+        assert [name for name in kinds if getattr(tensor, name)] == [attribute]
+        handle.remove()
+        assert not getattr(tensor, attribute)
+
+
+@canary("global_hooks", breaks="seeing that an algorithm leaves hooks for all modules behind")
+def test_hooks_for_all_modules_are_seen():
+    before = internals.global_hooks()
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    changed = internals.global_hooks()
+    handle.remove()
+    assert changed != before and internals.global_hooks() == before
+
+
 @pytest.mark.parametrize("attribute", HOOKS)
 @canary("HOOK_ATTRIBUTES", "has_hooks", breaks="telling what may be called without its hooks")
 def test_hooks_are_found_where_they_are_registered(attribute):
