@@ -28,9 +28,6 @@ from tests.transforms.attention_helpers import (
     tensors,
 )
 
-# The function by itself.
-
-
 ALL_MASKS = {"attn_mask": mask_of("3-D float").detach(), "key_padding_mask": padding_of("float").detach()}
 
 
