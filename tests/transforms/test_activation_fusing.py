@@ -13,12 +13,6 @@ from compress_core.transforms import (
 )
 from tests.activation_helpers import Function, FusedScale, Scale, add, calls
 
-
-@pytest.fixture
-def x():
-    return torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
-
-
 # Activation functions.
 
 

@@ -26,11 +26,6 @@ from compress_core.transforms import (
 from tests.activation_helpers import Function, FusedScale, Scale, add, calls
 
 
-@pytest.fixture
-def x():
-    return torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
-
-
 def test_shared_transform_is_one_set_of_parameters(x):
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     shared = Scale(2.0)

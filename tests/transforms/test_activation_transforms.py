@@ -21,11 +21,6 @@ from compress_core.transforms.call_sites import _NEVER_HIDDEN, explains
 from tests.activation_helpers import Function, FusedScale, Scale, add, calls
 
 
-@pytest.fixture
-def x():
-    return torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
-
-
 def test_module_input_and_output(x):
     model = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
     linear = copy.deepcopy(model[0])

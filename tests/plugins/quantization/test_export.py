@@ -12,35 +12,15 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.onnx._internal.exporter import _registration
 
 from compress_core import DataError, ExportError, UsageError, create_compressed_model
-from compress_core.export import ExportReport
 from compress_core.export import onnx as export_module
 from tests.conftest import ROOT
 from tests.onnx_helpers import File, create
 from tests.plugins.quantization.export_helpers import agrees, relative
 from tests.zoo import images, trained_model
 
-
-@pytest.fixture
-def export(tmp_path):
-    def run(controller, args=None, **options) -> tuple[ExportReport, File]:
-        report = controller.export_onnx(tmp_path / "model.onnx", args, **options)
-        return report, File(tmp_path / "model.onnx")
-
-    return run
-
-
-@pytest.fixture(autouse=True, scope="module")
-def fast_exporter():
-    # The exporter parses the source of its 500 operators in each call, which is half of the time of these tests.
-    registry = _registration.ONNXRegistry
-    original = registry.__dict__["from_torchlib"]
-    cached = functools.cache(original.__func__)
-    registry.from_torchlib = classmethod(lambda cls, *args, **kwargs: cached(registry, *args, **kwargs))
-    yield
-    registry.from_torchlib = original
+pytestmark = pytest.mark.usefixtures("fast_exporter")
 
 
 @functools.cache

@@ -9,19 +9,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from compress_core import create_compressed_model
-from compress_core.export import ExportReport
-from tests.onnx_helpers import File, Wired, create, norm
+from tests.onnx_helpers import Wired, create, norm
 from tests.plugins.quantization.export_helpers import agrees, relative
 from tests.zoo import images, tokens
 
-
-@pytest.fixture
-def export(tmp_path):
-    def run(controller, args=None, **options) -> tuple[ExportReport, File]:
-        report = controller.export_onnx(tmp_path / "model.onnx", args, **options)
-        return report, File(tmp_path / "model.onnx")
-
-    return run
+pytestmark = pytest.mark.usefixtures("fast_exporter")
 
 
 def depthwise(activation=nn.ReLU6):
