@@ -72,7 +72,7 @@ REFUSED = {
         {"compress_initialize": hookimpl(lambda self, model: None)},
         "would never be called here",
     ),
-    "an async hook": ({"compress_calibrate": hookimpl(wait)}, "is async, and nobody would await it"),
+    "an async hook": ({"compress_calibrate": hookimpl(wait)}, "is async and would never be awaited"),
     "a misspelt hook": ({"compress_statistic": hookimpl(lambda self: None)}, r"Did you mean compress_statistics\(\)"),
     "a hook without hookimpl": ({"compress_step": lambda self, clock: None}, "lacks the decorator @hookimpl"),
     "an argument that there is not": (

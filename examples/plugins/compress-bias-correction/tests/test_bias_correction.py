@@ -24,7 +24,9 @@ def config(level=0.5, samples=16):
 
 @pytest.mark.parametrize("check", conformance_checks(), ids=lambda check: check.__name__)
 def test_contract(check):
-    check(Case(network, (X[:4],), config(), loader=LOADER))
+    # What it corrects belongs to no algorithm's plan.
+    expected = {"check_changes_what_it_plans": "biases are corrected, which no algorithm plans"}
+    check(Case(network, (X[:4],), config(), loader=LOADER, expected_failures=expected))
 
 
 def test_a_linear_layer_is_corrected_by_the_lost_weights_times_the_mean_input():

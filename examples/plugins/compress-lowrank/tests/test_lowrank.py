@@ -37,11 +37,24 @@ def section(**values):
     return {"algorithm": "lowrank", **values}
 
 
+# A replaced layer is two layers, with names of their own, and stays so when the model is stripped.
+REPLACED = dict.fromkeys(
+    (
+        "check_keeps_identity",
+        "check_changes_what_it_plans",
+        "check_state_dict_names",
+        "check_strip_leaves_nothing",
+        "check_strips_in_place",
+    ),
+    "layers are replaced by two, which have names of their own",
+)
+
+
 @pytest.mark.parametrize("check", conformance_checks(), ids=lambda check: check.__name__)
 def test_contract(check):
-    case = Case(mlp, (X,), {"compression": section(rank=4)})
+    case = Case(mlp, (X,), {"compression": section(rank=4)}, expected_failures=REPLACED)
     if check.__name__ == "check_loads_plain_state_dict":
-        with pytest.raises(unittest.SkipTest, match="modules were replaced"):
+        with pytest.raises(unittest.SkipTest, match="the plain model has other parameters"):
             check(case)
     else:
         check(case)
