@@ -1,1 +1,1 @@
-"""Filter pruning: whole channels go, first under masks, in the end physically."""
+"""Filter pruning: removes whole channels, first with masks during training, finally physically."""

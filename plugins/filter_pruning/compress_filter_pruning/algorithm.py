@@ -1,4 +1,4 @@
-"""The algorithm `filter_pruning`: whole channels under masks while training, really gone afterwards."""
+"""The algorithm `filter_pruning`: masks whole channels in training and removes them afterwards."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ from compress_filter_pruning.statistics import FilterPruningStatistics, Latency,
 
 
 class FilterPruning(LevelAlgorithm):
-    """Structured pruning of groups of channels that belong together (Li et al. 2017; groups after Fang et al. 2023).
+    """Structured pruning of channels that have to be removed together (Li et al. 2017; groups after Fang et al. 2023).
 
-    Whatever makes a channel that is gone, and whatever reads it, is masked: the masked model computes what the smaller
-    one is going to compute. Masks are computed from the stored weights whenever a level is set, so channels can come
-    back until the masks are frozen or the channels are removed physically (`strip`, `shrink`).
+    The masks of a pruned channel cover the weights that produce it and the weights that read it, so the masked model
+    computes what the smaller model will compute. Masks are computed from the stored weights whenever a level is set, so
+    channels can come back until the masks are frozen or the channels are removed physically (`strip`, `shrink`).
     """
 
     name = "filter_pruning"
@@ -80,7 +80,7 @@ class FilterPruning(LevelAlgorithm):
 
     @hookimpl
     def compress_plan(self, model: nn.Module, context: Context) -> Plan:
-        """Finds the groups of channels, and tries on copies whether the model bears that they go."""
+        """Finds the groups of channels, and checks on copies of the model that it works without them."""
         if context.resuming:
             return self._resumed_plan(model, context)
         path, _ = context.section(self)
@@ -118,7 +118,7 @@ class FilterPruning(LevelAlgorithm):
 
     @hookimpl
     def compress_stage(self) -> CompressionStage:
-        """Compares what is gone with what the target asks for."""
+        """Compares the pruned share with the target."""
         pruner = self._active
         if pruner.reaches(self.target_pruning_level):
             return CompressionStage.FULLY_COMPRESSED
@@ -127,7 +127,7 @@ class FilterPruning(LevelAlgorithm):
 
     @hookimpl
     def compress_statistics(self) -> FilterPruningStatistics:
-        """Counts what is gone."""
+        """Counts the remaining channels, operations and parameters."""
         pruner = self._active
         full, left = pruner.full(), pruner.left()
         layers = [
@@ -155,7 +155,7 @@ class FilterPruning(LevelAlgorithm):
 
     @hookimpl
     def compress_state(self) -> dict[str, Any]:
-        """Returns level, masked channels, and what is gone for good; the masks are in the model's state_dict."""
+        """Returns level, masked channels and removed channels; the masks are in the model's `state_dict`."""
         pruner = self._active
         return SavedPruning(
             level=self._requested,
@@ -168,7 +168,7 @@ class FilterPruning(LevelAlgorithm):
 
     @hookimpl
     def compress_load_state(self, state: Mapping[str, Any]) -> None:
-        """Makes the model as small as it was, and masks the same channels."""
+        """Removes and masks the same channels as when the state was saved."""
         saved, pruner = SavedPruning.checked(state, self.name), self._active
         groups = [PruningGroup.from_dict(number, entry) for number, entry in enumerate(saved.groups)]
         pruner.take_back(Shrinkage.from_dict(saved.shrunk), groups)
@@ -180,19 +180,19 @@ class FilterPruning(LevelAlgorithm):
 
     @hookimpl
     def compress_strip(self, model: nn.Module) -> None:
-        """Makes tensors smaller; the other algorithms' transforms shrink with what they are for."""
+        """Removes the masked channels; transforms of other algorithms are cut with their tensors."""
         self._active.strip(model)
 
     # What the controller offers.
 
     @property
     def pruning_level(self) -> float:
-        """Share of the channels that may go which is gone; measured."""
+        """Measured share of the prunable channels that is pruned."""
         return 1 - sum(self._active.left()) / sum(self._active.full())
 
     @property
     def flops_pruning_level(self) -> float:
-        """Share of the floating point operations that is gone; counted."""
+        """Counted share of the floating point operations that is pruned."""
         pruner = self._active
         return 1 - pruner.operations(pruner.left()) / pruner.operations(pruner.full())
 
@@ -206,31 +206,31 @@ class FilterPruning(LevelAlgorithm):
 
     @property
     def maximal_compression_rate(self) -> float:
-        """Largest share of the floating point operations that can go."""
+        """Largest share of the floating point operations that can be removed."""
         return self._active.selector().most()
 
     @property
     def pruned_module_groups(self) -> dict[int, list[str]]:
-        """Number of each group -> names of the layers that make its channels."""
+        """Number of each group -> names of the layers that produce its channels."""
         return {group.number: group.modules for group in self._active.groups}
 
     def level(self) -> float:
-        """Returns the share that is gone, of what the target counts."""
+        """Returns the pruned share, of channels or operations as the target counts."""
         return self._active.level()
 
     def set_level(self, level: float) -> None:
-        """Does what `set_pruning_level` does."""
+        """Calls `set_pruning_level`."""
         self.set_pruning_level(level)
 
     def set_pruning_level(
         self, pruning_level: float | Mapping[int, float], run_batchnorm_adaptation: bool = False
     ) -> None:
-        """Computes the masks anew.
+        """Computes the masks for a level.
 
         Args:
-            pruning_level: Share that goes, 0 <= level < 1: of the channels, or of the floating point operations where
-                the config has `pruning_flops_target`. A dict gives groups, by number, a share of their channels each;
-                groups that it leaves out stay as they are.
+            pruning_level: Share to prune, 0 <= level < 1: of the channels, or of the floating point operations if the
+                config has `pruning_flops_target`. A dict maps the numbers of groups to shares of their channels; groups
+                that are not in it do not change.
             run_batchnorm_adaptation: Whether to adapt batch norm to the change.
 
         Raises:
@@ -249,10 +249,10 @@ class FilterPruning(LevelAlgorithm):
                 self._apply(pruning_level)
 
     def shrink(self, optimizer: torch.optim.Optimizer | None = None, ema: nn.Module | None = None) -> Certificate:
-        """Removes the masked channels for good, in the middle of training.
+        """Removes the masked channels permanently, in the middle of training.
 
-        Parameters stay the objects that they are, so the optimizer goes on; what it keeps for each element is sliced
-        with them. A wrapper such as DistributedDataParallel has to be made anew, and a compiled model compiles again.
+        Parameters stay the same objects, so the optimizer can continue; its state of each element is sliced with them.
+        A wrapper such as DistributedDataParallel has to be created again, and a compiled model compiles again.
 
         Args:
             optimizer: The optimizer, if it has a state already: SGD, Adam, AdamW, RMSprop and others that keep tensors
@@ -274,10 +274,10 @@ class FilterPruning(LevelAlgorithm):
         return self._active.shrink_plan()
 
     def measure_latency(self, rounds: int = 20) -> Latency:
-        """Measures the forward of the masked model and of what `strip` would leave, in eval mode, in turns.
+        """Measures forwards of the masked model and of the stripped model in eval mode, alternating.
 
         Args:
-            rounds: How often each runs.
+            rounds: Number of forwards of each model.
 
         Raises:
             ShrinkError: The smaller model would fail or compute something else.
@@ -286,7 +286,7 @@ class FilterPruning(LevelAlgorithm):
         self._latency = measured_latency(pruner.model, pruner.pairs(), pruner.inputs, rounds)
         return self._latency
 
-    # How it is done.
+    # Implementation.
 
     @property
     def _active(self) -> Pruner:
@@ -312,7 +312,7 @@ class FilterPruning(LevelAlgorithm):
         if params.pruning_flops_target > most:
             raise ConfigError(
                 f"{params.pruning_flops_target} cannot be reached: at most {most:.3f} of this model's floating point "
-                "operations can go. Lower it, lower multiple_of, or allow more layers (prune_first_conv, "
+                "operations can be removed. Lower it, lower multiple_of, or allow more layers (prune_first_conv, "
                 "prune_downsample_convs, scopes)",
                 path=f"{section}.params.pruning_flops_target",
             )

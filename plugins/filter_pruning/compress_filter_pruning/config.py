@@ -11,13 +11,13 @@ from compress_core.config.sections import Count
 
 Level = Annotated[float, Field(ge=0, lt=1)]
 
-# What plugins can add to: `importance.py` says what a value has to be.
+# A choice point that plugins can add to; `importance.py` describes its values.
 IMPORTANCE = "filter_pruning.importance"
 SCHEDULE = "level_schedule"
 
 
 class LegrParams(Section):
-    """Section `params.legr_params`: understood, so that documents which have it get a clear answer."""
+    """Section `params.legr_params`; parsed only to give a clear error, because LeGR is not available yet."""
 
     generations: Count = Field(400, ge=1, description="learned ranking: generations of the search")
     train_steps: Count = Field(200, ge=0, description="learned ranking: optimizer steps for each candidate")
@@ -36,24 +36,24 @@ class FilterPruningParams(Section):
         "exponential", description="how the pruning level grows over the epochs"
     )
     pruning_target: Level | None = Field(
-        None, description="share of the channels that goes; 0.5 unless pruning_flops_target is given"
+        None, description="share of the channels to remove; 0.5 unless pruning_flops_target is given"
     )
     pruning_flops_target: Level | None = Field(
-        None, description="share of the floating point operations that goes, instead of pruning_target"
+        None, description="share of the floating point operations to remove, instead of pruning_target"
     )
-    num_init_steps: Count = Field(0, ge=0, description="epochs before the first one with a schedule's level")
+    num_init_steps: Count = Field(0, ge=0, description="epochs of warm-up before the schedule begins")
     pruning_steps: Count = Field(100, ge=1, description="epochs from the initial level to the target")
     filter_importance: Annotated[str, ChoiceOf(IMPORTANCE)] = Field(
-        "L2", description="what a channel counts: norm, or distance to the others"
+        "L2", description="importance of a filter: its norm, or its distance to the others"
     )
     interlayer_ranking_type: Literal["unweighted_ranking", "learned_ranking"] = Field(
         "unweighted_ranking", description="how channels of different layers are compared"
     )
-    all_weights: bool = Field(False, description="one ranking over all groups instead of the level in each")
+    all_weights: bool = Field(False, description="one ranking over all groups instead of the same level in each")
     prune_first_conv: bool | None = Field(None, description="whether convolutions of the model's input may be pruned")
     prune_downsample_convs: bool | None = Field(None, description="whether convolutions with a stride may be pruned")
     prune_batch_norms: bool = Field(True, description="whether masks cover weight and bias of batch norm as well")
-    multiple_of: Count = Field(8, ge=1, description="channels that are left are a multiple of this in each group")
+    multiple_of: Count = Field(8, ge=1, description="the number of channels left in a group is a multiple of this")
     legr_params: LegrParams | None = Field(None, description="learned ranking: settings of the search")
     save_ranking_coeffs_path: str | None = Field(None, description="learned ranking: where coefficients are written")
     load_ranking_coeffs_path: str | None = Field(None, description="learned ranking: where coefficients are read from")
@@ -63,5 +63,5 @@ class FilterPruningConfig(AlgorithmConfig):
     """Section of the algorithm `filter_pruning`."""
 
     algorithm: Literal["filter_pruning"] = Field(description="name of the algorithm")
-    pruning_init: Level = Field(0.0, description="level that is applied at once, before fine-tuning")
+    pruning_init: Level = Field(0.0, description="level that is applied when the model is created")
     params: FilterPruningParams = Field(default_factory=FilterPruningParams, description="schedule and ranking")

@@ -1,4 +1,4 @@
-"""What a section must not say."""
+"""Checks of the section `filter_pruning` that the schema cannot do."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from compress_filter_pruning.config import FilterPruningConfig
 
 
 def check_config(config: FilterPruningConfig) -> None:
-    """Refuses values that contradict each other, and reads all that count when the model is seen.
+    """Refuses values that contradict each other, and reads the values that take effect once there is a model.
 
     Raises:
-        ConfigError: With all problems.
+        ConfigError: Lists all problems.
     """
     problems = _problems(config.unread())
     if problems:

@@ -1,4 +1,4 @@
-"""Groups of channels as pruning sees them, and their form in a plan."""
+"""The channel groups of filter pruning, and their saved form in a plan."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from compress_core.channels import ChannelGroup, Member, Role, Shrinkage
 
 @dataclass(frozen=True)
 class PruningGroup:
-    """Channels that are made by the same layers, and go one by one.
+    """Channels that are produced by the same layers, each of which can be removed separately.
 
     Attributes:
-        number: Its number, from 0.
-        name: Name of the first weight that makes them.
-        channels: The channels that there are now, with all slices of tensors that go with each.
-        full_size: How many there were before any was removed physically.
-        step: The number of channels that is left is a multiple of this, or all.
+        number: Number of the group, from 0.
+        name: Name of the first weight that produces the channels.
+        channels: The present channels, with the slices of all tensors that belong to them.
+        full_size: Number of channels before any were removed physically.
+        step: The number of channels left is a multiple of this, or all.
     """
 
     number: int
@@ -32,22 +32,22 @@ class PruningGroup:
 
     @property
     def size(self) -> int:
-        """How many channels there are."""
+        """Number of present channels."""
         return self.channels.size
 
     @property
     def makers(self) -> list[Member]:
-        """The weights whose filters make the channels."""
+        """The weights whose filters produce the channels."""
         return [member for member in self.channels.members if member.role == Role.MAKES]
 
     @property
     def modules(self) -> list[str]:
-        """Dotted names of the layers that make the channels."""
+        """Dotted names of the layers that produce the channels."""
         return list(dict.fromkeys(member.parameter.rpartition(".")[0] for member in self.makers))
 
     @property
     def full_filters(self) -> dict[str, int]:
-        """Number of filters that each weight had before any was removed physically."""
+        """Number of filters of each weight before any were removed physically."""
         per_channel = {m.parameter: int((m.channels >= 0).sum()) // max(self.size, 1) for m in self.makers}
         return {name: count * self.full_size for name, count in per_channel.items()}
 
@@ -57,7 +57,7 @@ class PruningGroup:
         return [member for member in self.channels.members if member.role in wanted]
 
     def left(self, level: float) -> int:
-        """Returns how many channels a level leaves: a multiple of `step`, never none."""
+        """Returns the number of channels left at a level: a multiple of `step`, and at least one."""
         exact = math.ceil(self.full_size * (1 - level) - 1e-9)
         return self.rounded(exact)
 
@@ -66,11 +66,11 @@ class PruningGroup:
         return min(self.full_size, self.step * math.ceil(max(left, 1) / self.step))
 
     def shrunk(self, shrinkage: Shrinkage, gone: set[int]) -> PruningGroup:
-        """Returns the group as it is when a model has been shrunk.
+        """Returns the group after the model has been shrunk.
 
         Args:
-            shrinkage: What happened to the tensors.
-            gone: Channels of this group that are gone.
+            shrinkage: Which indices of which tensors stay.
+            gone: The removed channels of this group.
         """
         number = np.full(self.size + 1, -1)
         stay = [channel for channel in range(self.size) if channel not in gone]
@@ -82,7 +82,7 @@ class PruningGroup:
         return replace(self, channels=replace(self.channels, size=len(stay), members=members))
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns JSON-able values."""
+        """Returns the group as a JSON-able dict."""
         return {
             "name": self.name,
             "size": self.size,
@@ -96,7 +96,7 @@ class PruningGroup:
 
     @classmethod
     def from_dict(cls, number: int, saved: Mapping[str, Any]) -> PruningGroup:
-        """Takes back what `to_dict` returned."""
+        """Restores a group from what `to_dict` returned."""
         members = tuple(
             Member(str(m["parameter"]), int(m["dim"]), _decoded(m["channels"]), Role[m["role"]])
             for m in saved["members"]
@@ -106,7 +106,7 @@ class PruningGroup:
 
 
 def _encoded(channels: np.ndarray) -> list[list[int]]:
-    """Returns runs [first channel, how often each is repeated, how many channels]: most arrays are one of them."""
+    """Returns an array as runs [first channel, repetitions of each, number of channels]; most arrays are one run."""
     values = channels.tolist()
     starts = np.flatnonzero(np.diff(channels, prepend=channels[:1] - 1))
     lengths = np.diff(np.append(starts, len(channels))).tolist()

@@ -1,4 +1,4 @@
-"""What channels are worth: one number for each, from the weights that make them."""
+"""The importance of channels: one number for each channel, from the weights that produce it."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ import torch
 from compress_core import Choice, ChoicePoint, ModelError, PluginError, callable_choice, choice
 from compress_filter_pruning.config import IMPORTANCE
 
-# Rows of the matrix of distances that are computed at a time.
+# Number of rows of the distance matrix that are computed at a time.
 _ROWS = 256
 
 
 def l1_norm(filters: torch.Tensor) -> torch.Tensor:
-    """The L1 norm of each filter (Li et al., 2017, arXiv:1608.08710)."""
+    """Returns the L1 norm of each filter (Li et al., 2017, arXiv:1608.08710)."""
     return filters.abs().sum(1, dtype=torch.float64)
 
 
 def l2_norm(filters: torch.Tensor) -> torch.Tensor:
-    """The L2 norm of each filter."""
+    """Returns the L2 norm of each filter."""
     norms: torch.Tensor = torch.linalg.vector_norm(filters, dim=1, dtype=torch.float64)
     return norms
 
 
 def geometric_median(filters: torch.Tensor) -> torch.Tensor:
-    """The sum of each filter's distances to all others (He et al., 2019, arXiv:1811.00250, equation 5)."""
+    """Returns the sum of each filter's distances to all others (He et al., 2019, arXiv:1811.00250, equation 5)."""
     wide = filters.double()
     parts = [
-        # The exact distances: the fast way through a product of matrices makes equal filters differ.
+        # Exact distances, because the fast method with a matrix product gives equal filters a distance above zero.
         torch.cdist(rows, wide, compute_mode="donot_use_mm_for_euclid_dist").sum(1)
         for rows in torch.split(wide, _ROWS)
     ]
@@ -54,14 +54,14 @@ def filter_importance(weight: torch.Tensor, dim: int, kind: str) -> torch.Tensor
 
     Args:
         weight: The weight, any floating dtype.
-        dim: Dimension that runs over the filters.
+        dim: Dimension of the filters.
         kind: Name of a choice of `filter_pruning.importance`.
 
     Returns:
         Shape (filters,), float64.
 
     Raises:
-        PluginError: The choice returns something else.
+        PluginError: The function does not return one number for each filter.
     """
     filters = weight.detach().movedim(dim, 0).flatten(1) if weight.ndim > 1 else weight.detach()[:, None]
     found = choice(kind, IMPORTANCE)(filters)
@@ -72,7 +72,7 @@ def filter_importance(weight: torch.Tensor, dim: int, kind: str) -> torch.Tensor
 
 
 def layer_norm(weight: torch.Tensor) -> float:
-    """Returns the L2 norm of a weight, or 1 where it is zero."""
+    """Returns the L2 norm of a weight, or 1 if the weight is zero."""
     norm = float(torch.linalg.vector_norm(weight.detach(), dtype=torch.float64))
     return norm if norm > 0 else 1.0
 
@@ -80,7 +80,7 @@ def layer_norm(weight: torch.Tensor) -> float:
 def channel_importance(
     weights: Sequence[tuple[str, torch.Tensor, int, torch.Tensor]], size: int, kind: str, *, normalized: bool
 ) -> torch.Tensor:
-    """Returns the importance of each channel of a group: the sum over all filters that make it.
+    """Returns the importance of each channel of a group: the sum over all filters that produce it.
 
     Args:
         weights: Name, weight, dimension of the filters, and the channel of each filter (or -1).

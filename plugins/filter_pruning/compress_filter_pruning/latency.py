@@ -1,4 +1,4 @@
-"""How long a forward takes under masks, and without the channels that are masked."""
+"""Measures the time of a forward of the masked model and of the model without the masked channels."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _WARM_UP = 3
 def measured_latency(
     model: nn.Module, groups: Sequence[tuple[ChannelGroup, set[int]]], specs: Sequence[InputSpec], rounds: int
 ) -> Latency:
-    """Measures copies of a model in turns, on random inputs of the traced shapes.
+    """Measures copies of a model alternately, on random inputs of the traced shapes.
 
     Args:
-        model: The masked model; it stays as it is.
-        groups: Groups with the channels that are masked.
-        specs: What the forward takes.
-        rounds: How often each runs.
+        model: The masked model; it is not changed.
+        groups: Groups with their masked channels.
+        specs: The inputs of the forward.
+        rounds: Number of forwards of each model.
     """
     masked = copy.deepcopy(model).eval()
     bake_transforms(masked)

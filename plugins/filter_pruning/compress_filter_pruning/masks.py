@@ -1,4 +1,4 @@
-"""Masks of whole channels: one for each parameter, from the channels of its groups that are gone."""
+"""Masks of whole channels: one for each parameter, computed from the pruned channels of its groups."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _Entries = Mapping[str, Sequence[tuple[int, Member]]]
 
 
 def masked_parameters(model: nn.Module, groups: Sequence[PruningGroup], *, batch_norms: bool) -> _Entries:
-    """Returns which dimensions of which parameters are masked: name -> (number of the group, dimension).
+    """Returns the dimensions of parameters that are masked: name -> (number of the group, dimension).
 
     A weight is masked along its output channels by one group, and along its input channels by another.
 
@@ -37,7 +37,7 @@ def masked_parameters(model: nn.Module, groups: Sequence[PruningGroup], *, batch
 
 
 def add_masks(model: nn.Module, entries: _Entries, key: str) -> None:
-    """Adds masks of ones; they have as many dimensions as the parameter, of size 1 where nothing is masked."""
+    """Adds masks of ones; they have the dimensions of the parameter, with size 1 in those that are not masked."""
     for name, members in entries.items():
         parameter = raw_parameter(model, name)
         dims = {member.dim for _, member in members}
@@ -46,12 +46,12 @@ def add_masks(model: nn.Module, entries: _Entries, key: str) -> None:
 
 
 def write_masks(model: nn.Module, entries: _Entries, gone: Sequence[Iterable[int]], key: str) -> None:
-    """Masks channels, and nothing else.
+    """Sets the masks so that exactly these channels are masked.
 
     Args:
         model: The model, with masks.
         entries: What `masked_parameters` returned.
-        gone: For each group the channels that are masked.
+        gone: The channels to mask in each group.
         key: Name of the transforms.
     """
     numbers = [np.fromiter(channels, np.int64) for channels in gone]

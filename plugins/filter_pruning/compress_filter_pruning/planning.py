@@ -1,4 +1,4 @@
-"""Which groups of channels are pruned, and why the others are not."""
+"""Chooses the groups of channels to prune, and records why the others are not pruned."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ _VIEWS = ("t", "transpose", "permute", "view", "reshape", "detach", "expand", "_
 
 @dataclass(frozen=True)
 class PruningPlan:
-    """What is going to be pruned.
+    """The groups to prune, and the costs of the model.
 
     Attributes:
         groups: The groups.
-        skipped: Name of a weight -> why its filters stay.
+        skipped: Name of a weight -> why its filters are not pruned.
         operations: Floating point operations for one sample.
         parameters: Number of parameters.
-        inputs: What the forward takes.
+        inputs: The inputs of the forward.
     """
 
     groups: list[PruningGroup]
@@ -50,7 +50,7 @@ class PruningPlan:
     inputs: list[InputSpec]
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns JSON-able values, without what is skipped."""
+        """Returns the plan as a JSON-able dict, without `skipped`."""
         return {
             "groups": [group.to_dict() for group in self.groups],
             "operations": self.operations.to_dict(),
@@ -70,10 +70,10 @@ def make_plan(
 
     Args:
         model: The model; it is not changed.
-        trace: What it computes.
+        trace: The trace of the model.
         params: The settings.
-        targets: Names of the weights that the scopes leave.
-        excluded: Name of a weight -> why the scopes do not.
+        targets: Names of the weights that the scopes allow.
+        excluded: Name of a weight that the scopes exclude -> the reason.
     """
     found = channel_groups(trace)
     rules = _Rules(model, trace, params, set(targets), excluded)
@@ -107,14 +107,14 @@ def make_plan(
 
 def _pruning_group(number: int, group: ChannelGroup, multiple_of: int) -> PruningGroup:
     makers = [member for member in group.members if member.role == Role.MAKES]
-    # A channel that has several filters in a layer (one in each of its groups) counts as often.
+    # A channel may have several filters in a layer (one in each group of the convolution).
     filters = min(int((member.channels >= 0).sum()) // group.size for member in makers)
     step = multiple_of // math.gcd(multiple_of, filters)
     return PruningGroup(number, makers[0].parameter, group, group.size, step)
 
 
 class _Rules:
-    """What the settings and the model say about groups."""
+    """Decides, from the settings and the model, whether a group may be pruned."""
 
     def __init__(
         self,
@@ -130,7 +130,7 @@ class _Rules:
         self._first = first_convolutions(trace)
 
     def reason_to_leave(self, group: ChannelGroup, makers: Sequence[str]) -> str | None:
-        """Returns why a group is left whole; None when it is pruned."""
+        """Returns why a group is left whole; None if it can be pruned."""
         if group.obstacle is not None:
             return str(group.obstacle)
         if group.size < 2:
@@ -157,7 +157,7 @@ class _Rules:
 
 
 def first_convolutions(trace: Trace) -> set[str]:
-    """Returns the names of the weights of convolutions that see the model's input before any other weight does."""
+    """Returns the names of the weights of convolutions that an input of the model reaches before any other weight."""
     return {name for forward in trace.forwards for name in _first_in(forward)}
 
 

@@ -1,4 +1,4 @@
-"""The channels of a model that are under masks, and those that are gone for good."""
+"""`Pruner`: chooses, masks and removes channels of a model."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ class Pruner:
 
     Args:
         model: The model.
-        plan: Its groups and what they cost.
+        plan: Its groups and their costs.
         params: The settings.
         key: Name of the masks.
-        announce: Called with a model whose tensors have become smaller.
+        announce: Called with a model after its tensors have become smaller.
 
     Attributes:
         model: The model.
-        groups: The groups as they are now.
-        inputs: What the forward takes.
-        gone: For each group the channels under masks, counted among those that there still are.
-        shrunk: What has been removed from the model for good.
-        stripped: What was removed from the model that `strip` or `shrink` left last.
-        certificate: How well that agreed with the masked model.
+        groups: The groups with their present channels.
+        inputs: The inputs of the forward.
+        gone: The masked channels of each group, as indices among its present channels.
+        shrunk: What has been removed from the model permanently.
+        stripped: What the last `strip` or `shrink` removed.
+        certificate: How well the result of the last `strip` or `shrink` agreed with the masked model.
     """
 
     def __init__(
@@ -73,11 +73,11 @@ class Pruner:
         return self._params.pruning_flops_target is not None
 
     def full(self) -> list[int]:
-        """Returns how many channels each group had in the uncompressed model."""
+        """Returns the number of channels of each group in the uncompressed model."""
         return [group.full_size for group in self.groups]
 
     def left(self) -> list[int]:
-        """Returns how many channels of each group are left."""
+        """Returns the number of channels left in each group."""
         return [group.size - len(gone) for group, gone in zip(self.groups, self.gone, strict=True)]
 
     def operations(self, left: Sequence[int]) -> int:
@@ -89,12 +89,12 @@ class Pruner:
         return self._parameters.of(left)
 
     def level(self) -> float:
-        """Returns the share that is gone, of what levels count."""
+        """Returns the pruned share, of operations or channels as levels count."""
         full, left = self.full(), self.left()
         return 1 - self._cost(left) / self._cost(full) if self._cost(full) else 0.0
 
     def reaches(self, level: float) -> bool:
-        """Tells whether as much is gone as a level asks for."""
+        """Returns whether at least as much is pruned as a level asks for."""
         return self._cost(self.left()) <= self._cost(self._left_at(level))
 
     # Masks.
@@ -104,14 +104,18 @@ class Pruner:
         self._select(self._left_at(level))
 
     def apply_each(self, levels: Mapping[int, float]) -> None:
-        """Does that for each group by itself: number of the group -> level; the others stay as they are."""
+        """Masks the least important channels of some groups, each to its own level.
+
+        Args:
+            levels: Number of a group -> its level; groups that are not in it do not change.
+        """
         left = self.left()
         for number, level in levels.items():
             left[number] = min(self.groups[number].left(level), self.groups[number].size)
         self._select(left)
 
     def mask(self, gone: list[list[int]]) -> None:
-        """Masks these channels of each group, and no others."""
+        """Masks exactly these channels of each group."""
         write_masks(self.model, self._masked(), gone, self._key)
         self.gone = gone
 
@@ -122,10 +126,10 @@ class Pruner:
         return [(group.channels, set(gone)) for group, gone in zip(self.groups, self.gone, strict=True)]
 
     def strip(self, model: nn.Module) -> None:
-        """Removes the masked channels from a model, mostly a copy of this one.
+        """Removes the masked channels from a model, usually a copy of `self.model`.
 
         Raises:
-            ShrinkError: The smaller model would fail or compute something else; it is as before.
+            ShrinkError: The smaller model would fail or compute something else; the model is not changed.
         """
         self.stripped = self.shrunk
         if any(self.gone):
@@ -134,7 +138,7 @@ class Pruner:
             self._announce(model, removed)
 
     def shrink(self, optimizer: torch.optim.Optimizer | None, ema: nn.Module | None) -> Certificate:
-        """Removes the masked channels for good; see `FilterPruning.shrink`."""
+        """Removes the masked channels permanently; see `FilterPruning.shrink`."""
         pairs = self.pairs()
         if not any(self.gone):
             raise UsageError("no channel is masked, so there is nothing to shrink; set a pruning level first")
@@ -160,21 +164,21 @@ class Pruner:
         return certificate
 
     def take_back(self, shrunk: Shrinkage, groups: list[PruningGroup]) -> None:
-        """Makes the model as small as it was when a state was saved."""
+        """Removes the channels that had been removed when a state was saved."""
         if shrunk:
             shrunk.apply(self.model)
             self.groups, self.shrunk, self.stripped = groups, shrunk, shrunk
             self._announce(self.model, shrunk)
 
     def shrink_plan(self) -> dict[str, Any]:
-        """Returns what was removed from the plain model that `strip` left; JSON-able."""
+        """Returns the JSON-able plan of what `strip` removed from the plain model."""
         names = {member.parameter for group in self.groups for member in group.channels.members}
         return self.stripped.within(names).to_dict()
 
-    # How it is done.
+    # Implementation.
 
     def selector(self) -> Selector:
-        """Returns what turns levels into numbers of channels."""
+        """Returns the selector, which turns levels into numbers of channels."""
         return Selector(self.groups, self._operations, self.counts_operations, self._params.all_weights)
 
     def _masked(self) -> Any:
@@ -184,12 +188,12 @@ class Pruner:
         return self._operations.of(left) if self.counts_operations else sum(left)
 
     def _left_at(self, level: float) -> list[int]:
-        # What is gone for good cannot come back.
+        # Removed channels cannot come back.
         left = self.selector().left(level, self._importances)
         return [min(number, group.size) for number, group in zip(left, self.groups, strict=True)]
 
     def _select(self, left: Sequence[int]) -> None:
-        importances = self._importances()  # everything that can fail comes before the first mask is touched
+        importances = self._importances()  # everything that can fail happens before the first mask is changed
         self.mask(
             [
                 least_important(importance, group.size - number)
@@ -198,7 +202,7 @@ class Pruner:
         )
 
     def _importances(self) -> list[torch.Tensor]:
-        """Returns the importance of the channels of each group; comparable between groups where that matters."""
+        """Returns the importance of the channels of each group; comparable between groups for a global ranking."""
         return [self._importance(group) for group in self.groups]
 
     def _importance(self, group: PruningGroup) -> torch.Tensor:

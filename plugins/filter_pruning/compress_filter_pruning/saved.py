@@ -1,4 +1,4 @@
-"""What is saved: the plan, and the state of a model on its way."""
+"""The saved form of the plan and of the state of filter pruning."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from compress_filter_pruning.planning import PruningPlan
 
 
 class SavedPruning(BaseModel):
-    """What `compress_state` saves.
+    """The state that `compress_state` saves.
 
     Attributes:
         level: Level that was set last.
-        frozen: Whether the masks stay as they are.
-        gone: For each group the channels under masks, among those that there still are.
-        shrunk: What has been removed for good, as `Shrinkage.to_dict` has it.
-        groups: The groups as they are since then; empty when nothing has been removed.
-        certificate: What the last proof has found.
+        frozen: Whether the masks are frozen.
+        gone: The masked channels of each group, as indices among its present channels.
+        shrunk: What has been removed permanently, as returned by `Shrinkage.to_dict`.
+        groups: The groups after the removal; empty if nothing has been removed.
+        certificate: The result of the last comparison with the masked model.
     """
 
     level: float = Field(ge=0, lt=1)
@@ -34,10 +34,10 @@ class SavedPruning(BaseModel):
 
     @classmethod
     def checked(cls, state: Mapping[str, Any], name: str) -> SavedPruning:
-        """Returns a state that has been checked.
+        """Returns the state after validating it.
 
         Raises:
-            StateError: It is something else.
+            StateError: `state` was not returned by `compress_state`.
         """
         try:
             return cls.model_validate(dict(state))
@@ -46,10 +46,10 @@ class SavedPruning(BaseModel):
 
 
 def saved_plan(plan: Plan, name: str) -> PruningPlan:
-    """Returns what a plan was made from.
+    """Returns the pruning plan in the details of a plan.
 
     Raises:
-        StateError: It is something else.
+        StateError: The details were not made by this algorithm.
     """
     details = plan.details
     try:

@@ -1,4 +1,4 @@
-"""How many channels of which groups go at a level, and which ones."""
+"""Chooses how many and which channels of each group are pruned at a level."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import torch
 from compress_core.channels import Costs
 from compress_filter_pruning.groups import PruningGroup
 
-# In rankings over all groups at least this share of each group stays, so that no layer becomes a bottleneck.
+# In rankings over all groups, at least this share of each group stays, so that no layer becomes a bottleneck.
 _LEAST_SHARE = 0.1
 
 
 @dataclass(frozen=True)
 class Selector:
-    """Turns a level into numbers of channels.
+    """Turns a level into the number of channels left in each group.
 
     Attributes:
         groups: The groups.
         operations: Cost in floating point operations.
-        counts_operations: Whether the level is the share of operations that goes, instead of channels.
+        counts_operations: Whether a level is a share of the operations, instead of the channels.
         is_global: Whether channels are ranked over all groups together.
     """
 
@@ -31,14 +31,14 @@ class Selector:
     is_global: bool
 
     def left(self, level: float, ranking: Callable[[], Sequence[torch.Tensor]]) -> list[int]:
-        """Returns how many channels of each group stay.
+        """Returns the number of channels left in each group.
 
-        At level 0 all stay. A level in channels is never exceeded: what rounding to a multiple allows is below it. A
-        level in operations is reached, or everything goes that may.
+        At level 0 all channels stay. A level in channels is never exceeded, because rounding to a multiple keeps more
+        channels. A level in operations is reached, or everything is pruned that can be.
 
         Args:
             level: The level, 0 <= level < 1.
-            ranking: Returns the importance of the channels of each group; called for rankings over all groups.
+            ranking: Returns the importance of the channels of each group; called only for rankings over all groups.
         """
         if level <= 0:
             return [group.full_size for group in self.groups]
@@ -49,7 +49,7 @@ class Selector:
         return [group.left(level) for group in self.groups]
 
     def most(self) -> float:
-        """Returns the largest share of operations that can go."""
+        """Returns the largest share of operations that can be pruned."""
         least = [group.rounded(self._floor(group)) for group in self.groups]
         return 1 - self.operations.of(least) / self._full
 
@@ -61,7 +61,7 @@ class Selector:
         return max(1, -int(-group.full_size * _LEAST_SHARE // 1)) if self.is_global else 1
 
     def _uniform_operations(self, level: float) -> list[int]:
-        """The smallest level in channels, the same for all groups, that is enough."""
+        """Returns the channels left at the smallest uniform level in channels that prunes enough operations."""
         sizes = [(group.full_size, left) for group in self.groups for left in range(1, group.full_size + 1)]
         levels = sorted({1 - left / size for size, left in sizes})
         wanted = (1 - level) * self._full
@@ -73,9 +73,9 @@ class Selector:
         return [group.left(levels[low]) for group in self.groups]
 
     def _global(self, level: float, importances: Sequence[torch.Tensor]) -> list[int]:
-        """The least important channels of all groups go, one after another, until it is enough."""
+        """Prunes the least important channels of all groups, one after another, until the level is reached."""
         owners = torch.cat([torch.full((len(values),), number) for number, values in enumerate(importances)])
-        # Channels that are gone for good are the first to have gone.
+        # Channels that were removed physically count as the first ones pruned.
         gone = [group.full_size - group.size for group in self.groups]
         order = owners[torch.sort(torch.cat(list(importances)), stable=True).indices]
 
@@ -98,7 +98,7 @@ class Selector:
 
 
 def _first(end: int, holds: Callable[[int], bool]) -> int:
-    """Returns the first number in [0, end] for which a condition holds, or `end`; it must go on holding."""
+    """Returns the first number in [0, end] for which a condition holds, or `end`; the condition must be monotonic."""
     low, high = 0, end
     while low < high:
         middle = (low + high) // 2
@@ -107,5 +107,5 @@ def _first(end: int, holds: Callable[[int], bool]) -> int:
 
 
 def least_important(importance: torch.Tensor, count: int) -> list[int]:
-    """Returns the `count` least important channels; of equal ones the first."""
+    """Returns the `count` least important channels; among equal ones the first."""
     return sorted(torch.sort(importance, stable=True).indices[: max(count, 0)].tolist())

@@ -1,4 +1,4 @@
-"""What filter pruning reports."""
+"""The statistics of filter pruning."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from compress_core.channels import Certificate
 
 @dataclass(frozen=True)
 class PrunedLayer:
-    """A weight that makes channels.
+    """A pruned weight.
 
     Attributes:
         name: Dotted name of the weight.
-        group: Number of the group that its channels belong to.
-        filters: Number of filters of the uncompressed model.
-        current: How many of them are left.
+        group: Number of the group of its channels.
+        filters: Number of filters in the uncompressed model.
+        current: Number of filters left.
     """
 
     name: str
@@ -28,17 +28,17 @@ class PrunedLayer:
 
     @property
     def level(self) -> float:
-        """Share of the filters that is gone."""
+        """Pruned share of the filters."""
         return 1 - self.current / self.filters
 
 
 @dataclass(frozen=True)
 class Latency:
-    """Time of a forward in eval mode, in seconds: medians, measured in turns on the same inputs.
+    """Median time of a forward in eval mode, in seconds, measured alternately on the same inputs.
 
     Attributes:
-        masked: Of the model under masks, which is as large as the uncompressed one.
-        shrunk: Of what `strip` leaves.
+        masked: Time of the masked model, which is as large as the uncompressed one.
+        shrunk: Time of the stripped model.
         threads: Number of threads.
     """
 
@@ -49,24 +49,24 @@ class Latency:
 
 @dataclass(frozen=True)
 class FilterPruningStatistics(Statistics):
-    """Figures of the model as it is now.
+    """Figures of the current model.
 
     Attributes:
         layers: The pruned layers.
-        skipped: Name of a weight -> why its filters stay.
+        skipped: Name of a weight -> why its filters are not pruned.
         requested_level: Level that was set last.
         target_level: Level at the end of the schedule.
         counts_flops: Whether these levels are shares of floating point operations, instead of channels.
         full_flops: Floating point operations of the uncompressed model for one sample: two per multiply-accumulate of
-            convolutions and products of matrices.
-        current_flops: The same without the channels that are gone.
+            convolutions and matrix products.
+        current_flops: The same without the pruned channels.
         full_parameters: Number of parameters of the uncompressed model.
-        current_parameters: The same without the channels that are gone.
-        full_channels: Number of channels that may go.
-        current_channels: How many of them are left.
-        frozen: Whether the masks stay as they are.
-        certificate: How well the model that `strip` or `shrink` left last agrees with the masked one; None before.
-        latency: What `measure_latency` found; None before.
+        current_parameters: The same without the pruned channels.
+        full_channels: Number of prunable channels in the uncompressed model.
+        current_channels: Number of these channels that are left.
+        frozen: Whether the masks are frozen.
+        certificate: How well the result of the last `strip` or `shrink` agrees with the masked model; None before.
+        latency: The last result of `measure_latency`; None before.
     """
 
     layers: tuple[PrunedLayer, ...]
@@ -86,16 +86,16 @@ class FilterPruningStatistics(Statistics):
 
     @property
     def pruning_level(self) -> float:
-        """Share of the channels that may go which is gone."""
+        """Pruned share of the prunable channels."""
         return 1 - self.current_channels / self.full_channels
 
     @property
     def flops_pruning_level(self) -> float:
-        """Share of the floating point operations that is gone."""
+        """Pruned share of the floating point operations."""
         return 1 - self.current_flops / self.full_flops if self.full_flops else 0.0
 
     def tables(self) -> list[Table]:
-        """Returns the model, then the layers."""
+        """Returns tables of the model, of its state and of the layers."""
         rows: list[tuple[Any, ...]] = [
             ("GFLOPs", self.full_flops / 1e9, self.current_flops / 1e9, self.flops_pruning_level),
             (

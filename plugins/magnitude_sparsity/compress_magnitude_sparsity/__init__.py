@@ -1,1 +1,1 @@
-"""Magnitude sparsity: the weights that matter least become zero, more of them as training goes on."""
+"""Magnitude sparsity: the least important weights become zero, more of them as training proceeds."""

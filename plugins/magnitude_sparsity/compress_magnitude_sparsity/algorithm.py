@@ -1,4 +1,4 @@
-"""The algorithm: masks over weights, renewed as the schedule says."""
+"""The algorithm `magnitude_sparsity`: masks weights, and recomputes the masks as the schedule says."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _RANKED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class SavedSparsity(BaseModel):
-    """What `compress_state` saves."""
+    """The state that `compress_state` saves."""
 
     level: float = Field(ge=0, lt=1)
     frozen: bool
@@ -76,17 +76,17 @@ class MagnitudeSparsity(LevelAlgorithm):
     def compress_configure(self, context: Context) -> None:
         """Refuses settings that contradict one another."""
         _check(self.config.unread())
-        # From here on every value that counts has been read.
+        # At this point every value that takes effect has been read.
         self._schedule = make_schedule(self.config)
         _ = (self._is_global, self.config.params.weight_importance, self.config.sparsity_init)
         context.refuse_unread(self)
 
     @hookimpl
     def compress_plan(self, model: nn.Module, context: Context) -> Plan:
-        """Plans to mask every weight that the scopes leave.
+        """Plans to mask every weight that the scopes allow.
 
         Raises:
-            ModelError: A weight has no floating dtype that can be ranked.
+            ModelError: A weight has a dtype that cannot be ranked.
         """
         plan = context.plan_weights(model, self)
         for name in plan.targets:
@@ -124,7 +124,7 @@ class MagnitudeSparsity(LevelAlgorithm):
 
     @hookimpl
     def compress_stage(self) -> CompressionStage:
-        """Compares what is masked with what the target asks for."""
+        """Compares the masked share with the target."""
         zeros, _ = self._counts()
         if zeros >= self._attainable(self.target_level):
             return CompressionStage.FULLY_COMPRESSED
@@ -142,12 +142,12 @@ class MagnitudeSparsity(LevelAlgorithm):
 
     @hookimpl
     def compress_state(self) -> dict[str, Any]:
-        """Returns level, freeze and schedule; the masks are in the model's state_dict."""
+        """Returns the level, whether masks are frozen, and the schedule; masks are in the model's `state_dict`."""
         return {"level": self._requested, "frozen": self._frozen, "schedule": self._active_schedule.get_state()}
 
     @hookimpl
     def compress_load_state(self, state: Mapping[str, Any]) -> None:
-        """Takes the state back, with masks from the present weights until a state_dict brings the saved ones."""
+        """Restores the state; masks come from the present weights until a `state_dict` with saved masks is loaded."""
         try:
             saved = SavedSparsity.model_validate(dict(state))
             self._active_schedule.load_state(saved.schedule)
@@ -165,7 +165,7 @@ class MagnitudeSparsity(LevelAlgorithm):
 
     @property
     def sparsity_level(self) -> float:
-        """Share of the weights of sparsified layers that is masked; measured."""
+        """Measured share of the weights of sparsified layers that is masked."""
         zeros, total = self._counts()
         return zeros / total if total else 0.0
 
@@ -176,7 +176,7 @@ class MagnitudeSparsity(LevelAlgorithm):
         return self.sparsity_level
 
     def set_level(self, level: float) -> None:
-        """Does what `set_sparsity_level` does."""
+        """Calls `set_sparsity_level`."""
         self.set_sparsity_level(level)
 
     @property
@@ -187,11 +187,11 @@ class MagnitudeSparsity(LevelAlgorithm):
     def set_sparsity_level(
         self, level: float, module_info: str | None = None, run_batchnorm_adaptation: bool = False
     ) -> None:
-        """Computes the masks anew.
+        """Computes the masks for a level.
 
         Args:
             level: Share of weights to mask, 0 <= level < 1.
-            module_info: Dotted name of one layer or weight to set alone; by default all together.
+            module_info: Dotted name of a single layer or weight to change; by default all of them.
             run_batchnorm_adaptation: Whether to adapt batch norm to the change.
 
         Raises:
@@ -204,7 +204,7 @@ class MagnitudeSparsity(LevelAlgorithm):
         if module_info is None:
             self._requested = level
 
-    # How it is done.
+    # Implementation.
 
     @property
     def _active_schedule(self) -> Schedule:
@@ -220,7 +220,7 @@ class MagnitudeSparsity(LevelAlgorithm):
         self._requested = level
 
     def _set_masks(self, names: tuple[str, ...], level: float, *, together: bool) -> None:
-        # Everything that can fail comes before the first mask is touched.
+        # Everything that can fail happens before the first mask is changed.
         selections = []
         for group in [names] if together else [(name,) for name in names]:
             ranked = [self._ranked(name) for name in group]
@@ -235,7 +235,7 @@ class MagnitudeSparsity(LevelAlgorithm):
         return RankedTensor(name, values, layer_scale(values) if normed else 1.0)
 
     def _attainable(self, level: float) -> int:
-        """Returns how many zeros a level means: at least one weight of each layer stays."""
+        """Returns the number of zeros at a level; at least one weight of each layer stays."""
         sizes = [raw_parameter(self.model, name).numel() for name in self._targets]
         if self._is_global:
             return min(round(level * sum(sizes)), sum(max(size - 1, 0) for size in sizes))

@@ -11,7 +11,7 @@ from compress_core.config import Count
 
 Level = Annotated[float, Field(ge=0, lt=1)]
 
-# What plugins can add to: schedules of this algorithm (`schedules.py`), and those that depend on the time alone.
+# Choice points that plugins can add to: schedules of this algorithm (`schedules.py`), and pure functions of the time.
 SCHEDULES = ("magnitude_sparsity.schedule", "level_schedule")
 
 
@@ -26,7 +26,7 @@ class MagnitudeSparsityParams(Section):
     sparsity_freeze_epoch: Count | None = Field(
         None,
         ge=0,
-        description="epoch from which the masks stay; by default 100, or later where the schedule takes longer",
+        description="epoch from which the masks are frozen; by default 100, or later if the schedule takes longer",
     )
     update_per_optimizer_step: bool = Field(False, description="polynomial: update the level at each optimizer step")
     steps_per_epoch: Count | None = Field(
@@ -35,16 +35,16 @@ class MagnitudeSparsityParams(Section):
         description="optimizer steps in an epoch, for update_per_optimizer_step; by default measured in the first",
     )
     power: float = Field(0.9, gt=0, description="polynomial: exponent")
-    concave: bool = Field(True, description="polynomial: fast first (true) or slow first (false)")
+    concave: bool = Field(True, description="polynomial: rises fast first (true) or slowly first (false)")
     multistep_steps: list[Annotated[Count, Field(ge=0)]] = Field(
         [90], description="multistep: epochs at which the next level is taken"
     )
     multistep_sparsity_levels: list[Level] = Field([0.1, 0.5], description="multistep: levels, one more than steps")
     patience: Count = Field(1, ge=1, description="adaptive: epochs between two increases")
     step: float = Field(0.05, gt=0, lt=1, description="adaptive: size of an increase")
-    eps: float = Field(0.03, ge=0, lt=1, description="adaptive: how near to its level sparsity counts as arrived")
+    eps: float = Field(0.03, ge=0, lt=1, description="adaptive: tolerance within which a level counts as reached")
     sparsity_level_setting_mode: Literal["global", "local"] = Field(
-        "global", description="one ranking over all layers, or the level in each layer"
+        "global", description="global: one ranking over all layers; local: the same level in each layer"
     )
     weight_importance: Literal["abs", "normed_abs"] = Field(
         "normed_abs", description="|w|, or |w| divided by the L2 norm of its layer"
@@ -55,5 +55,5 @@ class MagnitudeSparsityConfig(AlgorithmConfig):
     """Section of the algorithm `magnitude_sparsity`."""
 
     algorithm: Literal["magnitude_sparsity"] = Field(description="name of the algorithm")
-    sparsity_init: Level = Field(0.0, description="level that is applied at once, before fine-tuning")
+    sparsity_init: Level = Field(0.0, description="level that is applied when the model is created")
     params: MagnitudeSparsityParams = Field(default_factory=MagnitudeSparsityParams, description="schedule and ranking")

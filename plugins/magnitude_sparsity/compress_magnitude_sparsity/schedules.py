@@ -1,4 +1,4 @@
-"""Sparsity level as a function of time; formulas of NNCF 2.16."""
+"""Schedules: the sparsity level as a function of time, with the formulas of NNCF 2.16."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ _DEFAULT_FREEZE_EPOCH = 100
 
 
 class Schedule(Protocol):
-    """What the algorithm asks for at each tick.
+    """Gives the level at the beginning of each epoch and step.
 
     Attributes:
         target: Level at the end.
-        freeze_epoch: Epoch from which the masks stay.
+        freeze_epoch: Epoch from which the masks are frozen.
     """
 
     target: float
     freeze_epoch: int
 
     def at_epoch(self, clock: Clock, reached: float) -> float | None:
-        """Returns the level to set when an epoch begins, or None for no change; `reached` is the level there is."""
+        """Returns the level to set when an epoch begins, or None for no change; `reached` is the present level."""
         ...
 
     def at_step(self, clock: Clock) -> float | None:
@@ -37,16 +37,16 @@ class Schedule(Protocol):
         ...
 
     def get_state(self) -> dict[str, Any]:
-        """Returns what the level depends on besides the clock; JSON-able."""
+        """Returns the JSON-able state on which the level depends besides the clock."""
         ...
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Takes back what `get_state` returned."""
+        """Restores the state that `get_state` returned."""
         ...
 
 
 class _TimeSchedule:
-    """Base of schedules that depend on the clock alone."""
+    """Base class of schedules that depend only on the clock."""
 
     def __init__(self, target: float, freeze_epoch: int) -> None:
         self.target = target
@@ -65,7 +65,7 @@ class _TimeSchedule:
 
 
 class PolynomialSchedule(_TimeSchedule):
-    """From the initial level to the target along a polynomial, by epoch or by optimizer step."""
+    """Raises the level from the initial level to the target along a polynomial, by epoch or by optimizer step."""
 
     def __init__(self, config: MagnitudeSparsityConfig) -> None:
         params = config.params
@@ -86,7 +86,7 @@ class PolynomialSchedule(_TimeSchedule):
             return None
         steps = self._steps_per_epoch or clock.steps_per_epoch
         if steps is None:
-            # The first epoch is being measured: how far it has come is not known before it ends.
+            # The length of the first epoch is still being measured, so the progress within it is not known.
             return self._level(max(clock.epoch, 0))
         if clock.step_in_epoch >= steps and not self._warned:
             self._warned = True
@@ -104,11 +104,11 @@ class PolynomialSchedule(_TimeSchedule):
 
 
 class CurveSchedule(_TimeSchedule):
-    """A choice of `level_schedule`: the level is a function of the epoch.
+    """A schedule made from a choice of `level_schedule`: the level is a function of the epoch.
 
     Args:
         config: The section.
-        curve: The choice's value.
+        curve: The value of the choice.
     """
 
     def __init__(self, config: MagnitudeSparsityConfig, curve: Callable[..., Callable[[float], float]]) -> None:
@@ -122,7 +122,7 @@ class CurveSchedule(_TimeSchedule):
 
 
 class MultistepSchedule(_TimeSchedule):
-    """A level for each stretch of epochs."""
+    """Sets a constant level for each range of epochs."""
 
     def __init__(self, config: MagnitudeSparsityConfig) -> None:
         self._steps = sorted(config.params.multistep_steps)
@@ -135,13 +135,13 @@ class MultistepSchedule(_TimeSchedule):
 
 
 class AdaptiveSchedule(_TimeSchedule):
-    """The level grows by a step whenever the model has held the last one for `patience` epochs."""
+    """Raises the level by a step whenever the model has kept the last level for `patience` epochs."""
 
     def __init__(self, config: MagnitudeSparsityConfig) -> None:
         params = config.params
         self._step, self._eps, self._patience = params.step, params.eps, params.patience
         self._level, self._held = config.sparsity_init, 0
-        # The first increase comes after `patience` epochs, and so does each one after it.
+        # The first increase comes after `patience` epochs, and so does each further one.
         increases = math.ceil(max(params.sparsity_target - config.sparsity_init, 0.0) / params.step)
         super().__init__(params.sparsity_target, _freeze_epoch(config, increases * params.patience))
 
@@ -179,7 +179,7 @@ CHOICES = [
 
 
 def make_schedule(config: MagnitudeSparsityConfig) -> Schedule:
-    """Returns the schedule that a section asks for; it reads those parameters that it uses and no others."""
+    """Returns the schedule that a section asks for; reads only the parameters that this schedule uses."""
     found = find_choice(config.params.schedule, *SCHEDULES)
     assert found is not None, "the section has been validated"
     if found.point == SCHEDULES[0]:
@@ -189,7 +189,7 @@ def make_schedule(config: MagnitudeSparsityConfig) -> Schedule:
 
 
 def _freeze_epoch(config: MagnitudeSparsityConfig, last_change: int) -> int:
-    """Returns the epoch from which masks stay, and warns when that is before the schedule has ended."""
+    """Returns the epoch from which masks are frozen, and warns if that is before the end of the schedule."""
     given = config.params.sparsity_freeze_epoch
     if given is None:
         return max(_DEFAULT_FREEZE_EPOCH, last_change + 1)

@@ -1,10 +1,10 @@
-"""Which weights go: the k smallest importances of any number of tensors, exactly, without sorting and without a copy.
+"""Finds the k smallest importances over any number of tensors, exactly, without sorting and without copies.
 
-Importances are not negative, and for such floats the order of the values is the order of their bits. So the k-th
-smallest is found digit by digit: a histogram of the upper 16 bits tells the bin that holds it, a histogram of the next
-16 bits within that bin tells the rest. The tensors are read in pieces of constant size, and masks are overwritten in
-place: nothing of the size of the model is allocated. Unlike sorting and partitioning, this does not mind weights most
-of which are zero already.
+For non-negative floats, the order of the values is the order of their bits. So the k-th smallest importance is found
+digit by digit: a histogram of the upper 16 bits gives the bin that contains it, and a histogram of the next 16 bits
+within that bin gives the rest. Tensors are read in pieces of constant size, and masks are overwritten in place, so
+nothing of the size of the model is allocated. Unlike sorting and partitioning, this is not slower if most weights are
+already zero.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 
 from compress_core import ModelError
 
-# Elements that are handled at a time: their importances (4 MiB) fit into a processor's cache.
+# Number of elements processed at a time: their importances (4 MiB) fit into a processor's cache.
 _PIECE = 1 << 20
 _BLOCK = 1 << 16
 _DIGIT_BITS = 16
@@ -25,12 +25,12 @@ _DIGIT_BITS = 16
 
 @dataclass(frozen=True)
 class RankedTensor:
-    """A tensor whose elements are ranked.
+    """A weight whose elements are ranked by importance, |w| / scale.
 
     Attributes:
         name: Dotted name, for messages.
-        values: The weights, any floating dtype.
-        scale: What |w| is divided by.
+        values: The weight, any floating dtype.
+        scale: The divisor.
     """
 
     name: str
@@ -46,20 +46,20 @@ class RankedTensor:
 
 
 def layer_scale(values: torch.Tensor) -> float:
-    """Returns the L2 norm of a tensor for `normed_abs`, or 1 where all weights are zero."""
+    """Returns the L2 norm of a tensor for `normed_abs`, or 1 if all weights are zero."""
     norm = float(torch.linalg.vector_norm(values.detach(), dtype=torch.float64))
     return norm if norm > 0 else 1.0
 
 
 @dataclass(frozen=True)
 class Selection:
-    """What goes: everything below a threshold, and the first few that equal it.
+    """The elements to mask: all below a threshold, and the first few that equal it.
 
     Attributes:
-        tensors: What was ranked together.
-        kept: Flat index of the element of each tensor that stays in any case.
-        threshold: Importance of the last element to go; None when nothing goes.
-        ties: How many elements that equal the threshold go, counted through the tensors in order.
+        tensors: The tensors that were ranked together.
+        kept: For each tensor, the flat index of the element that is never masked.
+        threshold: Importance of the last element to mask; None if nothing is masked.
+        ties: Number of elements equal to the threshold that are masked, in the order of the tensors.
     """
 
     tensors: Sequence[RankedTensor]
@@ -68,7 +68,7 @@ class Selection:
     ties: int
 
     def write(self, masks: Sequence[torch.Tensor]) -> None:
-        """Overwrites a mask of zeros and ones for each tensor, in its shape, in place."""
+        """Overwrites the masks of all tensors with zeros and ones, in place."""
         ties = self.ties
         for tensor, index, mask in zip(self.tensors, self.kept, masks, strict=True):
             if self.threshold is None:
@@ -80,15 +80,15 @@ class Selection:
 def select(tensors: Sequence[RankedTensor], count: int) -> Selection:
     """Finds the `count` least important elements of all tensors together.
 
-    Ties are broken by position: of equal elements those go first that come first. The most important element of each
-    tensor stays (of equal ones the last), so that no layer is emptied.
+    Ties are broken by position: among equal elements, the first ones are masked. The most important element of each
+    tensor (among equal ones the last) is never masked, so that no layer is emptied.
 
     Args:
-        tensors: What is ranked together; the order counts for ties.
-        count: Number of elements to drop; what cannot be dropped because it must stay is not.
+        tensors: The tensors to rank together; their order matters for ties.
+        count: Number of elements to mask; fewer are masked if there are not enough.
 
     Raises:
-        ModelError: A weight is NaN or infinite. Nothing has been written then.
+        ModelError: A weight is NaN or infinite. Nothing has been written.
     """
     kept = [_last_largest(tensor) for tensor in tensors]
     droppable = sum(tensor.values.numel() for tensor in tensors) - sum(index is not None for index in kept)
@@ -100,7 +100,7 @@ def select(tensors: Sequence[RankedTensor], count: int) -> Selection:
 
 
 def _last_largest(tensor: RankedTensor) -> int | None:
-    """Returns the flat index of the most important element, the last of equal ones."""
+    """Returns the flat index of the most important element, the last one among equal ones."""
     best, index, offset = -1.0, None, 0
     for piece in tensor.pieces():
         largest = float(piece.max())
@@ -114,7 +114,7 @@ def _last_largest(tensor: RankedTensor) -> int | None:
 
 
 def _last_equal(values: torch.Tensor, wanted: float) -> int:
-    """Returns the index of the last element that equals `wanted`, looking from the end."""
+    """Returns the index of the last element that equals `wanted`, searching from the end."""
     end = values.numel()
     for block in reversed(torch.split(values, _BLOCK)):
         end -= block.numel()
@@ -130,7 +130,7 @@ def _digits(dtype: torch.dtype) -> tuple[torch.dtype, range]:
 
 
 def _kth_smallest(tensors: Sequence[RankedTensor], kept: Sequence[int | None], count: int) -> tuple[torch.Tensor, int]:
-    """Returns the importance of rank `count` (from 1, kept elements aside), and how many equal to it have to go."""
+    """Returns the importance of rank `count` (from 1, without kept elements), and how many ties have to be masked."""
     wide = torch.float64 if any(t.values.dtype == torch.float64 for t in tensors) else torch.float32
     integer, shifts = _digits(wide)
     device = tensors[0].values.device
@@ -153,17 +153,17 @@ def _kth_smallest(tensors: Sequence[RankedTensor], kept: Sequence[int | None], c
 
 
 def _histogram(bits: torch.Tensor, shift: int, prefix: int) -> torch.Tensor:
-    """Counts the 16-bit digits at `shift` of those whose higher digits are `prefix`."""
+    """Counts the 16-bit digits at `shift` of the numbers whose higher digits are `prefix`."""
     bins = 1 << _DIGIT_BITS
-    # Numbers with other higher digits fall below 0 or above the last digit, into a bin of their own at either end.
+    # Numbers with other higher digits are clamped into an extra bin at either end.
     digits = (bits >> shift).sub_(prefix << _DIGIT_BITS).clamp_(-1, bins).add_(1)
     return torch.bincount(digits, minlength=bins + 2)[1:-1]
 
 
 def _write_mask(mask: torch.Tensor, tensor: RankedTensor, index: int | None, threshold: torch.Tensor, ties: int) -> int:
-    """Writes the mask of one tensor; returns how many ties are left for the tensors after it."""
+    """Writes the mask of one tensor; returns the number of ties left for the following tensors."""
     limit = threshold.to(tensor.values.device)
-    # In the order of the elements; a mask in another memory layout (channels_last) is filled through a copy.
+    # In the order of the elements, so a mask in another memory layout (channels_last) is filled through a copy.
     flat = mask.view(-1) if mask.is_contiguous() else torch.empty(mask.numel(), dtype=mask.dtype, device=mask.device)
     offset = 0
     for piece in tensor.pieces():
@@ -180,8 +180,8 @@ def _write_mask(mask: torch.Tensor, tensor: RankedTensor, index: int | None, thr
 
 
 def _keep_later_ties(part: torch.Tensor, values: torch.Tensor, limit: torch.Tensor, ties: int) -> int:
-    """Keeps all but the first `ties` elements that equal the limit; returns how many went."""
-    is_tie = (values == limit) & (part == 0)  # the element that stays in any case is none
+    """Keeps all but the first `ties` elements that equal the limit; returns how many were masked."""
+    is_tie = (values == limit) & (part == 0)  # part is 1 at the element that is never masked
     # numpy counts booleans thirty times as fast as torch does on the CPU.
     count = int(np.count_nonzero(is_tie.numpy())) if is_tie.device.type == "cpu" else int(is_tie.sum())
     if count > ties:

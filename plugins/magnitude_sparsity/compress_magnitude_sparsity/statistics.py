@@ -1,4 +1,4 @@
-"""What magnitude sparsity reports."""
+"""The statistics of magnitude sparsity."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from compress_core import Statistics, Table
 
 @dataclass(frozen=True)
 class LayerSparsity:
-    """One weight.
+    """The sparsity of one weight.
 
     Attributes:
         name: Dotted name.
         shape: Its shape.
         weights: Number of elements.
-        zeros: How many of them are masked.
+        zeros: Number of masked elements.
     """
 
     name: str
@@ -26,20 +26,20 @@ class LayerSparsity:
 
     @property
     def level(self) -> float:
-        """Share that is masked."""
+        """Masked share of the elements."""
         return self.zeros / self.weights if self.weights else 0.0
 
 
 @dataclass(frozen=True)
 class MagnitudeSparsityStatistics(Statistics):
-    """Levels as they are.
+    """Measured sparsity levels.
 
     Attributes:
-        layers: By weight.
-        model_parameters: Number of parameters of the whole model, biases and norms included.
+        layers: The sparsity of each weight.
+        model_parameters: Number of parameters of the whole model, including biases and norms.
         requested_level: Level that was set last.
         target_level: Level at the end of the schedule.
-        frozen: Whether the masks stay as they are.
+        frozen: Whether the masks are frozen.
     """
 
     layers: tuple[LayerSparsity, ...]
@@ -60,7 +60,7 @@ class MagnitudeSparsityStatistics(Statistics):
         return sum(layer.zeros for layer in self.layers) / self.model_parameters if self.model_parameters else 0.0
 
     def tables(self) -> list[Table]:
-        """Returns the model, then the layers."""
+        """Returns a table of the model and a table of the layers."""
         model = [
             ("level of the sparsified layers", self.sparsity_level),
             ("level of the whole model", self.model_sparsity_level),
