@@ -171,7 +171,7 @@ class FilterPruning(LevelAlgorithm):
         """Removes and masks the same channels as when the state was saved."""
         saved, pruner = SavedPruning.checked(state, self.name), self._active
         groups = [PruningGroup.from_dict(number, entry) for number, entry in enumerate(saved.groups)]
-        pruner.take_back(Shrinkage.from_dict(saved.shrunk), groups)
+        pruner.restore(Shrinkage.from_dict(saved.shrunk), groups)
         if len(pruner.groups) != len(saved.gone):
             raise StateError(f"compression_state.algorithms.{self.name}.state is of another number of groups")
         self._requested, self._frozen = saved.level, saved.frozen

@@ -163,7 +163,7 @@ class Pruner:
         self.certificate = certificate
         return certificate
 
-    def take_back(self, shrunk: Shrinkage, groups: list[PruningGroup]) -> None:
+    def restore(self, shrunk: Shrinkage, groups: list[PruningGroup]) -> None:
         """Removes the channels that had been removed when a state was saved."""
         if shrunk:
             shrunk.apply(self.model)
