@@ -1,1 +1,1 @@
-"""Quantization: weights and activations on a grid of a few bits, learned while training."""
+"""Quantization: rounds weights and activations to grids of a few bits, whose scales are learned in training."""

@@ -1,4 +1,4 @@
-"""The algorithm `quantization`: weights and activations on grids of a few bits, whose scales are learned."""
+"""The algorithm `quantization`: fake-quantizes weights and activations, with learned scales."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ logger = logging.getLogger(__name__)
 
 
 class Quantization(Algorithm):
-    """Fake-quantizes weights and activations: they take the values that integers can stand for, in training already.
+    """Fake-quantizes weights and activations: in training, they already have only values that integers can represent.
 
-    Gradients pass the rounding as if it were not there (straight-through estimator, Bengio et al., 2013,
-    arXiv:1308.3432); the scales are learned with the gradients of LSQ (Esser et al., 2020, arXiv:1902.08153).
+    Gradients pass straight through the rounding (straight-through estimator, Bengio et al., 2013, arXiv:1308.3432); the
+    scales are learned with the gradients of LSQ (Esser et al., 2020, arXiv:1902.08153).
     """
 
     name = "quantization"
@@ -76,28 +76,30 @@ class Quantization(Algorithm):
         self._skipped: dict[str, str] = {}
         self._potential: dict[str, int] = {}
         self._staging: StagedQuantization | None = None
-        # Names of quantizers that stay off because no calibration sample has reached them.
+        # Names of quantizers that stay off because no calibration sample reached them.
         self._off: list[str] = []
-        # Whether activations have been calibrated on data: then they are to be calibrated on data again.
+        # Whether activations have been calibrated on data; if so, later calibrations need data as well.
         self._calibrated_before = False
 
     # Hooks.
 
     @hookimpl
     def compress_configure(self, config: QuantizationConfig, context: Context) -> None:
-        """Refuses what the device does not offer, and values that contradict each other."""
+        """Refuses settings that the device does not support, and values that contradict each other."""
         root = context.config.root
         check_config(config, root.target_device, strict=root.unused_values == "error")
         path, _ = context.section(self)
         if idle := given_to_example_scripts(config):
             names = ", ".join(name.removeprefix("params.") for name in idle)
-            logger.warning("%s.params: %s: read by NNCF's example scripts alone, the values are not used", path, names)
+            logger.warning(
+                "%s.params: %s: only NNCF's example scripts read these; the values are not used", path, names
+            )
         for leaf, value in idle.items():
             context.ledger.record(f"{path}.{leaf}", value, "no effect: for NNCF's example scripts")
 
     @hookimpl
     def compress_plan(self, model: nn.Module, context: Context) -> Plan:
-        """Places the quantizers, by what a traced forward does."""
+        """Places the quantizers, from a trace of the model."""
         if context.resuming:
             return self._resumed_plan(model, context)
         path, _ = context.section(self)
@@ -123,7 +125,7 @@ class Quantization(Algorithm):
 
     @hookimpl
     def compress_commit(self, model: nn.Module, context: Context) -> None:
-        """Adds the quantizers, with ranges that mean nothing yet."""
+        """Adds the quantizers, with provisional ranges."""
         multiplier = context.lr_multiplier(self)
         for planned in self._planned:
             module = make_quantizer(planned.spec, planned.shape, lr_multiplier=multiplier)
@@ -138,12 +140,12 @@ class Quantization(Algorithm):
 
     @hookimpl
     def compress_calibrate(self, context: Context) -> None:
-        """Sets the ranges: weights from their values, activations from calibration data."""
+        """Sets the ranges: those of weights from their values, those of activations from calibration data."""
         self._calibrate(("weights", "activations"), context.batch_norm.as_it_will_be)
 
     @hookimpl
     def compress_epoch_step(self, clock: Clock, context: Context) -> None:
-        """Turns groups of quantizers on when their epoch comes, with fresh ranges."""
+        """Turns groups of quantizers on in their epoch, with freshly measured ranges."""
         if self._staging is None:
             return
         before = self._staging.get_state()
@@ -160,7 +162,7 @@ class Quantization(Algorithm):
 
     @hookimpl
     def compress_stage(self) -> CompressionStage:
-        """Tells whether none, some or all quantizers are on."""
+        """Returns the stage according to whether none, some or all quantizers are on."""
         enabled = [module.enabled for module in self.all_quantizations.values()]
         if all(enabled):
             return CompressionStage.FULLY_COMPRESSED
@@ -168,13 +170,13 @@ class Quantization(Algorithm):
 
     @hookimpl
     def compress_statistics(self) -> QuantizationStatistics:
-        """Reads the quantizers as they are now."""
+        """Returns the present settings and ranges of the quantizers."""
         quantizers = tuple(self._described(planned) for planned in self._planned)
         return QuantizationStatistics(quantizers, self._skipped, self._potential)
 
     @hookimpl
     def compress_state(self) -> dict[str, Any]:
-        """Returns what is not in the model's state_dict: signs, what is on, what is frozen."""
+        """Returns the state that is not in the `state_dict`: which quantizers are signed, on, and frozen."""
         modules = self.all_quantizations
         return {
             "signed": {name: module.signed for name, module in modules.items()},
@@ -187,7 +189,7 @@ class Quantization(Algorithm):
 
     @hookimpl
     def compress_load_state(self, state: Mapping[str, Any]) -> None:
-        """Takes the state back; the ranges come with the model's state_dict."""
+        """Restores the state; the ranges come with the model's `state_dict`."""
         modules = self.all_quantizations
         try:
             for name, module in modules.items():
@@ -201,14 +203,14 @@ class Quantization(Algorithm):
 
     @hookimpl
     def compress_strip(self, model: nn.Module) -> None:
-        """Leaves torch's own fake-quantize operators behind activations; weights are baked."""
+        """Replaces activation quantizers by torch's own fake-quantize operators; the core bakes the weights."""
         for planned in self._planned:
             if planned.group == "activations":
                 replace_by_native(model, planned, self.name)
 
     @hookimpl
     def compress_export(self, model: nn.Module) -> GraphRewrite:
-        """Puts integers and ONNX's quantize and dequantize operators in the place of the quantizers."""
+        """Replaces quantizers by integer weights and ONNX's quantize and dequantize operators."""
         prepare(model)
         return rewrite
 
@@ -230,7 +232,7 @@ class Quantization(Algorithm):
         return {planned.name: self._module(planned) for planned in self._planned if planned.group == "activations"}
 
     def init_range(self) -> None:
-        """Measures all ranges anew, on the model as it is now.
+        """Measures all ranges again, on the current model.
 
         Raises:
             DataError: There is no data.
@@ -242,20 +244,20 @@ class Quantization(Algorithm):
         _switch(self.weight_quantizers.values(), True)
 
     def disable_weight_quantization(self) -> None:
-        """Turns the quantizers of weights off: weights are used as they are."""
+        """Turns the quantizers of weights off; layers then use unquantized weights."""
         _switch(self.weight_quantizers.values(), False)
 
     def enable_activation_quantization(self) -> None:
-        """Turns the quantizers of activations on, but for those that no calibration sample has reached."""
+        """Turns the quantizers of activations on, except those that no calibration sample reached."""
         on = {name: module for name, module in self.non_weight_quantizers.items() if name not in self._off}
         _switch(on.values(), True)
 
     def disable_activation_quantization(self) -> None:
-        """Turns the quantizers of activations off: activations pass as they are."""
+        """Turns the quantizers of activations off; activations then stay unquantized."""
         _switch(self.non_weight_quantizers.values(), False)
 
     def freeze_quantizers(self, freeze: bool = True) -> None:
-        """Keeps scales and ranges as they are, or lets them be learned again.
+        """Stops the learning of scales and ranges, or resumes it.
 
         Raises:
             UsageError: `freeze` is neither True nor False.
@@ -265,7 +267,7 @@ class Quantization(Algorithm):
         for module in self.all_quantizations.values():
             module.requires_grad_(not freeze)
 
-    # How it is done.
+    # Implementation.
 
     def _module(self, planned: PlannedQuantizer) -> FakeQuantize:
         return find_quantizer(self.model, planned, self.name)
@@ -321,7 +323,7 @@ class Quantization(Algorithm):
     def _calibrate(
         self, groups: Iterable[str], batch_norm: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
     ) -> None:
-        """Measures the ranges of groups of quantizers, or says why they stay as they are."""
+        """Measures the ranges of groups of quantizers, or logs why they are not changed."""
         chosen = [self._calibrated(planned) for planned in self._planned if planned.group in groups]
         context = self.context
         data = self._data([q for q in chosen if q.planned.group == "activations" and q.samples], context)
@@ -339,7 +341,7 @@ class Quantization(Algorithm):
             return context.calibration_data(f"{path}.initializer.range", QuantizationRangeInitArgs)
         if not context.has_data(QuantizationRangeInitArgs):
             logger.warning(
-                "%s: there is no data to initialize the ranges of %d activation quantizers with; they mean nothing "
+                "%s: there is no data to initialize the ranges of %d activation quantizers with; they are not usable "
                 "until they are learned or loaded. Call register_default_init_args(config, loader)",
                 path,
                 len(wanted),
@@ -378,7 +380,7 @@ def _device_of(model: nn.Module) -> Any:
 
 
 def _below(path: str, problem: Problem) -> Problem:
-    """Returns a problem with its path in the document: scopes have that already, others one in the section."""
+    """Returns the problem with its full config path; problems of scopes already have it, others a relative path."""
     if problem.path.startswith(f"{path}.") or is_of_document(problem.path):
         return problem
     return Problem(f"{path}.{problem.path}" if problem.path else path, problem.message)

@@ -1,4 +1,4 @@
-"""Initial ranges: what quantizers see on calibration data, on the model as it will run."""
+"""Sets initial ranges from weights and calibration data, on the model that will run."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Calibrated:
-    """A quantizer that is to get its range.
+    """A quantizer whose range is being measured.
 
     Attributes:
-        planned: What it is.
+        planned: Its entry in the plan.
         module: The quantizer.
-        statistics: What it has seen so far.
-        samples: How many samples it is to see; 0 for none, then it keeps its range.
+        statistics: The statistics collected so far.
+        samples: Number of samples to measure; with 0 the quantizer keeps its range.
     """
 
     planned: PlannedQuantizer
@@ -49,21 +49,21 @@ def calibrate(
     batch_norm: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
     strict: bool = True,
 ) -> list[str]:
-    """Gives quantizers their ranges: weights first, then activations behind the quantized weights.
+    """Measures and sets the ranges of quantizers: first of weights, then of activations with quantized weights.
 
-    Everything runs in eval mode without gradients; modes and random generators come back. If anything fails, all
-    quantizers are as before. With several processes all of them take the ranges that process 0 has found.
+    Everything runs in eval mode without gradients; modes and random generators are restored. If anything fails, all
+    quantizers are restored. With several processes, all of them use the ranges that process 0 measured.
 
     Args:
         model: The model.
         quantizers: The quantizers.
-        data: The batches for activations; without any these keep their ranges.
-        batch_norm: Makes a context in which batch norm has the statistics that the model is going to run with. It is
-            entered while weights are quantized and activations are not.
-        strict: Whether it is an error when no sample reaches a quantizer; otherwise it is turned off, with a warning.
+        data: The batches for activations; without data these keep their ranges.
+        batch_norm: Returns a context manager in which batch norm has the statistics with which the model will run. It
+            is entered while weights are quantized and activations are not.
+        strict: Whether a quantizer that no sample reaches is an error; otherwise it is turned off with a warning.
 
     Returns:
-        Names of the quantizers that no sample has reached.
+        Names of the quantizers that no sample reached.
 
     Raises:
         DataError: The data is unusable, an activation is not finite, or no sample reaches a quantizer.
@@ -88,14 +88,14 @@ def calibrate(
 
 
 def _see_weight(model: nn.Module, quantizer: Calibrated) -> None:
-    """Shows a weight to its quantizer, as the transforms before it leave it."""
+    """Updates the statistics of a weight quantizer with its weight, after the transforms before the quantizer."""
     owner, name = resolve_parameter(model, quantizer.planned.parameter)
     with torch.no_grad(), _observing([quantizer]):
         getattr(owner, name)
 
 
 def _see_activations(model: nn.Module, quantizers: Sequence[Calibrated], data: CalibrationData) -> None:
-    """Shows batches to each quantizer until it has had the samples that it is to see."""
+    """Updates the statistics of activation quantizers with batches, each until it has its number of samples."""
     wanted = max(quantizer.samples for quantizer in quantizers)
     modes = [(module, module.training) for module in model.modules()]
     seen = 0
@@ -120,7 +120,7 @@ def _unreached(quantizers: Sequence[Calibrated], data: CalibrationData, *, stric
         return []
     message = (
         f"{data.path}: no calibration sample reaches {len(names)} of {len(quantizers)} quantizers of activations, such "
-        f"as {names[:3]}, so there is nothing to tell their ranges from"
+        f"as {names[:3]}, so their ranges cannot be determined"
     )
     if strict:
         raise DataError(
@@ -137,7 +137,7 @@ def _set_range(quantizer: Calibrated) -> None:
     low, high = _from_first_process(*quantizer.statistics.finalize())
     module = quantizer.module
     if quantizer.planned.spec.signed is None and quantizer.planned.spec.mode == "symmetric":
-        # As NNCF does: a grid needs values below zero as soon as one of the values is below zero.
+        # As in NNCF, the grid is signed if any value is below zero.
         module.signed = bool((low < 0).any())
     shape = quantizer.planned.shape
     try:
@@ -148,7 +148,7 @@ def _set_range(quantizer: Calibrated) -> None:
 
 
 def _from_first_process(low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the range that process 0 has found: DDP takes over its parameters, but not the sign that follows."""
+    """Returns the range that process 0 measured; DDP broadcasts parameters, but not the sign derived from the range."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return low, high
     bounds = torch.stack([low, high])
@@ -175,7 +175,7 @@ def _undone_on_failure(modules: Iterable[FakeQuantize]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _observing(observed: Sequence[Calibrated], silenced: Iterable[Calibrated] = ()) -> Iterator[None]:
-    """Within the context the quantizers hand tensors on as they are; those that observe look at them."""
+    """Context manager in which the quantizers return tensors unchanged, and those in `observed` record them."""
     members = {id(quantizer): quantizer for quantizer in [*observed, *silenced]}
     looking = {id(quantizer) for quantizer in observed}
     before = [(quantizer.module, quantizer.module.observer) for quantizer in members.values()]
@@ -190,7 +190,7 @@ def _observing(observed: Sequence[Calibrated], silenced: Iterable[Calibrated] = 
 
 def _seen_by(statistics: RangeStatistics) -> Callable[[torch.Tensor], None]:
     def observe(tensor: torch.Tensor) -> None:
-        # A module of the model that a user's hook calls computes on other data.
+        # If a user's hook calls a module of the model, the data is not that of the forward.
         if not hook_is_running():
             statistics.update(tensor)
 
@@ -198,4 +198,4 @@ def _seen_by(statistics: RangeStatistics) -> Callable[[torch.Tensor], None]:
 
 
 def _look_away(tensor: torch.Tensor) -> None:
-    """Lets a tensor pass."""
+    """Ignores a tensor."""

@@ -1,4 +1,4 @@
-"""What a trace says about single calls: what scopes can call them, and which weight they use."""
+"""Properties of single calls in a trace: the names that scopes can use for them, and the weights that they use."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from compress_quantization.operators import LINEAR_KINDS, base_name, is_weight_a
 
 
 def call_names(trace: Trace, modules: Mapping[str, ScopedModule]) -> dict[tuple[int, int], ScopedModule]:
-    """Returns (number of the forward, number of the call) -> what scopes can call it.
+    """Returns the names that scopes can use for each call: (number of the forward, number of the call) -> names.
 
     A call has a dotted name, `layer1.0.add`, and NNCF's, which count the calls of a function by a module:
     `ResNet/Sequential[layer1]/BasicBlock[0]/__iadd___0`.
@@ -33,12 +33,12 @@ def call_names(trace: Trace, modules: Mapping[str, ScopedModule]) -> dict[tuple[
 
 
 def call_key(forward: int, call: int) -> str:
-    """Returns what a call is called inside a scope filter: no name that a user would give."""
+    """Returns the internal key of a call in a scope filter, which users do not write."""
     return f"call {call} of example {forward}"
 
 
 def is_of(call: Call, forward: ForwardTrace) -> bool:
-    """Tells whether a call was made in this forward."""
+    """Returns whether a call was made in this forward."""
     return call.index < len(forward.calls) and forward.calls[call.index] is call
 
 
@@ -47,7 +47,7 @@ def _is_operator(nncf_name: str) -> bool:
 
 
 def weight_uses(trace: Trace) -> dict[str, Call]:
-    """Returns, for each parameter that some call uses as its weight, the first such call."""
+    """Returns, for each parameter that is used as a weight, the first call that uses it."""
     uses: dict[str, Call] = {}
     for forward in trace.forwards:
         for call in forward.calls:
@@ -59,9 +59,9 @@ def weight_uses(trace: Trace) -> dict[str, Call]:
 
 
 def owners_of_weights(call: Call, trace: Trace) -> list[str]:
-    """Returns the modules whose parameters a call uses as weights, where it is not their own forward that calls.
+    """Returns the modules whose parameters a call uses as weights although it is not made by their forward.
 
-    Attention does so with its last projection.
+    Attention uses its last projection in this way.
     """
     forward = next(forward for forward in trace.forwards if is_of(call, forward))
     values = [forward.values[value] for path, value in call.inputs if is_weight_argument(call, path)]
@@ -70,7 +70,7 @@ def owners_of_weights(call: Call, trace: Trace) -> list[str]:
 
 
 def is_depthwise(call: Call, trace: Trace) -> bool:
-    """Tells whether a call is a convolution with one filter group for each input channel."""
+    """Returns whether a call is a convolution with one filter group for each input channel."""
     if not kind_of(call.function).startswith("conv"):
         return False
     groups = call.keywords.get("groups", call.arguments[6] if len(call.arguments) > 6 else 1)
@@ -85,7 +85,7 @@ def _input_channels(call: Call, trace: Trace) -> int:
 
 
 def first_convolutions(trace: Trace) -> list[Call]:
-    """Returns the calls of convolutions in 2 or 3 dimensions that an input reaches without passing another one."""
+    """Returns the 2d and 3d convolutions that an input of the model reaches before any other of these."""
     found: list[Call] = []
     for forward in trace.forwards:
         reached: set[ValueId] = {value.index for value in forward.inputs}

@@ -1,6 +1,6 @@
 """The section `quantization`: NNCF's keys and defaults.
 
-What the keys may not say together is checked in `compress_quantization.config_checks`.
+`compress_quantization.config_checks` checks that the values fit together.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Epoch = Annotated[Count, Field(ge=0)]
 Mode = Literal["symmetric", "asymmetric"]
 QuantizerGroup = Literal["weights", "activations"]
 
-# What plugins can add to: `ranges` says what a value has to be.
+# A choice point that plugins can add to; `ranges` describes its values.
 RANGE = "quantization.range"
 
 
@@ -41,7 +41,7 @@ class RangeConfig(Section):
 
 
 class ScopedRangeConfig(RangeConfig):
-    """Entry of `initializer.range` as a list; each quantizer belongs to exactly one."""
+    """Entry of `initializer.range` as a list; each quantizer must match exactly one entry."""
 
     target_scopes: Scopes = Field(default_factory=list, description="quantizers that this entry is for")
     ignored_scopes: Scopes = Field(default_factory=list, description="quantizers that this entry is not for")
@@ -52,7 +52,7 @@ class ScopedRangeConfig(RangeConfig):
 
 
 def _object_or_list(value: Any) -> str:
-    # The names are those of containers because such parts of a location are left out of the paths of messages.
+    # The tags are names of containers, because paths in messages leave out such parts of a location.
     return "list" if isinstance(value, list) else "dict"
 
 
@@ -73,7 +73,7 @@ BitsAndScope = Annotated[tuple[Bits, str], BeforeValidator(_bits_and_scope)]
 
 
 class PrecisionConfig(Section):
-    """Section `initializer.precision`: how the quantizers get different numbers of bits."""
+    """Section `initializer.precision`: how quantizers get different numbers of bits."""
 
     type: Literal["manual", "hawq", "autoq"] = Field(
         "manual", description="manual: as bitwidth_per_scope says; hawq and autoq are not available yet"
@@ -109,11 +109,11 @@ class QuantizationInitializer(InitializerSection):
 
 class _QuantizerOptions(Section):
     mode: Mode | None = Field(
-        None, description="symmetric: the scale is learned; asymmetric: both ends of the range; by default the preset's"
+        None, description="symmetric: the scale is learned; asymmetric: both ends of the range; default from the preset"
     )
     bits: Bits | None = Field(None, description="number of bits; by default the first that the device offers: 8")
     signed: bool | None = Field(
-        None, description="symmetric: whether values below zero are represented; by default as the statistics show"
+        None, description="symmetric: whether the grid has values below zero; by default decided from statistics"
     )
     per_channel: bool | None = Field(
         None, description="one range for each channel instead of one for the tensor; by default as the device prefers"
@@ -122,7 +122,7 @@ class _QuantizerOptions(Section):
 
 class _GroupConfig(_QuantizerOptions):
     logarithm_scale: bool = Field(False, description="learn the logarithm of the scale")
-    ignored_scopes: Scopes = Field(default_factory=list, description="parts of the model to leave alone")
+    ignored_scopes: Scopes = Field(default_factory=list, description="parts of the model to leave unquantized")
     target_scopes: Scopes = Field(default_factory=list, description="if given, the only parts to quantize")
     validate_scopes: bool = Field(True, description="whether a scope that matches nothing is an error")
 
@@ -149,21 +149,21 @@ class ScopeOverride(_QuantizerOptions):
     """Section `scope_overrides.<group>.<scope>`."""
 
     initializer: OverrideInitializer = Field(
-        default_factory=OverrideInitializer, description="data-driven set-up of these quantizers"
+        default_factory=OverrideInitializer, description="what is measured on data for these quantizers"
     )
 
 
 class ScopeOverrides(Section):
-    """Section `scope_overrides`; where several scopes match a quantizer, the later entry wins, value by value."""
+    """Section `scope_overrides`; if several scopes match a quantizer, later entries override earlier ones by value."""
 
     weights: dict[str, ScopeOverride] = Field(default_factory=dict, description="scope -> settings of weights")
     activations: dict[str, ScopeOverride] = Field(default_factory=dict, description="scope -> settings of activations")
 
 
 class StagedParams(Section):
-    """Section `params`: with anything in it, weights and activations are quantized from some epoch on.
+    """Section `params`: if it has any value, weights and activations are quantized only from certain epochs on.
 
-    The other keys are those of NNCF's example scripts; no library has ever read them.
+    All other keys belong to NNCF's example scripts; neither NNCF itself nor this package reads them.
     """
 
     activations_quant_start_epoch: Epoch = Field(1, description="epoch, from 0, at which activations are quantized")
@@ -177,7 +177,7 @@ class StagedParams(Section):
 
     @property
     def staged(self) -> bool:
-        """Whether quantization begins by and by: as soon as anything stands in the section."""
+        """Whether quantization begins in stages, which is so if the section has any value."""
         return bool(self.model_fields_set)
 
 
@@ -186,7 +186,7 @@ class QuantizationConfig(AlgorithmConfig):
 
     algorithm: Literal["quantization"] = Field(description="name of the algorithm")
     initializer: QuantizationInitializer = Field(
-        default_factory=QuantizationInitializer, description="data-driven set-up before training"
+        default_factory=QuantizationInitializer, description="what is measured on data before training"
     )
     preset: Literal["performance", "mixed"] | None = Field(
         None,
@@ -206,18 +206,18 @@ class QuantizationConfig(AlgorithmConfig):
         "layers, in none, or in the first convolution; for target_device ANY and CPU",
     )
     export_to_onnx_standard_ops: bool | None = Field(
-        None, description="true says what is done anyway: export writes QuantizeLinear and DequantizeLinear"
+        None, description="only true, without effect: export always writes QuantizeLinear and DequantizeLinear"
     )
     compression_lr_multiplier: float | None = Field(
-        None, gt=0, description="factor on the gradients of what the quantizers learn; by default the document's"
+        None, gt=0, description="factor on the gradients of scales and ranges; by default the top-level value"
     )
     params: StagedParams = Field(default_factory=StagedParams, description="epochs from which quantization is on")
 
     @model_validator(mode="before")
     @classmethod
     def _hint_at_groups(cls, values: Any) -> Any:
-        # The documentation of NNCF shows them in this place, where NNCF refuses them too.
+        # NNCF's documentation shows these keys here, although NNCF refuses them too.
         misplaced = [key for key in ("mode", "bits", "signed", "per_channel") if key in values]
         if misplaced:
-            raise ValueError(f'{", ".join(misplaced)}: belongs into "weights" or "activations", or into both')
+            raise ValueError(f'{", ".join(misplaced)}: belongs in "weights" or "activations", or in both')
         return values

@@ -1,4 +1,4 @@
-"""What a section `quantization` must not say, as far as that is known without a model."""
+"""Checks of the section `quantization` that the schema cannot do and that need no model."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from compress_quantization.quantizer_config import PRESETS, Resolver, effective_
 
 _GROUPS: tuple[QuantizerGroup, ...] = ("weights", "activations")
 
-# Keys of `params` that NNCF's example scripts read, and NNCF itself does not.
+# Keys of `params` that only NNCF's example scripts read.
 _OF_EXAMPLE_SCRIPTS = (
     "batch_multiplier",
     "lr_poly_drop_start_epoch",
@@ -49,21 +49,21 @@ _SEARCH_KEYS = (
 
 
 def check_config(config: QuantizationConfig, target_device: str, *, strict: bool = True) -> Profile:
-    """Refuses what contradicts itself or the device.
+    """Refuses values that contradict each other or the device.
 
-    Checking a value does not count as reading it; only what has its effect later, whatever the model is, is read.
+    Checking a value does not count as reading it. At the end, the values that will take effect for any model are read.
 
     Args:
         config: The section.
-        target_device: The document's `target_device`.
-        strict: Whether values that can have no effect are refused too, with the reason; otherwise they stay unread, and
-            the core warns about them.
+        target_device: `target_device` of the config.
+        strict: Whether values that can have no effect are refused as well, with the reason; otherwise they stay unread,
+            and the core warns about them.
 
     Returns:
         The profile of the device.
 
     Raises:
-        ConfigError: With everything that is wrong; paths are relative to the section.
+        ConfigError: Lists everything that is wrong; paths are relative to the section.
     """
     profile = load_profile(target_device)
     looked_at = config.unread()
@@ -103,7 +103,7 @@ def _preset(config: QuantizationConfig, profile: Profile) -> Iterator[Problem]:
 
 
 def _device(config: QuantizationConfig, profile: Profile) -> Iterator[Problem]:
-    """Finds settings of groups and overrides that no operator of the device could have."""
+    """Finds settings of groups and overrides that no operator of the device supports."""
     for group in _GROUPS:
         options = getattr(config, group)
         yield from _offered(group, options, None, config, profile, group)
@@ -117,7 +117,7 @@ def _device(config: QuantizationConfig, profile: Profile) -> Iterator[Problem]:
 def _offered(
     path: str, options: Any, defaults: Any, config: QuantizationConfig, profile: Profile, group: QuantizerGroup
 ) -> Iterator[Problem]:
-    """Yields what is wrong with the settings of a group, or of an override on top of those of its group."""
+    """Yields what is wrong with the settings of a group, or of an override combined with its group."""
     wanted = {
         name: getattr(options, name) if getattr(options, name) is not None else getattr(defaults, name, None)
         for name in ("bits", "mode", "per_channel", "signed")
@@ -239,12 +239,12 @@ def _scopes(config: QuantizationConfig) -> Iterator[Problem]:
         targets = section.target_scopes
         ignored = section.ignored_scopes
         if "target_scopes" in section.model_fields_set and not targets:
-            yield Problem(f"{path}target_scopes", "is empty, so nothing is a target; name something, or remove it")
+            yield Problem(f"{path}target_scopes", "is empty, so nothing is a target; add a scope, or remove it")
         for index, entry in enumerate(targets):
             if entry in ignored:
                 yield Problem(
                     f"{path}target_scopes.{index}",
-                    f"'{entry}' stands in {path}ignored_scopes as well, which counts; remove one of the two",
+                    f"'{entry}' stands in {path}ignored_scopes as well, which takes precedence; remove one of the two",
                 )
 
 
@@ -263,7 +263,7 @@ def _unified_scales(config: QuantizationConfig) -> Iterator[Problem]:
 
 
 def _dead_values(config: QuantizationConfig, profile: Profile) -> list[Problem]:
-    """Finds what can have no effect."""
+    """Finds values that can have no effect."""
     problems = []
     if config.export_to_onnx_standard_ops is False:
         problems.append(
@@ -298,7 +298,7 @@ def _dead_values(config: QuantizationConfig, profile: Profile) -> list[Problem]:
 
 
 def given_to_example_scripts(config: QuantizationConfig) -> dict[str, Any]:
-    """Returns what the section says that only NNCF's example scripts have ever read: path in the section -> value."""
+    """Returns the values that only NNCF's example scripts read: path in the section -> value."""
     params = config.params
     return {f"params.{name}": params.__dict__[name] for name in _given(params, _OF_EXAMPLE_SCRIPTS)}
 
@@ -315,7 +315,7 @@ def _compile(config: QuantizationConfig, profile: Profile, problems: list[Proble
 
 
 def _read(config: QuantizationConfig, profile: Profile) -> None:
-    """Reads what has its effect later, so that what is left unread can have none."""
+    """Reads the values that take effect later, so that all values left unread have no effect."""
     for name in ("quantize_inputs", "quantize_outputs", "compression_lr_multiplier"):
         getattr(config, name)
     if config.__dict__["export_to_onnx_standard_ops"]:
@@ -326,5 +326,5 @@ def _read(config: QuantizationConfig, profile: Profile) -> None:
         _ = config.params.activations_quant_start_epoch, config.params.weights_quant_start_epoch
     precision = config.initializer.precision
     if precision is not None and precision.bitwidth_per_scope:
-        # What these do is done by the checks: which bits the pairs may have, and that pairs are what counts.
+        # The checks have already applied these: they limit the bits of the pairs, and select the type with pairs.
         _ = precision.type, precision.bits

@@ -1,4 +1,4 @@
-"""Fake-quantizers: tensors take the values that integers of a few bits can stand for, and stay floating point."""
+"""Fake-quantizers: round floating-point tensors to the values that integers of a few bits can represent."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MINIMUM_SCALE = 0.1
 
 
 class FakeQuantize(WeightTransform, ActivationTransform):
-    """Base of the fake-quantizers: rounds a tensor to a grid whose range is learned.
+    """Base class of the fake-quantizers: rounds a tensor to a grid whose range is learned.
 
     Values are computed in float32 (in float64 for float64 tensors) and returned in the dtype and the memory format of
     the input. Gradients are straight-through, see `kernels.formulas`; derivatives of gradients are those of the
@@ -30,10 +30,10 @@ class FakeQuantize(WeightTransform, ActivationTransform):
         shape: Shape of the learned range; all ones, or one dimension with the number of channels. Dimensions count
             from the end, as in broadcasting.
         bits: Number of bits.
-        signed: Whether the grid reaches below zero (symmetric quantizers; an asymmetric range says so itself).
-        enabled: Whether it does anything; otherwise tensors pass as they are.
+        signed: Whether the grid has values below zero (symmetric quantizers only; an asymmetric range determines it).
+        enabled: Whether it quantizes; otherwise tensors are returned unchanged.
         lr_multiplier: Factor on the gradients of the range.
-        observer: While set, called with each tensor, which passes as it is.
+        observer: If set, it is called with each tensor, and the tensor is returned unchanged.
     """
 
     recomputable = True
@@ -52,19 +52,19 @@ class FakeQuantize(WeightTransform, ActivationTransform):
         half_range: bool = False,
         logarithm_scale: bool = False,
     ) -> None:
-        """Makes a quantizer without a calibrated range.
+        """Creates a quantizer without a calibrated range.
 
         Args:
             shape: Shape of the learned range, e.g. `(1,)`, `(64, 1, 1, 1)`, `(1, 64, 1, 1)`.
             bits: 2 to 16.
             signed: See the class; calibration may change it.
-            narrow_range: One level less, so that a signed grid is symmetric (symmetric quantizers only).
-            half_range: The levels of one bit less, against overflow of 16-bit accumulators on old CPUs.
-            logarithm_scale: Learn the logarithm of the scale or width; `state_dict` holds the linear value, in float64,
+            narrow_range: Use one level less, so that a signed grid is symmetric (symmetric quantizers only).
+            half_range: Use the levels of one bit less, against overflow of 16-bit accumulators on old CPUs.
+            logarithm_scale: Learn the logarithm of the scale or width; `state_dict` has the linear value, in float64,
                 so that a saved and loaded quantizer is the same to the last bit.
 
         Raises:
-            UsageError: The bits or the shape are not possible.
+            UsageError: The number of bits or the shape is invalid.
         """
         super().__init__()
         smallest = 3 if half_range else 2
@@ -88,7 +88,7 @@ class FakeQuantize(WeightTransform, ActivationTransform):
 
     @property
     def channel_dim(self) -> int | None:
-        """Dimension of `shape` that the channels are in, or None for one grid for the whole tensor."""
+        """Dimension of the channels in `shape`, or None if there is one grid for the whole tensor."""
         return self._channel_dim
 
     def levels(self) -> tuple[int, int]:
@@ -108,26 +108,26 @@ class FakeQuantize(WeightTransform, ActivationTransform):
         raise NotImplementedError
 
     def _source(self, dtype: torch.dtype) -> Source:
-        """Returns what the range is computed from, in this dtype."""
+        """Returns the values from which the range is computed, in this dtype."""
         raise NotImplementedError
 
     @torch.no_grad()
     def step_low_high(self, dtype: torch.dtype = torch.float32) -> StepLowHigh:
-        """Returns `step`, `low` and `high` of `kernels.formulas`, of shape (channels,) and without a graph."""
+        """Returns `step`, `low` and `high` of `kernels.formulas`, detached, each of shape (channels,)."""
         return ranges_of_channels(self._source(dtype), self.levels(), dtype)
 
     def _learned(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Returns what gets the gradient of the range's width, and what gets that of its low end."""
+        """Returns the parameters that get the gradients of the range's width and of its low end."""
         raise NotImplementedError
 
     def range(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns the smallest and the largest value of the grid; the shape of the range, without a graph."""
+        """Returns the smallest and the largest value of the grid, detached, in the shape of the range."""
         grid = self.grid()
         low, high = (grid.scale * (level - grid.zero_point) for level in (grid.quant_min, grid.quant_max))
         return low.reshape(self.shape), high.reshape(self.shape)
 
     def grid(self) -> Grid:
-        """Returns the grid for runtimes: integers of 8 bits fit int8 (signed) or uint8 (unsigned, asymmetric)."""
+        """Returns the grid for runtimes; 8-bit integers fit int8 (signed) or uint8 (unsigned, asymmetric)."""
         step, low, _ = self.step_low_high()
         smallest, largest = self.levels()
         shape = () if self._channel_dim is None else (-1,)
@@ -138,7 +138,7 @@ class FakeQuantize(WeightTransform, ActivationTransform):
         """Returns `x` on the grid.
 
         Args:
-            x: Tensor that `shape` broadcasts against; one that is not floating point passes as it is.
+            x: Tensor to which `shape` broadcasts; a tensor that is not floating point is returned unchanged.
 
         Raises:
             UsageError: `x` does not have the number of channels of the quantizer.
@@ -150,7 +150,7 @@ class FakeQuantize(WeightTransform, ActivationTransform):
         return x
 
     def forward_owned(self, x: torch.Tensor) -> torch.Tensor:
-        """Does what `forward` does, and may write the result to `x`, which nobody else has."""
+        """Does what `forward` does, but may overwrite `x`, which has no other reader."""
         if self._is_active(x):
             return self._quantize(x, None, owned=True)
         result: torch.Tensor = self.forward(x)
@@ -169,7 +169,7 @@ class FakeQuantize(WeightTransform, ActivationTransform):
         return result
 
     def fused_in_place(self, x: torch.Tensor, activation: str) -> torch.Tensor:
-        """Returns `self(function(x, inplace=True))`: x becomes what is returned, or what the function returns.
+        """Returns `self(function(x, inplace=True))`; writes the activated value or this result to `x`.
 
         Args:
             x: What the activation function takes.
@@ -222,11 +222,11 @@ class FakeQuantize(WeightTransform, ActivationTransform):
         return parameter
 
     def __getstate__(self) -> dict[str, Any]:
-        # An observer belongs to who is calibrating this very quantizer, and often cannot be pickled.
+        # An observer belongs to the calibration of this very object, and often cannot be pickled.
         return {**self.__dict__, "observer": None}
 
     def extra_repr(self) -> str:
-        """Shows the settings that matter."""
+        """Returns the settings for `repr`."""
         flags = [name for name in ("narrow_range", "half_range", "logarithm_scale") if getattr(self, name)]
         if not self.enabled:
             flags.append("disabled")
@@ -234,10 +234,10 @@ class FakeQuantize(WeightTransform, ActivationTransform):
 
 
 class SymmetricFakeQuantize(FakeQuantize):
-    """A grid around zero, or from zero upwards, with a learned scale S: the largest value of the grid is S.
+    """Rounds to a grid around zero, or from zero upwards; the learned scale S is the largest value of the grid.
 
-    Levels for b bits: signed -2^(b-1)..2^(b-1)-1, unsigned 0..2^b-1; `narrow_range` takes one level off (the lowest of
-    a signed grid, the highest of an unsigned one), `half_range` means b-1.
+    Levels for b bits: signed -2^(b-1)..2^(b-1)-1, unsigned 0..2^b-1. `narrow_range` removes one level (the lowest of a
+    signed grid, the highest of an unsigned one), `half_range` uses b-1 bits.
 
     Attributes:
         scale: Parameter of shape `shape`; S = |scale| + 1e-16, or exp(scale) with `logarithm_scale`.
@@ -268,12 +268,12 @@ class SymmetricFakeQuantize(FakeQuantize):
         return self._width(self.scale), None
 
     def set_range(self, minimum: torch.Tensor, maximum: torch.Tensor, *, minimum_scale: float = _MINIMUM_SCALE) -> None:
-        """Sets the scale to max(|minimum|, |maximum|), and to `minimum_scale` where that is smaller.
+        """Sets the scale to max(|minimum|, |maximum|), but at least to `minimum_scale`.
 
         Args:
             minimum: Smallest values, of a shape that broadcasts to `shape`.
             maximum: Largest values.
-            minimum_scale: 0.1 is NNCF's. With 0 scales are as small as the values; those of tensors of zeros are 0.1.
+            minimum_scale: NNCF uses 0.1. With 0, scales are as small as the values, and 0.1 for tensors of zeros.
 
         Raises:
             DataError: A value is not finite, or a minimum is above its maximum.
@@ -285,12 +285,13 @@ class SymmetricFakeQuantize(FakeQuantize):
 
 
 class AsymmetricFakeQuantize(FakeQuantize):
-    """A grid with both ends learned, moved so that zero is on it. Levels: 0..2^b-1, b-1 with `half_range`.
+    """Rounds to a grid with two learned ends, tuned so that zero is on the grid.
 
-    The grid is that of `Grid`, with an integer zero point; `narrow_range` has no effect. The ends are tuned as NNCF
-    does: low <= 0 <= high, the zero point rounded, and of the two ranges that have it there (low moved, or high) the
-    wider one. Where an end is so near to zero that the zero point is the first or the last integer, NNCF's rounding is
-    up to half a step off the nearest grid value; here, as in runtimes, it is always the nearest one.
+    Levels for b bits: 0..2^b-1; `half_range` uses b-1 bits, `narrow_range` has no effect. The grid is that of `Grid`,
+    with an integer zero point. The ends are tuned as in NNCF: low <= 0 <= high, the zero point is rounded, and of the
+    two ranges with this zero point (low moved, or high moved) the wider one is used. If an end is so close to zero that
+    the zero point is the first or the last integer, NNCF's rounding is up to half a step off the nearest grid value;
+    here it is always the nearest value, as in runtimes.
 
     Attributes:
         input_low: Parameter of shape `shape`: the low end, before tuning.
@@ -332,7 +333,7 @@ class AsymmetricFakeQuantize(FakeQuantize):
         width = high - low
         slack = (width.clamp_min(0.01 * width.max()) - width) / 2
         low, width = low - slack, width + 2 * slack
-        # The range is stretched to zero later; only where nothing but zeros was seen there is no range at all.
+        # The range is extended to zero later, so it is empty only if all values were zero.
         empty = (low == 0) & (width == 0)
         width = torch.where(empty, _MINIMUM_SCALE, width)
         self._store(self.input_low, low)

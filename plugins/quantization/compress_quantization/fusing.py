@@ -1,4 +1,4 @@
-"""Chains of operators that a runtime computes as one: between them nothing is quantized."""
+"""Finds chains of operators that a runtime fuses into one; nothing is quantized inside of them."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _LONGEST_GATE = 5
 
 
 def fused_calls(forward: ForwardTrace) -> set[int]:
-    """Returns the numbers of the calls that go on with what the call before them has computed.
+    """Returns the numbers of the calls that a runtime fuses with the call before them.
 
-    These are batch norms behind a weighted or arithmetic operator, arithmetic with constants (scale and shift) behind
-    one of these or at an input of the model, each also behind an activation function; and activation functions that
-    are written out, such as x * sigmoid(x) or x * relu6(x + 3) / 6.
+    These are batch norms after a weighted or arithmetic operator; arithmetic with constants (scale and shift) after one
+    of these or at an input of the model; both also after an activation function; and activation functions that are
+    written out, such as x * sigmoid(x) or x * relu6(x + 3) / 6.
     """
     return _Fusing(forward).run()
 
@@ -48,7 +48,7 @@ class _Fusing:
         return self._fused
 
     def _data(self, call: Call) -> list[ValueId]:
-        """Returns the activations among a call's arguments: no parameters, no constants."""
+        """Returns the activations among a call's arguments, without parameters and constants."""
         values = self._forward.values
         return [
             value
@@ -74,7 +74,7 @@ class _Fusing:
         return is_activation(producer.function) and len(data) == 1 and self._continues(data[0], is_shift)
 
     def _gate(self, call: Call) -> set[int]:
-        """Returns the calls of a self-gated activation that ends in the product `call`; empty if it is none."""
+        """Returns the calls of a self-gated activation that ends in the product `call`, or an empty set."""
         data = self._data(call)
         if len(data) != 2:
             return set()
@@ -85,7 +85,7 @@ class _Fusing:
         return set()
 
     def _chain(self, end: ValueId, start: ValueId) -> set[int]:
-        """Returns the element-wise calls that lead from `start` to `end`; empty if others are in between."""
+        """Returns the element-wise calls from `start` to `end`; empty if there are other calls in between."""
         chain: set[int] = set()
         while end != start and len(chain) < _LONGEST_GATE:
             made_by = self._forward.values[end].call

@@ -1,7 +1,7 @@
-"""Masks in a trace: numbers that stand for infinity, so that scores vanish or a maximum passes positions over.
+"""Finds masks in a trace: tensors with huge numbers that make scores vanish or exclude positions from a maximum.
 
-A mask holds zeros and such numbers, and what it is added to or written into holds them too. Quantized, these would take
-the whole range; and a range that is infinite is none.
+A mask holds zeros and such numbers, and so does every tensor that it is added to or written into. If these were
+quantized, the huge numbers would take up the whole range, and an infinite range cannot be quantized at all.
 """
 
 from __future__ import annotations
@@ -22,29 +22,29 @@ from compress_quantization.operators import (
     kind_of,
 )
 
-# From here on a number in the code is taken for minus infinity: half precision has little more room. Factors of images
-# and of time are large, so that it takes more for plus infinity.
+# Up to the first limit, a number in the code counts as minus infinity; half precision cannot go much lower. The limit
+# for plus infinity is larger, because factors of images and of time are large numbers too.
 _MINUS_INFINITY, _PLUS_INFINITY = -1e4, 1e8
 
-# Functions that write such a number into a tensor.
+# Functions that write a number into a tensor.
 _WRITES_NUMBERS = frozenset(
     ["masked_fill", "full", "full_like", "new_full", "fill", "where", "mul", "multiply", "__rmul__", "__setitem__"]
     + ["scalar_tensor", "pad"]
 )
 
-# Functions that read the shape of a tensor, and no values.
+# Functions that read only the shape of a tensor, not its values.
 _READS_SHAPE = frozenset([f"{n}_like" for n in ("full", "zeros", "ones", "empty")]) | {
     f"new_{n}" for n in ("full", "zeros", "ones", "empty", "tensor")
 }
 
 _CASTS = frozenset(["to", "float", "half", "bfloat16", "double", "type", "type_as"])
 
-# Functions of masks that give masks.
+# Functions whose result is a mask if their arguments are masks.
 _KEEPS_MASKS = frozenset(["masked_fill", "where", "triu", "tril", "minimum", "maximum", "min", "max", "neg"])
 
 
 def stored_masks(model: nn.Module) -> frozenset[str]:
-    """Returns the names of the buffers that hold zeros and numbers that stand for minus infinity."""
+    """Returns the names of the buffers that hold only zeros and numbers that count as minus infinity."""
     return frozenset(
         name
         for name, buffer in model.named_buffers(remove_duplicate=False)
@@ -57,7 +57,7 @@ def stored_masks(model: nn.Module) -> frozenset[str]:
 def masks_of(forward: ForwardTrace, stored: Container[str] = ()) -> set[ValueId]:
     """Returns the values that are masks or have been masked.
 
-    Masks are the values that are stored or made as such, and those that are read as nothing else.
+    Masks are values that are stored or created as masks, and values that are used only as masks.
 
     Args:
         forward: The trace of a forward.
@@ -74,7 +74,7 @@ def masks_of(forward: ForwardTrace, stored: Container[str] = ()) -> set[ValueId]
 
 
 def reads_mask(call: Call, masks: set[ValueId]) -> bool:
-    """Tells whether a call makes a mask, or computes with one or with what is masked."""
+    """Returns whether a call creates a mask, or computes with a mask or a masked value."""
     if _gives_masks(call, masks):
         return True
     computes = kind_of(call.function) in {*ARITHMETIC_KINDS, "min", "max", "compare"} or is_transparent(call)
@@ -82,7 +82,7 @@ def reads_mask(call: Call, masks: set[ValueId]) -> bool:
 
 
 def _gives_masks(call: Call, masks: set[ValueId]) -> bool:
-    # What a layer makes may be a mask, such as a learned bias; what the layer reads is an activation like any other.
+    # The result of a layer may be a mask, such as a learned bias, but its input is an ordinary activation.
     return bool(call.results) and masks.issuperset(call.results) and kind_of(call.function) not in LINEAR_KINDS
 
 
@@ -93,11 +93,11 @@ class _Masking:
         values = forward.values
         self._forward = forward
         self._masks = {value.index for value in values if value.parameter and value.parameter in stored}
-        # Scores and other activations with a mask in them.
+        # Scores and other activations to which a mask was applied.
         self._masked: set[ValueId] = set()
-        # What layers have computed, and all that follows.
+        # Results of layers, and all values computed from them.
         self._products: set[ValueId] = set()
-        # Booleans, and what they are as zeros and ones.
+        # Booleans, and their conversions to zeros and ones.
         self._flags = {value.index for value in values if value.dtype == torch.bool}
 
     def run(self) -> tuple[set[ValueId], set[ValueId]]:
@@ -125,13 +125,13 @@ class _Masking:
 
 def _keeps_masks(call: Call) -> bool:
     name, kind = base_name(call.function), kind_of(call.function)
-    if "max_pool" in name or (kind in ("min", "max") and len(call.inputs) < 2):  # where masked positions are left out
+    if "max_pool" in name or (kind in ("min", "max") and len(call.inputs) < 2):  # these exclude masked positions
         return False
     return is_transparent(call) or kind in ARITHMETIC_KINDS or name in _KEEPS_MASKS
 
 
 def _writes_infinity(call: Call) -> bool:
-    numbers = [*call.arguments, *call.keywords.values()]  # not those in lists: these are sizes
+    numbers = [*call.arguments, *call.keywords.values()]  # not numbers in lists, which are sizes
     return base_name(call.function) in _WRITES_NUMBERS and any(
         isinstance(n, (int, float)) and (n <= _MINUS_INFINITY or n >= _PLUS_INFINITY) for n in numbers
     )

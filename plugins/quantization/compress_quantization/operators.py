@@ -1,4 +1,4 @@
-"""What functions of torch mean to quantization: which kind of operator each one is.
+"""Classifies functions of torch for quantization: the kind of operator of each, and the roles of its arguments.
 
 A function is known by the last part of its name, without the underscore of in-place variants: `torch.add`,
 `torch.Tensor.add`, `torch.Tensor.add_` and `+` are all `add`.
@@ -41,7 +41,7 @@ _KINDS: dict[str, str] = {
     **dict.fromkeys(("cat", "concat", "concatenate", "hstack", "vstack", "stack"), "concat"),
 }
 
-# Values pass through these unchanged, in another shape or order: a quantizer before does as well as one behind.
+# Functions that do not change values, only shape or order, so a quantizer before them is as good as one after.
 _TRANSPARENT = frozenset(
     [f"{prefix}max_pool{n}d" for prefix in ("", "adaptive_") for n in (1, 2, 3)]
     + [f"{prefix}dropout{n}" for prefix in ("", "alpha_", "feature_", "feature_alpha_") for n in ("", "1d", "2d", "3d")]
@@ -59,7 +59,7 @@ _TRANSPARENT = frozenset(
     + ["alias", "zero_pad2d"]
 )
 
-# Applied to each value by itself; with a weighted or arithmetic operator before them they run as one in a runtime.
+# Elementwise activation functions, which a runtime fuses with a preceding weighted or arithmetic operator.
 _ACTIVATIONS = frozenset(
     ["relu", "relu6", "leaky_relu", "prelu", "rrelu", "elu", "selu", "celu", "gelu", "silu", "mish", "sigmoid"]
     + ["logsigmoid", "tanh", "hardtanh", "hardsigmoid", "hardswish", "hardshrink", "softplus", "softsign", "threshold"]
@@ -71,34 +71,34 @@ LINEAR_KINDS = frozenset(
 )
 ARITHMETIC_KINDS = frozenset(["add", "sub", "mul", "div"])
 
-# Where the activations of an operator are, if not in all its tensor arguments.
+# The arguments of an operator that are activations, if not all its tensor arguments are.
 _DATA_ARGUMENTS: dict[str, tuple[int | str, ...]] = {
     **dict.fromkeys(LINEAR_KINDS - {"matmul"}, (0, "input")),
     **dict.fromkeys(("layer_norm", "group_norm", "batch_norm", "interpolate"), (0, "input")),
     "scaled_dot_product_attention": (0, 1, 2, "query", "key", "value"),
 }
 
-# Products to which the first argument is added, as a bias is.
+# Products whose first argument is added like a bias.
 _WITH_ADDEND = frozenset({"addmm", "addbmm", "baddbmm"})
 
-# Where the weight of an operator is.
+# The argument of an operator that is its weight.
 _WEIGHT_ARGUMENTS = (1, "weight")
 
 
 def base_name(function: str) -> str:
-    """Returns the last part of a function's name, in-place variants like the others."""
+    """Returns the last part of a function's name, without the underscore of in-place variants."""
     parts = function.split(".")
     name = parts[-2] if parts[-1] == "__get__" else parts[-1]
     return name if name.startswith("__") else name.rstrip("_")
 
 
 def kind_of(function: str) -> str:
-    """Returns the kind of an operator, or the empty string when it is none that profiles list."""
+    """Returns the kind of an operator, or the empty string if profiles do not list it."""
     return _KINDS.get(base_name(function), "")
 
 
 def is_transparent(call: Call) -> bool:
-    """Tells whether a call only moves values about."""
+    """Returns whether a call only moves values without changing them."""
     name = base_name(call.function)
     if name == "pad":
         return _pads_with_zeros(call)
@@ -111,17 +111,17 @@ def is_transparent(call: Call) -> bool:
 def _pads_with_zeros(call: Call) -> bool:
     mode = call.keywords.get("mode", call.arguments[2] if len(call.arguments) > 2 else "constant")
     value = call.keywords.get("value", call.arguments[3] if len(call.arguments) > 3 else 0)
-    # Zero is on every grid, and the other modes repeat values that are there.
+    # Zero is on every grid, and the other modes repeat existing values.
     return mode != "constant" or not value
 
 
 def is_activation(function: str) -> bool:
-    """Tells whether a function is an element-wise activation function."""
+    """Returns whether a function is an element-wise activation function."""
     return base_name(function) in _ACTIVATIONS
 
 
 def is_data_argument(call: Call, path: Path) -> bool:
-    """Tells whether a tensor argument of a call is an activation (and not a weight, a bias or a statistic)."""
+    """Returns whether a tensor argument of a call is an activation (and not a weight, a bias or a statistic)."""
     wanted = _DATA_ARGUMENTS.get(kind_of(call.function))
     if base_name(call.function) in _WITH_ADDEND:
         return path[0] not in (0, "input")
@@ -129,7 +129,7 @@ def is_data_argument(call: Call, path: Path) -> bool:
 
 
 def is_mask_argument(call: Call, path: Path) -> bool:
-    """Tells whether a tensor argument of a call is added to the scores of attention, to leave some of them out."""
+    """Returns whether a tensor argument of a call is a mask that is added to the scores of attention."""
     name = base_name(call.function)
     if name == "scaled_dot_product_attention":
         return path[0] in (3, "attn_mask")
@@ -137,7 +137,7 @@ def is_mask_argument(call: Call, path: Path) -> bool:
 
 
 def is_weight_argument(call: Call, path: Path) -> bool:
-    """Tells whether a tensor argument of a call is the weight of a convolution, a linear layer or an embedding."""
+    """Returns whether a tensor argument of a call is the weight of a convolution, a linear layer or an embedding."""
     kind = kind_of(call.function)
     if kind == "embedding":
         # F.embedding(input, weight), but torch.embedding(weight, input).

@@ -1,12 +1,12 @@
-"""Where activations are quantized: by propagation over the trace.
+"""Places the quantizers of activations, by propagation over the trace.
 
-Operators that a runtime computes with integers *demand* quantized inputs. From there a quantizer moves up towards where
-the tensor is produced: through operators that only move values about, and over a branching point when all branches
-want the same. So one quantizer serves all who read the tensor, and it stands behind the activation function that a
-runtime fuses with the convolution before it. It stays below tensors that the model also returns.
+Operators that a runtime computes with integers *demand* quantized inputs. From there a quantizer moves up to where the
+tensor is produced: through operators that only move values, and across a branching point if all branches need the same
+quantizer. So one quantizer serves all readers of the tensor, and it comes after the activation function that a runtime
+fuses with the preceding convolution. It does not move above tensors that the model also returns.
 
-Quantizers that meet at a concatenation become one, because a runtime concatenates integers of one scale only. Others
-become one because of the operators that they serve (`unifying`).
+Quantizers that meet at a concatenation are unified, because a runtime concatenates only integers of one scale. Others
+are unified because of the operators that they serve (`unifying`).
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ Demand = Callable[[Call, Path], QuantizerSpec | None]
 
 @dataclass(frozen=True)
 class Rules:
-    """What placement depends on besides the trace.
+    """The settings of placement.
 
     Attributes:
-        demand: What an operator wants of an input.
+        demand: Returns the quantizer that an operator demands for an input.
         quantize_inputs: Whether inputs of the model are quantized.
-        output_spec: How outputs of the model are quantized; None leaves them alone.
-        unified_kinds: Kinds of operators whose inputs share one quantizer; for "concat", that is those that meet there.
-        unified_calls: Operators whose inputs share one quantizer with those of others -> path of their group.
+        output_spec: How outputs of the model are quantized; None to leave them unquantized.
+        unified_kinds: Kinds of operators whose inputs share one quantizer; for "concat", those that meet there.
+        unified_calls: Operators that share one quantizer with other operators -> config path of their group.
         stored_masks: Names of buffers that hold masks of attention.
     """
 
@@ -52,15 +52,15 @@ class Rules:
 
 @dataclass(frozen=True)
 class Placed:
-    """A quantizer of activations.
+    """A placed quantizer of activations.
 
     Attributes:
-        spec: What it is like.
-        places: Where it stands; several when tensors share it: at a concatenation, or as config or device want it.
-        modules: Dotted names of the modules that make the quantized tensor, and of those that demand it.
+        spec: Its settings.
+        places: Its places; several if tensors share it, at a concatenation or because config or device require it.
+        modules: Dotted names of the modules that produce the quantized tensor, and of those that demand it.
         shape: Shape of the first of its tensors in the example.
-        call: The call that the first place is at, in one of the forwards; None for an input of the model.
-        is_constant: Whether no input of the model reaches its tensors: they need not have a dimension of samples.
+        call: The call of the first place, in one of the forwards; None for an input of the model.
+        is_constant: Whether its tensors do not depend on inputs of the model; they may have no sample dimension.
     """
 
     spec: QuantizerSpec
@@ -76,9 +76,9 @@ class Placement:
     """All quantizers of activations of a model.
 
     Attributes:
-        quantizers: In the order of the forward.
-        unplaced: Description of each tensor that should be quantized and that no place names -> why.
-        unified: Path of a group of operators -> what has become of it.
+        quantizers: The quantizers, in the order of the forward.
+        unplaced: Description of each tensor that should be quantized but has no place -> the reason.
+        unified: Config path of a group of operators -> its unified quantizer.
     """
 
     quantizers: tuple[Placed, ...]
@@ -90,7 +90,7 @@ def place_quantizers(trace: Trace, rules: Rules) -> Placement:
     """Returns the quantizers of activations that a model needs.
 
     Raises:
-        ConfigError: Quantizers that have to be one are different.
+        ConfigError: Quantizers that have to be unified have different settings.
     """
     sites = Sites(trace)
     wishes: dict[ActivationPlace, _Wish] = {}
@@ -128,16 +128,16 @@ def _unify(served: list[ServedInput], trace: Trace, rules: Rules, unifier: Unifi
 
 @dataclass
 class _Wish:
-    """A quantizer that is wanted.
+    """A demanded quantizer that has no place yet.
 
     Attributes:
         value: The tensor.
-        spec: What the quantizer is to be like.
-        group: Wishes with joined groups become one quantizer.
-        readers: None when the tensor is quantized for everybody; else the calls that get it quantized.
+        spec: Settings of the quantizer.
+        group: Wishes whose groups are joined become one quantizer.
+        readers: The calls that read the quantized tensor; None if all readers do.
         modules: Names of the modules that demand it.
         shape: The tensor's shape.
-        is_constant: Whether no input of the model reaches the tensor.
+        is_constant: Whether the tensor does not depend on inputs of the model.
     """
 
     value: ValueId
@@ -151,20 +151,20 @@ class _Wish:
 
 @dataclass
 class _Ask:
-    """What one reader of a tensor wants: nothing special (None), or a quantizer, instead of those further down."""
+    """The request of one reader of a tensor: no quantizer (None), or one that replaces those further down."""
 
     spec: QuantizerSpec | None
     reader: tuple[int, Path]
     instead_of: list[ValueId] = field(default_factory=list)
     modules: list[str] = field(default_factory=list)
-    # Readers that would rather keep the quantizers further down than have one of their own.
+    # Whether the reader prefers the quantizers further down to a quantizer for itself alone.
     only_together: bool = False
-    # Whether this quantizer and the others that take the place of those further down have to be one.
+    # Whether all quantizers that replace those further down have to be unified.
     unified: bool = True
 
 
 class _Propagation:
-    """Moves the quantizers of one forward up as far as they go."""
+    """Moves the quantizers of one forward up as far as possible."""
 
     def __init__(self, forward: ForwardTrace, rules: Rules, groups: DisjointSets, number: int) -> None:
         self._forward = forward
@@ -175,12 +175,12 @@ class _Propagation:
         self._fused = fused_calls(forward)
         self._reached = _reached_by_inputs(forward)
         self._masks = masks_of(forward, rules.stored_masks)
-        # Values that are quantized for everybody, and the others that some reader wants quantized.
+        # Values that are quantized for all readers, and values that are quantized for some readers.
         self._whole: dict[ValueId, _Wish] = {}
         self._partial: list[_Wish] = []
-        # Quantizers behind concatenations that the inputs have taken over.
+        # Quantizers after concatenations that were replaced by quantizers of the inputs.
         self._lifted: dict[int, _Wish] = {}
-        # What operators demand of their inputs: reader -> specification.
+        # The demands of operators: reader -> settings of the quantizer.
         self._demands: dict[tuple[int, Path], QuantizerSpec] = {}
 
     def wishes(self) -> list[_Wish]:
@@ -191,7 +191,7 @@ class _Propagation:
         return sorted([*self._whole.values(), *self._partial], key=lambda wish: wish.value)
 
     def served(self) -> list[ServedInput]:
-        """Returns what operators have got of what they demand, in the order of the forward; after `wishes`."""
+        """Returns the inputs whose demands were met, in the order of the forward; call it after `wishes`."""
         own = {reader: wish for wish in self._partial for reader in wish.readers or ()}
         found = []
         for (index, path), spec in sorted(self._demands.items(), key=lambda item: item[0][0]):
@@ -201,7 +201,7 @@ class _Propagation:
         return found
 
     def _serving(self, reader: tuple[int, Path], own: dict[tuple[int, Path], _Wish]) -> list[_Wish]:
-        """Returns the quantizers that the argument of a call has passed: one, or those of the parts of it."""
+        """Returns the quantizers that an argument of a call has passed: one, or those of its concatenated parts."""
         call = self._forward.calls[reader[0]]
         value = dict(call.inputs)[reader[1]]
         wish = own.get(reader) or self._whole.get(value)
@@ -237,7 +237,7 @@ class _Propagation:
                 self._partial.append(wish)
 
     def _reads(self, index: int) -> bool:
-        # A call that hands its argument on as it is (dropout in eval mode) has no opinion: its readers have.
+        # A call that returns its argument unchanged (dropout in eval mode) demands nothing; its readers may.
         call = self._forward.calls[index]
         return bool(call.results) or not call.outputs
 
@@ -275,7 +275,7 @@ class _Propagation:
         return _Ask(specs.pop(), reader, read, modules, only_together=True)
 
     def _concat(self, call: Call, reader: tuple[int, Path]) -> _Ask:
-        # All parts or none: a quantizer that stays behind the concatenation would requantize the others.
+        # All parts or none, because a quantizer left after the concatenation would requantize the other parts.
         results = self._float_results(call)
         wish = self._lifted.get(call.index) or (self._whole.get(results[0]) if len(results) == 1 else None)
         if wish is None or not all(self._is_activation(value) for _, value in call.inputs):
@@ -290,7 +290,7 @@ class _Propagation:
 def _places(
     wish: _Wish, number: int, forward: ForwardTrace, sites: Sites
 ) -> list[tuple[ActivationPlace | None, Call | None]]:
-    """Returns where a wish comes true: (place, the call that it is at)."""
+    """Returns the places of a wish: (place, call of the place)."""
     value = forward.values[wish.value]
     if wish.readers is not None:
         calls = [(forward.calls[index], path) for index, path in wish.readers]
@@ -301,13 +301,13 @@ def _places(
     path = next((path for path, made in call.outputs if made == wish.value), None)
     if path is not None and call.function != USER_HOOK:
         return [(sites.output_place(CallRef(number, call.index), path), call)]
-    # Written in place by a statement, such as x[:, 0] = y, or made by a hook: no result could be replaced.
+    # The value was written in place by a statement, such as x[:, 0] = y, or by a hook: there is no result to replace.
     readers = [(forward.calls[index], at) for index, at in forward.consumers()[wish.value]]
     return [(sites.input_place(CallRef(number, reader.index), at), reader) for reader, at in readers]
 
 
 def _reached_by_inputs(forward: ForwardTrace) -> set[ValueId]:
-    """Returns the values that are computed from an input of the model, among others."""
+    """Returns the values that depend on an input of the model."""
     reached = {value.index for value in forward.values if value.inputs}
     for call in forward.calls:
         if any(value in reached for _, value in call.inputs):

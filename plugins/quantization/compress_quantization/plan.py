@@ -1,4 +1,4 @@
-"""A plan: all quantizers that a model is to get, as values that survive JSON."""
+"""The plan of quantization: all quantizers of a model, as JSON-able values."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class InitialRange:
 
     Attributes:
         type: The statistic.
-        num_init_samples: Samples to collect it on; 0 for none.
-        percentiles: For the percentile types: lower and upper one.
+        num_init_samples: Number of samples to measure; 0 for no initialization.
+        percentiles: Lower and upper percentile, for the percentile types.
     """
 
     type: str = "mixed_min_max"
@@ -27,7 +27,7 @@ class InitialRange:
 
     @classmethod
     def of(cls, config: RangeConfig) -> InitialRange:
-        """Returns what a section says; percentiles are read for those types alone that have them."""
+        """Returns the settings of a section; reads the percentiles only for types that use them."""
         percentiles = None
         if config.type in ("percentile", "mean_percentile"):
             percentiles = (config.params.min_percentile, config.params.max_percentile)
@@ -41,7 +41,7 @@ class InitialRange:
         return cls(values["type"], values["num_init_samples"], found)
 
     def to_config(self) -> RangeConfig:
-        """Returns a section that says the same."""
+        """Returns a section with the same settings."""
         low, high = self.percentiles or (0.1, 99.9)
         params = {"min_percentile": low, "max_percentile": high}
         values = {"type": self.type, "num_init_samples": self.num_init_samples, "params": params}
@@ -50,15 +50,15 @@ class InitialRange:
 
 @dataclass(frozen=True)
 class PlannedQuantizer:
-    """One quantizer.
+    """One quantizer of a plan.
 
     Attributes:
-        name: What statistics and `bitwidth_per_scope` call it: `<where>|WEIGHT`, `|OUTPUT` or `|INPUT<n>`.
+        name: Its name in statistics and `bitwidth_per_scope`: `<scope>|WEIGHT`, `|OUTPUT` or `|INPUT<n>`.
         group: `weights` or `activations`.
-        spec: What it is like.
+        spec: Its settings.
         shape: Shape of its scale, which broadcasts against the tensor.
         parameter: Dotted name of the weight; empty for activations.
-        places: Where activations are quantized; empty for weights.
+        places: Its places; empty for weights.
         initial_range: How its range is initialized: type, number of samples and percentiles.
     """
 
@@ -102,8 +102,8 @@ class QuantizationPlan:
 
     Attributes:
         quantizers: Weights first, then activations, each in the order of the forward.
-        skipped: What could be quantized -> why it is not.
-        potential: Group -> how many quantizers there would be without scopes.
+        skipped: A tensor that could be quantized but is not -> the reason.
+        potential: Group -> number of quantizers without scopes.
     """
 
     quantizers: list[PlannedQuantizer] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""From config and trace to a plan: which weights and activations get which quantizer, and why others get none."""
+"""Makes the plan from config and trace: which weights and activations get which quantizer, and why others get none."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Planner:
         trace: Its trace.
         config: The section.
         profile: The device.
-        scopes: The scopes of the document and of the section.
+        scopes: The scopes at the top level and of the section.
     """
 
     def __init__(
@@ -58,20 +58,20 @@ class Planner:
         self._reached = trace.reached
         self._stored_masks = stored_masks(model)
         self.resolver = Resolver(config, profile)
-        # Path of a group of `unified_scale_ops` -> names of the places of its one quantizer, for the ledger.
+        # Config path of a group of `unified_scale_ops` -> names of the places of its quantizer, for the ledger.
         self.unified: dict[str, list[str]] = {}
         self._plan = QuantizationPlan()
 
     @property
     def scope_candidates(self) -> list[str]:
-        """What scopes can mean: all modules, calls that are no modules, and quantizers."""
+        """Returns everything that scopes can match: modules, calls that are not modules, and quantizers."""
         return [*self._names, *(call_key(*key) for key in self._calls), *self._by_name.entries.values()]
 
     def plan(self) -> QuantizationPlan:
         """Returns the plan.
 
         Raises:
-            ConfigError: The device does not offer what the config asks for, or a scope matches no quantizer.
+            ConfigError: The device does not support what the config asks for, or a scope matches no quantizer.
         """
         weights = self._weights()
         activations = self._activations()
@@ -91,7 +91,7 @@ class Planner:
         rules = replace(rules, demand=demand, quantize_inputs=True, output_spec=outputs)
         everywhere = len(place_quantizers(self._trace, rules).quantizers)
         weights = len(self._weight_tensors(weight_uses(self._trace)))
-        # Where readers of one tensor disagree it gets more than one.
+        # If readers of a tensor disagree, it gets more than one quantizer.
         return {"weights": weights, "activations": max(everywhere, activations)}
 
     # Weights.
@@ -105,7 +105,7 @@ class Planner:
             kind = _weight_kind(tensor, call)
             names = self._module_names(tensor.module_names)
             if tensor.name.rpartition(".")[2] != "weight":
-                # Recurrent layers and attention have several: each goes by its own name first.
+                # Recurrent layers and attention have several weights, so each has its own name first.
                 names = (ScopedModule(tensor.name, (tensor.name,)), *names)
             is_first = any(call is other for other in first)
             place = QuantizerPlace(names, "weights", kind, "WEIGHT", first_layer=is_first)
@@ -123,7 +123,7 @@ class Planner:
         return found
 
     def _weight_tensors(self, uses: Mapping[str, Call]) -> list[WeightTensor]:
-        """Returns the weights of layers, and parameters that are used as weights without being in a known layer."""
+        """Returns the weights of known layers, and other parameters that calls use as weights."""
         tensors = weight_tensors(self._model, self._config.algorithm)
         known = {tensor.name for tensor in tensors}
         parameters = dict(self._model.named_parameters())
@@ -229,7 +229,7 @@ class Planner:
         channel = 1 if spec.per_channel and len(placed.shape) > 1 else None
         initial_range = InitialRange.of(self.resolver.range_for(place)[0])
         if placed.is_constant and initial_range.type == "mixed_min_max":
-            # The mean over samples of what has none would be one over whatever comes first in its shape.
+            # The tensor has no sample dimension, so a mean over samples would use an unrelated dimension.
             initial_range = replace(initial_range, type="min_max")
         return PlannedQuantizer(
             str(own),
@@ -241,7 +241,7 @@ class Planner:
         )
 
     def _names_of_quantizer(self, placed: Placed) -> tuple[ScopedModule, ...]:
-        """Returns what scopes can call a quantizer: as it is printed, by its module, by the call that it stands at."""
+        """Returns the names that scopes can use for a quantizer: as printed, that of its module, that of its call."""
         place = placed.places[0]
         own = ScopedModule(place_name(place), (place_name(place), *self._aliases(place)))
         modules = () if isinstance(place, CallInput | CallOutput) else self._module_names([place.module])
@@ -250,7 +250,7 @@ class Planner:
 
     @property
     def _inputs(self) -> list[Path]:
-        """The arguments of the model that hold tensors, in all examples together."""
+        """The paths of tensors among the model's arguments, over all examples."""
         return list(
             dict.fromkeys(path for forward in self._trace.forwards for v in forward.inputs for path in v.inputs)
         )
@@ -281,7 +281,7 @@ def _port(place: ActivationPlace) -> str:
 
 def _weight_kind(tensor: WeightTensor, call: Call | None) -> str:
     kind = kind_of(tensor.layer.operator if call is None else call.function)
-    # Projections of attention are linear layers; so is, for want of better, what users have registered.
+    # Projections of attention are linear layers, and layers that users registered are treated like these.
     return kind if kind in LINEAR_KINDS - {"matmul"} else "linear"
 
 

@@ -1,4 +1,4 @@
-"""What this package contributes to compress-core."""
+"""The hooks with which this package registers itself with compress-core."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def compress_algorithms() -> list[type[Algorithm]]:
 
 @hookimpl
 def compress_choice_points() -> list[ChoicePoint]:
-    """Returns the statistics that a range may start from."""
+    """Returns the choice point of range statistics."""
     return [ranges.POINT]
 
 

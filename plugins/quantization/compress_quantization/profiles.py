@@ -1,16 +1,16 @@
-"""What the hardware that a model is meant for can do, read from the JSON files in `profiles/`.
+"""Profiles of target devices, which list what a device can quantize; read from the JSON files in `profiles/`.
 
-Operators go by these kinds, whatever module or function of torch computes them:
+Operators have these kinds, whatever module or function of torch computes them:
 
     conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d linear matmul embedding rnn
     add sub mul div min max (of two tensors) compare pow mean sum norm (L2) round
     avg_pool interpolate (linear, cubic, area) interpolate_nearest pixel_shuffle
     batch_norm group_norm layer_norm scaled_dot_product_attention concat
 
-A kind that a profile does not list is not quantized there. The order in a file is an order of preference: the first
-scheme, and the first number of bits, mode and granularity in it, is what a quantizer gets unless the config says
-otherwise. Facts: the hardware profiles of NNCF 2.16; TRIAL is its table of quantizable operators together with
-one-dimensional convolutions, whose weights NNCF quantizes and whose inputs it forgets.
+A kind that a profile does not list is not quantized on that device. The order in a file is the order of preference: a
+quantizer gets the first scheme, and the first number of bits, mode and granularity in it, unless the config says
+otherwise. Source: the hardware profiles of NNCF 2.16. TRIAL is its table of quantizable operators plus one-dimensional
+convolutions, whose weights NNCF quantizes but whose inputs it does not.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ _PER_CHANNEL = {"per_channel": True, "per_tensor": False}
 
 @dataclass(frozen=True)
 class Scheme:
-    """A set of ways to quantize a tensor; any of its bits goes with any of its modes and granularities.
+    """A set of ways to quantize a tensor: any combination of its numbers of bits, modes and granularities.
 
     Attributes:
         bits: Numbers of bits.
         modes: Modes.
         per_channel: Granularities: whether each channel has its own range.
-        signed: The sign of symmetric grids where the device leaves no choice.
+        signed: Whether symmetric grids are signed; None if both are possible.
     """
 
     bits: tuple[int, ...]
@@ -47,7 +47,7 @@ class Scheme:
     signed: bool | None = None
 
     def fits(self, *, bits: int | None = None, mode: Mode | None = None, per_channel: bool | None = None) -> bool:
-        """Returns whether it offers what is asked for; None asks for nothing."""
+        """Returns whether the scheme supports these settings; None allows any value."""
         return (
             (bits is None or bits in self.bits)
             and (mode is None or mode in self.modes)
@@ -62,10 +62,10 @@ class Scheme:
 
 @dataclass(frozen=True)
 class Operator:
-    """What a device offers for one kind of operator.
+    """What a device supports for one kind of operator.
 
     Attributes:
-        activations: Schemes for its inputs; without any they are not quantized for its sake.
+        activations: Schemes for its inputs; if there are none, the operator does not demand quantized inputs.
         depthwise_activations: The same for depthwise convolutions.
         weights: Schemes for its weights.
         inputs: Indices of the inputs that are quantized; None for all.
@@ -82,14 +82,14 @@ _NOTHING = Operator()
 
 @dataclass(frozen=True)
 class Profile:
-    """What a device offers.
+    """What a device supports.
 
     Attributes:
-        device: Its name, as `target_device` has it.
-        presets: Whether `preset` sets the modes: always, only where the config names one, or never.
-        half_range_weights: Whether 8-bit weights may overflow there, so that `overflow_fix` applies.
+        device: Its name in `target_device`.
+        presets: Whether `preset` sets the modes: always, only if the config names one, or never.
+        half_range_weights: Whether 8-bit weights may overflow on the device, so that `overflow_fix` applies.
         unified_scales: Kinds of operators whose inputs must share one quantizer.
-        operators: What it offers for each kind of operator.
+        operators: What the device supports for each kind of operator.
     """
 
     device: str
@@ -99,14 +99,14 @@ class Profile:
     operators: Mapping[str, Operator] = field(default_factory=dict)
 
     def schemes(self, group: QuantizerGroup, operator: str, *, depthwise: bool = False) -> tuple[Scheme, ...]:
-        """Returns what is offered for the weights or the inputs of an operator, in order of preference."""
+        """Returns the schemes for the weights or the inputs of an operator, in order of preference."""
         offered = self.operators.get(operator, _NOTHING)
         if group == "weights":
             return offered.weights
         return offered.depthwise_activations if depthwise else offered.activations
 
     def all_schemes(self, group: QuantizerGroup) -> tuple[Scheme, ...]:
-        """Returns what is offered for the weights or the activations of any operator."""
+        """Returns the schemes for weights or activations of all operators."""
         found = [
             scheme
             for offered in self.operators.values()
@@ -117,16 +117,16 @@ class Profile:
         return tuple(dict.fromkeys(found))
 
     def quantizes_inputs(self, operator: str) -> bool:
-        """Returns whether inputs of such operators are quantized."""
+        """Returns whether inputs of operators of this kind are quantized."""
         return bool(self.operators.get(operator, _NOTHING).activations)
 
     def quantizes_input(self, operator: str, index: int) -> bool:
-        """Returns whether one input of such operators is quantized."""
+        """Returns whether the input with this index is quantized, for operators of this kind."""
         offered = self.operators.get(operator, _NOTHING)
         return bool(offered.activations) and (offered.inputs is None or index in offered.inputs)
 
     def quantizes_weights(self, operator: str) -> bool:
-        """Returns whether weights of such operators are quantized."""
+        """Returns whether weights of operators of this kind are quantized."""
         return bool(self.operators.get(operator, _NOTHING).weights)
 
 
@@ -135,7 +135,7 @@ def load_profile(target_device: str) -> Profile:
     """Returns the profile of a device; ANY is CPU.
 
     Raises:
-        ConfigError: There is none.
+        ConfigError: There is no profile for the device.
     """
     if target_device not in _FILES:
         raise ConfigError(
@@ -150,7 +150,7 @@ def parse_profile(document: Mapping[str, Any]) -> Profile:
     """Returns the profile that a JSON document describes.
 
     Raises:
-        KeyError: A scheme is named and not described, or a key is missing.
+        KeyError: A scheme is named but not described, or a key is missing.
         ValueError: A kind of operator occurs twice.
     """
     schemes = {name: _scheme(entry) for name, entry in document["schemes"].items()}
@@ -175,7 +175,7 @@ def parse_profile(document: Mapping[str, Any]) -> Profile:
 
 
 def described(schemes: Iterable[Scheme]) -> str:
-    """Returns what schemes offer, for a message."""
+    """Returns a description of schemes for messages."""
     return "; ".join(str(scheme) for scheme in schemes) or "nothing"
 
 

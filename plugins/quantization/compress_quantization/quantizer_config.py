@@ -1,4 +1,4 @@
-"""Which settings a quantizer gets: the device's preferences, then preset, group, overrides, bits by scope."""
+"""Determines the settings of a quantizer, from the device's preferences, preset, group, overrides and bits by scope."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ PRESETS: dict[str, dict[QuantizerGroup, Mode]] = {
 
 @dataclass(frozen=True)
 class QuantizerSpec:
-    """What a quantizer is.
+    """The settings of a quantizer.
 
     Attributes:
         bits: Number of bits, 2 to 8.
-        mode: `symmetric`: the scale is learned; `asymmetric`: both ends of the range are.
-        signed: symmetric: whether the grid has values below zero; None: as the statistics show.
+        mode: `symmetric`: the scale is learned; `asymmetric`: both ends of the range are learned.
+        signed: Symmetric mode: whether the grid has values below zero; None to decide it from statistics.
         per_channel: Whether each channel has its own range.
-        narrow_range: symmetric: whether the grid has no value for -2^(bits-1), which makes it symmetric in fact.
+        narrow_range: Symmetric mode: whether the grid leaves out -2^(bits-1), so that it is exactly symmetric.
         half_range: Whether the grid has one bit less than `bits`, so that sums of products cannot overflow 16 bits.
         logarithm_scale: Whether the logarithm of the scale is learned.
     """
@@ -61,7 +61,7 @@ class QuantizerSpec:
         """Takes back what `to_dict` returned.
 
         Raises:
-            StateError: It is not that.
+            StateError: `values` was not returned by `to_dict`.
         """
         try:
             return TypeAdapter(cls).validate_json(json.dumps(dict(values)), strict=True, extra="forbid")
@@ -71,7 +71,7 @@ class QuantizerSpec:
 
 @dataclass
 class _Request:
-    """What is asked of one quantizer, and by which path of the section."""
+    """The requested settings of one quantizer, with the path in the section that requests each of them."""
 
     bits: int | None = None
     mode: Mode | None = None
@@ -95,7 +95,7 @@ class _Request:
 
 
 class Resolver:
-    """Gives quantizers their settings, and remembers which entries of the section have been of use.
+    """Determines the settings of quantizers, and records which entries of the section were used.
 
     Paths are relative to the section.
 
@@ -121,7 +121,7 @@ class Resolver:
     def used(self) -> dict[str, list[str]]:
         """Path of an override, scope, entry or range -> the quantizers that it has matched so far, for the ledger.
 
-        There are none for those that need not match.
+        The list is empty for entries that need not match and have not matched.
         """
         ranges = self._config.initializer.range
         scoped = enumerate(ranges if isinstance(ranges, list) else ())
@@ -132,7 +132,7 @@ class Resolver:
         """Returns the settings of a quantizer.
 
         Raises:
-            ConfigError: The device does not offer them for this operator.
+            ConfigError: The device does not support them for this operator.
         """
         request = self._request(place)
         scheme = self._scheme(request, place)
@@ -153,10 +153,10 @@ class Resolver:
         )
 
     def with_own(self, spec: QuantizerSpec, place: QuantizerPlace) -> QuantizerSpec:
-        """Returns the settings with what `scope_overrides` and `bitwidth_per_scope` say of a quantizer by its own name.
+        """Returns the settings, changed by entries of `scope_overrides` and `bitwidth_per_scope` with its own name.
 
         Raises:
-            ConfigError: The device does not offer this.
+            ConfigError: The device does not support the result.
         """
         request = _Request()
         for path, override in self._overrides(place, by_name=True):
@@ -174,10 +174,10 @@ class Resolver:
         return replace(spec, bits=bits, mode=mode, per_channel=per_channel, signed=signed)
 
     def range_for(self, place: QuantizerPlace) -> tuple[RangeConfig, str]:
-        """Returns how the range of a quantizer is initialized, and the path that says so (empty for the default).
+        """Returns the range settings of a quantizer, and their path in the section (empty for the default).
 
         Raises:
-            ConfigError: No entry, or more than one, of the list `initializer.range` is for this quantizer.
+            ConfigError: No entry of the list `initializer.range`, or more than one, matches this quantizer.
         """
         chosen: tuple[RangeConfig, str] | None = None
         for path, override in self._overrides(place, of_range=True):
@@ -202,9 +202,9 @@ class Resolver:
         return ranges[found[0]], f"initializer.range.{found[0]}"
 
     def reason_to_skip(self, place: QuantizerPlace) -> str | None:
-        """Returns why the scopes of `weights` or `activations` leave a place alone, or None when they do not.
+        """Returns why the scopes of `weights` or `activations` exclude a place, or None if they do not.
 
-        The scopes of the section and of the document are not looked at.
+        The scopes of the section itself and at the top level are not checked.
         """
         group = getattr(self._config, place.group)
         ignored = self._matching(f"{place.group}.ignored_scopes", group.ignored_scopes, place)
@@ -222,25 +222,25 @@ class Resolver:
         return paths[0] if paths else None
 
     def targeted_by(self, place: QuantizerPlace) -> list[tuple[str, str]]:
-        """Returns (path, entry) of the target scopes of `weights` or `activations` that mean a place."""
+        """Returns (path, entry) of the target scopes of `weights` or `activations` that match a place."""
         entries = getattr(self._config, place.group).target_scopes
         paths = self._matching(f"{place.group}.target_scopes", entries, place)
         return [(path, entries[int(path.rpartition(".")[2])]) for path in paths]
 
     def dead_entries(self) -> list[Problem]:
-        """Returns a problem for each scope that has matched no quantizer, after all have been resolved."""
+        """Returns a problem for each scope that matched no quantizer; call it after all have been resolved."""
         return [
             Problem(path, f"the scope '{entry}' matches no quantizer that this could mean. Correct or remove it")
             for path, entry in self._validated
             if path not in self._used
         ]
 
-    # What the section says about a place.
+    # The settings that the section requests for a place.
 
     def _request(self, place: QuantizerPlace) -> _Request:
         request = _Request()
         if (preset := effective_preset(self._config, self._profile)) is not None:
-            # Without a path: a preset is a preference, which gives way where an operator does not offer its mode.
+            # Without a path, because a preset is only a preference: an operator need not support its mode.
             request.mode = PRESETS[preset][place.group]
         group = getattr(self._config, place.group)
         request.logarithm_scale = group.logarithm_scale
@@ -260,7 +260,7 @@ class Resolver:
     def _overrides(
         self, place: QuantizerPlace, *, by_name: bool = False, of_range: bool = False
     ) -> Iterator[tuple[str, ScopeOverride]]:
-        """Yields the overrides for a place: those that name the quantizer, those that set a range, or all."""
+        """Yields the overrides for a place: only those that name the quantizer, only those that set a range, or all."""
         overrides: dict[str, ScopeOverride] = getattr(self._config.scope_overrides, place.group)
         for scope, override in overrides.items():
             path = f"scope_overrides.{place.group}.{scope}"
@@ -309,7 +309,7 @@ class Resolver:
     # Matching.
 
     def _entries(self) -> Iterator[tuple[str, str, bool]]:
-        """Yields (path, scope, whether it must match something) for every scope that is matched here."""
+        """Yields (path, scope, whether it must match something) for every scope that this class matches."""
         config = self._config
         for group in ("weights", "activations"):
             section = getattr(config, group)
@@ -361,14 +361,14 @@ def effective_preset(config: QuantizationConfig, profile: Profile) -> str | None
 
 
 def check_strict_bits(config: QuantizationConfig, groups: Sequence[Sequence[tuple[str, QuantizerSpec]]]) -> None:
-    """Holds `bitwidth_assignment_mode: strict` against a finished placement.
+    """Checks the requirement of `bitwidth_assignment_mode: strict` after placement.
 
     Args:
         config: The section.
-        groups: For each operator the quantizers that feed it, its weight's included: (name, settings).
+        groups: For each operator, the quantizers of its inputs and its weight: (name, settings).
 
     Raises:
-        ConfigError: The mode is strict, and quantizers of one operator differ in bits.
+        ConfigError: The mode is strict, but quantizers of one operator differ in bits.
     """
     precision = config.initializer.precision
     if precision is None or precision.bitwidth_assignment_mode != "strict":

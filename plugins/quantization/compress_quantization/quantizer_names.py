@@ -1,4 +1,4 @@
-"""Names of quantizers: where one stands, and which scopes mean it."""
+"""Names of quantizers, and the scopes that match them."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _NNCF_INPUT = "/nncf_model_input_"
 
 @dataclass(frozen=True)
 class QuantizerPlace:
-    """Where a quantizer stands, as far as its settings depend on that.
+    """The position of a quantizer, on which its settings depend.
 
     Attributes:
-        names: What scopes can call it: the modules that share the weight; the modules and calls at an activation. A
-            call that is no module has a name of its own below that of its module, and NNCF's name of it.
+        names: The names that scopes can use for it: those of the modules that share the weight, or of the modules and
+            calls at an activation. A call that is not a module has a name below that of its module, and its NNCF name.
         group: Whether it is for weights or for activations.
-        operator: Kind of the operator that it is for (`compress_quantization.profiles`).
+        operator: Kind of its operator (`compress_quantization.profiles`).
         port: `WEIGHT`, `OUTPUT` or `INPUT<n>`, as NNCF names it.
         depthwise: Whether the operator is a depthwise convolution.
         first_layer: Whether the operator is the first convolution that an input of the model reaches.
@@ -41,7 +41,7 @@ class QuantizerPlace:
 
     @property
     def own_names(self) -> tuple[str, ...]:
-        """What means this quantizer and nothing else: as it is printed; for calls and inputs, also without the port."""
+        """The names of this quantizer alone: its printed name; for calls and inputs, also the name without the port."""
         first = self.names[0] if self.names else ScopedModule(self.operator)
         return (str(self), *(first.nncf_names if "/" in first.name else ()))
 
@@ -50,7 +50,7 @@ class QuantizerPlace:
 
 
 def scope_matcher(entry: str) -> Callable[[QuantizerPlace], bool]:
-    """Returns the predicate for a scope: see `compress_core.config.scopes`.
+    """Returns the function that matches places against a scope; see `compress_core.config.scopes`.
 
     Raises:
         ValueError: It is empty or not a regular expression.
@@ -61,10 +61,12 @@ def scope_matcher(entry: str) -> Callable[[QuantizerPlace], bool]:
 
 
 def quantizer_matcher(entry: str) -> Callable[[QuantizerPlace], bool]:
-    """Returns the predicate for a scope with a port; a regular expression is searched in names with their port.
+    """Returns the function that matches places against a scope with a port.
+
+    A regular expression is searched in names with their port.
 
     Raises:
-        ValueError: It has no port, or is empty or not a regular expression.
+        ValueError: The scope has no port, is empty, or is not a valid regular expression.
     """
     if entry.startswith(_REGEX_PREFIX):
         compile_scope(entry)
@@ -82,12 +84,12 @@ def quantizer_matcher(entry: str) -> Callable[[QuantizerPlace], bool]:
 
 
 class QuantizersByName:
-    """The entries of `ignored_scopes`, of the document and of the section, that are names of quantizers.
+    """The entries of `ignored_scopes`, at the top level and of the section, that are names of quantizers.
 
-    Which quantizers there are is known only when all have been placed.
+    They are checked separately, because the quantizers are known only after all have been placed.
 
     Args:
-        scopes: The scopes; they get to know these names, so that their own check passes.
+        scopes: The scopes; these names are added to them, so that their own check passes.
     """
 
     def __init__(self, scopes: ScopeFilter) -> None:
@@ -101,12 +103,12 @@ class QuantizersByName:
         return next((path for path, entry in self.entries.items() if entry in names), None)
 
     def check(self) -> None:
-        """Raises a ConfigError that names every entry which no quantizer has had as a name."""
+        """Raises a ConfigError that lists every entry that is not the name of a quantizer."""
         problems = []
         for path, entry in self.entries.items():
             if entry in self._known:
                 continue
-            # No guess at another input: that may be the data.
+            # Another input is not suggested, because it may be the data.
             close = [] if _is_input(entry) else difflib.get_close_matches(entry, self._known, n=1)
             hint = f"Did you mean '{close[0]}'?" if close else "Remove it: controller.statistics() lists the names."
             problems.append(Problem(path, f"'{entry}' is nothing that would be quantized. {hint}"))
@@ -130,6 +132,6 @@ def nncf_input(number: int) -> str:
 
 
 def place_name(place: ActivationPlace) -> str:
-    """Returns what a place is called in the names of quantizers: shorter than it is printed."""
+    """Returns the name of a place within names of quantizers, which is shorter than the printed place."""
     text = str(place)
     return text.replace(": output", "").replace(" output", "").replace(": ", "/").replace("torch.nn.functional.", "")

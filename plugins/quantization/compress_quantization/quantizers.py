@@ -1,4 +1,4 @@
-"""Quantizers in a model: made from their settings, found again, and replaced by torch's own operators."""
+"""Creates quantizers from their settings, finds them in a model, and replaces them by torch's own operators."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from compress_quantization.quantizer_config import QuantizerSpec
 
 
 def make_quantizer(spec: QuantizerSpec, shape: tuple[int, ...], *, lr_multiplier: float = 1.0) -> FakeQuantize:
-    """Returns a quantizer that has no range yet.
+    """Returns a quantizer without a calibrated range.
 
     Args:
-        spec: What it is like.
+        spec: Its settings.
         shape: Shape of its scale.
-        lr_multiplier: Factor on the gradients of what it learns.
+        lr_multiplier: Factor on the gradients of its scale or range.
     """
     cls = SymmetricFakeQuantize if spec.mode == "symmetric" else AsymmetricFakeQuantize
     module = cls(
@@ -43,17 +43,17 @@ def make_quantizer(spec: QuantizerSpec, shape: tuple[int, ...], *, lr_multiplier
 
 
 def find_quantizer(model: nn.Module, planned: PlannedQuantizer, key: str) -> FakeQuantize:
-    """Returns the quantizer of a model (or of a copy of it) that a plan is about."""
+    """Returns the quantizer of a planned entry in a model or in a copy of it."""
     if planned.parameter:
         return cast("FakeQuantize", get_weight_transform(model, planned.parameter, key))
     return cast("FakeQuantize", get_activation_transform(model, planned.places[0], key))
 
 
 class NativeFakeQuantize(ActivationTransform):
-    """torch's own fake-quantize operator with a fixed grid: what `strip` leaves behind activations.
+    """torch's own fake-quantize operator with a fixed grid, with which `strip` replaces activation quantizers.
 
     Args:
-        quantizer: The quantizer whose grid it takes.
+        quantizer: The quantizer with the grid to use.
     """
 
     scale: torch.Tensor
@@ -66,14 +66,14 @@ class NativeFakeQuantize(ActivationTransform):
         self.register_buffer("scale", grid.scale.detach().clone())
         self.register_buffer("zero_point", grid.zero_point.detach().clone())
         self.quant_min, self.quant_max = grid.quant_min, grid.quant_max
-        # Counted from the end, as broadcasting does: a tensor without its batch dimension is quantized as well.
+        # Counted from the end, as in broadcasting, so that tensors without a batch dimension are quantized as well.
         self.channel_dim = None if grid.channel_dim is None else grid.channel_dim - len(quantizer.shape)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Returns `x` on the grid, in its dtype."""
         if not x.is_floating_point():
             return x
-        # The operators compute in float32 whatever the model's dtype is; its scale is not rounded with `model.half()`.
+        # The operators compute in float32 for any dtype of the model, and `model.half()` must not round the scale.
         value, scale = x.to(_computed_in(x.dtype)), self.scale.float()
         levels = (self.quant_min, self.quant_max)
         if self.channel_dim is None:
@@ -82,7 +82,7 @@ class NativeFakeQuantize(ActivationTransform):
         return torch.fake_quantize_per_channel_affine(value, scale, self.zero_point, dim, *levels).to(x.dtype)
 
     def _apply(self, fn: Any, recurse: bool = True) -> NativeFakeQuantize:
-        """Moves the grid with the model; its dtype stays, as rounding the scale would move every value."""
+        """Moves the grid with the model but keeps its dtype, because rounding the scale would change every value."""
         scale = self.scale
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.scale = scale.to(self.scale.device)
@@ -94,7 +94,7 @@ def _computed_in(dtype: torch.dtype) -> torch.dtype:
 
 
 def replace_by_native(model: nn.Module, planned: PlannedQuantizer, key: str) -> None:
-    """Puts torch's own operator in the place of an activation quantizer; one that is off is taken away."""
+    """Replaces an activation quantizer by torch's own operator, or removes it if it is off."""
     quantizer = find_quantizer(model, planned, key)
     native = NativeFakeQuantize(quantizer)
     for handle in activation_transforms(model):

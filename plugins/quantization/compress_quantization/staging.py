@@ -1,4 +1,4 @@
-"""Staged quantization: weights and activations are quantized from epochs of their own on."""
+"""Staged quantization: quantizers of weights and of activations are turned on in different epochs."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ _GROUPS: tuple[QuantizerGroup, ...] = ("weights", "activations")
 
 
 class StagedQuantization:
-    """Which groups of quantizers are on.
+    """Keeps track of which groups of quantizers are on.
 
-    A group is on from the epoch on that the config names, at once when that is 0, and stays on. Ranges are to be
-    initialized anew whenever a group is turned on (`epoch_step`).
+    A group is turned on in the epoch that the config names (immediately if that is 0), and stays on. The caller has to
+    measure ranges again whenever a group is turned on (`epoch_step`).
 
     Args:
-        params: The section `params`; only to be used when there is something in it (`StagedParams.staged`).
+        params: The section `params`; it must have a value (`StagedParams.staged`).
     """
 
     def __init__(self, params: StagedParams) -> None:
@@ -37,7 +37,7 @@ class StagedQuantization:
         """Begins an epoch; epochs may be skipped.
 
         Returns:
-            The groups that are turned on now.
+            The groups that are turned on in this epoch.
         """
         begun = tuple(group for group in _GROUPS if not self._on[group] and clock.epoch >= self._start[group])
         self._on.update(dict.fromkeys(begun, True))
@@ -45,7 +45,7 @@ class StagedQuantization:
 
     @property
     def compression_stage(self) -> CompressionStage:
-        """UNCOMPRESSED with no group on, PARTIALLY_COMPRESSED with one, FULLY_COMPRESSED with both."""
+        """Returns UNCOMPRESSED with no group on, PARTIALLY_COMPRESSED with one, FULLY_COMPRESSED with both."""
         return CompressionStage(sum(self._on.values()))
 
     def get_state(self) -> dict[str, Any]:
@@ -53,10 +53,10 @@ class StagedQuantization:
         return {"on": dict(self._on)}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Takes back what `get_state` returned.
+        """Restores the state that `get_state` returned.
 
         Raises:
-            StateError: It is not that.
+            StateError: `state` was not returned by `get_state`.
         """
         on = state.get("on") if isinstance(state, Mapping) else None
         if not isinstance(on, Mapping) or set(on) != set(_GROUPS) or not all(isinstance(v, bool) for v in on.values()):

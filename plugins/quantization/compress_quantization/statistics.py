@@ -1,4 +1,4 @@
-"""What quantization reports."""
+"""The statistics of quantization."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ _GROUPS = ("weights", "activations")
 
 @dataclass(frozen=True)
 class QuantizerStatistics:
-    """One quantizer, as it is now.
+    """Present settings and range of one quantizer.
 
     Attributes:
-        name: Where it is.
+        name: Its name.
         group: `weights` or `activations`.
         bits: Number of bits.
         mode: `symmetric` or `asymmetric`.
         signed: Whether its grid has values below zero.
         per_channel: Whether each channel has its own range.
         enabled: Whether it quantizes.
-        low: Smallest value of its grid (over the channels).
-        high: Largest value of its grid (over the channels).
+        low: Smallest value of its grid, over all channels.
+        high: Largest value of its grid, over all channels.
     """
 
     name: str
@@ -44,9 +44,9 @@ class QuantizationStatistics(Statistics):
     """All quantizers of a model.
 
     Attributes:
-        quantizers: Weights first.
-        skipped: What could be quantized -> why it is not.
-        potential: Group -> how many quantizers there would be without scopes.
+        quantizers: The quantizers, weights first.
+        skipped: A tensor that could be quantized but is not -> the reason.
+        potential: Group -> number of quantizers without scopes.
     """
 
     quantizers: tuple[QuantizerStatistics, ...]
@@ -54,12 +54,12 @@ class QuantizationStatistics(Statistics):
     potential: Mapping[str, int]
 
     def shares(self) -> dict[str, float]:
-        """Returns how many of the potential quantizers there are and are on, 0 to 1, by group."""
+        """Returns, for each group, the share (0 to 1) of the potential quantizers that exist and are on."""
         on = Counter(quantizer.group for quantizer in self.quantizers if quantizer.enabled)
         return {group: on[group] / number if number else 0.0 for group, number in self.potential.items()}
 
     def counts(self) -> dict[str, dict[str, int]]:
-        """Returns how many quantizers there are of each kind: figure -> group -> number."""
+        """Returns the number of quantizers of each kind: figure -> group -> number."""
         rows: dict[str, Counter[str]] = {}
         for quantizer in self.quantizers:
             kinds = (
@@ -75,7 +75,7 @@ class QuantizationStatistics(Statistics):
         return {kind: {group: count[group] for group in _GROUPS} for kind, count in rows.items()}
 
     def tables(self) -> list[Table]:
-        """Returns the counts, the quantizers, and what is not quantized."""
+        """Returns tables of the counts, of the quantizers, and of tensors that are not quantized."""
         counts: list[tuple[Any, ...]] = [
             (k, found["weights"], found["activations"]) for k, found in self.counts().items()
         ]
@@ -98,7 +98,7 @@ class QuantizationStatistics(Statistics):
         return tables
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns everything as JSON-able values."""
+        """Returns all figures as JSON-able values."""
         return {
             "counts": self.counts(),
             "potential": dict(self.potential),

@@ -1,8 +1,8 @@
-"""Quantizers that have to be one, because the operators whose inputs they quantize share a scale.
+"""Unifies quantizers of operators whose inputs have to share one scale.
 
-The config names groups of such operators (`activations.unified_scale_ops`); and some devices want one scale for all
-inputs of an addition and the like. Quantizers move away from the operators that want them (`placement`), so which ones
-serve an operator is known only when all have been placed.
+The config names groups of such operators (`activations.unified_scale_ops`), and some devices need one scale for all
+inputs of an addition and the like. Quantizers move away from the operators that demand them (`placement`), so the
+quantizers of an operator are known only after all have been placed.
 """
 
 from __future__ import annotations
@@ -25,32 +25,32 @@ _PATH = "activations.unified_scale_ops"
 
 
 class DisjointSets:
-    """Sets of things that become one quantizer."""
+    """Disjoint sets (union-find) of places and demands; each set becomes one quantizer."""
 
     def __init__(self) -> None:
         self._parents: dict[Hashable, Hashable] = {}
 
     def root(self, item: Hashable) -> Hashable:
-        """Returns what stands for the set of `item`."""
+        """Returns the representative of the set of `item`."""
         while (parent := self._parents.get(item, item)) != item:
             item = parent
         return item
 
     def join(self, left: Hashable, right: Hashable) -> None:
-        """Makes two sets one."""
+        """Joins the sets of two items."""
         self._parents[self.root(right)] = self.root(left)
 
 
 @dataclass(frozen=True)
 class ServedInput:
-    """An input of an operator that gets quantized, where it is or further up.
+    """An input of an operator that is quantized, directly or further up.
 
     Attributes:
         call: The call of the operator.
-        path: Which of its arguments.
-        spec: What the quantizer is like.
+        path: Path of the argument.
+        spec: Settings of the quantizer.
         shapes: Shapes of the tensors that are quantized for it.
-        quantizers: What stands for the quantizers in the sets: several behind a concatenation.
+        quantizers: Items of its quantizers in the disjoint sets; several after a concatenation.
     """
 
     call: CallRef
@@ -62,11 +62,11 @@ class ServedInput:
 
 @dataclass(frozen=True)
 class Unified:
-    """What has become of a group of operators.
+    """The unified quantizer of a group of operators.
 
     Attributes:
-        count: How many quantizers have become one.
-        places: Where that one stands.
+        count: Number of quantizers that were unified.
+        places: Places of the unified quantizer.
         calls: The operators that it serves.
     """
 
@@ -76,12 +76,12 @@ class Unified:
 
 
 class Unifier:
-    """Makes quantizers one.
+    """Unifies quantizers by joining their sets.
 
     Args:
-        sets: Where quantizers and their places are; they are joined there.
+        sets: The disjoint sets of quantizers and places.
         places: All places of quantizers.
-        sites: For the names of inputs in messages.
+        sites: Finds the names of inputs for messages.
     """
 
     def __init__(self, sets: DisjointSets, places: Iterable[ActivationPlace], sites: Sites) -> None:
@@ -90,14 +90,14 @@ class Unifier:
         self._sites = sites
 
     def unify(self, inputs: Sequence[ServedInput], path: str = "") -> Unified:
-        """Makes the quantizers of some inputs one.
+        """Unifies the quantizers of some inputs.
 
         Args:
             inputs: The inputs.
-            path: Path of the group in the section; empty when it is the device that wants this.
+            path: Path of the group in the section; empty if the device requires it.
 
         Raises:
-            ConfigError: One quantizer cannot serve them all.
+            ConfigError: One quantizer cannot serve all inputs.
         """
         for other in inputs[1:]:
             self._check(inputs[0], other, path)
@@ -145,7 +145,7 @@ class UnifiedScales:
     Args:
         config: The section `activations`.
         trace: The trace whose calls are the operators.
-        names: What scopes can call each call.
+        names: The names that scopes can use for each call.
         modules: Names of the modules, for hints.
 
     Raises:
@@ -190,13 +190,13 @@ class UnifiedScales:
         """Refuses groups and entries that have no effect.
 
         Args:
-            unified: Path of a group -> what has become of it; those of which no input is quantized need not be there.
+            unified: Path of a group -> its unified quantizer; groups without quantized inputs may be missing.
 
         Returns:
-            The same for all groups. Where entries need not match, a group may have come to nothing.
+            The same for all groups. If entries need not match, a group may be empty.
 
         Raises:
-            ConfigError: No quantizer stands at the inputs of what an entry means, or fewer than two have become one.
+            ConfigError: The operators of an entry have no quantized inputs, or there is nothing to unify.
         """
         result, problems = {}, []
         for path, entries in self._groups.items():
@@ -220,7 +220,7 @@ _REMEDY = "name operators whose inputs have quantizers of their own (controller.
 
 
 def _operators(trace: Trace, names: Mapping[tuple[int, int], ScopedModule]) -> dict[CallRef, ScopedModule]:
-    """Returns the names of each call, with the one among them that is printed."""
+    """Returns the names of each call, including its printed name."""
     sites = Sites(trace)
     found = {}
     for (number, index), scoped in names.items():

@@ -172,7 +172,7 @@ def test_defaults_are_those_of_nncf():
             "scope_overrides.weights.Net/Conv2d[a]/conv2d_0.bit",
             "Did you mean 'bits'?",
         ),
-        ({"mode": "symmetric"}, "", 'belongs into "weights" or "activations"'),
+        ({"mode": "symmetric"}, "", 'belongs in "weights" or "activations"'),
         ({"params": {"weights_quant_start_epoch": -1}}, "params.weights_quant_start_epoch", "got -1"),
     ],
 )

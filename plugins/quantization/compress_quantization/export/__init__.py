@@ -1,4 +1,4 @@
-"""Export of quantized models: integers in the file, and operators that runtimes compute with integers."""
+"""Exports quantized models with integer weights and operators that runtimes compute with integers."""
 
 from compress_quantization.export.graph import rewrite
 from compress_quantization.export.prepare import prepare

@@ -1,12 +1,13 @@
-"""One scale for the inputs of depthwise convolutions, in the place of one for each channel.
+"""Replaces the scales per channel at inputs of depthwise convolutions by a single scale.
 
-A depthwise convolution reads each channel by itself, so its inputs may have a scale for each channel, and on CPUs they
-do by default. But runtimes compute with integers of one scale only. The scales can move: with s one of them,
+A depthwise convolution processes each channel separately, so its input may have a scale for each channel, and on CPUs
+it does by default. But runtimes support only one scale per activation. The scales can be moved into weights: with s one
+of them,
 
     dequantize(q, s[c]) = dequantize(q, s) * (s[c] / s)        into the weights that read channel c,
-    quantize(x[c], s[c]) = quantize(x[c] * (s / s[c]), s)      into the weights and the bias that make channel c,
+    quantize(x[c], s[c]) = quantize(x[c] * (s / s[c]), s)      into the weights and the bias that produce channel c,
 
-where x comes from a layer, directly or through a ReLU, which a positive factor passes. Integers stay as they are.
+if x comes from a layer, directly or through a ReLU, which commutes with a positive factor. The integers do not change.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from compress_quantization.export.weights import Array, QuantizedWeight, constan
 
 
 def unify_channel_scales(editor: GraphEditor) -> None:
-    """Moves scales for channels into the weights around them, wherever that is exact."""
+    """Moves scales per channel into the surrounding weights, wherever that is exact."""
     for quantize in editor.nodes("QuantizeLinear"):
         found = _Between.layers(quantize)
         if found is not None:
@@ -30,13 +31,13 @@ def unify_channel_scales(editor: GraphEditor) -> None:
 
 @dataclass
 class _Between:
-    """A quantizer with a scale for each channel, between the layer that makes a tensor and those that read it.
+    """A quantizer with a scale for each channel, between the layer that produces a tensor and those that read it.
 
     Attributes:
         quantize: The quantize operator.
-        dequantize: The dequantize operator behind it.
+        dequantize: The dequantize operator after it.
         scale: float32, shape (channels,).
-        maker: The layer that makes the tensor.
+        maker: The layer that produces the tensor.
         readers: The depthwise convolutions that read it.
     """
 
@@ -48,7 +49,7 @@ class _Between:
 
     @classmethod
     def layers(cls, quantize: Any) -> _Between | None:
-        """Returns what stands around a quantize operator, or None where scales cannot move."""
+        """Returns the layers around a quantize operator, or None if its scales cannot move."""
         scale, zero_point = (constant(value) for value in quantize.inputs[1:3])
         if scale is None or scale.ndim != 1 or zero_point is None or len(np.unique(zero_point)) != 1:
             return None
@@ -70,7 +71,7 @@ class _Between:
         return cls(quantize, dequantize, scale, maker, [node for node, _ in uses])
 
     def unify(self, editor: GraphEditor) -> None:
-        """Moves the scales, unless weights or scales cannot take them."""
+        """Moves the scales, unless the weights or their scales cannot represent the result."""
         one = self.scale.max()
         factors = self.scale.astype(np.float64) / float(one)
         made = _scaled(self.maker, 1 / factors)
@@ -114,7 +115,7 @@ def _is_depthwise(node: Any, channels: int) -> bool:
 
 
 def _multiplier(node: Any) -> int:
-    """Returns how many output channels a depthwise convolution makes of each input channel."""
+    """Returns the number of output channels per input channel of a depthwise convolution."""
     weight = QuantizedWeight.behind(node.inputs[1])
     assert weight is not None
     return int(weight.integers.shape[0]) // int(node.attributes.get_int("group", 1))

@@ -1,4 +1,4 @@
-"""Changes to an exported graph: constants and dequantized weights are added, nodes are taken out."""
+"""Edits an exported graph: adds constants and dequantized weights, and removes nodes."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ class GraphEditor:
         self._taken = {*outputs, *graph.initializers, *(value.name for value in graph.inputs)}
 
     def nodes(self, *operators: str) -> Iterator[Any]:
-        """Yields the nodes of these operators; the graph may be changed meanwhile."""
+        """Yields the nodes of these operators; the graph may be changed during the iteration."""
         for node in list(self.graph):
             if node.op_type in operators and node.domain == "":
                 yield node
 
     def add_constant(self, name: str, values: Array) -> Any:
-        """Returns an initializer of these values; one that is there already, where a layer is called several times."""
+        """Returns an initializer with these values; reuses an existing one if a layer is called several times."""
         known = constant(self.graph.initializers.get(name))
         if known is not None and known.dtype == values.dtype and np.array_equal(known, values):
             return self.graph.initializers[name]
@@ -49,7 +49,7 @@ class GraphEditor:
     def dequantize(self, weight: QuantizedWeight, before: Any) -> Any:
         """Returns the dequantized form of a weight, for the node `before`."""
         names = ["integers", "scale"]
-        # Biases are always around zero, and the runtime fuses them without being told so.
+        # The zero point of a bias is always 0, and the runtime fuses it without an explicit one.
         if weight.integers.dtype != np.int32:
             names.append("zero_point")
         inputs = [self.add_constant(f"{weight.name}.{name}", getattr(weight, name)) for name in names]
@@ -69,7 +69,7 @@ class GraphEditor:
         return unique
 
     def remove(self, node: Any, replacement: Any) -> None:
-        """Takes a node out; what read its first output reads `replacement`, which has the output's name."""
+        """Removes a node; readers of its first output then read `replacement`, which gets the name of the output."""
         name = node.outputs[0].name
         if node.outputs[0].is_graph_output():
             self.graph.outputs[list(self.graph.outputs).index(node.outputs[0])] = replacement
@@ -80,7 +80,7 @@ class GraphEditor:
 
 
 def output_axis(node: Any, weight: QuantizedWeight) -> int | None:
-    """Returns the dimension of a weight that the output's channels (dimension 1) are in; None where it is none."""
+    """Returns the dimension of a weight with the output's channels (dimension 1 of the output), or None."""
     if node.op_type == "Conv":
         return 0
     if node.op_type == "ConvTranspose":

@@ -1,10 +1,10 @@
-"""Rewrites an exported graph, so that a runtime finds in it what it can compute with integers.
+"""Rewrites an exported graph into patterns that a runtime computes with integers.
 
-Batch norms behind a quantized convolution or linear layer become a part of its scales and its bias, transposed and
-split weights are stored as they are read, and biases become integers in the units of the accumulator. Clipping that
-quantization does anyway is left out, and depthwise convolutions get inputs with one scale
-(`compress_quantization.export.channels`). All of it is exact, but for the rounding of scales to float32 and of biases
-to half a unit of the accumulator.
+Batch norms after a quantized convolution or linear layer are folded into its scales and its bias, transposed and split
+weights are stored as they are read, and biases become integers in the units of the accumulator. Clipping that
+quantization does anyway is removed, and depthwise convolutions get inputs with one scale
+(`compress_quantization.export.channels`). All of this is exact, except for the rounding of scales to float32 and of
+biases to half a unit of the accumulator.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from compress_quantization.export.editor import OPSET, GraphEditor, output_axis
 from compress_quantization.export.weights import Array, QuantizedWeight, constant
 
 _LARGEST_BIAS = 2**31 - 1
-# What ONNX Runtime moves dequantization across: values pass through these unchanged.
+# Operators across which ONNX Runtime moves dequantization, because they do not change values.
 _MOVING = frozenset(["Flatten", "Identity", "MaxPool", "Reshape", "Squeeze", "Transpose", "Unsqueeze"])
 
 
@@ -42,7 +42,7 @@ def rewrite(graph: Any) -> None:
 
 
 def _split_weights(editor: GraphEditor) -> None:
-    """Stores the parts of a weight that is split before it is used, such as the projections of an attention layer."""
+    """Stores the parts of a weight that is split before use, such as the projections of an attention layer."""
     for node in editor.nodes("Split"):
         weight = QuantizedWeight.behind(node.inputs[0])
         if weight is None or any(output.is_graph_output() for output in node.outputs):
@@ -59,7 +59,7 @@ def _split_weights(editor: GraphEditor) -> None:
 
 
 def _transpose_weights(editor: GraphEditor) -> None:
-    """Stores weights as they are read: a runtime looks for a dequantized constant right before a product."""
+    """Stores weights transposed as they are read, because a runtime needs a dequantized constant before a product."""
     for node in editor.nodes("Transpose"):
         weight = QuantizedWeight.behind(node.inputs[0])
         if weight is None or node.outputs[0].is_graph_output():
@@ -76,7 +76,7 @@ def _fold_batch_norms(editor: GraphEditor) -> None:
         layer = norm.inputs[0].producer()
         if layer is None or layer.op_type not in ("Conv", "ConvTranspose", "Gemm", "MatMul"):
             continue
-        # Whoever else reads the layer's output wants it without the batch norm.
+        # Other readers of the layer's output need it without the batch norm.
         if len(norm.inputs[0].uses()) != 1 or norm.inputs[0].is_graph_output():
             continue
         if all(not output.uses() for output in norm.outputs[1:]):
@@ -114,7 +114,7 @@ def _fold_batch_norm(editor: GraphEditor, layer: Any, norm: Any) -> None:
 
 
 def _drop_clips(editor: GraphEditor) -> None:
-    """Takes out clipping (that of ReLU6) where the quantizer behind it clips as much: runtimes then fuse the two."""
+    """Removes clipping (of ReLU6) if the following quantizer clips at least as much; runtimes then fuse the rest."""
     for clip in editor.nodes("Clip"):
         readers = [node for node, _ in clip.outputs[0].uses()]
         if clip.outputs[0].is_graph_output() or len(readers) != 1 or readers[0].op_type != "QuantizeLinear":
@@ -123,7 +123,7 @@ def _drop_clips(editor: GraphEditor) -> None:
         scale, zero_point = (constant(value) for value in readers[0].inputs[1:3])
         if low is None or high is None or scale is None or zero_point is None:
             continue
-        # Rounding is monotone: what is clipped becomes the first or the last integer without clipping, too.
+        # Rounding is monotonic, so clipped values become the first or the last integer without clipping as well.
         limits = np.iinfo(zero_point.dtype)
         first, last = (np.rint(end.astype(np.float32) / scale) + zero_point.astype(np.float32) for end in (low, high))
         if (first <= limits.min).all() and (last >= limits.max).all():
@@ -132,10 +132,10 @@ def _drop_clips(editor: GraphEditor) -> None:
 
 
 def _quantize_biases(editor: GraphEditor) -> None:
-    """Makes biases integers in units of (scale of the input) * (scale of the weight), where a runtime wants them so."""
+    """Stores biases as integers in units of (input scale) * (weight scale), where a runtime needs this."""
     for node in editor.nodes("Conv", "Gemm"):
         weight = QuantizedWeight.behind(node.inputs[1])
-        # Without quantizers on both sides a convolution is computed in floating point.
+        # A convolution without quantizers on both sides is computed in floating point.
         if weight is None or (node.op_type == "Conv" and not _is_quantized(node.outputs[0])):
             continue
         quantized = _quantized_bias(node, weight)
@@ -155,7 +155,7 @@ def _quantized_bias(node: Any, weight: QuantizedWeight) -> QuantizedWeight | Non
     with np.errstate(divide="ignore", over="ignore"):
         integers = np.rint(bias.astype(np.float64) / units.astype(np.float64))
     if not (np.abs(integers) <= _LARGEST_BIAS).all():
-        return None  # a channel of nearly no weight: only floating point holds both
+        return None  # the weights of a channel are nearly zero; only floating point can represent both
     zeros = np.zeros(units.shape, np.int32)
     channels = 0 if units.ndim else None
     return QuantizedWeight(integers.astype(np.int32), units, zeros, channels, str(node.inputs[2].name))
@@ -178,7 +178,7 @@ def _scale(node: Any) -> Array | None:
 
 
 def _is_quantized(value: Any) -> bool:
-    """Tells whether a value goes into one quantizer and nowhere else, at most through a ReLU."""
+    """Returns whether a value is read only by one quantizer, directly or through a ReLU."""
     readers = [node for node, _ in value.uses()]
     if value.is_graph_output() or len(readers) != 1:
         return False
@@ -188,7 +188,7 @@ def _is_quantized(value: Any) -> bool:
 
 
 def _shorten_names(graph: Any) -> None:
-    """Names weights as the model does, without the parts that stem from how they were exported."""
+    """Names weights as in the model, without the parts that the export added."""
     for name in list(graph.initializers):
         short = name.replace("parametrizations.", "").replace(".0.integers", ".integers")
         short = short.replace(".0.scale", ".scale").replace(".0.zero_point", ".zero_point")

@@ -1,4 +1,4 @@
-"""What stands for quantizers while a model is exported: ONNX's quantize and dequantize operators."""
+"""Modules that replace quantizers during an export: they emit ONNX's quantize and dequantize operators."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _emit(operator: str, inputs: list[torch.Tensor], axis: int | None, dtype: to
 
 
 class DequantizedWeight(nn.Module):
-    """Stands for a quantized weight: its integers, and the operator that makes values of them.
+    """Replaces a quantized weight by its integers and a dequantize operator.
 
     Attributes:
         integers: int8 (int16 for grids of more than 8 bits), the weight's shape.
@@ -33,7 +33,7 @@ class DequantizedWeight(nn.Module):
     zero_point: torch.Tensor
 
     def __init__(self, weight: torch.Tensor, grid: Grid) -> None:
-        """Takes the integers that stand for a weight.
+        """Computes the integers of a weight.
 
         Args:
             weight: The values, on the grid or to be rounded to it.
@@ -41,8 +41,8 @@ class DequantizedWeight(nn.Module):
         """
         super().__init__()
         dtype = torch.int8 if grid.quant_max - grid.quant_min < 2**8 else torch.int16
-        # Unsigned and asymmetric grids count from 0; shifted by half of their levels they fit a signed type, and the
-        # integers of a half-range grid are small enough for 16-bit accumulators only then.
+        # Unsigned and asymmetric grids begin at 0. Shifted by half of their levels they fit a signed type, and only
+        # then are the integers of a half-range grid small enough for 16-bit accumulators.
         shift = 0 if grid.quant_min < 0 else -((grid.quant_max + 1) // 2)
         self.register_buffer("integers", (grid.integers(weight) + shift).to(dtype))
         self.register_buffer("scale", grid.scale.detach().float().clone())
@@ -51,23 +51,23 @@ class DequantizedWeight(nn.Module):
         self.dtype = weight.dtype
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
-        """Returns the weight in the exported graph; what is stored as `weight` has no effect."""
+        """Returns the weight in the exported graph; the stored `weight` is ignored."""
         values = _emit("DequantizeLinear", [self.integers, self.scale, self.zero_point], self.axis, torch.float32)
         return values.to(self.dtype)
 
 
 class QuantizeDequantize(nn.Module):
-    """Stands for the quantizer of an activation.
+    """Replaces the quantizer of an activation by quantize and dequantize operators.
 
-    Integers are unsigned, whatever the grid: signed ones cost ONNX Runtime nearly all that integers gain on x86 (they
-    have no fast kernels there). A signed grid is shifted, so that 128 stands for zero. A grid that does not use all
-    integers of the type is clipped to its ends before.
+    Integers are unsigned for every grid, because ONNX Runtime has no fast kernels for signed ones on x86. A signed grid
+    is shifted, so that 128 represents zero. If a grid does not use all integers of the type, the tensor is first
+    clipped to the ends of the grid.
 
     Attributes:
         scale: float32, shape () or (channels,).
         zero_point: uint8 (uint16 for grids of more than 8 bits), the shape of the scale.
-        low: Where the grid ends, float32, of a shape that broadcasts to the tensor's.
-        high: Likewise.
+        low: Lower end of the grid, float32, of a shape that broadcasts to the tensor's.
+        high: Upper end of the grid, like `low`.
     """
 
     scale: torch.Tensor
@@ -76,17 +76,17 @@ class QuantizeDequantize(nn.Module):
     high: torch.Tensor
 
     def __init__(self, grid: Grid, shape: tuple[int, ...]) -> None:
-        """Takes the grid of a quantizer.
+        """Computes the constants of the operators from the grid of a quantizer.
 
         Args:
-            grid: The grid; its `channel_dim` counts in `shape`.
+            grid: The grid; its `channel_dim` is a dimension of `shape`.
             shape: Shape of the quantizer's range, which broadcasts against the tensor.
         """
         super().__init__()
         levels = grid.quant_max - grid.quant_min + 1
         dtype = torch.uint8 if levels <= 2**8 else torch.uint16
         largest = torch.iinfo(dtype).max
-        # Signed grids of fewer levels are shifted by as much as full ones: runtimes know 128 as the middle.
+        # Signed grids of fewer levels are shifted as far as full ones, because runtimes expect 128 as the middle.
         shift = 0 if grid.quant_min == 0 else (largest + 1) // 2
         scale, zero_point = grid.scale.detach().float(), grid.zero_point
         self.register_buffer("scale", scale.clone())

@@ -1,4 +1,4 @@
-"""Prepares a copy of a quantized model for export: modules that emit ONNX operators in the place of quantizers."""
+"""Prepares a copy of a quantized model for export: replaces quantizers by modules that emit ONNX operators."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ from compress_quantization.fake_quantize import FakeQuantize
 def prepare(model: nn.Module) -> None:
     """Replaces every quantizer of a model that is on, and removes those that are off.
 
-    Weights of `nn.RNN`, `nn.LSTM` and `nn.GRU` keep theirs, and are stored as the floating-point values that these
-    compute: ONNX's recurrent operators take no integers.
+    Weights of `nn.RNN`, `nn.LSTM` and `nn.GRU` keep their quantizers and are stored as quantized floating-point values,
+    because ONNX's recurrent operators take no integers.
 
-    The model is good for export only afterwards: its weights are integers, and activations are computed nowhere but
-    in the exported graph.
+    Afterwards the model can only be exported, because the new operators compute values only in the exported graph.
 
     Args:
         model: A copy of the model, in eval mode on the CPU.
@@ -47,17 +46,17 @@ def _replace_weights(model: nn.Module) -> None:
     for weight in transformed_weights(model):
         *before, last = weight.chain.children()
         if not isinstance(last, FakeQuantize) or not last.enabled:
-            continue  # nothing is on a grid in the end: the core bakes what is there
+            continue  # the last transform is not a quantizer, so the core bakes the weight
         if any(isinstance(owner, nn.RNNBase) for owner, _ in weight.places):
             continue  # baked as well
         values = weight.parameter.detach()
         for transform in before:
             values = transform(values)
         replacements.append((weight, DequantizedWeight(values, last.grid()).eval()))
-    # All transforms go before the first parametrization: both change the class of a layer, which may have several.
+    # All transforms are removed before parametrizations are added, because both change the class of a layer.
     for weight, _ in replacements:
         weight.remove_transforms()
     for weight, dequantized in replacements:
         for owner, name in weight.places:
-            # unsafe: the checks would run the operator, which has values in the exported graph only.
+            # unsafe: torch's checks would run the operator, which computes values only in the exported graph.
             parametrize.register_parametrization(owner, name, dequantized, unsafe=True)

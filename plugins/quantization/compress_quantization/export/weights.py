@@ -1,4 +1,4 @@
-"""Quantized weights in an exported graph: found, changed as integers, and put back."""
+"""Quantized weights in an exported graph: finds them and transforms them exactly, as integers and scales."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """Integers of a graph and what they stand for: (integers - zero_point) * scale.
+    """A weight in a graph, stored as integers; its values are (integers - zero_point) * scale.
 
     Attributes:
         integers: int8 or int16.
         scale: float32, shape () or (channels,).
         zero_point: Of the dtype of the integers and the shape of the scale.
-        axis: Dimension of the channels; None for one scale.
-        name: What names in the graph begin with.
+        axis: Dimension of the channels; None for a single scale.
+        name: Prefix of its names in the graph.
     """
 
     integers: Array
@@ -33,7 +33,7 @@ class QuantizedWeight:
 
     @classmethod
     def behind(cls, value: Any) -> QuantizedWeight | None:
-        """Returns the weight that `value` (an `onnx_ir.Value`) is the dequantized form of, or None."""
+        """Returns the weight whose dequantized form is `value` (an `onnx_ir.Value`), or None."""
         node = None if value is None else value.producer()
         if node is None or node.op_type != "DequantizeLinear" or value.is_graph_output():
             return None
@@ -65,24 +65,24 @@ class QuantizedWeight:
         return parts
 
     def scaled(self, factors: Array, axis: int) -> QuantizedWeight | None:
-        """Returns the weight times a factor for each channel, exact but for the rounding of the scales.
+        """Returns the weight times a factor for each channel, exact except for the rounding of the scales.
 
-        A negative factor mirrors the integers of a channel, a factor of zero makes them zero. A zero point of 0 stays,
-        others are mirrored as well, so that no integer leaves the range that the grid has taken up.
+        A negative factor mirrors the integers of a channel, a factor of zero makes them zero. A zero point of 0 stays;
+        other zero points are mirrored as well, so that no integer leaves the range of the grid.
 
         Args:
             factors: float64, shape (channels,).
             axis: Dimension of the channels.
 
         Returns:
-            None where channels have scales along another dimension, where a mirrored integer is out of range, or where
-            a scale would vanish.
+            None if the scales belong to another dimension, if a mirrored integer is out of range, or if a scale would
+            become zero.
         """
         if self.axis not in (None, axis) or factors.shape != (self.integers.shape[axis],):
             return None
         scale = np.broadcast_to(self.scale, factors.shape).astype(np.float64)
         zero_point = np.broadcast_to(self.zero_point, factors.shape)
-        # A channel of zeros keeps its scale: it has to be positive.
+        # A channel of zeros keeps its scale, because scales have to be positive.
         scales = np.where(factors == 0, scale, scale * np.abs(factors)).astype(np.float32)
         if not (np.isfinite(scales).all() and (scales >= np.finfo(np.float32).tiny).all()):
             return None
@@ -90,7 +90,7 @@ class QuantizedWeight:
         shape[axis] = -1
         wide = zero_point.astype(np.int64)
         middle, signs = wide.reshape(shape), np.sign(factors).astype(np.int64)
-        # -1 - q has the range of q; -q has not, but leaves the zero where it is.
+        # -1 - q has the same range as q; -q does not, but keeps zero in place.
         middles = np.where((signs < 0) & (wide != 0), -1 - wide, wide)
         integers = middles.reshape(shape) + signs.reshape(shape) * (self.integers.astype(np.int64) - middle)
         limits = np.iinfo(self.integers.dtype)
@@ -107,7 +107,7 @@ class QuantizedWeight:
 
 
 def constant(value: Any) -> Array | None:
-    """Returns what an initializer (an `onnx_ir.Value`) holds; None for other values and for absent inputs."""
+    """Returns the array of an initializer (an `onnx_ir.Value`); None for other values and for absent inputs."""
     if value is None or value.const_value is None:
         return None
     array: Array = value.const_value.numpy()

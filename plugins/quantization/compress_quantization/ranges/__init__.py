@@ -34,12 +34,12 @@ __all__ = [
 
 @dataclass(frozen=True)
 class RangeRequest:
-    """What statistics for a range are made for.
+    """The argument of a choice of `quantization.range`: the tensor and the settings of its range.
 
     Attributes:
-        tensor: The tensor: a weight is shown once, an activation batch by batch.
-        symmetric: Whether the range has to lie symmetrically around zero.
-        config: The section `initializer.range`; statistics read those parameters that they use and no others.
+        tensor: The tensor. A weight is passed to the statistics once, an activation batch by batch.
+        symmetric: Whether the range has to be symmetric around zero.
+        config: The section `initializer.range`; statistics should read only the parameters that they use.
     """
 
     tensor: TensorInfo
@@ -48,34 +48,34 @@ class RangeRequest:
 
 
 def min_max(request: RangeRequest) -> RangeStatistics:
-    """The smallest and the largest value of all."""
+    """Uses the smallest and the largest value."""
     return MinMax(request.tensor, request.symmetric)
 
 
 def mixed_min_max(request: RangeRequest) -> RangeStatistics:
-    """`min_max` of weights and of channels, else the means of the samples' smallest and largest values."""
+    """Uses `min_max` for weights and for ranges per channel, else the means of each sample's extreme values."""
     per_sample = not request.tensor.is_weight and request.tensor.channel_dim is None
     return SampleMeanMinMax(request.tensor, request.symmetric) if per_sample else min_max(request)
 
 
 def mean_min_max(request: RangeRequest) -> RangeStatistics:
-    """The means of the batches' smallest and largest values."""
+    """Uses the means of each batch's smallest and largest value."""
     return MeanMinMax(request.tensor, request.symmetric)
 
 
 def threesigma(request: RangeRequest) -> RangeStatistics:
-    """The median and three standard deviations around it."""
+    """Uses the median plus and minus three standard deviations."""
     return ThreeSigma(request.tensor)
 
 
 def percentile(request: RangeRequest) -> RangeStatistics:
-    """Two percentiles of all values."""
+    """Uses two percentiles of all values."""
     params = request.config.params
     return Percentile(request.tensor, params.min_percentile, params.max_percentile)
 
 
 def mean_percentile(request: RangeRequest) -> RangeStatistics:
-    """The means of two percentiles of the batches."""
+    """Uses the means of two percentiles of each batch."""
     params = request.config.params
     return MeanPercentile(request.tensor, params.min_percentile, params.max_percentile)
 
@@ -96,15 +96,15 @@ CHOICES = [
 def collector_for(
     config: RangeConfig, spec: QuantizerSpec, *, is_weight: bool, name: str, channel_dim: int | None = None
 ) -> RangeStatistics:
-    """Returns the empty statistics that a quantizer's range is computed from.
+    """Returns empty statistics, from which the range of a quantizer will be computed.
 
-    A weight is shown once, an activation batch by batch.
+    A weight is passed to them once, an activation batch by batch.
 
     Args:
         config: The range initializer.
-        spec: The quantizer.
+        spec: The settings of the quantizer.
         is_weight: Whether the tensor is a weight.
-        name: What messages call the tensor.
+        name: Name of the tensor in messages.
         channel_dim: Dimension of the channels for `spec.per_channel`; by default 0 of a weight, 1 of an activation.
     """
     if channel_dim is None:

@@ -1,4 +1,4 @@
-"""Quantiles of more values than can be kept."""
+"""Quantiles of a stream of values that is too long to keep."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ _BUDGET = 2**20
 class QuantileSketch:
     """Quantiles of a stream of values, exact up to a number of values and with a known error beyond it.
 
-    Values are kept in levels; one at level h stands for 2^h. When more than `budget` are kept, a level is sorted and
-    every other value of it moves one level up (compactors as in Manku, Rajagopalan and Lindsay 1998 and in Karnin, Lang
-    and Liberty 2016, with alternating instead of random choice). One such step moves the rank of any value by at most
-    2^h, and `rank_error` is the sum of that over all steps: the quantile that is returned for q is a true one for some
-    q' with |q' - q| <= rank_error. With the budget of 2^20 values that is below 2e-4 for 2 * 10^8 values, in practice
-    some 1e-6. Memory: `budget` values and the batch.
+    Values are kept in levels; a value at level h represents 2^h values. When more than `budget` values are kept, a
+    level is sorted and every other value of it moves up one level (compactors as in Manku, Rajagopalan and Lindsay 1998
+    and in Karnin, Lang and Liberty 2016, with alternating instead of random choice). One such step changes the rank of
+    any value by at most 2^h, and `rank_error` is the sum of this over all steps: the quantile returned for q is exact
+    for some q' with |q' - q| <= rank_error. With the budget of 2^20 values the bound is below 2e-4 for 2 * 10^8 values;
+    in practice the error is about 1e-6. Memory: `budget` values and the batch.
 
     Args:
-        rows: Number of independent distributions, such as channels, which get equally many values.
-        budget: Most values that are kept, over all rows together; None to keep everything.
+        rows: Number of independent distributions, such as channels, each with the same number of values.
+        budget: Maximum number of values to keep, over all rows; None to keep all.
     """
 
     def __init__(self, rows: int = 1, budget: int | None = _BUDGET) -> None:
@@ -54,7 +54,7 @@ class QuantileSketch:
         self._shrink()
 
     def merge(self, other: Self) -> None:
-        """Adds what another sketch over the same rows has seen."""
+        """Adds the values of another sketch over the same rows."""
         while len(self._levels) < len(other._levels):
             self._grow()
         for level, chunks in enumerate(other._levels):
@@ -64,7 +64,7 @@ class QuantileSketch:
         self._shrink()
 
     def weighted(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns what is kept, sorted in each row, and how many values each stands for; int64, both (rows, kept)."""
+        """Returns the kept values, sorted in each row, and how many values each represents (int64); (rows, kept)."""
         chunks = [(chunk, 2**level) for level, chunks in enumerate(self._levels) for chunk in chunks]
         values = torch.cat([chunk for chunk, _ in chunks], dim=1)
         weights = torch.cat([torch.full_like(chunk, weight, dtype=torch.int64) for chunk, weight in chunks], dim=1)
@@ -85,12 +85,12 @@ class QuantileSketch:
 
     def _shrink(self) -> None:
         while self._budget is not None and self.kept > self._budget:
-            # The lowest level that has its share or more; one has, or they would all fit.
+            # The lowest level that exceeds its share of the budget; there is one, otherwise all values would fit.
             share = self._budget / (len(self._levels) * self._rows)
             sizes = [self._size(level) for level in range(len(self._levels))]
             level = next(level for level, size in enumerate(sizes) if size >= share)
             if sizes[level] < 2:
-                return  # More rows than the budget has values: one or two for each are the least that there can be.
+                return  # The budget is smaller than the number of rows, but each row needs one or two values.
             self._compact(level)
 
     def _compact(self, level: int) -> None:
@@ -105,7 +105,7 @@ class QuantileSketch:
 
 
 def weighted_quantile(values: torch.Tensor, weights: torch.Tensor, share: float) -> torch.Tensor:
-    """Returns a quantile of each row in which a value stands `weights` times; linear interpolation as in NumPy.
+    """Returns a quantile of each row, where each value counts `weights` times; linear interpolation as in NumPy.
 
     Args:
         values: Shape (rows, n), sorted in each row.
@@ -119,7 +119,7 @@ def weighted_quantile(values: torch.Tensor, weights: torch.Tensor, share: float)
     last = ends[:, -1:] - 1
     position = last.clamp(min=0).double() * share
     below = position.floor().long()
-    # The value with index i in the repeated row is the first one whose end lies beyond i.
+    # The value with index i in the repeated row is the first one whose cumulative weight exceeds i.
     lower, upper = (
         values.gather(1, torch.searchsorted(ends, index, right=True).clamp(max=values.shape[1] - 1)).double()
         for index in (below, torch.minimum(below + 1, last.clamp(min=0)))

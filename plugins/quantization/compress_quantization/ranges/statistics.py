@@ -1,4 +1,4 @@
-"""The statistics behind the range initializers: mergeable, and bounded in memory."""
+"""The statistics from which initial ranges are computed; they can be merged, and their memory is bounded."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ import torch
 from compress_core import DataError, ModelError
 from compress_quantization.ranges.quantiles import QuantileSketch, weighted_quantile
 
-# Median absolute deviation -> standard deviation of a normal distribution, as NNCF writes it.
+# Factor from the median absolute deviation to the standard deviation of a normal distribution, as in NNCF.
 _MAD_TO_SIGMA = 1.4826230
 
 
 class Range(NamedTuple):
-    """Where the values of a tensor lie.
+    """The range of a tensor's values.
 
     Attributes:
         min: Shape () or (channels,); float32, or float64 for float64 tensors.
-        max: The same.
+        max: Shape and dtype of `min`.
     """
 
     min: torch.Tensor
@@ -30,12 +30,12 @@ class Range(NamedTuple):
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """The tensor that statistics are about.
+    """The tensor whose statistics are collected.
 
     Attributes:
-        name: What messages call it.
+        name: Its name in messages.
         channel_dim: Dimension of the channels, for statistics by channel; None for the tensor as a whole.
-        is_weight: Whether it is a weight, which is shown once.
+        is_weight: Whether it is a weight, which is passed to the statistics only once.
     """
 
     name: str
@@ -58,25 +58,24 @@ class TensorInfo:
 
     @property
     def remedy(self) -> str:
-        """How to do without a range."""
+        """The remedy for messages, if no range can be determined."""
         return "or name the layer in ignored_scopes" if self.is_weight else "or put its name into ignored_scopes"
 
     def error(self, message: str) -> DataError | ModelError:
-        """Returns the exception for a tensor that has no range."""
+        """Returns the exception for a tensor whose range cannot be determined."""
         if self.is_weight:
             return ModelError(f"the weight '{self.name}' {message}")
         return DataError(f"the activation '{self.name}' {message}")
 
 
 class RangeStatistics(ABC):
-    """Collects what a range is computed from.
+    """Collects the statistics from which a range is computed.
 
-    `update` takes tensors one after the other; `merge` takes what another instance, such as that of another process,
-    has collected.
+    `update` adds a tensor; `merge` adds the statistics of another instance, such as that of another process.
 
     Args:
-        tensor: What the statistics are about.
-        settings: What a subclass needs besides.
+        tensor: The tensor.
+        settings: Further settings of a subclass.
     """
 
     def __init__(self, tensor: TensorInfo, *settings: Any) -> None:
@@ -86,18 +85,18 @@ class RangeStatistics(ABC):
         self._dtype = torch.float32
 
     def empty(self) -> Self:
-        """Returns statistics of the same kind that have seen nothing."""
+        """Returns empty statistics of the same kind."""
         return type(self)(self._tensor, *self._settings)
 
     @torch.no_grad()
     def update(self, x: torch.Tensor) -> None:
-        """Adds a tensor: floating point, on any device. The first dimension of an activation counts samples.
+        """Adds a floating-point tensor on any device. The first dimension of an activation is that of the samples.
 
         A tensor without elements is skipped.
 
         Raises:
-            DataError: An activation holds values that are not finite, or its number of channels has changed.
-            ModelError: The same of a weight; or there is no dimension of channels.
+            DataError: An activation has values that are not finite, or its number of channels has changed.
+            ModelError: The same for a weight; or the tensor has no channel dimension.
         """
         if x.numel() == 0:
             return
@@ -114,7 +113,7 @@ class RangeStatistics(ABC):
         self._add(x, low, high)
 
     def merge(self, other: Self) -> None:
-        """Adds what `other`, of the same kind, has collected; `other` stays as it is.
+        """Adds the statistics of `other`, which has the same kind and is not changed.
 
         Raises:
             DataError: The numbers of channels differ.
@@ -129,14 +128,14 @@ class RangeStatistics(ABC):
 
     @property
     def has_seen_values(self) -> bool:
-        """Whether there is anything to tell a range from."""
+        """Whether any value has been added."""
         return self._channels is not None
 
     def finalize(self) -> Range:
         """Returns the range.
 
         Raises:
-            DataError: No value of an activation has been seen.
+            DataError: An activation had no values.
             ModelError: A weight has no values.
         """
         if self._channels is None:
@@ -172,11 +171,11 @@ class RangeStatistics(ABC):
 
     @abstractmethod
     def _add(self, x: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> None:
-        """Takes a finite tensor and its bounds by channel."""
+        """Adds a finite tensor, given with its bounds by channel."""
 
     @abstractmethod
     def _merge(self, other: Self) -> None:
-        """Takes what an instance that has seen something has collected; this one has, too."""
+        """Adds the statistics of another instance; neither of the two is empty."""
 
     @abstractmethod
     def _range(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -184,7 +183,7 @@ class RangeStatistics(ABC):
 
 
 class MinMax(RangeStatistics):
-    """Smallest and largest value over everything, exactly.
+    """The exact smallest and largest value of all tensors.
 
     Args:
         tensor: What the statistics are about.
@@ -200,7 +199,7 @@ class MinMax(RangeStatistics):
         high = torch.maximum(high, -low) if self._abs_max else high
         if self._bounds is not None:
             low, high = torch.minimum(low, self._bounds[0].to(low)), torch.maximum(high, self._bounds[1].to(high))
-        # Copies: in a tensor of one element a bound is the tensor itself, which the model may write to.
+        # Copies, because the bound of a tensor of one element is the tensor itself, which the model may write to.
         self._bounds = low.clone(), high.clone()
 
     def _merge(self, other: Self) -> None:
@@ -213,7 +212,7 @@ class MinMax(RangeStatistics):
 
 
 class _Mean(RangeStatistics):
-    """Base of means over batches or samples; sums are float64."""
+    """Base class of means over batches or samples; sums are float64."""
 
     def __init__(self, tensor: TensorInfo, *settings: Any) -> None:
         super().__init__(tensor, *settings)
@@ -236,7 +235,7 @@ class _Mean(RangeStatistics):
 
 
 class MeanMinMax(_Mean):
-    """Means over batches of the smallest and of the largest value; every batch counts the same, whatever its size.
+    """Means over batches of the smallest and of the largest value; batches of any size have the same weight.
 
     Args:
         tensor: What the statistics are about.
@@ -253,11 +252,11 @@ class MeanMinMax(_Mean):
 
 
 class SampleMeanMinMax(_Mean):
-    """The mean over samples of each sample's largest value, and of its smallest value or the smallest of all.
+    """Means over samples of each sample's smallest and largest value.
 
     Args:
-        tensor: What the statistics are about, as a whole.
-        symmetric: Whether the maximum is that of |x| and the minimum that of all samples.
+        tensor: The tensor, as a whole.
+        symmetric: Whether to use each sample's largest |x| instead, and the smallest value of all samples.
     """
 
     def __init__(self, tensor: TensorInfo, symmetric: bool) -> None:
@@ -286,7 +285,7 @@ class SampleMeanMinMax(_Mean):
 
 
 class MeanPercentile(_Mean):
-    """Means over batches of two percentiles, which are exact in each batch.
+    """Means over batches of two exact percentiles of each batch.
 
     Args:
         tensor: What the statistics are about.
@@ -305,9 +304,9 @@ class MeanPercentile(_Mean):
 
 
 class _Pooled(RangeStatistics):
-    """Base of statistics of all values together; see `QuantileSketch` for how exact they are.
+    """Base class of statistics of all values together; see `QuantileSketch` for the accuracy.
 
-    A weight is kept whole, so that its statistics are exact.
+    All values of a weight are kept, so that its statistics are exact.
     """
 
     def __init__(self, tensor: TensorInfo, *settings: Any) -> None:
@@ -353,10 +352,10 @@ class Percentile(_Pooled):
 
 
 class ThreeSigma(_Pooled):
-    """The median, plus and minus three standard deviations as estimated by the median absolute deviation of all values.
+    """The median plus and minus three standard deviations, estimated from the median absolute deviation.
 
-    Zeros do not count for the median, as in NNCF: behind a ReLU they are often the majority, and the range would be
-    empty. The deviation is that of all values.
+    The median leaves out zeros, as in NNCF: after a ReLU they are often the majority, and the range would be empty. The
+    deviation is that of all values.
     """
 
     def _range(self) -> tuple[torch.Tensor, torch.Tensor]:
