@@ -1,18 +1,18 @@
-"""Every name of torch that is not public: what it is wanted for, and what to do on the day that torch takes it away.
+"""All private names of torch that we use: what each is for, and what happens if torch removes it.
 
-No other file of the core or of the built-in plugins uses one: tests/torch_internals/test_one_place.py reads the
-sources. It has a canary for each name, too: a test that fails with a sentence when torch changes what the name does.
-With each name stands
+No other file of the core or of the built-in plugins uses private names of torch;
+tests/torch_internals/test_one_place.py checks this in the sources. There is also a canary for each name, a test that
+fails when torch changes its behaviour. Each name is documented with
 
     Why: what it is used for.
-    Public way: what torch offers openly, and why that is not enough.
-    Without it: what happens where torch no longer has it.
+    Public way: what torch offers publicly, and why that is not enough.
+    Without it: what happens if torch no longer has it.
 
-Not here, because they are how every library reads and extends an `nn.Module`: the storage `_parameters`, `_buffers` and
-`_modules`, which the core reads and plugins do not; and the methods that subclasses override, `_save_to_state_dict` and
-`_load_from_state_dict` (torch documents these for it) and `_apply`.
+Some private names are not listed here, because every library uses them to read and extend an `nn.Module`: the storage
+`_parameters`, `_buffers` and `_modules`, which only the core reads; and the methods that subclasses override,
+`_save_to_state_dict` and `_load_from_state_dict` (documented by torch for this) and `_apply`.
 
-Importing this module is cheap: what belongs to torch's compiler is imported when it is first called.
+Importing this module is cheap, because torch's compiler is imported only when it is first needed.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ __all__ = [
 
 
 def is_plain_execution() -> bool:
-    """Tells that nobody traces, wraps or differentiates what is computed now; gradients by autograd aside.
+    """Returns whether the present computation is not traced, wrapped or differentiated, other than by autograd.
 
     Why: recomputed weights and compiled kernels are right for plain tensors and plain execution only.
     Public way: none asks for dispatch modes or for transforms of `torch.func`; `torch.jit.is_tracing` knows its own.
@@ -95,9 +95,9 @@ def is_plain_execution() -> bool:
 
 
 def is_forward_mode() -> bool:
-    """Tells whether derivatives are computed along with values (`torch.autograd.forward_ad`).
+    """Returns whether derivatives are computed along with values (`torch.autograd.forward_ad`).
 
-    Why: fake-quantization adds the terms that carry straight-through derivatives only where somebody asks for these.
+    Why: fake-quantization adds the terms that carry straight-through derivatives only if they are needed.
     Public way: `forward_ad.unpack_dual` tells whether one tensor is dual, but raises outside of a level.
     Without it: AttributeError in models that are traced; nothing else tells when the terms are needed.
     """
@@ -175,7 +175,7 @@ Without it: AttributeError at the first forward in eval mode; comparing all valu
 
 
 def is_view(tensor: torch.Tensor) -> bool:
-    """Tells whether autograd knows a tensor as a view of another one.
+    """Returns whether autograd knows a tensor as a view of another one.
 
     Why: the memory of a view is not its own to be written to, and a weight that is one is nothing that can be saved.
     Public way: none; `tensor._base` is as private, and a view of all of a tensor has nothing else that shows it.
@@ -198,9 +198,9 @@ def storage_identity(tensor: torch.Tensor) -> int:
 
 
 def has_gradient_hooks(tensor: torch.Tensor) -> bool:
-    """Tells whether somebody has hooked the gradient of a tensor (`Tensor.register_hook`).
+    """Returns whether the gradient of a tensor has a hook (`Tensor.register_hook`).
 
-    Why: such a hook does not follow a parameter that gets a new inside when channels go.
+    Why: such a hook does not follow a parameter whose contents are swapped when channels are removed.
     Public way: none; a handle knows its hook, a tensor's hooks cannot be asked for.
     Without it: AttributeError when a model is shrunk.
     """
@@ -221,7 +221,7 @@ def schema_of(function: Any) -> Any:
 
 
 def may_set_saved_tensors_hooks() -> bool:
-    """Tells that nobody else decides, by hooks or by forbidding them, what autograd keeps for the backward pass.
+    """Returns whether saved-tensors hooks can be set, that is, none are set or forbidden by other code.
 
     Why: checkpointing and offloading set hooks; ours inside of these would undo what they save.
     Public way: `torch.autograd.graph` sets and forbids hooks, and cannot be asked about them.
@@ -237,7 +237,7 @@ def may_set_saved_tensors_hooks() -> bool:
 
 
 is_any_autocast_enabled = torch._C._is_any_autocast_enabled
-"""Tells whether autocast is on for any type of device.
+"""Returns whether autocast is on for any type of device.
 
 Why: under autocast layers keep a copy of their weight, which need not be recomputed.
 Public way: `torch.is_autocast_enabled(device_type)`, for types that are known beforehand.
@@ -299,7 +299,7 @@ def global_hooks() -> dict[str, list[int]]:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Tells whether a module has hooks around its forward or its backward, which only a call of the module runs.
+    """Returns whether a module has hooks around its forward or its backward, which only a call of the module runs.
 
     Why: transforms without hooks can be called by other methods than `forward`, and again in the backward pass.
     Public way: none, see `HOOK_ATTRIBUTES`.
@@ -311,9 +311,9 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def remove_forward_hooks(module: nn.Module, kind: type) -> None:
-    """Takes the forward hooks of a class away, of a module that was copied or pickled: nobody has their handles there.
+    """Removes the forward hooks of a class from a module that was copied or pickled, where their handles are lost.
 
-    Why: what records the batch for a loss stands in the hooks of the model, and a stripped model is plain.
+    Why: the recorder of the batch for a loss is a hook of the model, and a stripped model must be plain.
     Public way: handles, which copies do not have.
     Without it: AttributeError at `strip` of models that have such a hook.
     """

@@ -56,7 +56,7 @@ class InputSpec:
 
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> InputSpec:
-        """Takes back what `to_dict` returned."""
+        """Restores an object from what `to_dict` returned."""
         return cls(tuple(saved["path"]), tuple(saved["shape"]), str(saved["dtype"]))
 
 
@@ -98,7 +98,7 @@ class Certificate:
 
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> Certificate:
-        """Takes back what `to_dict` returned."""
+        """Restores an object from what `to_dict` returned."""
         return cls(**{**saved, "inputs": tuple(tuple(shape) for shape in saved["inputs"])})
 
 

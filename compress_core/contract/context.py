@@ -184,7 +184,7 @@ class Context:
         return CalibrationData(source if isinstance(source, InitArgs) else InitArgs(source), path)
 
     def has_data(self, kind: type[InitArgs] = InitArgs) -> bool:
-        """Tells whether `calibration_data` would find a loader."""
+        """Returns whether `calibration_data` would find a loader."""
         return self._init_loader is not None or self._registered_data(kind) is not None
 
     @contextlib.contextmanager

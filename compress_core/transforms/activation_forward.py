@@ -32,7 +32,7 @@ from compress_core.transforms.user_hooks import FrameId
 
 logger = logging.getLogger(__name__)
 
-# Modules that return a tensor which they have just made, and which nobody else has: not their input, not a view.
+# Modules that return a new tensor without other readers, never their input or a view of it.
 _MAKERS: frozenset[type[nn.Module]] = frozenset(
     [
         *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
@@ -49,11 +49,11 @@ class _Plan:
     inputs: tuple[tuple[str, ModuleInput], ...] = ()
     outputs: tuple[tuple[str, ModuleOutput], ...] = ()
     functions: tuple[TransformedFunction, ...] = ()
-    # What the transform may take over of a module that is an activation function: which, and what it would call.
+    # If the module is an activation function that the transform can compute as well: its name, and the function called.
     activation: tuple[str, tuple[Any, ...]] | None = None
-    # Whether nobody else has what the module returns.
+    # Whether the module returns a new tensor without other readers.
     is_maker: bool = False
-    # Parameters of the module's forward: those that can be passed by position, and all.
+    # Names of the parameters of the module's forward: those that can be passed by position, and all.
     positional: tuple[str, ...] = ()
     parameters: frozenset[str] = frozenset()
 

@@ -53,7 +53,7 @@ class StructureSnapshot:
         self._modules = [_record_module(module) for module in model.modules()]
 
     def restore(self) -> None:
-        """Puts everything back."""
+        """Restores everything."""
         for record in self._modules:
             _attempt(lambda record=record: _restore_module(record))  # type: ignore[misc]
 

@@ -208,7 +208,7 @@ class _Propagation:
         if wish is not None:
             return [wish]
         made_by = self._forward.values[value].call
-        assert made_by is not None, "whoever demands a quantizer has one, here or further up"
+        assert made_by is not None, "every demand has a quantizer, here or further up"
         maker = self._forward.calls[made_by]
         is_concat = kind_of(maker.function) == "concat"
         above = [path for path, _ in maker.inputs if is_concat or path[0] in (0, "input", "self")]

@@ -35,7 +35,7 @@ class InitialRange:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> InitialRange:
-        """Takes back what `dataclasses.asdict` returned."""
+        """Restores an object from what `dataclasses.asdict` returned."""
         percentiles = values["percentiles"]
         found = None if percentiles is None else (percentiles[0], percentiles[1])
         return cls(values["type"], values["num_init_samples"], found)
@@ -84,7 +84,7 @@ class PlannedQuantizer:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PlannedQuantizer:
-        """Takes back what `to_dict` returned."""
+        """Restores an object from what `to_dict` returned."""
         return cls(
             name=values["name"],
             group=values["group"],

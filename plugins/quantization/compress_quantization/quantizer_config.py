@@ -58,7 +58,7 @@ class QuantizerSpec:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> QuantizerSpec:
-        """Takes back what `to_dict` returned.
+        """Restores an object from what `to_dict` returned.
 
         Raises:
             StateError: `values` was not returned by `to_dict`.
