@@ -228,14 +228,6 @@ class Registry:
             raise PluginError(f"the algorithm '{name}' is contributed by {owners}; uninstall all but one of them")
         raise PluginError(self.unknown_algorithm(name))
 
-    def initializer(self, name: str) -> Contribution[Initializer] | None:
-        """Returns the contribution of a shared initializer, or None when no plugin has it."""
-        if name not in self._initializers:
-            self._load_named(name)
-        if name not in self._initializers:
-            self.load_all()
-        return self._initializers.get(name)
-
     def loaded_initializers(self, names: Iterable[str] = ()) -> dict[str, Contribution[Initializer]]:
         """Returns the initializers loaded so far, after loading those in `names` as far as they are installed."""
         for name in names:

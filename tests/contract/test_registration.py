@@ -148,4 +148,6 @@ def test_attribute_that_resembles_nothing_is_the_plugins_own():
         levels = (1, 2)
         patterns = "2:4"
 
-    Registry().register(contributing(Own), "test")
+    registry = Registry()
+    registry.register(contributing(Own), "test")
+    assert registry.algorithm("base").cls is Own
