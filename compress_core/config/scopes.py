@@ -59,8 +59,8 @@ def scoped_modules(model: nn.Module) -> list[ScopedModule]:
 
 
 def is_of_document(path: str) -> bool:
-    """Returns whether the config path of a scope is at the top level, so that it applies to all algorithms."""
-    return path.startswith(("ignored_scopes.", "target_scopes."))
+    """Returns whether a config path is of the example input or of scopes at the top level, for all algorithms."""
+    return path.startswith(("ignored_scopes.", "target_scopes.")) or f"{path}.".startswith("input_info.")
 
 
 def compile_scope(entry: str) -> Callable[[ScopedModule], bool]:

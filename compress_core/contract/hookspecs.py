@@ -156,6 +156,9 @@ def compress_plan(model: nn.Module, algorithm: Algorithm, context: Context) -> P
     Returns:
         The plan, JSON-able. It is saved in the compression state and compared with the new plan on resuming.
 
+    Raises:
+        ConfigError: With the path below the section, as in `compress_configure`.
+
     Example:
         ```python
         @hookimpl

@@ -11,6 +11,7 @@ from torch import nn
 
 from compress_core.channels.shrinking import Shrinkage
 from compress_core.config import AlgorithmConfig
+from compress_core.config.scopes import is_of_document
 from compress_core.contract.algorithm import Algorithm, Plan
 from compress_core.contract.batch import Batch
 from compress_core.contract.clock import Clock
@@ -92,8 +93,7 @@ class Lifecycle(HookCalls):
             try:
                 self._call("compress_configure", algorithm, config=algorithm.config)
             except ConfigError as error:
-                prefix, _ = self.context.section(algorithm)
-                problems.extend(_below(prefix, problem) for problem in error.problems)
+                problems.extend(self._full_path(algorithm, problem) for problem in error.problems)
         if problems:
             raise ConfigError(problems)
 
@@ -117,7 +117,14 @@ class Lifecycle(HookCalls):
     def plan(self, model: nn.Module, algorithm: Algorithm) -> None:
         """Asks an algorithm for its plan, and keeps it."""
         algorithm.attach(self.context, model)
-        plan = self._one("compress_plan", algorithm, Plan, model=model)
+        try:
+            plan = self._one("compress_plan", algorithm, Plan, model=model)
+        except ConfigError as error:
+            # What services of the context report about the document's own fields has its full path already.
+            problems = [p if is_of_document(p.path) else self._full_path(algorithm, p) for p in error.problems]
+            complete = ConfigError(problems)
+            complete.__notes__ = error.__notes__
+            raise complete from error
         if not plan.targets:
             path, _ = self.context.section(algorithm)
             reasons = "; ".join(f"'{name}' {reason}" for name, reason in list(plan.skipped.items())[:3])
@@ -131,6 +138,13 @@ class Lifecycle(HookCalls):
                 "saved in the compression state. Keep names and numbers in it, and tensors in transforms"
             ) from error
         self.plans[algorithm.name] = plan
+
+    def _full_path(self, algorithm: Algorithm, problem: Problem) -> Problem:
+        """Returns the problem with its full config path; algorithms report paths relative to their section."""
+        prefix, _ = self.context.section(algorithm)
+        if f"{problem.path}.".startswith(f"{prefix}."):
+            return problem
+        return Problem(f"{prefix}.{problem.path}" if problem.path else prefix, problem.message)
 
     def observe(self, model: nn.Module) -> None:
         """Shows the uncompressed model to the initializers."""
@@ -349,10 +363,3 @@ class Lifecycle(HookCalls):
 
 def _position(algorithm: Algorithm) -> tuple[int, bool]:
     return algorithm.stage, not algorithm.replaces_modules
-
-
-def _below(prefix: str, problem: Problem) -> Problem:
-    """Returns the problem with its full config path; algorithms report paths relative to their section."""
-    if f"{problem.path}.".startswith(f"{prefix}."):
-        return problem
-    return Problem(f"{prefix}.{problem.path}" if problem.path else prefix, problem.message)

@@ -10,6 +10,7 @@ from torch.nn.parallel import DataParallel
 from compress_core import (
     CompressionError,
     CompressionStage,
+    ConfigError,
     ModelError,
     Plan,
     PluginError,
@@ -221,6 +222,26 @@ def test_replaced_modules_are_resumed_with_what_later_algorithms_put_on_them(reg
     resumed.load_state_dict(model.state_dict())
     assert torch.equal(resumed.eval()(images()), model.eval()(images()))
     assert float((resumed.fc.weight == 0).float().mean()) > 0.1
+
+
+@pytest.mark.parametrize(
+    ("path", "full"),
+    [
+        ("", "compression.1.mine"),
+        ("params.level", "compression.1.mine.params.level"),
+        ("compression.1.mine.params.level", "compression.1.mine.params.level"),
+        ("input_info.type", "input_info.type"),
+        ("ignored_scopes.0", "ignored_scopes.0"),
+    ],
+)
+def test_a_problem_that_planning_finds_has_its_full_config_path(registry, path, full):
+    def plan(self):
+        raise ConfigError("cannot be met", path=path)
+
+    registry.register(contributing(masking(stage=Stage.SPARSITY, compress_plan=hookimpl(plan))), "demo")
+    with pytest.raises(ConfigError, match="cannot be met") as caught:
+        create(sections=[SPARSE, {"algorithm": "mine"}])
+    assert [problem.path for problem in caught.value.problems] == [full]
 
 
 def test_resuming_with_another_config_says_what_changed(caplog):

@@ -21,11 +21,9 @@ from compress_core import (
     UsageError,
     hookimpl,
 )
-from compress_core.config.scopes import is_of_document
 from compress_core.contract.clock import Clock
 from compress_core.contract.context import Context
 from compress_core.data.calibration import CalibrationData
-from compress_core.errors import Problem
 from compress_core.export import GraphRewrite
 from compress_core.transforms import add_activation_transform, add_weight_transform
 from compress_quantization.calibration import Calibrated, calibrate
@@ -109,10 +107,7 @@ class Quantization(Algorithm):
         planner = Planner(model, trace, self.config, profile, scopes)
         if self.config.validate_scopes:
             scopes.check(planner.scope_candidates)
-        try:
-            found = planner.plan()
-        except ConfigError as error:
-            raise ConfigError([_below(path, problem) for problem in error.problems]) from error
+        found = planner.plan()
         if not found.quantizers:
             raise ConfigError("finds nothing to quantize in this model; change the scopes, or remove this section")
         self._record(planner, scopes, path, context)
@@ -377,10 +372,3 @@ def _switch(modules: Iterable[FakeQuantize], on: bool) -> None:
 
 def _device_of(model: nn.Module) -> Any:
     return next((parameter.device for parameter in model.parameters()), None)
-
-
-def _below(path: str, problem: Problem) -> Problem:
-    """Returns the problem with its full config path; problems of scopes already have it, others a relative path."""
-    if problem.path.startswith(f"{path}.") or is_of_document(problem.path):
-        return problem
-    return Problem(f"{path}.{problem.path}" if problem.path else path, problem.message)
