@@ -9,6 +9,7 @@ from compress_core.channels import (
     Role,
     batch_size,
     channel_groups,
+    channel_groups_of_heads,
     input_specs,
     operation_costs,
     parameter_costs,
@@ -71,10 +72,10 @@ def check_shrinking(model, *args, seed=0):
         The groups, the plan, and the certificate.
     """
     found_trace = trace(model.eval(), args, training=True)
-    found = channel_groups(found_trace)
-    bearing, _ = removable_groups(model, found.prunable, input_specs(found_trace.forwards[0]))
-    pairs = chosen(bearing, torch.Generator().manual_seed(seed))
     specs = input_specs(found_trace.forwards[0])
+    found = channel_groups_of_heads(model, found_trace, specs)
+    bearing, _ = removable_groups(model, found.prunable, specs)
+    pairs = chosen(bearing, torch.Generator().manual_seed(seed))
     samples = batch_size(specs)
     groups = [group for group, _ in pairs]
     left = [group.size - len(channels) for group, channels in pairs]

@@ -11,6 +11,7 @@ from compress_core.channels.algebra import Dims, Obstacle, Role
 from compress_core.channels.costs import Costs, operation_costs, parameter_costs
 from compress_core.channels.errors import ShrinkError
 from compress_core.channels.groups import ChannelGroup, ChannelGroups, Member, channel_groups
+from compress_core.channels.heads import channel_groups_of_heads
 from compress_core.channels.proof import (
     Certificate,
     InputSpec,
@@ -49,6 +50,7 @@ __all__ = [
     "averaged_module",
     "batch_size",
     "channel_groups",
+    "channel_groups_of_heads",
     "check_optimizer",
     "input_specs",
     "load_compressed_model",

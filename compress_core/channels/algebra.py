@@ -79,11 +79,16 @@ class Algebra:
         parameters: Name of each parameter or buffer -> the labels of its dimensions.
         products: The products of the first forward.
         counting: Whether products are being recorded.
+        whole_heads: Names of the modules that split channels into heads of a fixed size, so that heads go as a whole.
+        splits: Every split of channels into several dimensions whose sizes are all given, so that it cannot be seen
+            which of them the code computes: name of the module, labels.
     """
 
     parameters: dict[str, list[np.ndarray]] = field(default_factory=dict)
     products: list[Product] = field(default_factory=list)
     counting: bool = True
+    whole_heads: frozenset[str] = frozenset()
+    splits: list[tuple[str, np.ndarray]] = field(default_factory=list)
     _roles: list[tuple[Role, np.ndarray]] = field(default_factory=list)
     _size: int = 0
     _left: list[np.ndarray] = field(default_factory=list)

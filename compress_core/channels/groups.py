@@ -68,7 +68,7 @@ class ChannelGroups:
         return [group for group in self.groups if group.obstacle is None]
 
 
-def channel_groups(trace: Trace) -> ChannelGroups:
+def channel_groups(trace: Trace, whole_heads: frozenset[str] = frozenset()) -> ChannelGroups:
     """Finds the channel groups of a model.
 
     Sizes that are hard-coded in a forward (`x.view(batch, 64, -1)`) cannot be found here. That is why removing channels
@@ -76,8 +76,9 @@ def channel_groups(trace: Trace) -> ChannelGroups:
 
     Args:
         trace: The trace of the model; with several examples, the constraints of all of them apply.
+        whole_heads: Names of modules whose heads of attention go as a whole (see `channel_groups_of_heads`).
     """
-    algebra = Algebra()
+    algebra = Algebra(whole_heads=whole_heads)
     for forward in [*trace.forwards, *(forward for forward in trace.training if forward is not None)]:
         _carry(forward, algebra)
         algebra.counting = False  # the cost is that of the first forward only

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -168,7 +169,9 @@ def _attention(step: Step) -> list[Dims]:
     step.fix(operands[3][0][-2:], "softmax over it")
     for dim in range(-3, -len(q) - 1, -1):  # batch and heads
         column = [(dims[dim], shape[dim]) for dims, shape in operands if len(dims) >= -dim]
-        if len({size for _, size in column}) > 1:  # one mask, or key, for several heads
+        if dim == -3:
+            q[dim] = _heads(step, column)
+        elif len({size for _, size in column}) > 1:
             step.fix([labels for labels, _ in column], "is broadcast")
         else:
             q[dim] = step.met([labels for labels, _ in column])
@@ -177,6 +180,21 @@ def _attention(step: Step) -> list[Dims]:
     step.algebra.multiply([*batch, (value[-2], None), (query[-1], q[-1])])
     step.algebra.multiply([*batch, (value[-2], None), (value[-1], v[-1])])
     return step.same([*q[:-1], v[-1]])
+
+
+def _heads(step: Step, operands: Sequence[tuple[Labels, int]]) -> Labels:
+    """Joins the heads of queries with those of keys, values and a mask, which may each serve several heads."""
+    (queries, count), *others = operands
+    for labels, size in others:
+        if size == 1 < count:
+            step.fix(labels, "is broadcast")
+        elif count % size:
+            step.fix([queries, labels], "is broadcast")
+        elif size < count and labels is not None and queries is not None:  # grouped queries
+            step.algebra.join(queries, np.repeat(labels, count // size))
+        else:
+            queries = step.met([queries, labels])
+    return queries
 
 
 @rule("aten.embedding")

@@ -69,12 +69,21 @@ def _layer_norm(step: Step) -> list[Dims]:
 
 @rule("aten.native_group_norm", "aten.group_norm")
 def _group_norm(step: Step) -> list[Dims]:
-    dims, groups = step.dims(step.argument(0)), int(step.argument(6, "group", 1))
-    if dims[1] is not None and groups != len(dims[1]):
-        step.fix(dims[1], "groups of channels are normalized together")
-    _parallel(step, dims[1], [step.dims(step.argument(1)), step.dims(step.argument(2))])
-    if dims[1] is not None and groups == len(dims[1]):
+    dims = step.dims(step.argument(0))
+    groups = int(step.argument(6, "group", 1) if "native" in step.operator.name else step.argument(1))
+    affine = [step.dims(step.argument(position)) for position in ((1, 2) if "native" in step.operator.name else (2, 3))]
+    for vector in affine:
+        for labels in vector:
+            step.algebra.mark(Role.NORMALIZES, labels)
+    _parallel(step, dims[1], affine)
+    if groups == 1:
+        step.fix(dims[1], "all channels are normalized together")
+    elif not any(affine):
+        # `update_attributes` finds layers by their tensors; one without any would keep its number of groups.
         step.fix(dims[1], "the number of groups is written in the code")
+    elif dims[1] is not None:
+        # Channels that are normalized together go together, so that mean and variance of the other groups stay.
+        step.algebra.join_all(dims[1].reshape(groups, -1).T)
     return step.same(dims)
 
 

@@ -256,16 +256,30 @@ def _view(step: Step) -> list[Dims]:
 def _place(step: Step, block: np.ndarray, after: list[int], large: list[int], result: Dims) -> None:
     """Decides which dimension of a reshaped block shrinks.
 
-    It is the dimension along which labels differ. If there are several (a channel dimension split into groups), it is
-    the last one, because the others are usually hard-coded, such as the number of heads. If each label occurs in only
-    one column, nothing is joined; otherwise columns are joined.
+    It is the dimension along which labels differ. If there are several (channels are split into heads), it is the one
+    that the code leaves open, as in `view(batch, time, -1, head_size)`. If no size is open, it is the last one, because
+    the number of heads is usually written in the code; `Algebra.whole_heads` makes it the one before, so that heads go
+    as a whole. If each label occurs in only one column, nothing is joined; otherwise columns are joined.
     """
     varying = [dim for dim in large if _varies(block, after.index(dim))]
     target = varying[-1] if varying else large[-1]
+    if len(varying) > 1:
+        module, open_size = step.operator.module, _open_dimension(step)
+        if open_size in varying:
+            target = open_size
+        else:
+            target = varying[-2 if module in step.algebra.whole_heads else -1]
+            step.algebra.splits.append((module, np.unique(block)))
     rows = np.moveaxis(block, after.index(target), -1).reshape(-1, block.shape[after.index(target)])
     if len(large) > 1:
         step.algebra.join_all(np.unique(rows, axis=0))
     result[target] = rows[0].copy()
+
+
+def _open_dimension(step: Step) -> int | None:
+    """Returns the dimension whose size a view computes from the number of elements (-1), if there is one."""
+    sizes = step.argument(1)
+    return sizes.index(-1) if isinstance(sizes, (list, tuple)) and -1 in sizes else None
 
 
 def _varies(block: np.ndarray, axis: int) -> bool:

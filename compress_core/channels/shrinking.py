@@ -251,8 +251,8 @@ def _update_norm(module: Any) -> None:
 
 def _update_group_norm(module: Any) -> None:
     (channels,) = _shape(module, "weight")
-    if module.num_groups == module.num_channels:
-        module.num_groups = channels
+    # Groups go as a whole.
+    module.num_groups = channels // (module.num_channels // module.num_groups)
     module.num_channels = channels
 
 

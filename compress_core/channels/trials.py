@@ -34,7 +34,7 @@ def removable_groups(
     good = [group for group in groups if group.size > 1]
     broken = [(group, "has a single channel") for group in groups if group.size < 2]
     while good:
-        error = _attempt(model, good, specs)
+        error = attempt(model, good, specs)
         if error is None:
             break
         if error.reference:
@@ -53,17 +53,18 @@ def _culprit(
     passing: list[ChannelGroup] = []
     while len(groups) > 1:
         half = groups[: len(groups) // 2]
-        found = _attempt(model, [*passing, *half], specs)
+        found = attempt(model, [*passing, *half], specs)
         if found is None:
             passing, groups = [*passing, *half], groups[len(groups) // 2 :]
         else:
             groups, error = half, found
     if passing:
-        error = _attempt(model, [*passing, *groups], specs) or error
+        error = attempt(model, [*passing, *groups], specs) or error
     return groups[0], str(error)
 
 
-def _attempt(model: nn.Module, groups: Sequence[ChannelGroup], specs: Sequence[InputSpec]) -> ShrinkError | None:
+def attempt(model: nn.Module, groups: Sequence[ChannelGroup], specs: Sequence[InputSpec]) -> ShrinkError | None:
+    """Removes every second channel of groups from a copy of a model; returns why that does not work, or None."""
     pairs = [(group, set(range(0, group.size, 2))) for group in groups]
     masked = copy.deepcopy(model)
     parameters = dict(masked.named_parameters())

@@ -8,11 +8,7 @@ from torch import nn
 
 from compress_core.channels import (
     Role,
-    channel_groups,
-    input_specs,
-    removable_groups,
 )
-from compress_core.trace import trace
 from tests.channel_helpers import check_shrinking, group_with, groups_of, slices
 from tests.channels.small_models import Function, normal
 
@@ -282,72 +278,6 @@ def test_products_of_two_activations_read_all_channels():
     found = groups_of(model, normal(2, 4, 3))
     assert "two activations are multiplied" in str(group_with(found, "a.weight", 0).obstacle)
     assert not found.prunable
-
-
-class Attention(nn.Module):
-    def __init__(self, size=8, heads=2, *, given_heads=True):
-        super().__init__()
-        self.heads, self.width, self.given_heads = heads, size // heads, given_heads
-        self.q, self.k, self.v, self.out = (nn.Linear(size, size) for _ in range(4))
-
-    def split(self, x):
-        shape = (self.heads, -1) if self.given_heads else (-1, self.width)
-        return x.view(*x.shape[:2], *shape).transpose(1, 2)
-
-    def forward(self, x):
-        x = F.scaled_dot_product_attention(*(self.split(layer(x)) for layer in (self.q, self.k, self.v)))
-        return self.out(x.transpose(1, 2).flatten(2))
-
-
-def test_attention_values_shrink_within_heads_and_scores_do_not():
-    model = nn.Sequential(nn.Linear(3, 8), Attention(), nn.Linear(8, 5))
-    found = groups_of(model, normal(2, 4, 3))
-    values = group_with(found, "1.v.weight", 0)
-    assert slices(values) == {
-        name: [0, 1, 2, 3, 0, 1, 2, 3] for name in ("1.v.weight.0", "1.v.bias.0", "1.out.weight.1")
-    }
-    assert values.obstacle is None
-    assert "scores are scaled by the size of a head" in str(group_with(found, "1.q.weight", 0).obstacle)
-    check_shrinking(model, normal(2, 4, 3))
-
-
-def test_attention_with_the_size_of_heads_in_the_code_stays_whole():
-    model = nn.Sequential(nn.Linear(3, 8), Attention(given_heads=False), nn.Linear(8, 5))
-    x = normal(2, 4, 3)
-    found_trace = trace(model.eval(), x)
-    groups, broken = removable_groups(model, channel_groups(found_trace).prunable, input_specs(found_trace.forwards[0]))
-    ((values, reason),) = broken
-    assert "1.v.weight.0" in slices(values)
-    assert "fails in '1.out'" in reason and "A size is written in its code" in reason
-    assert [slices(group).keys() for group in groups] == [
-        {"0.weight.0", "0.bias.0", "1.q.weight.1", "1.k.weight.1", "1.v.weight.1"},
-        {"1.out.weight.0", "1.out.bias.0", "2.weight.1"},
-    ]
-    check_shrinking(model, x)
-
-
-def test_attention_mask_that_is_computed_for_each_head():
-    def forward(self, x, positions):
-        bias = self.bias(positions).permute(2, 0, 1)[None]
-        heads = x.view(*x.shape[:2], 2, -1).transpose(1, 2)
-        x = F.scaled_dot_product_attention(heads, heads, heads, attn_mask=bias)
-        return self.out(x.transpose(1, 2).flatten(2))
-
-    model = Function(forward, bias=nn.Embedding(7, 2), out=nn.Linear(8, 3))
-    found = groups_of(model, normal(2, 4, 8), torch.zeros(4, 4, dtype=torch.long))
-    assert "meets a tensor of fixed size" in str(group_with(found, "bias.weight", 1).obstacle)
-
-
-@pytest.mark.parametrize("batch_first", [True, False])
-def test_multi_head_attention_stays_whole_inside(batch_first):
-    def forward(self, x):
-        y = self.stem(x)
-        return self.head(y + self.attention(y, y, y, need_weights=False)[0])
-
-    attention = nn.MultiheadAttention(8, 2, batch_first=batch_first)
-    model = Function(forward, stem=nn.Linear(3, 8), attention=attention, head=nn.Linear(8, 2))
-    _, plan, _ = check_shrinking(model, normal(2, 4, 3))
-    assert not any(name.startswith("attention.") for name in plan.kept)
 
 
 def test_transformer_encoder_layer():

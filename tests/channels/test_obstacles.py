@@ -24,10 +24,10 @@ from tests.channels.small_models import Function, normal
     ("norm", "reason"),
     [
         (nn.LayerNorm(4), "normalized over"),
-        (nn.GroupNorm(2, 6), "groups of channels are normalized together"),
-        (nn.GroupNorm(6, 6), "the number of groups is written in the code"),
+        (nn.GroupNorm(1, 6), "all channels are normalized together"),
+        (nn.GroupNorm(2, 6, affine=False), "the number of groups is written in the code"),
     ],
-    ids=["layer", "group", "instance-like"],
+    ids=["layer", "one group", "no tensors"],
 )
 def test_normalization_over_channels(norm, reason):
     if isinstance(norm, nn.LayerNorm):
@@ -37,6 +37,34 @@ def test_normalization_over_channels(norm, reason):
     found = groups_of(model, x)
     assert not found.prunable
     assert reason in str(group_with(found, "0.weight", 0).obstacle)
+
+
+@pytest.mark.parametrize("groups", [2, 3, 6])
+def test_channels_that_are_normalized_together_go_together(groups):
+    norm = nn.GroupNorm(groups, 6)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    model = nn.Sequential(nn.Conv2d(3, 6, 1), norm, nn.ReLU(), nn.Conv2d(6, 2, 1))
+    (group,) = groups_of(model, normal(2, 3, 4, 4)).prunable
+    assert slices(group) == {
+        key: [i // (6 // groups) for i in range(6)]
+        for key in ["0.weight.0", "0.bias.0", "1.weight.0", "1.bias.0", "3.weight.1"]
+    }
+    check_shrinking(model, normal(2, 3, 4, 4))
+    assert norm.num_channels == model[0].out_channels < 6
+    assert norm.num_channels == norm.num_groups * (6 // groups)
+
+
+def test_groups_of_channels_whose_number_is_in_the_code_stay():
+    def forward(self, x):
+        return self.out(F.group_norm(self.stem(x), 2, self.norm.weight, self.norm.bias))
+
+    model = Function(forward, stem=nn.Conv2d(3, 8, 1), norm=nn.GroupNorm(2, 8), out=nn.Conv2d(8, 2, 1)).eval()
+    found_trace = trace(model, normal(2, 3, 4, 4))
+    specs = input_specs(found_trace.forwards[0])
+    groups, broken = removable_groups(model, channel_groups(found_trace).prunable, specs)
+    assert not groups
+    assert "computes something else" in broken[0][1]
 
 
 @pytest.mark.filterwarnings("ignore:input's size at dim=1 does not match num_features")

@@ -15,7 +15,7 @@ from compress_core.channels import (
     InputSpec,
     Role,
     batch_size,
-    channel_groups,
+    channel_groups_of_heads,
     input_specs,
     operation_costs,
     parameter_costs,
@@ -75,7 +75,8 @@ def make_plan(
         targets: Names of the weights that the scopes allow.
         excluded: Name of a weight that the scopes exclude -> the reason.
     """
-    found = channel_groups(trace)
+    specs = input_specs(trace.forwards[0])
+    found = channel_groups_of_heads(model, trace, specs)
     rules = _Rules(model, trace, params, set(targets), excluded)
     candidates, skipped = [], dict(excluded)
     for group in found.groups:
@@ -88,7 +89,6 @@ def make_plan(
         else:
             for name in makers:
                 skipped.setdefault(name, reason)
-    specs = input_specs(trace.forwards[0])
     chosen, broken = removable_groups(model, candidates, specs)
     for group, reason in broken:
         for member in group.members:
