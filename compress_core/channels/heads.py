@@ -15,7 +15,7 @@ from torch import nn
 
 from compress_core.channels.groups import ChannelGroup, ChannelGroups, channel_groups
 from compress_core.channels.proof import InputSpec
-from compress_core.channels.trials import attempt
+from compress_core.channels.trials import attempt, trial_of
 from compress_core.trace.tracer import Trace
 
 
@@ -38,7 +38,7 @@ def channel_groups_of_heads(model: nn.Module, trace: Trace, specs: Sequence[Inpu
     for names in kinds.values():
         candidate = channel_groups(trace, frozenset(names[:1]))
         groups = _free(candidate, names[0])
-        if groups and attempt(model, groups, specs) is None:
+        if groups and attempt(model, trial_of(groups), specs) is None:
             accepted += names
     return channel_groups(trace, frozenset(accepted)) if accepted else found
 

@@ -133,6 +133,7 @@ def _reduction(step: Step) -> list[Dims]:
 
 @rule(
     "aten._softmax",
+    "aten._safe_softmax",
     "aten._log_softmax",
     "aten.softmax",
     "aten.log_softmax",

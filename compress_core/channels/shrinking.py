@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -136,7 +136,7 @@ class Shrinkage:
         with torch.no_grad():
             for name in self.kept:
                 self._slice_in_place(name, tensors[name])
-        update_attributes(model, self.kept)
+        update_attributes(model, self)
 
     def _slice_in_place(self, name: str, tensor: torch.Tensor) -> None:
         gradient = tensor.grad if tensor.is_leaf else None
@@ -172,7 +172,8 @@ def _is_channels_last(tensor: torch.Tensor) -> bool:
 
 
 def shrinkage(
-    model: nn.Module, groups: Mapping[int, tuple[ChannelGroup, set[int]]] | list[tuple[ChannelGroup, set[int]]]
+    model: nn.Module,
+    groups: Mapping[int, tuple[ChannelGroup, Set[int]]] | Sequence[tuple[ChannelGroup, Set[int]]],
 ) -> Shrinkage:
     """Returns which indices of a model's tensors stay when channels are removed.
 
@@ -200,22 +201,37 @@ def shrinkage(
 # Attributes of layers.
 
 
-def update_attributes(model: nn.Module, changed: Mapping[str, Any]) -> None:
+def update_attributes(model: nn.Module, done: Shrinkage) -> None:
     """Updates attributes such as `out_channels` of the layers whose tensors have a new shape.
 
     Args:
-        model: The model.
-        changed: Names of the tensors that have a new shape.
+        model: The model, after it has been shrunk.
+        done: Which indices of its tensors stayed.
     """
     tensors = dict([*model.named_buffers(), *model.named_parameters()])
-    ids = {id(tensors[name]) for name in changed}
+    before = {id(tensors[name]): done.sizes[name] for name in done.kept}
     for module in model.modules():
-        own = [*module._parameters.values(), *module._buffers.values()]
-        if any(id(tensor) in ids for tensor in own if tensor is not None):
-            for cls, update in _UPDATES.items():
-                if isinstance(module, cls):
-                    update(module)
-                    break
+        own = [tensor for tensor in [*module._parameters.values(), *module._buffers.values()] if tensor is not None]
+        if any(id(tensor) in before for tensor in own):
+            update = next((update for cls, update in _UPDATES.items() if isinstance(module, cls)), None)
+            if update is None:
+                _update_sizes(module, [(before.get(id(tensor), tuple(tensor.shape)), tensor) for tensor in own])
+            else:
+                update(module)
+
+
+def _update_sizes(module: Any, tensors: Iterable[tuple[tuple[int, ...], torch.Tensor]]) -> None:
+    """Updates the integer attributes of a layer of an unknown class that hold the size of one of its dimensions.
+
+    An attribute is left as it is if dimensions of that size now differ: it is not known then which of them is meant.
+    """
+    now: dict[int, set[int]] = {}
+    for shape, tensor in tensors:
+        for old, new in zip(shape, tensor.shape, strict=True):
+            now.setdefault(old, set()).add(new)
+    for name, value in list(vars(module).items()):
+        if type(value) is int and len(sizes := now.get(value, set())) == 1:
+            setattr(module, name, *sizes)
 
 
 def _shape(module: Any, *names: str) -> tuple[int, ...]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
+from typing import TypeAlias
 
 import torch
 from torch import nn
@@ -15,6 +16,9 @@ from compress_core.channels.groups import ChannelGroup
 from compress_core.channels.proof import InputSpec, prove
 from compress_core.channels.shrinking import shrinkage
 
+# A group, and the channels of it that are removed.
+Removal: TypeAlias = tuple[ChannelGroup, Set[int]]
+
 logger = logging.getLogger(__name__)
 
 
@@ -23,7 +27,7 @@ def removable_groups(
 ) -> tuple[list[ChannelGroup], list[tuple[ChannelGroup, str]]]:
     """Returns the groups whose channels can be removed, and the other groups with the reason.
 
-    Copies of the model are shrunk by half of each group. This finds sizes that are hard-coded in a forward
+    Copies of the model are shrunk by a part of each group. This finds sizes that are hard-coded in a forward
     (`x.view(batch, 64, -1)`) before training begins.
 
     Args:
@@ -31,7 +35,7 @@ def removable_groups(
         groups: Groups without an obstacle.
         specs: The inputs of its forward.
     """
-    good = [group for group in groups if group.size > 1]
+    good = trial_of([group for group in groups if group.size > 1])
     broken = [(group, "has a single channel") for group in groups if group.size < 2]
     while good:
         error = attempt(model, good, specs)
@@ -41,35 +45,42 @@ def removable_groups(
             logger.warning("cannot check before training whether the model works with fewer channels: %s", error)
             break
         culprit, reason = _culprit(model, good, specs, error)
-        broken.append((culprit, reason))
-        good = [group for group in good if group is not culprit]
-    return good, broken
+        broken.append((culprit[0], reason))
+        good = [pair for pair in good if pair is not culprit]
+    return [group for group, _ in good], broken
+
+
+def trial_of(groups: Sequence[ChannelGroup]) -> list[Removal]:
+    """Returns which channels of groups a trial removes: every second or every third one.
+
+    Parts that differ tell apart two dimensions that have the same size before.
+    """
+    return [(group, frozenset(range(0, group.size, 2 + number % 2))) for number, group in enumerate(groups)]
 
 
 def _culprit(
-    model: nn.Module, groups: list[ChannelGroup], specs: Sequence[InputSpec], error: ShrinkError
-) -> tuple[ChannelGroup, str]:
+    model: nn.Module, removals: list[Removal], specs: Sequence[InputSpec], error: ShrinkError
+) -> tuple[Removal, str]:
     """Bisects a failing list of groups, to find the first group that cannot be pruned together with those before it."""
-    passing: list[ChannelGroup] = []
-    while len(groups) > 1:
-        half = groups[: len(groups) // 2]
+    passing: list[Removal] = []
+    while len(removals) > 1:
+        half = removals[: len(removals) // 2]
         found = attempt(model, [*passing, *half], specs)
         if found is None:
-            passing, groups = [*passing, *half], groups[len(groups) // 2 :]
+            passing, removals = [*passing, *half], removals[len(removals) // 2 :]
         else:
-            groups, error = half, found
+            removals, error = half, found
     if passing:
-        error = attempt(model, [*passing, *groups], specs) or error
-    return groups[0], str(error)
+        error = attempt(model, [*passing, *removals], specs) or error
+    return removals[0], str(error)
 
 
-def attempt(model: nn.Module, groups: Sequence[ChannelGroup], specs: Sequence[InputSpec]) -> ShrinkError | None:
-    """Removes every second channel of groups from a copy of a model; returns why that does not work, or None."""
-    pairs = [(group, set(range(0, group.size, 2))) for group in groups]
+def attempt(model: nn.Module, removals: Sequence[Removal], specs: Sequence[InputSpec]) -> ShrinkError | None:
+    """Removes channels of groups from a copy of a model; returns why that does not work, or None."""
     masked = copy.deepcopy(model)
     parameters = dict(masked.named_parameters())
     with torch.no_grad():
-        for group, channels in pairs:
+        for group, channels in removals:
             for member in group.members:
                 if member.role != Role.OTHER and member.parameter in parameters:
                     gone = [index for index, channel in enumerate(member.channels.tolist()) if channel in channels]
@@ -77,7 +88,7 @@ def attempt(model: nn.Module, groups: Sequence[ChannelGroup], specs: Sequence[In
                         member.dim, torch.tensor(gone, device=parameters[member.parameter].device), 0
                     )
     try:
-        prove(masked, shrinkage(masked, pairs), specs)
+        prove(masked, shrinkage(masked, removals), specs)
     except ShrinkError as error:
         return error
     return None

@@ -279,3 +279,35 @@ def test_models_without_anything_to_remove():
     found = groups_of(Function(lambda self, x: x + 1), normal(2, 3))
     assert found.groups == []
     assert operation_costs(found, []).of([]) == 0
+
+
+class OwnLinear(nn.Module):
+    """A layer as GPT-2 has it: it knows its sizes, and its forward uses one of them."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.inputs, self.outputs, self.calls = inputs, outputs, 1
+        self.weight, self.bias = nn.Parameter(normal(inputs, outputs)), nn.Parameter(normal(outputs))
+
+    def forward(self, x):
+        product = torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), self.weight)
+        return product.view(*x.shape[:-1], self.outputs)
+
+
+def test_sizes_that_a_layer_of_ones_own_knows_follow():
+    model = nn.Sequential(OwnLinear(3, 12), nn.GELU(), OwnLinear(12, 1))
+    check_shrinking(model, normal(2, 5, 3))
+    assert model[0].weight.shape == (3, model[0].outputs)
+    assert model[2].weight.shape == (model[2].inputs, 1) == (model[0].outputs, 1)
+    assert model[0].outputs < 12
+    assert (model[0].inputs, model[2].outputs, model[0].calls) == (3, 1, 1)
+
+
+def test_a_size_that_two_dimensions_share_is_not_guessed():
+    model = nn.Sequential(nn.Linear(3, 12), OwnLinear(12, 12), nn.Linear(12, 2)).eval()
+    found_trace = trace(model, normal(2, 5, 3))
+    specs = input_specs(found_trace.forwards[0])
+    groups, broken = removable_groups(model, channel_groups(found_trace).prunable, specs)
+    (kept,), ((failed, reason),) = groups, broken
+    assert {"1.weight.0", "1.weight.1"} <= {*slices(kept), *slices(failed)}
+    assert "fails in '1'" in reason and "A size is written in its code" in reason
