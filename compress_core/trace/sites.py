@@ -4,17 +4,17 @@ A call can be described relative to each module that is running: "the second `re
 `layer1`". The innermost module that distinguishes the call from all others is the best choice: its forward has the
 fewest calls to count, and changes elsewhere in the model do not affect it.
 
-Calls at the same code positions below the model, that is, iterations of a loop, are the same *site*.
+Calls at the same code positions below the model, that is, iterations of a loop, are the same *site*. So are calls of
+other forwards that correspond to them (`correspondence`), such as those of training mode.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TypeAlias
 
-from compress_core.trace.graph import Call, ForwardTrace, ModuleCall
+from compress_core.trace.correspondence import Correspondence, SiteKey, site_key
+from compress_core.trace.graph import Call, ModuleCall
 from compress_core.trace.tracer import Trace
 from compress_core.transforms.activation_functions import activation_called
 from compress_core.transforms.places import (
@@ -26,17 +26,6 @@ from compress_core.transforms.places import (
     ModuleOutput,
     Path,
 )
-
-# A call relative to a running module: function, code positions below the module, and modules in between.
-SiteKey: TypeAlias = tuple[str, str, tuple[tuple[int, int], ...], tuple[tuple[str, int], ...]]
-
-
-def site_key(call: Call, level: int) -> SiteKey:
-    """Returns the key of a call relative to the module `call.frames[level]`."""
-    frame = call.frames[level]
-    between = tuple((inner.module, inner.turn) for inner in call.frames[level + 1 :])
-    return frame.module, call.function, call.location[frame.depth :], between
-
 
 @dataclass(frozen=True)
 class CallRef:
@@ -59,27 +48,36 @@ class Sites:
     """
 
     def __init__(self, trace: Trace) -> None:
-        self._trace = trace
-        self._roots: dict[SiteKey, set[SiteKey]] = {}
-        for call in self._all_calls():
-            for level in range(len(call.frames)):
-                self._roots.setdefault(site_key(call, level), set()).add(site_key(call, 0))
+        trained = [forward for forward in trace.training if forward is not None]
+        # Calls are looked for in both modes; forwards in training mode are numbered after those of `trace.forwards`.
+        self._forwards = [*trace.forwards, *trained]
+        self._in_eval = len(trace.forwards)
+        found = Correspondence(trace.forwards, trace.training)
+        self._first, self._positions = found.first, found.positions
         self._calls_at: dict[SiteKey, list[CallRef]] = {}
-        for number, forward in enumerate(trace.forwards):
+        for number, forward in enumerate(self._forwards):
             for call in forward.calls:
-                self._calls_at.setdefault(site_key(call, 0), []).append(CallRef(number, call.index))
+                self._calls_at.setdefault(self.site(CallRef(number, call.index)), []).append(
+                    CallRef(number, call.index)
+                )
         self._runs: list[dict[tuple[str, int], ModuleCall]] = [
-            {(run.module, run.invocation): run for run in forward.module_calls} for forward in trace.forwards
+            {(run.module, run.invocation): run for run in forward.module_calls} for forward in self._forwards
         ]
-        self._consumers = [forward.consumers() for forward in trace.forwards]
+        self._consumers = [forward.consumers() for forward in self._forwards]
         self._call_counts = [
             Counter(run for call in forward.calls for run in {(f.module, f.invocation) for f in call.frames})
-            for forward in trace.forwards
+            for forward in self._forwards
         ]
 
     def site(self, where: CallRef) -> SiteKey:
         """Returns the site of a call: equal for calls that cannot be told apart in later forwards."""
-        return site_key(self._call(where), 0)
+        return site_key(self._first[where.forward][where.call], 0)
+
+    def is_reached_in_training(self, where: CallRef) -> bool:
+        """Returns whether a forward in training mode makes the call; True as well if none could be recorded."""
+        return self._in_eval == len(self._forwards) or any(
+            other.forward >= self._in_eval for other in self._calls_at[self.site(where)]
+        )
 
     def output_place(self, where: CallRef, path: Path) -> ActivationPlace | None:
         """Returns the place at which the result of a call can be transformed.
@@ -99,14 +97,15 @@ class Sites:
         can_take_over = activation_called(call.function) in {"relu", "relu6"}
         if of_module is not None and not (can_take_over and self._is_one_of_many(where)):
             return of_module
-        found = self._pattern(call)
+        found = self._pattern(where)
         return of_module if found is None else CallOutput(found[0], call.function, found[1], path)
 
     def _module_output(self, where: CallRef, path: Path) -> ActivationPlace | None:
         call = self._call(where)
-        if not self._is_unique(call, len(call.frames) - 1):
+        if not self._is_unique(where, len(call.frames) - 1):
             return None
-        # All iterations of a loop have to return the result from the module; otherwise some would be missed.
+        # All iterations of a loop, in both modes, have to return the result from the module; otherwise some would be
+        # missed.
         items = {self._returned_as(other, path) for other in self._calls_at[self.site(where)]}
         item = items.pop() if len(items) == 1 else None
         return None if item is None else ModuleOutput(call.module, item)
@@ -119,7 +118,7 @@ class Sites:
     def input_place(self, where: CallRef, path: Path) -> ActivationPlace | None:
         """Returns the place of an argument of a call, for this call alone; None in the same case as `output_place`."""
         call = self._call(where)
-        found = self._pattern(call)
+        found = self._pattern(where)
         return None if found is None else CallInput(found[0], call.function, found[1], path)
 
     @staticmethod
@@ -128,17 +127,20 @@ class Sites:
         return ModuleInput("", path)
 
     def _call(self, where: CallRef) -> Call:
-        return self._trace.forwards[where.forward].calls[where.call]
+        return self._forwards[where.forward].calls[where.call]
 
-    def _all_forwards(self) -> list[ForwardTrace]:
-        return [*self._trace.forwards, *(forward for forward in self._trace.training if forward is not None)]
+    def _key(self, where: CallRef, module: str) -> SiteKey:
+        """Returns the key, relative to a running module, of the first call that is the same as a call."""
+        first = self._first[where.forward][where.call]
+        level = _level_of(first, module)
+        if level is None:  # another module runs it there
+            first = self._call(where)
+            level = next(n for n, frame in enumerate(first.frames) if frame.module == module)
+        return site_key(first, level)
 
-    def _all_calls(self) -> Iterator[Call]:
-        for forward in self._all_forwards():
-            yield from forward.calls
-
-    def _is_unique(self, call: Call, level: int) -> bool:
-        return len(self._roots[site_key(call, level)]) == 1
+    def _is_unique(self, where: CallRef, level: int) -> bool:
+        key = self._key(where, self._call(where).frames[level].module)
+        return len(self._positions.get(key, ())) == 1
 
     def _returned_as(self, where: CallRef, path: Path) -> Path | None:
         """Returns the path at which the module of a call returns its result; None if the module uses the result."""
@@ -146,29 +148,30 @@ class Sites:
         frame, value = call.frames[-1], dict(call.outputs).get(path, -1)
         run = self._runs[where.forward][frame.module, frame.invocation]
         paths = [path for path, returned in run.outputs if returned == value]
-        forward = self._trace.forwards[where.forward]
+        forward = self._forwards[where.forward]
         inside = any(
             (frame.module, frame.invocation) in {(f.module, f.invocation) for f in forward.calls[consumer].frames}
             for consumer, _ in self._consumers[where.forward].get(value, ())
         )
         return paths[0] if len(paths) == 1 and not inside else None
 
-    def _pattern(self, call: Call) -> tuple[str, CallPattern] | None:
-        for level in reversed(range(len(call.frames))):
-            if self._is_unique(call, level):
-                pattern = self._pattern_at(call, level)
+    def _pattern(self, where: CallRef) -> tuple[str, CallPattern] | None:
+        frames = self._call(where).frames
+        for level in reversed(range(len(frames))):
+            if self._is_unique(where, level):
+                pattern = self._pattern_at(where, frames[level].module)
                 if pattern is not None:
-                    return call.frames[level].module, pattern
+                    return frames[level].module, pattern
         return None
 
-    def _pattern_at(self, call: Call, level: int) -> CallPattern | None:
-        module, function = call.frames[level].module, call.function
-        evaluation = self._sequences(self._trace.forwards, module, function)
-        training = self._sequences([f for f in self._trace.training if f is not None], module, function)
+    def _pattern_at(self, where: CallRef, module: str) -> CallPattern | None:
+        function = self._call(where).function
+        evaluation = self._sequences(range(self._in_eval), module, function)
+        training = self._sequences(range(self._in_eval, len(self._forwards)), module, function)
         numbers: dict[SiteKey, int] = {}
         for key in (key for sequence in [*evaluation, *training] for key in sequence):
             numbers.setdefault(key, len(numbers))
-        site = numbers[site_key(call, level)]
+        site = numbers[self._key(where, module)]
         sites, counts = _longest(evaluation, numbers), _shorter(evaluation)
         pattern = CallPattern(site, sites, counts=counts, training_counts=counts)
         if training:
@@ -182,20 +185,18 @@ class Sites:
         )
         return pattern if agrees else None
 
-    @staticmethod
-    def _sequences(forwards: list[ForwardTrace], module: str, function: str) -> list[list[SiteKey]]:
-        """Returns, for each run of a module, the keys of its calls of a function relative to the module."""
+    def _sequences(self, numbers: range, module: str, function: str) -> list[list[SiteKey]]:
+        """Returns, for each run of a module in some forwards, the keys of its calls of a function."""
         found = []
-        for forward in forwards:
-            for (name, _), calls in forward.sequences.items():
+        for number in numbers:
+            for (name, _), calls in self._forwards[number].sequences.items():
                 if name == module:
-                    keys = [forward.calls[index] for index in calls.get(function, [])]
-                    found.append([site_key(c, _level_of(c, module)) for c in keys])
+                    found.append([self._key(CallRef(number, index), module) for index in calls.get(function, [])])
         return found
 
 
-def _level_of(call: Call, module: str) -> int:
-    return next(level for level, frame in enumerate(call.frames) if frame.module == module)
+def _level_of(call: Call, module: str) -> int | None:
+    return next((level for level, frame in enumerate(call.frames) if frame.module == module), None)
 
 
 def _longest(sequences: list[list[SiteKey]], numbers: dict[SiteKey, int]) -> tuple[int, ...]:
