@@ -97,7 +97,8 @@ def _create(
             with guard.read_only("compress_plan", algorithm):
                 lifecycle.plan(model, algorithm)
         if number == 0:
-            lifecycle.observe(model)
+            with guard.without_traces():
+                lifecycle.observe(model)
             uncompressed.before_commit(model)
         for algorithm in group:
             with guard.transforms_only("compress_commit", algorithm):
@@ -108,7 +109,8 @@ def _create(
             lifecycle.calibrate(model, algorithm)
     guard.close()
     lifecycle.close_ledger()
-    lifecycle.initialize(model)
+    with guard.without_traces():
+        lifecycle.initialize(model)
     uncompressed.end_of_creation()
     return controller
 

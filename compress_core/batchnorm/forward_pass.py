@@ -17,6 +17,7 @@ from compress_core.batchnorm.estimators import METHOD, Estimator
 from compress_core.batchnorm.report import AdaptationReport, LayerDrift
 from compress_core.contract.choices import choice
 from compress_core.data.calibration import CalibrationData
+from compress_core.data.forwards import without_traces
 from compress_core.data.rng import preserved_rng
 from compress_core.errors import DataError, ModelError
 from compress_core.torch_internals import AnyBatchNorm
@@ -84,6 +85,7 @@ class AdaptationPass:
             total: Number of samples expected, for the progress bar.
         """
         with (
+            without_traces(self._model),
             _watched(self._estimators),
             _quiet(self._model, data.loader, {id(e.layer) for e in self._estimators}),
             tqdm(total=total, unit="sample", desc="batch-norm adaptation", leave=False, disable=None) as bar,

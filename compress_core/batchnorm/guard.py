@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from compress_core.batchnorm.report import GuardVerdict
+from compress_core.data.forwards import running
 from compress_core.data.rng import preserved_rng
 from compress_core.errors import DataError
 
@@ -40,7 +41,7 @@ class MetricGuard:
     def _measure(self) -> float:
         modes = [(module, module.training) for module in self._model.modules()]
         try:
-            with preserved_rng(), torch.no_grad():
+            with preserved_rng(), torch.no_grad(), running(self._model):
                 self._model.eval()
                 metric = self._evaluate(self._model)
         finally:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from compress_core.data.forwards import running
 from compress_core.errors import DataError
 from compress_core.torch_internals import tree_leaves, tree_map
 
@@ -118,7 +119,7 @@ class CalibrationData:
             yield dict(batch) if isinstance(batch, Mapping) else batch
 
     def call(self, model: nn.Module, batch: Any) -> None:
-        """Runs the model's forward on a batch.
+        """Runs the model's forward on a batch; what it leaves behind in the model is restored.
 
         Raises:
             DataError: It is not clear how to call the model with this batch, or the call fails.
@@ -127,12 +128,8 @@ class CalibrationData:
         try:
             # A copy, because a model may write to its inputs, and a loader may return the same tensors again.
             moved = tree_map(lambda leaf: leaf.to(device, copy=True) if isinstance(leaf, torch.Tensor) else leaf, batch)
-            if self._args.forward_fn is not None:
-                self._args.forward_fn(model, moved)
-                return
-            get_inputs = getattr(self._args.data_loader, "get_inputs", None)  # NNCF's PTInitializingDataLoader
-            args, kwargs = get_inputs(moved) if callable(get_inputs) else self._arguments(model, moved)
-            model(*args, **kwargs)
+            with running(model):
+                self._forward(model, moved)
         except torch.OutOfMemoryError:
             raise
         except (TypeError, RuntimeError, IndexError, NotImplementedError) as error:
@@ -141,6 +138,14 @@ class CalibrationData:
                 f"{self._path}: the model failed on a calibration batch of {_described(batch)}: {error}. Give batches "
                 "that the model takes, or say how it takes them: forward_fn=lambda model, batch: model(...)"
             ) from error
+
+    def _forward(self, model: nn.Module, batch: Any) -> None:
+        if self._args.forward_fn is not None:
+            self._args.forward_fn(model, batch)
+            return
+        get_inputs = getattr(self._args.data_loader, "get_inputs", None)  # NNCF's PTInitializingDataLoader
+        args, kwargs = get_inputs(batch) if callable(get_inputs) else self._arguments(model, batch)
+        model(*args, **kwargs)
 
     def _size(self, batch: Any) -> int:
         for leaf in tree_leaves(batch):

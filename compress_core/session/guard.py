@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from compress_core.contract.algorithm import Algorithm
+from compress_core.data.forwards import belongs_to_algorithm, without_traces
 from compress_core.data.rng import RngState
 from compress_core.errors import PluginError
 from compress_core.session.lifecycle import Lifecycle
@@ -31,6 +32,7 @@ class ModelGuard:
     def __init__(self, model: nn.Module, lifecycle: Lifecycle) -> None:
         self._model, self._lifecycle = model, lifecycle
         self.snapshot = ModelSnapshot(model)
+        self._users = {id(module) for module in model.modules()}
         # The values that the tensors must have; updated after an algorithm that declares changes_in_place.
         self._reference = self.snapshot
 
@@ -41,7 +43,8 @@ class ModelGuard:
         Raises:
             PluginError: A tensor has changed; the message names the algorithm.
         """
-        yield
+        with self.without_traces():
+            yield
         changed = self._changed()
         if changed:
             self._refuse(hook, algorithm, changed, f"{hook}() must not change the model")
@@ -57,8 +60,13 @@ class ModelGuard:
             PluginError: The algorithm wrote to a tensor without declaring it.
         """
         before = _versions(self._model)
-        yield
-        if algorithm.changes_in_place or algorithm.replaces_modules:
+        # An algorithm that changes modules may change their attributes as well, in its commit others may, too.
+        changes_modules = algorithm.changes_in_place or algorithm.replaces_modules
+        with contextlib.nullcontext() if changes_modules or hook == "compress_commit" else self.without_traces():
+            yield
+        if changes_modules:
+            if algorithm.replaces_modules:
+                self._note_new_modules()
             if _versions(self._model) != before:
                 self._reference = ModelSnapshot(self._model)
             return
@@ -66,6 +74,15 @@ class ModelGuard:
         # A changed version alone is no error: values may have been restored, such as the statistics of batch norm.
         if any(after.get(name) != version for name, version in before.items()) and (changed := self._changed()):
             self._refuse(hook, algorithm, changed, _REMEDY)
+
+    def without_traces(self) -> contextlib.AbstractContextManager[None]:
+        """Returns a context manager that restores what forwards of the model leave behind in the user's objects."""
+        return without_traces(self._model, self._reference.saved_tensor, hooks=True)
+
+    def _note_new_modules(self) -> None:
+        for module in self._model.modules():
+            if id(module) not in self._users:
+                belongs_to_algorithm(module)
 
     def close(self) -> None:
         """Compares all tensors at the end of calibration, to find writes that did not bump a tensor's version.

@@ -12,7 +12,9 @@ from torch import nn
 
 from compress_core.errors import ModelError
 from compress_core.torch_internals import TENSOR_HOOK_ATTRIBUTES, FakeTensor
+from compress_core.transforms.containers import SavedContainer, container_base
 from compress_core.transforms.interrupts import interrupts_held
+from compress_core.transforms.python_state import PythonState
 
 logger = logging.getLogger(__name__)
 
@@ -24,14 +26,15 @@ GONE = "a tensor that is no longer part of the model"
 class _ModuleRecord:
     module: nn.Module
     cls: type[nn.Module]
-    attributes: dict[str, Any]
-    # Contents of the module's own containers (parameters, buffers, children, hooks, lists). The containers themselves
-    # must stay the same objects, because for example removable hook handles refer to them.
-    containers: list[tuple[Any, Any]]
+    # The attributes, and the contents of those that are containers (parameters, buffers, children, hooks, lists). The
+    # containers themselves must stay the same objects, because for example removable hook handles refer to them.
+    containers: list[SavedContainer]
 
 
 @dataclass
-class _TensorRecord:
+class SavedTensor:
+    """The values, storage, gradient and hooks of a tensor; made by `save_tensor`."""
+
     tensor: torch.Tensor
     storage: torch.Tensor
     values: torch.Tensor
@@ -40,6 +43,10 @@ class _TensorRecord:
     gradient_values: torch.Tensor | None
     # The dict of each kind of hooks, None where there has been none, and what was in it: handles refer to the dict.
     hooks: dict[str, tuple[Any, dict[Any, Any]]]
+
+    def restore(self) -> None:
+        """Restores all of it; a tensor that has not changed is not written to."""
+        _restore_tensor(self)
 
 
 class StructureSnapshot:
@@ -61,8 +68,8 @@ class StructureSnapshot:
 class ModelSnapshot:
     """A snapshot of classes, attributes, hooks, flags and tensor values of a model and its modules.
 
-    Recorded are parameters, buffers, tensors that are plain attributes, gradients and hooks of these; lists, dicts and
-    sets that are attributes, but not what is nested in them. It holds one copy of all that until it is dropped.
+    Recorded are parameters, buffers, tensors that are plain attributes, gradients and hooks of these; and what else the
+    model keeps in Python objects (`PythonState`). It holds one copy of all that until it is dropped.
 
     Args:
         model: The model; it is not changed.
@@ -73,16 +80,22 @@ class ModelSnapshot:
 
     def __init__(self, model: nn.Module) -> None:
         self._modules = [_record_module(module) for module in model.modules()]
+        self._state = PythonState(model)
         tensors = {id(t): (name, t) for name, t in _tensors_of(model)}
-        self._tensors = [_record_tensor(name, tensor) for name, tensor in tensors.values()]
+        self._tensors = [save_tensor(name, tensor) for name, tensor in tensors.values()]
 
     def restore(self) -> None:
         """Restores everything, bit for bit; a Ctrl-C in the meantime is delayed until it is done."""
         with interrupts_held():
             for record in self._modules:
                 _attempt(lambda record=record: _restore_module(record))  # type: ignore[misc]
+            _attempt(self._state.restore)
             for saved in self._tensors:
                 _attempt(lambda saved=saved: _restore_tensor(saved))  # type: ignore[misc]
+
+    def saved_tensor(self, tensor: torch.Tensor) -> SavedTensor | None:
+        """Returns the copy of a tensor that belonged to the model, or None."""
+        return next((saved for saved in self._tensors if saved.tensor is tensor), None)
 
     def changed_tensors(self, model: nn.Module) -> list[str]:
         """Returns the names of tensors that were replaced or whose bits have changed."""
@@ -107,12 +120,16 @@ def _tensors_of(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _record_module(module: nn.Module) -> _ModuleRecord:
-    attributes = dict(module.__dict__)
-    containers = [(value, value.copy()) for value in attributes.values() if isinstance(value, (dict, set, list))]
-    return _ModuleRecord(module, type(module), attributes, containers)
+    containers = [module.__dict__, *(value for value in module.__dict__.values() if container_base(value) is not None)]
+    return _ModuleRecord(module, type(module), [SavedContainer(container) for container in containers])
 
 
-def _record_tensor(name: str, tensor: torch.Tensor) -> _TensorRecord:
+def save_tensor(name: str, tensor: torch.Tensor) -> SavedTensor:
+    """Returns a copy of a tensor from which it can be restored.
+
+    Raises:
+        ModelError: The tensor has no values (meta device, fake, lazy and not initialized).
+    """
     if torch.nn.parameter.is_lazy(tensor):
         raise ModelError(
             f"the parameter '{name}' is lazy and not initialized: it has no values yet. Do one forward pass before "
@@ -128,7 +145,7 @@ def _record_tensor(name: str, tensor: torch.Tensor) -> _TensorRecord:
     copied = None if gradient is None else gradient.detach().clone()
     found = {kind: getattr(tensor, kind, None) for kind in TENSOR_HOOK_ATTRIBUTES}
     hooks = {kind: (held, dict(held or {})) for kind, held in found.items()}
-    return _TensorRecord(tensor, storage, storage.clone(), tensor.requires_grad, gradient, copied, hooks)
+    return SavedTensor(tensor, storage, storage.clone(), tensor.requires_grad, gradient, copied, hooks)
 
 
 def _attempt(step: Callable[[], None]) -> None:
@@ -142,18 +159,15 @@ def _attempt(step: Callable[[], None]) -> None:
 def _restore_module(record: _ModuleRecord) -> None:
     # Not by assignment: a module may have a __setattr__ of its own.
     object.__setattr__(record.module, "__class__", record.cls)
-    record.module.__dict__.clear()
-    record.module.__dict__.update(record.attributes)
-    for container, contents in record.containers:
-        container.clear()
-        container.extend(contents) if isinstance(container, list) else container.update(contents)
+    for container in record.containers:
+        container.restore()
 
 
-def _restore_tensor(saved: _TensorRecord) -> None:
+def _restore_tensor(saved: SavedTensor) -> None:
     with torch.no_grad(), torch.inference_mode(saved.tensor.is_inference()):
         if not _same_bits(saved.storage, saved.values):
             _overwrite(saved.storage, saved.values)
-        if saved.tensor.data_ptr() != saved.storage.data_ptr() or saved.tensor.shape != saved.storage.shape:
+        if memory_of(saved.tensor) != memory_of(saved.storage):
             saved.tensor.data = saved.storage
     if saved.tensor.requires_grad != saved.requires_grad:
         saved.tensor.requires_grad_(saved.requires_grad)
@@ -169,6 +183,14 @@ def _restore_tensor(saved: _TensorRecord) -> None:
             held.update(contents)
         if getattr(saved.tensor, kind, None) is not held:
             setattr(saved.tensor, kind, held)
+
+
+def memory_of(tensor: torch.Tensor) -> tuple[int, torch.Size | None]:
+    """Returns the address and the shape of a tensor, which change with `tensor.data = ...`; (0, None) without memory."""
+    try:
+        return tensor.data_ptr(), tensor.shape
+    except RuntimeError:  # sparse, nested, or a subclass without storage
+        return 0, None
 
 
 def _overwrite(tensor: torch.Tensor, values: torch.Tensor) -> None:

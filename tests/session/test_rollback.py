@@ -9,6 +9,7 @@ from torch import nn
 
 from compress_core import ModelError, PluginError, create_compressed_model, hookimpl
 from compress_core.testing import fingerprint
+from compress_core.transforms.containers import SavedContainer
 from compress_core.transforms.interrupts import interrupts_held
 from compress_core.transforms.snapshot import ModelSnapshot
 from tests.plugin_helpers import algorithm, contributing
@@ -160,14 +161,14 @@ def test_interrupt_during_rollback_is_held_until_it_is_done():
         for parameter in model.parameters():
             parameter.add_(1)
 
-    class Interrupting(dict):
+    class Interrupting(SavedContainer):
         """A container whose restoring is when the user presses Ctrl-C."""
 
-        def clear(self):
-            super().clear()
+        def restore(self):
+            super().restore()
             os.kill(os.getpid(), signal.SIGINT)
 
-    snapshot._modules[0].containers.append((Interrupting(), {}))
+    snapshot._modules[0].containers.append(Interrupting({}))
     with pytest.raises(KeyboardInterrupt):
         snapshot.restore()
     assert fingerprint(model) == before

@@ -14,6 +14,7 @@ from torch import nn
 
 from compress_core import CompressionError, DataError
 from compress_core.data.calibration import CalibrationData
+from compress_core.data.forwards import without_traces
 from compress_core.data.rng import preserved_rng
 from compress_core.transforms.user_hooks import hook_is_running
 from compress_core.transforms.weight import resolve_parameter
@@ -101,7 +102,7 @@ def _see_activations(model: nn.Module, quantizers: Sequence[Calibrated], data: C
     seen = 0
     try:
         model.eval()
-        with torch.no_grad(), preserved_rng(data.loader):
+        with without_traces(model), torch.no_grad(), preserved_rng(data.loader):
             for batch, size in data.batches(wanted):
                 with _observing([q for q in quantizers if seen < q.samples], silenced=quantizers):
                     data.call(model, batch)

@@ -1,0 +1,49 @@
+"""Creation leaves no trace in the user's objects: whatever forwards keep is as if none had run."""
+
+import pytest
+import torch
+
+from compress_core import create_compressed_model, hookimpl, register_default_init_args
+from compress_core.torch_internals import tree_leaves
+from tests.session.stateful_models import KINDS
+
+DATA = [(torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(n)), 0) for n in range(3)]
+ADAPTATION = {"batchnorm_adaptation": {"num_bn_adaptation_samples": 6}}
+PARAMS = {"prune_first_conv": True, "multiple_of": 2}
+SECTIONS = [
+    {"algorithm": "filter_pruning", "pruning_init": 0.3, "params": PARAMS, "initializer": ADAPTATION},
+    {"algorithm": "magnitude_sparsity", "sparsity_init": 0.3, "initializer": ADAPTATION},
+    {"algorithm": "quantization", "initializer": {"range": {"num_init_samples": 6}, **ADAPTATION}},
+]
+
+
+def config_of(*sections):
+    return register_default_init_args({"compression": list(sections)}, DATA)
+
+
+def assert_equal(left, right):
+    """Equal values, and the same objects where these can be told apart."""
+    left, right = tree_leaves(left), tree_leaves(right)
+    assert len(left) == len(right)
+    for a, b in zip(left, right, strict=True):
+        if isinstance(a, torch.Tensor):
+            assert type(a) is type(b)
+            assert torch.equal(a, b)
+            assert not a.is_inference()
+        else:
+            assert a == b or a is b
+
+
+@pytest.mark.parametrize("was_run", [False, True], ids=["fresh", "run before"])
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_creation_leaves_no_trace(kind, was_run):
+    model = kind()
+    if was_run:
+        with torch.no_grad():
+            model.eval()(DATA[0][0])
+        model.train()
+    before = model.kept()
+    names = list(model.state_dict())
+    create_compressed_model(model, config_of(*SECTIONS))
+    assert_equal(model.kept(), before)
+    assert [name for name in model.state_dict() if "transforms" not in name] == names
