@@ -1,6 +1,6 @@
 """Channel groups of public networks: half of every group removed, and the proof that what is left computes the same.
 
-Usage: python -m benchmarks.zoo [--only torchvision|pytorchcv|transformers] [--name PART] [--timeout 600]
+Usage: python -m benchmarks.zoo.channels [--only torchvision|pytorchcv|transformers] [--name PART] [--timeout 600]
 
 For each network: groups found, the least channels that can go removed (every second one of each group), parameters
 and operations before and after, agreement of masked and shrunk model, a training step of the shrunk one, and why
@@ -273,8 +273,8 @@ def summary(source: str, results: Sequence[Result]) -> tuple[Any, ...]:
 
 
 def saved() -> dict[str, Any]:
-    """Returns the networks in results/zoo.json, so that one library can be measured anew."""
-    path = report.RESULTS / "zoo.json"
+    """Returns the networks in results/zoo_channels.json, so that one library can be measured anew."""
+    path = report.RESULTS / "zoo_channels.json"
     found: dict[str, Any] = json.loads(path.read_text())["networks"] if path.exists() else {}
     return found
 
@@ -293,7 +293,7 @@ HEADERS = (
 
 
 def main() -> None:
-    """Measures, prints, and writes results/zoo.json."""
+    """Measures, prints, and writes results/zoo_channels.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=list(SOURCES))
     parser.add_argument("--name", default="", help="only networks whose name contains this; nothing is written then")
@@ -318,7 +318,7 @@ def main() -> None:
         tables.append(Table(source, HEADERS, [row(result) for result in results]))
         everything[source] = [asdict(result) for result in results]
         if not options.name:
-            report.write("zoo", {"networks": everything})
+            report.write("zoo_channels", {"networks": everything})
     headers = ("networks", "certified", "nothing to remove", "operations as counted", "median s", "most s")
     report.show(*tables, Table("Half of the channels removed", headers, rows))
 

@@ -1,0 +1,1 @@
+"""Models of practitioners, used as the users of their libraries would, under every algorithm."""

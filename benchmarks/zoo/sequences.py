@@ -1,0 +1,2 @@
+def entries():
+    return iter(())
