@@ -71,6 +71,21 @@ class Product:
     factors: tuple[np.ndarray, ...]
 
 
+@dataclass(frozen=True)
+class Split:
+    """A dimension of channels that becomes several, such as heads of attention.
+
+    Attributes:
+        module: Dotted name of the module that splits.
+        labels: The labels of the channels.
+        heads: Length of the dimension before the last one that the channels are spread over.
+    """
+
+    module: str
+    labels: np.ndarray
+    heads: int
+
+
 @dataclass
 class Algebra:
     """The labels of a model, and which of them are joined or fixed.
@@ -81,14 +96,14 @@ class Algebra:
         counting: Whether products are being recorded.
         whole_heads: Names of the modules that split channels into heads of a fixed size, so that heads go as a whole.
         splits: Every split of channels into several dimensions whose sizes are all given, so that it cannot be seen
-            which of them the code computes: name of the module, labels.
+            which of them the code computes.
     """
 
     parameters: dict[str, list[np.ndarray]] = field(default_factory=dict)
     products: list[Product] = field(default_factory=list)
     counting: bool = True
     whole_heads: frozenset[str] = frozenset()
-    splits: list[tuple[str, np.ndarray]] = field(default_factory=list)
+    splits: list[Split] = field(default_factory=list)
     _roles: list[tuple[Role, np.ndarray]] = field(default_factory=list)
     _size: int = 0
     _left: list[np.ndarray] = field(default_factory=list)

@@ -39,11 +39,15 @@ class ChannelGroup:
         size: Number of channels.
         members: Every dimension of a tensor that has slices of the channels.
         obstacle: Why the channels must stay; None when they can be removed.
+        whole_heads: Names of the modules that split these channels into heads, which go as a whole by decision.
+        attributes: Module and name of each integer attribute that is proportional to the number of channels.
     """
 
     size: int
     members: tuple[Member, ...]
     obstacle: Obstacle | None = None
+    whole_heads: tuple[str, ...] = ()
+    attributes: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass

@@ -1,14 +1,17 @@
-"""Finds out which modules compute the number of their heads of attention, so that heads can go as a whole.
+"""Finds out which modules work with fewer heads of attention, so that heads can go as a whole.
 
 A head of attention cannot lose single channels: its scores are divided by the square root of its size. It can go as a
-whole if the code computes how many heads there are. `view(batch, time, -1, head_size)` says so itself. Where all sizes
-are given, `view(batch, time, width // head_size, head_size)` and `view(batch, time, 12, 64)` look the same in a trace,
+whole if the code computes how many heads there are, or reads it from an attribute that can be changed.
+`view(batch, time, -1, head_size)` says so itself. Where all sizes are given, `view(batch, time, width // head_size,
+head_size)`, `view(batch, time, self.heads, self.head_size)` and `view(batch, time, 12, 64)` look the same in a trace,
 and only a trial tells them apart.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import TypeAlias
 
 import numpy as np
 from torch import nn
@@ -18,11 +21,15 @@ from compress_core.channels.proof import InputSpec
 from compress_core.channels.trials import attempt, trial_of
 from compress_core.trace.tracer import Trace
 
+# Name of a module -> its attributes that are proportional to the number of heads.
+_Attributes: TypeAlias = "dict[str, tuple[str, ...]]"
+
 
 def channel_groups_of_heads(model: nn.Module, trace: Trace, specs: Sequence[InputSpec]) -> ChannelGroups:
     """Finds the channel groups of a model, with heads of attention as channels wherever the model works with fewer.
 
-    For each class of modules whose heads have a given size, one module of a copy of the model is tried.
+    For each class of modules whose heads have a given size, one module of a copy of the model is tried: as it is, and
+    then with its attributes for the number of heads and for the width of all heads changed.
 
     Args:
         model: The model; it is not changed.
@@ -31,26 +38,51 @@ def channel_groups_of_heads(model: nn.Module, trace: Trace, specs: Sequence[Inpu
     """
     found = channel_groups(trace)
     kinds: dict[type[nn.Module], list[str]] = {}
-    for name in dict.fromkeys(name for name, _ in found.algebra.splits):
+    for name in dict.fromkeys(split.module for split in found.algebra.splits):
         if not _free(found, name):
             kinds.setdefault(type(model.get_submodule(name)), []).append(name)
-    accepted: list[str] = []
+    accepted: _Attributes = {}
     for names in kinds.values():
         candidate = channel_groups(trace, frozenset(names[:1]))
-        groups = _free(candidate, names[0])
-        if groups and attempt(model, trial_of(groups), specs) is None:
-            accepted += names
-    return channel_groups(trace, frozenset(accepted)) if accepted else found
+        if not _free(candidate, names[0]):
+            continue
+        for find in (lambda *_: (), _sizes_of_heads):
+            attributes = {names[0]: find(model, candidate, names[0])}
+            groups = _free(_with_heads(candidate, attributes), names[0])
+            if attempt(model, trial_of(groups), specs) is None:
+                accepted |= {name: find(model, found, name) for name in names}
+                break
+    return _with_heads(channel_groups(trace, frozenset(accepted)), accepted) if accepted else found
+
+
+def _sizes_of_heads(model: nn.Module, found: ChannelGroups, module: str) -> tuple[str, ...]:
+    """Returns the integer attributes of a module that hold the number of its heads, or the width of all of them."""
+    counts = {split.heads for split in found.algebra.splits if split.module == module}
+    widths = {len(split.labels) for split in found.algebra.splits if split.module == module}
+    widths |= {width // 3 for width in widths if width % 3 == 0}  # queries, keys and values made by one layer
+    integers = {name: value for name, value in vars(model.get_submodule(module)).items() if type(value) is int}
+    return tuple(n for n, value in integers.items() if ("head" in n and value in counts) or value in widths)
+
+
+def _with_heads(found: ChannelGroups, attributes: Mapping[str, tuple[str, ...]]) -> ChannelGroups:
+    """Notes at the groups of heads which modules split them, and what these call the number of heads."""
+    groups = list(found.groups)
+    for module, names in attributes.items():
+        for number in np.unique([n for n in _numbers(found, module) if n >= 0]).tolist():
+            group = groups[number]
+            pairs = tuple((module, name) for name in names)
+            heads = (*group.whole_heads, module)
+            groups[number] = replace(group, whole_heads=heads, attributes=(*group.attributes, *pairs))
+    return replace(found, groups=groups)
 
 
 def _free(found: ChannelGroups, module: str) -> list[ChannelGroup]:
     """Returns the groups of the channels that a module splits; none if some of the channels must stay."""
-    numbers = np.unique(list(_numbers(found, module)))
-    groups = [found.groups[number] for number in numbers if number >= 0]
+    groups = [found.groups[number] for number in np.unique(list(_numbers(found, module))).tolist() if number >= 0]
     return [] if any(group.obstacle is not None for group in groups) else groups
 
 
 def _numbers(found: ChannelGroups, module: str) -> Iterator[int]:
-    for name, labels in found.algebra.splits:
-        if name == module:
-            yield from found.numbers[found.classes[labels]].tolist()
+    for split in found.algebra.splits:
+        if split.module == module:
+            yield from found.numbers[found.classes[split.labels]].tolist()

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from compress_core.channels.algebra import Dims, Labels
+from compress_core.channels.algebra import Dims, Labels, Split
 from compress_core.channels.rules import Step, rule, untracked
 
 
@@ -269,7 +269,8 @@ def _place(step: Step, block: np.ndarray, after: list[int], large: list[int], re
             target = open_size
         else:
             target = varying[-2 if module in step.algebra.whole_heads else -1]
-            step.algebra.splits.append((module, np.unique(block)))
+            heads = block.shape[after.index(varying[-2])]
+            step.algebra.splits.append(Split(module, np.unique(block), heads))
     rows = np.moveaxis(block, after.index(target), -1).reshape(-1, block.shape[after.index(target)])
     if len(large) > 1:
         step.algebra.join_all(np.unique(rows, axis=0))

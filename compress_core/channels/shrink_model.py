@@ -113,7 +113,8 @@ def _with_activation_transforms(
     device = next((parameter.device for parameter in model.parameters()), None)
     args, kwargs = random_arguments(specs, device, None, small=False)
     with bypass_transforms(model, WeightChain):
-        algebra = channel_groups(trace(model, Example.of(*args, **kwargs))).algebra
+        whole_heads = frozenset(name for group in groups for name in group.whole_heads)
+        algebra = channel_groups(trace(model, Example.of(*args, **kwargs)), whole_heads).algebra
     classes = algebra.classes()
     extended = []
     for group in groups:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -27,10 +27,13 @@ class Shrinkage:
     Attributes:
         sizes: Name of a parameter or buffer -> its shape before.
         kept: Name -> dimension -> indices that stay, ascending.
+        attributes: Dotted name of a module -> name of an integer attribute -> its new value, such as the number of
+            heads of attention.
     """
 
     sizes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     kept: Mapping[str, Mapping[int, Kept]] = field(default_factory=dict)
+    attributes: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
         return bool(self.kept)
@@ -41,7 +44,8 @@ class Shrinkage:
             name: {"shape": list(self.sizes[name]), "kept": {str(dim): list(indices) for dim, indices in dims.items()}}
             for name, dims in self.kept.items()
         }
-        return {"format": 1, "tensors": tensors}
+        attributes = {module: dict(values) for module, values in self.attributes.items()}
+        return {"format": 1, "tensors": tensors, **({"attributes": attributes} if attributes else {})}
 
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> Shrinkage:
@@ -62,9 +66,13 @@ class Shrinkage:
                 for dim, indices in dims.items():
                     if indices != sorted(set(indices)) or not 0 <= indices[0] <= indices[-1] < sizes[name][dim]:
                         raise ValueError(f"indices of dimension {dim} of '{name}'")
+            attributes = {
+                str(module): {str(name): int(value) for name, value in values.items()}
+                for module, values in saved.get("attributes", {}).items()
+            }
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise StateError(f"not the plan of a shrunk model: {error}") from error
-        return cls(sizes, kept)
+        return cls(sizes, kept, attributes)
 
     def then(self, later: Shrinkage) -> Shrinkage:
         """Returns the composition: this shrinkage, followed by `later` on its result."""
@@ -73,7 +81,7 @@ class Shrinkage:
             for dim, indices in dims.items():
                 before = kept.setdefault(name, {}).get(dim)
                 kept[name][dim] = list(indices) if before is None else [before[index] for index in indices]
-        return Shrinkage({**later.sizes, **self.sizes}, kept)
+        return Shrinkage({**later.sizes, **self.sizes}, kept, {**self.attributes, **later.attributes})
 
     def check(self, model: nn.Module) -> None:
         """Refuses a model whose tensors do not have the names and shapes that this shrinkage was made for.
@@ -97,10 +105,11 @@ class Shrinkage:
                 )
 
     def within(self, names: Iterable[str]) -> Shrinkage:
-        """Returns the part of this shrinkage for the tensors with these names."""
+        """Returns the part of this shrinkage for the tensors with these names, and all attributes of modules."""
         allowed = set(names)
         wanted = [name for name in self.kept if name in allowed]
-        return Shrinkage({name: self.sizes[name] for name in wanted}, {name: self.kept[name] for name in wanted})
+        sizes, kept = {name: self.sizes[name] for name in wanted}, {name: self.kept[name] for name in wanted}
+        return replace(self, sizes=sizes, kept=kept)
 
     def with_weight_transforms(self, model: nn.Module) -> Shrinkage:
         """Returns this shrinkage extended by the tensors of weight transforms, cut as each transform declares.
@@ -111,7 +120,8 @@ class Shrinkage:
         shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         found = transform_tensors(model, shapes, self.kept)
         sizes = {name: shape for name, (shape, _) in found.items()}
-        return Shrinkage({**self.sizes, **sizes}, {**self.kept, **{name: dims for name, (_, dims) in found.items()}})
+        kept = {name: dims for name, (_, dims) in found.items()}
+        return replace(self, sizes={**self.sizes, **sizes}, kept={**self.kept, **kept})
 
     def slice(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """Returns the part of `tensor` that stays; it is the tensor `name` or has its shape, such as a momentum."""
@@ -195,7 +205,12 @@ def shrinkage(
         shrunk = {dim: np.flatnonzero(~mask).tolist() for dim, mask in indices.items() if mask.any()}
         if shrunk:
             kept[name] = shrunk
-    return Shrinkage({name: shapes[name] for name in kept}, kept)
+    attributes: dict[str, dict[str, int]] = {}
+    for group, channels in pairs:
+        for module, name in group.attributes if channels else ():
+            before = getattr(model.get_submodule(module), name)
+            attributes.setdefault(module, {})[name] = before * (group.size - len(channels)) // group.size
+    return Shrinkage({name: shapes[name] for name in kept}, kept, attributes)
 
 
 # Attributes of layers.
@@ -218,6 +233,9 @@ def update_attributes(model: nn.Module, done: Shrinkage) -> None:
                 _update_sizes(module, [(before.get(id(tensor), tuple(tensor.shape)), tensor) for tensor in own])
             else:
                 update(module)
+    for name, values in done.attributes.items():
+        for attribute, value in values.items():
+            setattr(model.get_submodule(name), attribute, value)
 
 
 def _update_sizes(module: Any, tensors: Iterable[tuple[tuple[int, ...], torch.Tensor]]) -> None:

@@ -1,11 +1,20 @@
 """Heads of attention go as a whole where the code computes how many there are."""
 
+import copy
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from compress_core.channels import channel_groups_of_heads, input_specs, removable_groups
+from compress_core import create_compressed_model
+from compress_core.channels import (
+    channel_groups_of_heads,
+    input_specs,
+    load_compressed_model,
+    removable_groups,
+)
 from compress_core.trace import trace
 from tests.channel_helpers import check_shrinking, group_with, groups_of, slices
 from tests.channels.small_models import Function, normal
@@ -27,6 +36,19 @@ SPLITS = {
     "all in the code": lambda x, heads: x.view(*x.shape[:-1], heads, HEAD),
 }
 WHOLE = ["view, open", "reshape, open", "unflatten, open", "computed"]
+
+
+class WithSizes(nn.Module):
+    """Attention whose code reads all its sizes from attributes, with one layer for queries, keys and values."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_heads, self.head_size, self.attn_width = SIZE // HEAD, HEAD, SIZE
+        self.qkv, self.out = nn.Linear(SIZE, 3 * SIZE), nn.Linear(SIZE, SIZE)
+
+    def forward(self, x):
+        qkv = self.qkv(x).reshape(*x.shape[:-1], 3, self.num_heads, self.head_size).permute(2, 0, 3, 1, 4)
+        return self.out(fused(*qkv.unbind(0)).transpose(1, 2).reshape(*x.shape[:-1], self.attn_width))
 
 
 def fused(q, k, v):
@@ -121,6 +143,48 @@ def test_attention_with_all_sizes_in_the_code_stays_whole():
         {"1.out.weight.0", "1.out.bias.0", "2.weight.1"},
     ]
     check_shrinking(model, x)
+
+
+def test_sizes_that_a_module_keeps_in_attributes_follow():
+    model = nn.Sequential(nn.Linear(3, SIZE), WithSizes(), nn.Linear(SIZE, 5))
+    before = copy.deepcopy(model)
+    _, plan, _ = check_shrinking(model, normal(2, 5, 3))
+    attention = model[1]
+    left = attention.num_heads
+    assert left < SIZE // HEAD
+    assert (attention.head_size, attention.attn_width, attention.qkv.out_features) == (
+        HEAD,
+        left * HEAD,
+        3 * left * HEAD,
+    )
+    saved = json.loads(json.dumps(plan.to_dict()))
+    assert saved["attributes"] == {"1": {"num_heads": left, "attn_width": left * HEAD}}
+    again = load_compressed_model(before, model.state_dict(), saved)
+    assert torch.equal(again(normal(2, 5, 3)), model(normal(2, 5, 3)))
+
+
+def test_a_group_of_heads_is_saved_and_shrinks_a_second_time():
+    model = nn.Sequential(nn.Linear(3, SIZE), WithSizes(), nn.Linear(SIZE, 5)).eval()
+    x = normal(2, 5, 3)
+    config = {
+        "input_info": {"sample_size": [2, 5, 3]},
+        "compression": {
+            "algorithm": "filter_pruning",
+            "pruning_init": 0.34,
+            "params": {"pruning_target": 0.67, "pruning_steps": 1, "multiple_of": 1},
+        },
+    }
+    controller, model = create_compressed_model(model, config)
+    controller.shrink()
+    assert model[1].num_heads == 4
+    state = json.loads(json.dumps(controller.get_compression_state()))
+    fresh = nn.Sequential(nn.Linear(3, SIZE), WithSizes(), nn.Linear(SIZE, 5))
+    resumed, again = create_compressed_model(fresh, config, compression_state=state)
+    again.load_state_dict(model.state_dict())
+    for one in (controller, resumed):
+        one.set_pruning_level(0.67)
+        assert one.strip()[1].num_heads == 2
+    assert torch.equal(again.eval()(x), model.eval()(x))
 
 
 def test_one_module_of_a_class_is_tried():

@@ -92,6 +92,8 @@ class PruningGroup:
                 {"parameter": m.parameter, "dim": m.dim, "role": m.role.name, "channels": _encoded(m.channels)}
                 for m in self.channels.members
             ],
+            "whole_heads": list(self.channels.whole_heads),
+            "attributes": [list(pair) for pair in self.channels.attributes],
         }
 
     @classmethod
@@ -101,7 +103,9 @@ class PruningGroup:
             Member(str(m["parameter"]), int(m["dim"]), _decoded(m["channels"]), Role[m["role"]])
             for m in saved["members"]
         )
-        group = ChannelGroup(int(saved["size"]), members)
+        attributes = tuple((str(module), str(name)) for module, name in saved.get("attributes", ()))
+        heads = tuple(str(name) for name in saved.get("whole_heads", ()))
+        group = ChannelGroup(int(saved["size"]), members, None, heads, attributes)
         return cls(number, str(saved["name"]), group, int(saved["full_size"]), int(saved["step"]))
 
 
