@@ -75,8 +75,9 @@ def operation_costs(found: ChannelGroups, chosen: Sequence[ChannelGroup], batch_
         chosen: The groups whose channels may be removed, in the order of `Costs.of`.
         batch_size: Number of samples in the traced batch; the result is the cost of one sample.
     """
-    position = {id(group): number for number, group in enumerate(chosen)}
-    numbers = np.array([position.get(id(group), -1) for group in found.groups] + [-1])
+    # The chosen groups may have attributes that the groups of the model do not have yet; their members are the same.
+    position = {id(group.members): number for number, group in enumerate(chosen)}
+    numbers = np.array([position.get(id(group.members), -1) for group in found.groups] + [-1])
     terms = []
     for product in found.algebra.products:
         rows = [

@@ -224,32 +224,23 @@ def update_attributes(model: nn.Module, done: Shrinkage) -> None:
         done: Which indices of its tensors stayed.
     """
     tensors = dict([*model.named_buffers(), *model.named_parameters()])
-    before = {id(tensors[name]): done.sizes[name] for name in done.kept}
+    ids = {id(tensors[name]) for name in done.kept}
     for module in model.modules():
-        own = [tensor for tensor in [*module._parameters.values(), *module._buffers.values()] if tensor is not None]
-        if any(id(tensor) in before for tensor in own):
-            update = next((update for cls, update in _UPDATES.items() if isinstance(module, cls)), None)
-            if update is None:
-                _update_sizes(module, [(before.get(id(tensor), tuple(tensor.shape)), tensor) for tensor in own])
-            else:
-                update(module)
+        own = [*module._parameters.values(), *module._buffers.values()]
+        if any(id(tensor) in ids for tensor in own if tensor is not None) and (update := _update_of(module)):
+            update(module)
     for name, values in done.attributes.items():
         for attribute, value in values.items():
             setattr(model.get_submodule(name), attribute, value)
 
 
-def _update_sizes(module: Any, tensors: Iterable[tuple[tuple[int, ...], torch.Tensor]]) -> None:
-    """Updates the integer attributes of a layer of an unknown class that hold the size of one of its dimensions.
+def keeps_sizes(module: nn.Module) -> bool:
+    """Returns whether a layer is of a class whose size attributes `update_attributes` knows."""
+    return _update_of(module) is not None
 
-    An attribute is left as it is if dimensions of that size now differ: it is not known then which of them is meant.
-    """
-    now: dict[int, set[int]] = {}
-    for shape, tensor in tensors:
-        for old, new in zip(shape, tensor.shape, strict=True):
-            now.setdefault(old, set()).add(new)
-    for name, value in list(vars(module).items()):
-        if type(value) is int and len(sizes := now.get(value, set())) == 1:
-            setattr(module, name, *sizes)
+
+def _update_of(module: nn.Module) -> Callable[[Any], None] | None:
+    return next((update for cls, update in _UPDATES.items() if isinstance(module, cls)), None)
 
 
 def _shape(module: Any, *names: str) -> tuple[int, ...]:
