@@ -17,9 +17,11 @@ Importing this module is cheap, because torch's compiler is imported only when i
 
 from __future__ import annotations
 
+import inspect
 import operator
 import sys
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import torch
@@ -28,12 +30,13 @@ from torch._C._dynamo import eval_frame as _eval_frame
 from torch._subclasses import fake_tensor
 from torch.autograd import forward_ad
 from torch.nn.modules import batchnorm, conv
-from torch.utils import _python_dispatch, _pytree
+from torch.utils import _python_dispatch, _pytree, checkpoint
 
 __all__ = [
     "ASSIGN_ENTRY",
     "FAKE_TENSOR_LOGGER",
     "HOOK_ATTRIBUTES",
+    "LOW_LEVEL_FUNCTIONS",
     "MODULE_CALL",
     "TENSOR_HOOK_ATTRIBUTES",
     "AnyBatchNorm",
@@ -45,6 +48,7 @@ __all__ = [
     "TorchDispatchMode",
     "TorchFunctionDisabled",
     "add_own_forward_pre_hook",
+    "checkpoint_of",
     "compile_graph",
     "dynamo_callback",
     "frames_dynamo_traces",
@@ -63,6 +67,7 @@ __all__ = [
     "push_function_mode",
     "recurrent_overrides",
     "remove_forward_hooks",
+    "saved_tensors_hook",
     "schema_of",
     "skip_frame",
     "storage_identity",
@@ -217,6 +222,15 @@ def schema_of(function: Any) -> Any:
     return getattr(function, "_schema", None)
 
 
+LOW_LEVEL_FUNCTIONS = torch._VF
+"""The module of functions that torch calls in its layers and utilities and gives no other name.
+
+Why: packing a sequence is such a function; its result is quantized where it is made.
+Public way: `torch.overrides` does not list them, though its modes see them.
+Without it: compress_core cannot be imported; packed sequences could not be quantized before a recurrent layer.
+"""
+
+
 # What is kept for the backward pass.
 
 
@@ -234,6 +248,40 @@ def may_set_saved_tensors_hooks() -> bool:
         )
     except AttributeError:
         return False
+
+
+def saved_tensors_hook() -> Any:
+    """Returns the innermost hook that packs tensors for the backward pass, or None.
+
+    Why: another one than before may be that of a checkpoint; that it is the same shows at little cost that none is.
+    Public way: as `may_set_saved_tensors_hooks`.
+    Without it: AttributeError at the first forward with a transform at a call site.
+    """
+    autograd: Any = torch._C._autograd
+    hooks = autograd._top_saved_tensors_default_hooks(False)
+    return None if hooks is None else hooks[0]
+
+
+_CHECKPOINT = inspect.unwrap(checkpoint.checkpoint).__code__
+_REENTRANT = checkpoint.CheckpointFunction.forward.__code__
+
+
+def checkpoint_of(frame: FrameType) -> tuple[Any, str] | None:
+    """Returns where a frame of `torch.utils.checkpoint` keeps the function that it will run again: (object, attribute).
+
+    None for all other frames, and for those that keep no function, because no gradient is recorded.
+
+    Why: transforms at call sites have to be applied again when the function is run again.
+    Public way: `context_fn` of `checkpoint`, which only the caller can give, and not with `use_reentrant=True`.
+    Without it: None, and gradients of checkpointed functions with transforms inside are wrong or raise.
+    """
+    if frame.f_code is _REENTRANT:
+        return frame.f_locals["ctx"], "run_function"
+    if frame.f_code is _CHECKPOINT and "gen" in frame.f_locals:
+        running = frame.f_locals["gen"].gi_frame
+        kept = None if running is None else running.f_locals.get("new_frame")
+        return None if kept is None else (kept, "recompute_fn")
+    return None
 
 
 is_any_autocast_enabled = torch._C._is_any_autocast_enabled

@@ -19,7 +19,13 @@ from torch import nn
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils.hooks import RemovableHandle
 
-from compress_core.torch_internals import FakeTensorMode, TorchDispatchMode, TorchFunctionDisabled, schema_of
+from compress_core.torch_internals import (
+    LOW_LEVEL_FUNCTIONS,
+    FakeTensorMode,
+    TorchDispatchMode,
+    TorchFunctionDisabled,
+    schema_of,
+)
 from compress_core.trace.graph import Call, ForwardTrace, Frame, ModuleCall, Operator
 from compress_core.trace.graph import tensors_with_paths as tensors_of
 from compress_core.trace.hook_results import HookResults
@@ -354,6 +360,8 @@ def _facts(function: Any) -> _Facts:
 def name_of(function: Any) -> str:
     """Returns the dotted name of a function of torch, such as `torch.nn.functional.relu`; others by module and name."""
     name = resolve_name(function)
+    if name is None and getattr(LOW_LEVEL_FUNCTIONS, getattr(function, "__name__", ""), None) is function:
+        name = f"{LOW_LEVEL_FUNCTIONS.__name__}.{function.__name__}"
     if name is None:
         name = f"{getattr(function, '__module__', None)}.{getattr(function, '__qualname__', repr(function))}"
     return str(name)

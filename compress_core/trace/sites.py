@@ -17,6 +17,7 @@ from compress_core.trace.correspondence import Correspondence, SiteKey, site_key
 from compress_core.trace.graph import Call, ModuleCall
 from compress_core.trace.tracer import Trace
 from compress_core.transforms.activation_functions import activation_called
+from compress_core.transforms.call_sites import can_be_transformed
 from compress_core.transforms.places import (
     ActivationPlace,
     CallInput,
@@ -89,7 +90,8 @@ class Sites:
         Returns:
             The output of a module if the module only returns the tensor, otherwise the output of the call. An
             activation function at the end of a larger module gets a place of its own, because a transform can compute
-            it too. None if the examples contradict each other about which call it is.
+            it too. None if the examples contradict each other about which call it is, or if it is not a call that
+            can be transformed (`can_be_transformed`: a property such as `x.T` is not).
         """
         call = self._call(where)
         of_module = self._module_output(where, path)
@@ -97,7 +99,7 @@ class Sites:
         can_take_over = activation_called(call.function) in {"relu", "relu6"}
         if of_module is not None and not (can_take_over and self._is_one_of_many(where)):
             return of_module
-        found = self._pattern(where)
+        found = self._pattern(where) if can_be_transformed(call.function) else None
         return of_module if found is None else CallOutput(found[0], call.function, found[1], path)
 
     def _module_output(self, where: CallRef, path: Path) -> ActivationPlace | None:
@@ -118,7 +120,7 @@ class Sites:
     def input_place(self, where: CallRef, path: Path) -> ActivationPlace | None:
         """Returns the place of an argument of a call, for this call alone; None in the same case as `output_place`."""
         call = self._call(where)
-        found = self._pattern(where)
+        found = self._pattern(where) if can_be_transformed(call.function) else None
         return None if found is None else CallInput(found[0], call.function, found[1], path)
 
     @staticmethod

@@ -26,9 +26,9 @@ from compress_core.transforms.call_sites import (
     transformed_functions,
 )
 from compress_core.transforms.chain import TransformChain, TransformContainer
+from compress_core.transforms.checkpoints import Surroundings
 from compress_core.transforms.nested import replace_argument, replace_at
 from compress_core.transforms.places import ActivationPlace, CallInput, CallOutput, ModuleInput, ModuleOutput
-from compress_core.transforms.user_hooks import FrameId
 
 logger = logging.getLogger(__name__)
 
@@ -135,7 +135,7 @@ class ActivationTransforms(TransformContainer):
             forward = torch.compiler.disable(forward)  # type: ignore[no-untyped-call]
         mode = CallSiteMode(self._plan.functions, module.training, self._call)
         if not torch.compiler.is_dynamo_compiling():
-            mode.around = FrameId.of(sys._getframe())
+            mode.surroundings = Surroundings(sys._getframe())
         try:
             with mode:
                 output = forward(module, *args, **kwargs)

@@ -31,10 +31,14 @@ from compress_core.torch_internals import (
 )
 from compress_core.transforms.activation_functions import activation_called
 from compress_core.transforms.attention import inside_of
+from compress_core.transforms.checkpoints import Surroundings, note_checkpoints
 from compress_core.transforms.places import CallInput, CallOutput, CallPattern, Path
-from compress_core.transforms.user_hooks import FrameId, is_in_hook, is_in_traced_hook
+from compress_core.transforms.user_hooks import is_in_hook, is_in_traced_hook
 
 T = TypeVar("T")
+
+# The end of the names that torch.overrides gives to properties: torch.Tensor.real.__get__.
+_PROPERTY = ".__get__"
 
 # Functions written in Python that dynamo shows to modes like those written in C.
 _NEVER_HIDDEN = frozenset(
@@ -124,8 +128,13 @@ def functions_named(name: str) -> tuple[Any, ...]:
     """Returns the function objects to which `torch.overrides.resolve_name` gives this name.
 
     Raises:
-        TransformError: No function has this name.
+        TransformError: No function has this name, or it is that of a property.
     """
+    if name.endswith(_PROPERTY):
+        raise TransformError(
+            f"'{name}' is a property of tensors, which torch's compiler hides from function modes; transform what it is "
+            "read from, or the calls that read it"
+        )
     found = list(_overridable_functions().get(name, ()))
     # torch does not list all functions that a mode can see (torch.nn.functional.hardswish is missing).
     root, _, path = name.partition(".")
@@ -139,6 +148,14 @@ def functions_named(name: str) -> tuple[Any, ...]:
             "torch.overrides.resolve_name gives, such as 'torch.nn.functional.relu'"
         )
     return unique
+
+
+def can_be_transformed(function: str) -> bool:
+    """Returns whether calls of a function can have transforms, that is, whether `functions_named` finds it."""
+    try:
+        return bool(functions_named(function))
+    except TransformError:
+        return False
 
 
 class CallSiteMode(TorchFunctionMode):
@@ -156,13 +173,28 @@ class CallSiteMode(TorchFunctionMode):
         self.training = training
         self.apply = apply
         self.counts = [0] * len(functions)
-        self.around: FrameId | None = None  # the frame that runs the forward
+        self.surroundings: Surroundings | None = None  # not while dynamo traces the forward
 
     def is_called_by_hook(self) -> bool:
         """Returns whether the current call is made by a user's hook and not by the forward."""
         if torch.compiler.is_dynamo_compiling():
             return is_in_traced_hook()
-        return is_in_hook(sys._getframe(1), self.around)
+        return is_in_hook(sys._getframe(1), None if self.surroundings is None else self.surroundings.frame)
+
+    def again(self) -> CallSiteMode:
+        """Returns a mode that goes on from the present counts, in another run of the same calls."""
+        mode = CallSiteMode(self.functions, self.training, self.apply)
+        mode.counts = list(self.counts)
+        return mode
+
+    def count(self, index: int) -> int:
+        """Counts a call of a function and returns its number, from 0."""
+        surroundings = self.surroundings
+        if surroundings is not None and not torch.compiler.is_dynamo_compiling() and surroundings.may_be_checkpointed():
+            note_checkpoints(self, surroundings)
+        call = self.counts[index]
+        self.counts[index] = call + 1
+        return call
 
     def index_of(self, func: Any) -> int:
         """Returns the index of `func` among the functions, or -1."""
@@ -191,9 +223,7 @@ class CallSiteMode(TorchFunctionMode):
             func = torch.unflatten  # dynamo cannot trace the method while a mode is active
         if index < 0 or self.is_called_by_hook():
             return func(*args, **kwargs)
-        call = self.counts[index]
-        self.counts[index] = call + 1
-        return self.apply(self.functions[index], call, self.training, func, args, kwargs)
+        return self.apply(self.functions[index], self.count(index), self.training, func, args, kwargs)
 
 
 def run_quietly(function: Callable[..., T], *args: Any) -> T:
@@ -247,7 +277,7 @@ def count_replaced(functions: tuple[Any, ...]) -> bool:
                 return False
             found.append((mode, index))
     for mode, index in found:
-        mode.counts[index] += 1
+        mode.count(index)
     return True
 
 

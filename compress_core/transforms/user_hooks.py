@@ -117,7 +117,7 @@ def is_in_traced_hook() -> bool:
             return False
         called, traced = code, getattr(traced, "parent", None)
     # The mode belongs to eager code around the compiled code.
-    return is_in_hook(sys._getframe(), getattr(asked, "around", None))
+    return is_in_hook(sys._getframe(), getattr(getattr(asked, "surroundings", None), "frame", None))
 
 
 # The same as torch.compiler.assume_constant_result, which would import dynamo.

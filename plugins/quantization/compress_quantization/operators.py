@@ -49,14 +49,14 @@ _TRANSPARENT = frozenset(
     # shapes
     + ["reshape", "reshape_as", "view", "view_as", "flatten", "unflatten", "ravel", "squeeze", "unsqueeze"]
     # orders
-    + ["transpose", "swapaxes", "swapdims", "permute", "movedim", "moveaxis", "t", "T", "mT", "H", "roll", "flip"]
-    + ["rot90", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle"]
+    + ["transpose", "swapaxes", "swapdims", "permute", "movedim", "moveaxis", "t", "T", "mT", "H", "mH", "roll"]
+    + ["flip", "adjoint", "rot90", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle"]
     # parts
     + ["split", "split_with_sizes", "tensor_split", "chunk", "unbind", "select", "narrow", "index_select", "gather"]
     + ["take", "take_along_dim", "diagonal", "__getitem__", "unfold"]
     # copies
     + ["expand", "expand_as", "broadcast_to", "repeat", "tile", "repeat_interleave", "contiguous", "clone", "detach"]
-    + ["alias", "zero_pad2d"]
+    + ["alias", "zero_pad2d", "data"]
 )
 
 # Elementwise activation functions, which a runtime fuses with a preceding weighted or arithmetic operator.

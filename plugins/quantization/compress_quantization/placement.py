@@ -18,6 +18,7 @@ from compress_core.trace import Call, ForwardTrace, Trace
 from compress_core.trace.graph import ValueId
 from compress_core.trace.hook_results import USER_HOOK
 from compress_core.trace.sites import CallRef, Sites
+from compress_core.transforms.call_sites import can_be_transformed
 from compress_core.transforms.places import ActivationPlace, Path
 from compress_quantization.fusing import fused_calls
 from compress_quantization.masks import masks_of, reads_mask
@@ -103,7 +104,7 @@ def place_quantizers(trace: Trace, rules: Rules) -> Placement:
         for wish in propagation.wishes():
             for place, call in _places(wish, number, forward, sites):
                 if place is None:
-                    unplaced[_name(call)] = "the example inputs disagree about which call this is"
+                    unplaced[_name(call)] = _reason(call)
                     continue
                 wishes.setdefault(place, wish)
                 calls.setdefault(place, call)
@@ -300,10 +301,25 @@ def _places(
     call = forward.calls[value.call]
     path = next((path for path, made in call.outputs if made == wish.value), None)
     if path is not None and call.function != USER_HOOK:
-        return [(sites.output_place(CallRef(number, call.index), path), call)]
-    # The value was written in place by a statement, such as x[:, 0] = y, or by a hook: there is no result to replace.
-    readers = [(forward.calls[index], at) for index, at in forward.consumers()[wish.value]]
+        place = sites.output_place(CallRef(number, call.index), path)
+        if place is not None or can_be_transformed(call.function):
+            return [(place, call)]
+    # The value was written in place by a statement, such as x[:, 0] = y, or by a hook, or read as a property (x.T): there
+    # is no result to replace.
+    readers = [(forward.calls[index], at) for index, at in _readers(forward, wish.value)]
     return [(sites.input_place(CallRef(number, reader.index), at), reader) for reader, at in readers]
+
+
+def _readers(forward: ForwardTrace, value: ValueId) -> list[tuple[int, Path]]:
+    """Returns the calls that read a value; not properties that only move its elements, but what reads these."""
+    found = []
+    for index, path in forward.consumers()[value]:
+        call = forward.calls[index]
+        if is_transparent(call) and not can_be_transformed(call.function):
+            found += [reader for result in call.results for reader in _readers(forward, result)]
+        else:
+            found.append((index, path))
+    return found
 
 
 def _reached_by_inputs(forward: ForwardTrace) -> set[ValueId]:
@@ -314,6 +330,12 @@ def _reached_by_inputs(forward: ForwardTrace) -> set[ValueId]:
             reached.update(value for _, value in call.outputs)
             reached.update(call.overwritten)
     return reached
+
+
+def _reason(call: Call | None) -> str:
+    if call is not None and not can_be_transformed(call.function):
+        return "calls of this function cannot be transformed"
+    return "the example inputs disagree about which call this is"
 
 
 def _name(call: Call | None) -> str:
