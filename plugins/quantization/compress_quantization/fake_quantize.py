@@ -14,9 +14,10 @@ from compress_quantization import kernels
 from compress_quantization.grid import Grid
 from compress_quantization.kernels import Source, Task, fake_quantize
 from compress_quantization.kernels.formulas import StepLowHigh
-from compress_quantization.kernels.sources import compute_dtype, from_ends, levels_of, ranges_of_channels
+from compress_quantization.kernels.sources import TINY, compute_dtype, from_ends, levels_of, ranges_of_channels
 
-_MINIMUM_SCALE = 0.1
+_LARGEST = 2.0**126  # ranges are moved and added to, which must not overflow float32
+_SCALE_OF_ZEROS = 0.1
 
 
 class FakeQuantize(WeightTransform, ActivationTransform):
@@ -218,8 +219,19 @@ class FakeQuantize(WeightTransform, ActivationTransform):
     def _width(self, parameter: torch.Tensor) -> torch.Tensor:
         """Returns a scale or width from its parameter: positive, with a graph in the logarithmic form only."""
         if self.logarithm_scale:
-            return parameter.to(compute_dtype(parameter.dtype)).exp().clamp_min(torch.finfo(torch.float32).tiny)
+            return parameter.to(compute_dtype(parameter.dtype)).exp().clamp_min(TINY)
         return parameter
+
+    def _apply(self, fn: Any, recurse: bool = True) -> FakeQuantize:
+        """Moves the range with the model, in float32 or more: half-precision types would round or overflow it."""
+
+        def kept(tensor: torch.Tensor) -> torch.Tensor:
+            moved: torch.Tensor = fn(tensor)
+            is_narrower = moved.dtype in {torch.float16, torch.bfloat16} and moved.dtype != tensor.dtype
+            return tensor.to(moved.device) if is_narrower else moved
+
+        super()._apply(kept, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
         # An observer belongs to the calibration of this very object, and often cannot be pickled.
@@ -240,7 +252,7 @@ class SymmetricFakeQuantize(FakeQuantize):
     signed grid, the highest of an unsigned one), `half_range` uses b-1 bits.
 
     Attributes:
-        scale: Parameter of shape `shape`; S = |scale| + 1e-16, or exp(scale) with `logarithm_scale`.
+        scale: Parameter of shape `shape`; S = |scale|, or exp(scale) with `logarithm_scale`; at least 2^-108.
     """
 
     follows: ClassVar[Mapping[str, str]] = {"scale": "weight"}
@@ -267,20 +279,22 @@ class SymmetricFakeQuantize(FakeQuantize):
     def _learned(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         return self._width(self.scale), None
 
-    def set_range(self, minimum: torch.Tensor, maximum: torch.Tensor, *, minimum_scale: float = _MINIMUM_SCALE) -> None:
-        """Sets the scale to max(|minimum|, |maximum|), but at least to `minimum_scale`.
+    def set_range(self, minimum: torch.Tensor, maximum: torch.Tensor) -> None:
+        """Sets the scale to max(|minimum|, |maximum|).
+
+        A channel of zeros gets the largest scale of the others, and a tensor of zeros 0.1. Values below 2^-108 (3e-33)
+        count as zero.
 
         Args:
             minimum: Smallest values, of a shape that broadcasts to `shape`.
             maximum: Largest values.
-            minimum_scale: NNCF uses 0.1. With 0, scales are as small as the values, and 0.1 for tensors of zeros.
 
         Raises:
-            DataError: A value is not finite, or a minimum is above its maximum.
+            DataError: A value is not finite or above 2^126, or a minimum is above its maximum.
         """
         low, high = _checked(minimum, maximum, self.shape)
-        scale = torch.maximum(low.abs(), high.abs())
-        scale = torch.where(scale > minimum_scale, scale, minimum_scale or _MINIMUM_SCALE)
+        scale, is_zero, of_zeros = _magnitudes(low, high)
+        scale = torch.where(is_zero, of_zeros, scale)
         self._store(self.scale, _logarithm(scale) if self.logarithm_scale else scale)
 
 
@@ -295,7 +309,8 @@ class AsymmetricFakeQuantize(FakeQuantize):
 
     Attributes:
         input_low: Parameter of shape `shape`: the low end, before tuning.
-        input_range: Parameter: width = |input_range| + 1e-16, or exp(input_range) with `logarithm_scale`.
+        input_range: Parameter: width = |input_range|, or exp(input_range) with `logarithm_scale`; at least
+            2^-108.
     """
 
     follows: ClassVar[Mapping[str, str]] = {"input_low": "weight", "input_range": "weight"}
@@ -320,39 +335,51 @@ class AsymmetricFakeQuantize(FakeQuantize):
         return self._width(self.input_range), self.input_low
 
     def set_range(self, minimum: torch.Tensor, maximum: torch.Tensor) -> None:
-        """Sets the ends to `minimum` and `maximum`; channels narrower than 1 % of the widest one are widened to that.
+        """Sets the ends to `minimum` and `maximum`, or the range between zero and the value where both are one value.
+
+        A channel of zeros gets the range from zero to the largest absolute value of the others, and a tensor of zeros
+        that to 0.1. Values below 2^-108 (3e-33) count as zero.
 
         Args:
             minimum: Smallest values, of a shape that broadcasts to `shape`.
             maximum: Largest values.
 
         Raises:
-            DataError: A value is not finite, or a minimum is above its maximum.
+            DataError: A value is not finite or above 2^126, or a minimum is above its maximum.
         """
         low, high = _checked(minimum, maximum, self.shape)
-        width = high - low
-        slack = (width.clamp_min(0.01 * width.max()) - width) / 2
-        low, width = low - slack, width + 2 * slack
-        # The range is extended to zero later, so it is empty only if all values were zero.
-        empty = (low == 0) & (width == 0)
-        width = torch.where(empty, _MINIMUM_SCALE, width)
+        _, is_zero, of_zeros = _magnitudes(low, high)
+        # A width of zero would have no gradient.
+        is_constant = high - low < TINY
+        low, high = (
+            torch.where(is_constant, end, given) for end, given in ((low.clamp_max(0), low), (high.clamp_min(0), high))
+        )
+        low, width = torch.where(is_zero, 0.0, low), torch.where(is_zero, of_zeros, high - low)
         self._store(self.input_low, low)
         self._store(self.input_range, _logarithm(width) if self.logarithm_scale else width)
 
 
 def _checked(minimum: torch.Tensor, maximum: torch.Tensor, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
     low, high = (values.detach().float().broadcast_to(shape) for values in (minimum, maximum))
-    for name, values in (("minimum", low), ("maximum", high), ("width", high - low)):
-        if not bool(torch.isfinite(values).all()):
-            seen = values[~torch.isfinite(values)][0].item()
+    for name, values in (("minimum", low), ("maximum", high)):
+        is_bad = ~(values.abs() <= _LARGEST)
+        if bool(is_bad.any()):
             raise DataError(
-                f"the {name} of a quantizer's range is {seen}: the tensors that it was calibrated on have values that "
-                "are not finite in float32; check weights, data and preprocessing"
+                f"the {name} of a quantizer's range is {values[is_bad][0].item():.3g}: the tensors that it was "
+                f"calibrated on have values that are not finite in float32 or too large for it (above {_LARGEST:.1e}); "
+                "check weights, data and preprocessing"
             )
     if bool((low > high).any()):
         raise DataError("a quantizer's range: a minimum is above its maximum; they may have been swapped")
     return low, high
 
 
+def _magnitudes(low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns the largest absolute values, where they count as zero, and the scale for these places."""
+    largest = torch.maximum(low.abs(), high.abs())
+    of_all = largest.max()
+    return largest, largest < TINY, torch.where(of_all < TINY, _SCALE_OF_ZEROS, of_all)
+
+
 def _logarithm(values: torch.Tensor) -> torch.Tensor:
-    return values.detach().double().abs().clamp_min(torch.finfo(torch.float32).tiny).log()
+    return values.detach().double().abs().clamp_min(TINY).log()

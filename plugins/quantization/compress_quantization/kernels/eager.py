@@ -91,14 +91,14 @@ def quantize(x: torch.Tensor, out: torch.Tensor, ranges: StepLowHigh, activation
     dtype, ends = ranges[0].dtype, _common_ends(ranges)
     for (source, target), local, _ in _each_block(layout, (x, out), ranges):
         if ends is None:
-            target.copy_(formulas.quantized(source, local, activation))
+            target.copy_(formulas.representable(formulas.quantized(source, local, activation), target.dtype))
             continue
         value = formulas.activate(source.to(dtype), activation)
         rounded = torch.div(value, local[0]).clamp_(*ends).round_()
         if target.dtype == dtype:
             torch.mul(rounded, local[0], out=target)
         else:
-            target.copy_(rounded.mul_(local[0]))
+            target.copy_(formulas.representable(rounded.mul_(local[0]), target.dtype))
 
 
 def gradients(

@@ -38,6 +38,7 @@ LARGEST_ERROR = 120
 ABOVE = 127
 BELOW = -127
 UPPER = 6.0
+LARGEST_HALF = torch.finfo(torch.float16).max
 
 Activation = str | None
 StepLowHigh = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -77,6 +78,11 @@ def quantized(x: torch.Tensor, ranges: StepLowHigh, activation: Activation) -> t
     step, low, high = ranges
     value = activate(x.to(step.dtype), activation)
     return torch.round(_clipped(value, low, high) / step) * step
+
+
+def representable(y: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Returns y, where an end of the grid above the largest float16 becomes that for tensors of this dtype."""
+    return y.clamp(-LARGEST_HALF, LARGEST_HALF) if dtype == torch.float16 else y
 
 
 def encoded(x: torch.Tensor, ranges: StepLowHigh, activation: Activation) -> tuple[torch.Tensor, torch.Tensor]:

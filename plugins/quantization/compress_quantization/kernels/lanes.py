@@ -49,7 +49,8 @@ def quantize(
     """
     ranges = _ranges(source, levels, variant)
     step, low, high = ranges.unbind() if variant.kind in {"flat", "columns"} else ranges.unsqueeze(-1).unbind()
-    return formulas.quantized(x, (step, low, high), variant.activation).to(x.dtype), ranges
+    y = formulas.quantized(x, (step, low, high), variant.activation)
+    return formulas.representable(y, x.dtype).to(x.dtype), ranges
 
 
 def quantize_in_place(
@@ -73,7 +74,7 @@ def quantize_and_encode(
     parts, words = [], []
     for lane, local in enumerate(_of_lanes(ranges, x, variant)):
         y, code = formulas.encoded(x.select(-2, lane), local, variant.activation)
-        parts.append(y.to(x.dtype))
+        parts.append(formulas.representable(y, x.dtype).to(x.dtype))
         words.append(code.to(torch.int8) if lanes == 1 else (code.to(torch.int32) & 255) << (8 * lane))
     word = words[0]
     for other in words[1:]:

@@ -8,7 +8,9 @@ import torch
 
 from compress_quantization.kernels.formulas import Number, StepLowHigh
 
-EPS = 1e-16
+TINY = 2.0**-108
+"""The smallest scale or width, 3e-33: a step of 2^16 of it, the range moved for its zero point, is a normal float32."""
+
 Levels = tuple[Number, Number, Number]
 
 
@@ -46,10 +48,10 @@ def ranges_of(source: Source, levels: Levels, dtype: torch.dtype) -> StepLowHigh
         return step, low, high
     if source.kind == "symmetric":
         smallest, largest, top = levels
-        step = (source.tensors[0].detach().to(dtype).abs() + EPS) / largest
+        step = source.tensors[0].detach().to(dtype).abs().clamp_min(TINY) / largest
         return step, step * smallest, step * top
     low, width = (tensor.detach().to(dtype) for tensor in source.tensors)
-    return from_ends(low, width.abs() + EPS, levels[1])
+    return from_ends(low, width.abs().clamp_min(TINY), levels[1])
 
 
 def ranges_of_channels(source: Source, levels: tuple[int, int], dtype: torch.dtype) -> StepLowHigh:
@@ -73,8 +75,6 @@ def from_ends(low: torch.Tensor, width: torch.Tensor, n: Number) -> StepLowHigh:
 def _tuned(low: torch.Tensor, high: torch.Tensor, n: Number) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns the range with zero on the grid, and the integer that stands for zero."""
     low, high = low.clamp_max(0), high.clamp_min(0)
-    # Both ends are zero where float32 has lost a tiny width next to a large negative `low`.
-    high = torch.where(high - low > 0, high, EPS)
     zero_point = torch.round(-low / (high - low) * n)
     moved_low = torch.where(zero_point < n, zero_point / (zero_point - n).clamp_max(-1) * high, low)
     moved_high = torch.where(zero_point > 0, (zero_point - n) / zero_point.clamp_min(1) * low, high)

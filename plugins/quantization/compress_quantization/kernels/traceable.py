@@ -26,7 +26,7 @@ def fake_quantize(
     step, low, high = ranges
     value = _activate(x.to(step.dtype), task.activation)
     clipped = torch.clamp(value, low, high)
-    result = torch.round(clipped.detach() / step) * step
+    result = formulas.representable(torch.round(clipped.detach() / step) * step, x.dtype)
     if torch.is_grad_enabled() or is_forward_mode():
         factors = formulas.factors_of(task.levels, task.activation, task.offset)
         _, of_range = formulas.derivatives_from_input(value.detach(), ranges, factors, task.offset)

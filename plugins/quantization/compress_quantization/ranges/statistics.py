@@ -360,7 +360,9 @@ class ThreeSigma(_Pooled):
 
     def _range(self) -> tuple[torch.Tensor, torch.Tensor]:
         values, weights = self._values.weighted()
-        not_zero = values.abs() >= torch.finfo(torch.float32).eps
+        # Relative to the largest value, where NNCF compares with the number: a range must not depend on the unit.
+        largest = values.abs().amax(dim=1, keepdim=True)
+        not_zero = values.abs() > torch.finfo(torch.float32).eps * largest
         median = weighted_quantile(values, weights * not_zero, 0.5)
         deviations, order = (values.double() - median[:, None]).abs().sort(dim=1)
         mad = weighted_quantile(deviations, weights.gather(1, order), 0.5)
