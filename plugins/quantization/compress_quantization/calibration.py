@@ -19,6 +19,7 @@ from compress_core.data.rng import preserved_rng
 from compress_core.transforms.user_hooks import hook_is_running
 from compress_core.transforms.weight import resolve_parameter
 from compress_quantization.fake_quantize import FakeQuantize
+from compress_quantization.kernels.sources import TINY
 from compress_quantization.plan import PlannedQuantizer
 from compress_quantization.ranges import RangeStatistics
 
@@ -140,6 +141,15 @@ def _set_range(quantizer: Calibrated) -> None:
     if quantizer.planned.spec.signed is None and quantizer.planned.spec.mode == "symmetric":
         # As in NNCF, the grid is signed if any value is below zero.
         module.signed = bool((low < 0).any())
+    largest = float(torch.maximum(low.abs(), high.abs()).max())
+    if 0 < largest < TINY:
+        logger.warning(
+            "the values of '%s' are at most %.1e, and what is below %.1e counts as zero; scale them up, or name the "
+            "layer in ignored_scopes",
+            quantizer.planned.name,
+            largest,
+            TINY,
+        )
     shape = quantizer.planned.shape
     try:
         module.set_range(low.reshape(shape), high.reshape(shape))

@@ -3,8 +3,6 @@
 import numpy as np
 from hypothesis import strategies as st
 
-EPS = 1e-16
-
 
 def tuned(low, width, n):
     """Moves a range so that zero is on its grid."""
@@ -32,13 +30,13 @@ class Reference:
 
     @classmethod
     def symmetric(cls, scale, smallest, largest):
-        scale = abs(scale) + EPS
+        scale = abs(scale)
         low = scale * smallest / largest
         return cls(low, scale - low, largest - smallest, smallest / largest)
 
     @classmethod
     def asymmetric(cls, low, width, n):
-        return cls(*tuned(low, abs(width) + EPS, n), n, 0.0)
+        return cls(*tuned(low, abs(width), n), n, 0.0)
 
     def values(self, x):
         clipped = np.clip(x, self.low, self.low + self.width)

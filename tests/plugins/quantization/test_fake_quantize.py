@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from compress_core import UsageError
 from compress_quantization.fake_quantize import AsymmetricFakeQuantize, SymmetricFakeQuantize
-from tests.plugins.quantization.quantizer_reference import EPS, Reference, inputs, is_tuned
+from tests.plugins.quantization.quantizer_reference import Reference, inputs, is_tuned
 
 
 def has_one_zero_point(low, width, n):
@@ -35,8 +35,8 @@ def quantizers(draw, mode=None):
         return module, Reference.symmetric(size, *module.levels())
     module = AsymmetricFakeQuantize((1,), bits, half_range=half_range).double()
     low = draw(st.floats(-1.5, 0.5)) * abs(size)
-    assume(is_tuned(low, abs(size) + EPS, module.levels()[1]))
-    assume(has_one_zero_point(low, abs(size) + EPS, module.levels()[1]))
+    assume(is_tuned(low, abs(size), module.levels()[1]))
+    assume(has_one_zero_point(low, abs(size), module.levels()[1]))
     module.input_low.data.fill_(low)
     module.input_range.data.fill_(size)
     return module, Reference.asymmetric(low, size, module.levels()[1])
