@@ -186,14 +186,20 @@ def _undone_on_failure(modules: Iterable[FakeQuantize]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _observing(observed: Sequence[Calibrated], silenced: Iterable[Calibrated] = ()) -> Iterator[None]:
-    """Context manager in which the quantizers return tensors unchanged, and those in `observed` record them."""
+    """Context manager in which the quantizers return tensors unchanged, and those in `observed` record them.
+
+    What one of them records is one batch: a quantizer may have several places, or be called several times.
+    """
     members = {id(quantizer): quantizer for quantizer in [*observed, *silenced]}
     looking = {id(quantizer) for quantizer in observed}
     before = [(quantizer.module, quantizer.module.observer) for quantizer in members.values()]
     try:
         for key, quantizer in members.items():
             quantizer.module.observer = _seen_by(quantizer.statistics) if key in looking else _look_away
-        yield
+        with contextlib.ExitStack() as batches:
+            for quantizer in observed:
+                batches.enter_context(quantizer.statistics.one_batch())
+            yield
     finally:
         for module, observer in before:
             module.observer = observer

@@ -7,18 +7,9 @@ from dataclasses import dataclass
 from compress_core import Choice, ChoicePoint, callable_choice, choice
 from compress_quantization.config import RANGE, RangeConfig
 from compress_quantization.quantizer_config import QuantizerSpec
+from compress_quantization.ranges.means import MeanMinMax, MeanPercentile, SampleMeanMinMax
 from compress_quantization.ranges.quantiles import QuantileSketch
-from compress_quantization.ranges.statistics import (
-    MeanMinMax,
-    MeanPercentile,
-    MinMax,
-    Percentile,
-    Range,
-    RangeStatistics,
-    SampleMeanMinMax,
-    TensorInfo,
-    ThreeSigma,
-)
+from compress_quantization.ranges.statistics import MinMax, Percentile, Range, RangeStatistics, TensorInfo, ThreeSigma
 
 __all__ = [
     "CHOICES",
@@ -94,7 +85,7 @@ CHOICES = [
 
 
 def collector_for(
-    config: RangeConfig, spec: QuantizerSpec, *, is_weight: bool, name: str, channel_dim: int | None = None
+    config: RangeConfig, spec: QuantizerSpec, *, is_weight: bool, name: str, channel_dim: int | None
 ) -> RangeStatistics:
     """Returns empty statistics, from which the range of a quantizer will be computed.
 
@@ -105,10 +96,8 @@ def collector_for(
         spec: The settings of the quantizer.
         is_weight: Whether the tensor is a weight.
         name: Name of the tensor in messages.
-        channel_dim: Dimension of the channels for `spec.per_channel`; by default 0 of a weight, 1 of an activation.
+        channel_dim: Dimension of the channels; None for one range for the whole tensor.
     """
-    if channel_dim is None:
-        channel_dim = 0 if is_weight else 1
-    tensor = TensorInfo(name, channel_dim if spec.per_channel else None, is_weight)
+    tensor = TensorInfo(name, channel_dim, is_weight)
     found: RangeStatistics = choice(config.type, RANGE)(RangeRequest(tensor, spec.mode == "symmetric", config))
     return found

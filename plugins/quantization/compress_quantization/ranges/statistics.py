@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
@@ -71,7 +73,8 @@ class TensorInfo:
 class RangeStatistics(ABC):
     """Collects the statistics from which a range is computed.
 
-    `update` adds a tensor; `merge` adds the statistics of another instance, such as that of another process.
+    `update` adds a tensor; `merge` adds the statistics of another instance, such as that of another process. Where
+    samples or batches count, tensors that are added within `one_batch` are parts of one batch.
 
     Args:
         tensor: The tensor.
@@ -111,6 +114,10 @@ class RangeStatistics(ABC):
         self._take_channels(low.numel())
         self._dtype = x.dtype
         self._add(x, low, high)
+
+    def one_batch(self) -> AbstractContextManager[None]:
+        """Returns a context manager in which all tensors are parts of one batch, such as those of a concatenation."""
+        return contextlib.nullcontext()
 
     def merge(self, other: Self) -> None:
         """Adds the statistics of `other`, which has the same kind and is not changed.
@@ -209,98 +216,6 @@ class MinMax(RangeStatistics):
     def _range(self) -> tuple[torch.Tensor, torch.Tensor]:
         assert self._bounds is not None
         return self._bounds
-
-
-class _Mean(RangeStatistics):
-    """Base class of means over batches or samples; sums are float64."""
-
-    def __init__(self, tensor: TensorInfo, *settings: Any) -> None:
-        super().__init__(tensor, *settings)
-        self._sum: torch.Tensor | None = None
-        self._number = 0
-
-    def _accumulate(self, sums: torch.Tensor, number: int) -> None:
-        """Adds the sums of `number` minima and maxima; float64, shape (2, channels)."""
-        self._sum = sums if self._sum is None else self._sum.to(sums.device) + sums
-        self._number += number
-
-    def _merge(self, other: Self) -> None:
-        assert other._sum is not None
-        self._accumulate(other._sum, other._number)
-
-    def _range(self) -> tuple[torch.Tensor, torch.Tensor]:
-        assert self._sum is not None
-        low, high = self._sum / self._number
-        return low, high
-
-
-class MeanMinMax(_Mean):
-    """Means over batches of the smallest and of the largest value; batches of any size have the same weight.
-
-    Args:
-        tensor: What the statistics are about.
-        abs_max: Whether the maximum is that of |x|.
-    """
-
-    def __init__(self, tensor: TensorInfo, abs_max: bool) -> None:
-        super().__init__(tensor, abs_max)
-        self._abs_max = abs_max
-
-    def _add(self, x: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> None:
-        high = torch.maximum(high, -low) if self._abs_max else high
-        self._accumulate(torch.stack([low, high]).double(), 1)
-
-
-class SampleMeanMinMax(_Mean):
-    """Means over samples of each sample's smallest and largest value.
-
-    Args:
-        tensor: The tensor, as a whole.
-        symmetric: Whether to use each sample's largest |x| instead, and the smallest value of all samples.
-    """
-
-    def __init__(self, tensor: TensorInfo, symmetric: bool) -> None:
-        super().__init__(tensor, symmetric)
-        self._symmetric = symmetric
-        self._lowest: torch.Tensor | None = None
-
-    def _add(self, x: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> None:
-        samples = x.reshape(x.shape[0], -1) if x.ndim else x.reshape(1, 1)
-        lows, highs = torch.aminmax(samples, dim=1)
-        highs = torch.maximum(highs, -lows) if self._symmetric else highs
-        self._lowest = low.clone() if self._lowest is None else torch.minimum(low, self._lowest.to(low))
-        sums = torch.stack([lows.sum(dtype=torch.float64), highs.sum(dtype=torch.float64)])
-        self._accumulate(sums.reshape(2, 1), lows.numel())
-
-    def _merge(self, other: Self) -> None:
-        super()._merge(other)
-        assert self._lowest is not None
-        assert other._lowest is not None
-        self._lowest = torch.minimum(self._lowest, other._lowest.to(self._lowest))
-
-    def _range(self) -> tuple[torch.Tensor, torch.Tensor]:
-        low, high = super()._range()
-        assert self._lowest is not None
-        return (self._lowest if self._symmetric else low), high
-
-
-class MeanPercentile(_Mean):
-    """Means over batches of two exact percentiles of each batch.
-
-    Args:
-        tensor: What the statistics are about.
-        low: Percentile of the minimum, 0 to 100.
-        high: Percentile of the maximum, 0 to 100.
-    """
-
-    def __init__(self, tensor: TensorInfo, low: float, high: float) -> None:
-        super().__init__(tensor, low, high)
-        self._shares = low / 100, high / 100
-
-    def _add(self, x: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> None:
-        batch = QuantileSketch(low.numel(), budget=None)
-        batch.update(self._tensor.rows(x))
-        self._accumulate(batch.quantiles(self._shares), 1)
 
 
 class _Pooled(RangeStatistics):
