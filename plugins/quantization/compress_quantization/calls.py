@@ -73,8 +73,13 @@ def is_depthwise(call: Call, trace: Trace) -> bool:
     """Returns whether a call is a convolution with one filter group for each input channel."""
     if not kind_of(call.function).startswith("conv"):
         return False
+    return 1 < groups_of(call) == _input_channels(call, trace)
+
+
+def groups_of(call: Call) -> int:
+    """Returns the number of groups of a convolution, also of a transposed one."""
     groups = call.keywords.get("groups", call.arguments[6] if len(call.arguments) > 6 else 1)
-    return isinstance(groups, int) and groups > 1 and groups == _input_channels(call, trace)
+    return groups if isinstance(groups, int) else 1
 
 
 def _input_channels(call: Call, trace: Trace) -> int:

@@ -123,6 +123,8 @@ def is_activation(function: str) -> bool:
 def is_data_argument(call: Call, path: Path) -> bool:
     """Returns whether a tensor argument of a call is an activation (and not a weight, a bias or a statistic)."""
     wanted = _DATA_ARGUMENTS.get(kind_of(call.function))
+    if base_name(call.function) == "bilinear":
+        return path[0] in (0, 1, "input1", "input2")
     if base_name(call.function) in _WITH_ADDEND:
         return path[0] not in (0, "input")
     return wanted is None or path[0] in wanted
@@ -139,6 +141,8 @@ def is_mask_argument(call: Call, path: Path) -> bool:
 def is_weight_argument(call: Call, path: Path) -> bool:
     """Returns whether a tensor argument of a call is the weight of a convolution, a linear layer or an embedding."""
     kind = kind_of(call.function)
+    if base_name(call.function) == "bilinear":
+        return path[0] in (2, "weight")
     if kind == "embedding":
         # F.embedding(input, weight), but torch.embedding(weight, input).
         return path[0] in ((1, "weight") if call.function.startswith("torch.nn.functional") else (0, "weight"))

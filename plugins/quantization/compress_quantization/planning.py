@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
@@ -16,6 +17,7 @@ from compress_quantization.calls import (
     call_key,
     call_names,
     first_convolutions,
+    groups_of,
     is_depthwise,
     is_of,
     owners_of_weights,
@@ -30,6 +32,8 @@ from compress_quantization.profiles import Profile
 from compress_quantization.quantizer_config import QuantizerSpec, Resolver, check_strict_bits
 from compress_quantization.quantizer_names import QuantizerPlace, QuantizersByName, nncf_input, place_name
 from compress_quantization.unifying import UnifiedScales
+
+logger = logging.getLogger(__name__)
 
 
 class Planner:
@@ -115,7 +119,11 @@ class Planner:
                 self._plan.skipped[tensor.name] = reason
                 continue
             spec = self.resolver.resolve(place)
-            shape = _scale_shape(tuple(tensor.shape), _output_dim(tensor, kind) if spec.per_channel else None)
+            groups = 1 if call is None else groups_of(call)
+            dim = _output_dim(tensor, kind, groups) if spec.per_channel else None
+            shape = _scale_shape(tuple(tensor.shape), dim)
+            if dim is not None and kind.startswith("conv_transpose") and groups > 1:
+                _say_shared_scales(tensor, dim, groups)
             initial_range = InitialRange.of(self.resolver.range_for(place)[0])
             found[tensor.name] = PlannedQuantizer(
                 str(place), "weights", spec, shape, tensor.name, initial_range=initial_range
@@ -285,8 +293,25 @@ def _weight_kind(tensor: WeightTensor, call: Call | None) -> str:
     return kind if kind in LINEAR_KINDS - {"matmul"} else "linear"
 
 
-def _output_dim(tensor: WeightTensor, kind: str) -> int:
-    return 1 if kind.startswith("conv_transpose") else tensor.layer.output_dim
+def _output_dim(tensor: WeightTensor, kind: str, groups: int) -> int:
+    """Returns the dimension of the output channels, or a dimension of which each output channel uses one entry."""
+    if not kind.startswith("conv_transpose"):
+        return tensor.layer.output_dim
+    # The groups of a transposed convolution are in the dimension of the input channels.
+    return 0 if 1 < groups == tensor.shape[0] else 1
+
+
+def _say_shared_scales(tensor: WeightTensor, dim: int, groups: int) -> None:
+    channels, scales = groups * tensor.shape[1], tensor.shape[dim]
+    if scales < channels:
+        logger.warning(
+            "the %d output channels of '%s' share %d scale(s): in a transposed convolution with %d groups, no "
+            "dimension of the weight has the output channels",
+            channels,
+            tensor.name,
+            scales,
+            groups,
+        )
 
 
 def _scale_shape(shape: tuple[int, ...], channel_dim: int | None) -> tuple[int, ...]:
