@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
+
 from compress_core.trace import Call, ForwardTrace
 from compress_core.trace.graph import ValueId
 from compress_quantization.operators import (
     ARITHMETIC_KINDS,
     LINEAR_KINDS,
+    base_name,
     is_activation,
     is_data_argument,
     kind_of,
@@ -15,20 +18,28 @@ from compress_quantization.operators import (
 # A self-gated activation (x * sigmoid(x), hard swish) is at most this many calls long.
 _LONGEST_GATE = 5
 
+# Functions that add and multiply in one call; profiles do not list them.
+_COMBINED_ARITHMETIC = frozenset(["addcmul", "addcdiv", "lerp"])
 
-def fused_calls(forward: ForwardTrace) -> set[int]:
+
+def fused_calls(forward: ForwardTrace, constants: Container[ValueId]) -> set[int]:
     """Returns the numbers of the calls that a runtime fuses with the call before them.
 
     These are batch norms after a weighted or arithmetic operator; arithmetic with constants (scale and shift) after one
     of these or at an input of the model; both also after an activation function; and activation functions that are
     written out, such as x * sigmoid(x) or x * relu6(x + 3) / 6.
+
+    Args:
+        forward: The trace of a forward.
+        constants: Values that do not depend on inputs of the model. How scale and shift are computed does not matter.
     """
-    return _Fusing(forward).run()
+    return _Fusing(forward, constants).run()
 
 
 class _Fusing:
-    def __init__(self, forward: ForwardTrace) -> None:
+    def __init__(self, forward: ForwardTrace, constants: Container[ValueId]) -> None:
         self._forward = forward
+        self._constants = constants
         self._readers = {
             value: {index for index, _ in found if forward.calls[index].results}
             for value, found in forward.consumers().items()
@@ -42,21 +53,14 @@ class _Fusing:
         for call in self._forward.calls:
             data = self._data(call)
             kind = kind_of(call.function)
-            is_shift = kind in ARITHMETIC_KINDS and len(data) == 1
+            is_shift = _is_arithmetic(call) and len(data) == 1
             if (is_shift or kind == "batch_norm") and len(data) == 1 and self._continues(data[0], is_shift):
                 self._fused.add(call.index)
         return self._fused
 
     def _data(self, call: Call) -> list[ValueId]:
         """Returns the activations among a call's arguments, without parameters and constants."""
-        values = self._forward.values
-        return [
-            value
-            for path, value in call.inputs
-            if is_data_argument(call, path)
-            and not values[value].parameter
-            and (values[value].call is not None or values[value].inputs)
-        ]
+        return [value for path, value in call.inputs if is_data_argument(call, path) and value not in self._constants]
 
     def _continues(self, value: ValueId, is_shift: bool) -> bool:
         known = self._forward.values[value]
@@ -68,7 +72,7 @@ class _Fusing:
         if producer.index in self._fused:
             return True
         kind = kind_of(producer.function)
-        if kind in LINEAR_KINDS or kind in ARITHMETIC_KINDS or (is_shift and kind == "batch_norm"):
+        if kind in LINEAR_KINDS or _is_arithmetic(producer) or (is_shift and kind == "batch_norm"):
             return True
         data = self._data(producer)
         return is_activation(producer.function) and len(data) == 1 and self._continues(data[0], is_shift)
@@ -93,9 +97,13 @@ class _Fusing:
                 return set()
             call = self._forward.calls[made_by]
             data = self._data(call)
-            element_wise = is_activation(call.function) or kind_of(call.function) in ARITHMETIC_KINDS
+            element_wise = is_activation(call.function) or _is_arithmetic(call)
             if not element_wise or len(data) != 1:
                 return set()
             chain.add(made_by)
             end = data[0]
         return chain if end == start else set()
+
+
+def _is_arithmetic(call: Call) -> bool:
+    return kind_of(call.function) in ARITHMETIC_KINDS or base_name(call.function) in _COMBINED_ARITHMETIC

@@ -20,6 +20,7 @@ from compress_quantization.operators import (
     is_mask_argument,
     is_transparent,
     kind_of,
+    reads_only_shape,
 )
 
 # Up to the first limit, a number in the code counts as minus infinity; half precision cannot go much lower. The limit
@@ -31,11 +32,6 @@ _WRITES_NUMBERS = frozenset(
     ["masked_fill", "full", "full_like", "new_full", "fill", "where", "mul", "multiply", "__rmul__", "__setitem__"]
     + ["scalar_tensor", "pad"]
 )
-
-# Functions that read only the shape of a tensor, not its values.
-_READS_SHAPE = frozenset([f"{n}_like" for n in ("full", "zeros", "ones", "empty")]) | {
-    f"new_{n}" for n in ("full", "zeros", "ones", "empty", "tensor")
-}
 
 _CASTS = frozenset(["to", "float", "half", "bfloat16", "double", "type", "type_as"])
 
@@ -108,7 +104,7 @@ class _Masking:
 
     def _follow(self, call: Call) -> None:
         name = base_name(call.function)
-        given = set() if name in _READS_SHAPE else {value for _, value in call.inputs}
+        given = set() if reads_only_shape(call.function) else {value for _, value in call.inputs}
         made = {*call.results, *call.overwritten}
         if kind_of(call.function) in LINEAR_KINDS | {"scaled_dot_product_attention"}:
             self._products |= made

@@ -78,6 +78,30 @@ _DATA_ARGUMENTS: dict[str, tuple[int | str, ...]] = {
     "scaled_dot_product_attention": (0, 1, 2, "query", "key", "value"),
 }
 
+# Arguments that are positions in another tensor, such as the places at which an image is sampled.
+_POSITION_ARGUMENTS: dict[str, tuple[int | str, ...]] = {
+    **dict.fromkeys(("grid_sample", "grid_sampler", "grid_sampler_2d", "grid_sampler_3d"), (1, "grid")),
+    **dict.fromkeys(("roi_align", "roi_pool", "ps_roi_align", "ps_roi_pool"), (1, "boxes", "rois")),
+    "deform_conv2d": (1, 2, "offset"),  # the function of Python has it second, the operator third
+}
+
+# Functions whose result depends on small absolute differences of large arguments, or grows without bounds with them.
+_SENSITIVE = frozenset(
+    ["sin", "cos", "tan", "sinc", "exp", "exp2", "expm1", "__rpow__", "log", "log2", "log10", "log1p", "logit"]
+    + ["floor", "ceil", "trunc", "frac", "fmod", "remainder", "__rmod__", "floor_divide", "__rfloordiv__"]
+)
+_PERIODIC = frozenset(["sin", "cos"])
+
+# Functions that read only the shape of a tensor, not its values.
+_READS_SHAPE = frozenset([f"{n}_like" for n in ("full", "zeros", "ones", "empty")]) | {
+    f"new_{n}" for n in ("full", "zeros", "ones", "empty", "tensor", "empty_strided")
+}
+
+_RANDOM = frozenset(
+    ["rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "random", "normal", "uniform"]
+    + ["bernoulli", "multinomial", "poisson", "exponential", "cauchy", "log_normal", "geometric"]
+)
+
 # Products whose first argument is added like a bias.
 _WITH_ADDEND = frozenset({"addmm", "addbmm", "baddbmm"})
 
@@ -136,6 +160,31 @@ def is_mask_argument(call: Call, path: Path) -> bool:
     if name == "scaled_dot_product_attention":
         return path[0] in (3, "attn_mask")
     return name == "baddbmm" and path[0] in (0, "input")
+
+
+def is_position_argument(call: Call, path: Path) -> bool:
+    """Returns whether a tensor argument of a call holds positions in another tensor, as an index does."""
+    return path[0] in _POSITION_ARGUMENTS.get(base_name(call.function), ())
+
+
+def is_sensitive(function: str) -> bool:
+    """Returns whether a function needs its argument exactly, like sin, exp and floor."""
+    return base_name(function) in _SENSITIVE
+
+
+def is_periodic(function: str) -> bool:
+    """Returns whether a function is a sine or a cosine."""
+    return base_name(function) in _PERIODIC
+
+
+def reads_only_shape(function: str) -> bool:
+    """Returns whether a function reads the shape of a tensor but not its values."""
+    return base_name(function) in _READS_SHAPE
+
+
+def is_random(function: str) -> bool:
+    """Returns whether a function draws random numbers."""
+    return base_name(function) in _RANDOM
 
 
 def is_weight_argument(call: Call, path: Path) -> bool:

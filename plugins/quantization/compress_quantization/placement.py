@@ -22,6 +22,7 @@ from compress_core.transforms.call_sites import can_be_transformed
 from compress_core.transforms.places import ActivationPlace, Path
 from compress_quantization.fusing import fused_calls
 from compress_quantization.masks import masks_of, reads_mask
+from compress_quantization.network import Network
 from compress_quantization.operators import is_data_argument, is_transparent, kind_of
 from compress_quantization.quantizer_config import QuantizerSpec
 from compress_quantization.unifying import DisjointSets, ServedInput, Unified, Unifier
@@ -173,8 +174,9 @@ class _Propagation:
         self._groups = groups
         self._number = number
         self._consumers = forward.consumers()
-        self._fused = fused_calls(forward)
-        self._reached = _reached_by_inputs(forward)
+        self._network = Network(forward)
+        self._constants = self._network.origins.constants
+        self._fused = fused_calls(forward, self._constants)
         self._masks = masks_of(forward, rules.stored_masks)
         # Values that are quantized for all readers, and values that are quantized for some readers.
         self._whole: dict[ValueId, _Wish] = {}
@@ -223,9 +225,11 @@ class _Propagation:
 
     def _settle(self, value: ValueId) -> None:
         calls = self._forward.calls
-        asks = [self._ask(calls[index], path) for index, path in self._consumers[value] if self._reads(index)]
+        readers = [(index, path) for index, path in self._consumers[value] if self._reads(index)]
+        asks = [self._ask(calls[index], path, value) for index, path in readers]
         outputs = self._forward.values[value].outputs
-        specs = {ask.spec for ask in asks} | ({self._rules.output_spec} if outputs else set())
+        output_spec = self._rules.output_spec if self._network.quantizes_output(value) else None
+        specs = {ask.spec for ask in asks} | ({output_spec} if outputs else set())
         if len(specs) == 1 and None not in specs:
             (wanted,) = (spec for spec in specs if spec is not None)
             self._whole[value] = self._wish(value, wanted, asks, ("value", self._number, value))
@@ -240,7 +244,7 @@ class _Propagation:
     def _reads(self, index: int) -> bool:
         # A call that returns its argument unchanged (dropout in eval mode) demands nothing; its readers may.
         call = self._forward.calls[index]
-        return bool(call.results) or not call.outputs
+        return (bool(call.results) or not call.outputs) and index not in self._network.comparing
 
     def _wish(self, value: ValueId, spec: QuantizerSpec, asks: list[_Ask], group: Hashable) -> _Wish:
         modules: list[str] = []
@@ -251,17 +255,19 @@ class _Propagation:
                 if ask.unified:
                     self._groups.join(group, ("value", self._number, replaced))
         shape = self._forward.values[value].shape
-        return _Wish(value, spec, group, None, modules, shape, value not in self._reached)
+        return _Wish(value, spec, group, None, modules, shape, value in self._constants)
 
-    def _ask(self, call: Call, path: Path) -> _Ask:
+    def _ask(self, call: Call, path: Path, value: ValueId) -> _Ask:
         reader = (call.index, path)
-        if call.index in self._fused or reads_mask(call, self._masks):
+        left_alone = call.index in self._fused or call.index in self._network.outside
+        if left_alone or reads_mask(call, self._masks):
             return _Ask(None, reader)
         if kind_of(call.function) == "concat":
             return self._concat(call, reader)
         if is_transparent(call):
             return self._transparent(call, reader) if path[0] in (0, "input", "self") else _Ask(None, reader)
-        spec = self._rules.demand(call, path) if is_data_argument(call, path) else None
+        can_be = is_data_argument(call, path) and self._network.quantizes_argument(call, value)
+        spec = self._rules.demand(call, path) if can_be else None
         if spec is not None:
             self._demands[reader] = spec
         return _Ask(spec, reader, modules=[call.module])
@@ -320,16 +326,6 @@ def _readers(forward: ForwardTrace, value: ValueId) -> list[tuple[int, Path]]:
         else:
             found.append((index, path))
     return found
-
-
-def _reached_by_inputs(forward: ForwardTrace) -> set[ValueId]:
-    """Returns the values that depend on an input of the model."""
-    reached = {value.index for value in forward.values if value.inputs}
-    for call in forward.calls:
-        if any(value in reached for _, value in call.inputs):
-            reached.update(value for _, value in call.outputs)
-            reached.update(call.overwritten)
-    return reached
 
 
 def _reason(call: Call | None) -> str:
