@@ -13,6 +13,7 @@ from compress_quantization.operators import (
     is_activation,
     is_data_argument,
     kind_of,
+    reads_values,
 )
 
 # A self-gated activation (x * sigmoid(x), hard swish) is at most this many calls long.
@@ -41,7 +42,11 @@ class _Fusing:
         self._forward = forward
         self._constants = constants
         self._readers = {
-            value: {index for index, _ in found if forward.calls[index].results}
+            value: {
+                index
+                for index, path in found
+                if forward.calls[index].results and reads_values(forward.calls[index], path)
+            }
             for value, found in forward.consumers().items()
         }
         self._fused: set[int] = set()

@@ -20,7 +20,7 @@ from compress_quantization.operators import (
     is_mask_argument,
     is_transparent,
     kind_of,
-    reads_only_shape,
+    reads_values,
 )
 
 # Up to the first limit, a number in the code counts as minus infinity; half precision cannot go much lower. The limit
@@ -104,7 +104,7 @@ class _Masking:
 
     def _follow(self, call: Call) -> None:
         name = base_name(call.function)
-        given = set() if reads_only_shape(call.function) else {value for _, value in call.inputs}
+        given = {value for path, value in call.inputs if reads_values(call, path)}
         made = {*call.results, *call.overwritten}
         if kind_of(call.function) in LINEAR_KINDS | {"scaled_dot_product_attention"}:
             self._products |= made

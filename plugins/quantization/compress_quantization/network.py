@@ -24,6 +24,7 @@ from compress_quantization.operators import (
     is_sensitive,
     is_transparent,
     kind_of,
+    reads_values,
 )
 from compress_quantization.origins import Origins, is_integer
 
@@ -104,7 +105,7 @@ class Network:
             self._returned.add(index)
         for number, path in self._consumers[index]:
             call = self._forward.calls[number]
-            if is_position_argument(call, path):
+            if is_position_argument(call, path) or not reads_values(call, path):
                 continue
             if number in self.origins.weighted:
                 self._feeding.add(index)
@@ -171,14 +172,12 @@ class Network:
         if value in self._returned and self._forward.values[value].outputs:
             return False
         readers = [(self._forward.calls[number], path) for number, path in self._consumers[value]]
-        return (
-            bool(readers)
-            and value not in self._operators
-            and all(
-                is_position_argument(call, path) or is_sensitive(call.function) or call.index in self.outside
-                for call, path in readers
-                if call.results
-            )
+        readers = [(call, path) for call, path in readers if call.results and reads_values(call, path)]
+        if not readers or value in self._operators:
+            return False
+        return all(
+            is_position_argument(call, path) or is_sensitive(call.function) or call.index in self.outside
+            for call, path in readers
         )
 
     def _note_periodic(self, call: Call, results: list[ValueId]) -> None:

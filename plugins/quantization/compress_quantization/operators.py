@@ -92,10 +92,11 @@ _SENSITIVE = frozenset(
 )
 _PERIODIC = frozenset(["sin", "cos"])
 
-# Functions that read only the shape of a tensor, not its values.
+# Functions that read only the shape or the dtype of their first tensor, and those that do so with all others.
 _READS_SHAPE = frozenset([f"{n}_like" for n in ("full", "zeros", "ones", "empty")]) | {
     f"new_{n}" for n in ("full", "zeros", "ones", "empty", "tensor", "empty_strided")
 }
+_READS_FIRST = frozenset(["expand_as", "view_as", "reshape_as", "type_as", "to"])
 
 _RANDOM = frozenset(
     ["rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "random", "normal", "uniform"]
@@ -177,9 +178,10 @@ def is_periodic(function: str) -> bool:
     return base_name(function) in _PERIODIC
 
 
-def reads_only_shape(function: str) -> bool:
-    """Returns whether a function reads the shape of a tensor but not its values."""
-    return base_name(function) in _READS_SHAPE
+def reads_values(call: Call, path: Path) -> bool:
+    """Returns whether a call reads the values of a tensor argument, and not its shape or dtype alone."""
+    name, is_first = base_name(call.function), path[0] in (0, "input", "self")
+    return not (name in _READS_SHAPE and is_first) and (is_first or name not in _READS_FIRST)
 
 
 def is_random(function: str) -> bool:

@@ -10,7 +10,7 @@ from compress_quantization.operators import (
     is_random,
     is_transparent,
     kind_of,
-    reads_only_shape,
+    reads_values,
 )
 
 # Functions that bring data from outside torch, which may have been computed from the inputs.
@@ -58,7 +58,7 @@ class Origins:
         before = [] if value.before is None else [value.before]
         if value.call is not None:
             call = self._forward.calls[value.call]
-            return before if reads_only_shape(call.function) else [source for _, source in call.inputs] + before
+            return [source for path, source in call.inputs if reads_values(call, path)] + before
         return before if value.operator is None else [*self._forward.operators[value.operator].inputs, *before]
 
     def is_fixed(self, value: ValueId) -> bool:

@@ -23,7 +23,7 @@ from compress_core.transforms.places import ActivationPlace, Path
 from compress_quantization.fusing import fused_calls
 from compress_quantization.masks import masks_of, reads_mask
 from compress_quantization.network import Network
-from compress_quantization.operators import is_data_argument, is_transparent, kind_of
+from compress_quantization.operators import is_data_argument, is_transparent, kind_of, reads_values
 from compress_quantization.quantizer_config import QuantizerSpec
 from compress_quantization.unifying import DisjointSets, ServedInput, Unified, Unifier
 
@@ -225,7 +225,7 @@ class _Propagation:
 
     def _settle(self, value: ValueId) -> None:
         calls = self._forward.calls
-        readers = [(index, path) for index, path in self._consumers[value] if self._reads(index)]
+        readers = [(index, path) for index, path in self._consumers[value] if self._reads(index, path)]
         asks = [self._ask(calls[index], path, value) for index, path in readers]
         outputs = self._forward.values[value].outputs
         output_spec = self._rules.output_spec if self._network.quantizes_output(value) else None
@@ -241,10 +241,11 @@ class _Propagation:
                 wish.readers = [ask.reader for ask in own]
                 self._partial.append(wish)
 
-    def _reads(self, index: int) -> bool:
+    def _reads(self, index: int, path: Path) -> bool:
         # A call that returns its argument unchanged (dropout in eval mode) demands nothing; its readers may.
         call = self._forward.calls[index]
-        return (bool(call.results) or not call.outputs) and index not in self._network.comparing
+        uses = (bool(call.results) or not call.outputs) and index not in self._network.comparing
+        return uses and reads_values(call, path)
 
     def _wish(self, value: ValueId, spec: QuantizerSpec, asks: list[_Ask], group: Hashable) -> _Wish:
         modules: list[str] = []
