@@ -43,7 +43,8 @@ class Network:
     Attributes:
         origins: What the values are computed from.
         outside: Numbers of the calls that are not part of the network.
-        comparing: Those that only compare. They need no quantized argument, but may read one that others need.
+        following: Those that only compare, or compute a loss. They demand no quantized argument, but read the tensor as
+            the network does.
     """
 
     def __init__(self, forward: ForwardTrace) -> None:
@@ -52,9 +53,10 @@ class Network:
         self._consumers = forward.consumers()
         self._operators = _consumers_outside_calls(forward)
         self._losses = self._find_losses()
-        # Values that lead to a weighted operator, and values that lead to an output that is no loss.
+        # Values that lead to a weighted operator, to an output that is no loss, and to a loss.
         self._feeding: set[ValueId] = set()
         self._returned: set[ValueId] = set()
+        self._lost: set[ValueId] = set()
         for value in reversed(forward.values):
             self._look_ahead(value)
         self._decoding = self._find_decoding()
@@ -63,10 +65,10 @@ class Network:
         for call in reversed(forward.calls):
             if self._is_outside(call):
                 self.outside.add(call.index)
-        self.comparing: set[int] = set()
+        self.following: set[int] = set()
         for call in reversed(forward.calls):
-            if call.index in self.outside and self._only_compares(call):
-                self.comparing.add(call.index)
+            if call.index in self.outside and self._follows(call):
+                self.following.add(call.index)
 
     def quantizes_output(self, value: ValueId) -> bool:
         """Returns whether `quantize_outputs` applies to an output: not to constants, nor to losses."""
@@ -101,8 +103,8 @@ class Network:
 
     def _look_ahead(self, value: Value) -> None:
         index = value.index
-        if value.outputs and index not in self._losses:
-            self._returned.add(index)
+        if value.outputs:
+            (self._lost if index in self._losses else self._returned).add(index)
         for number, path in self._consumers[index]:
             call = self._forward.calls[number]
             if is_position_argument(call, path) or not reads_values(call, path):
@@ -119,7 +121,7 @@ class Network:
     def _inherit(self, value: Value, results: list[ValueId]) -> None:
         for result in results:
             if is_integer(value) or not is_integer(self._forward.values[result]):
-                for found in (self._feeding, self._returned):
+                for found in (self._feeding, self._returned, self._lost):
                     if result in found:
                         found.add(value.index)
 
@@ -157,15 +159,21 @@ class Network:
             self._note_periodic(call, results)
             return True
         if call.results and not any(value in self._feeding or value in self._returned for value in results):
-            return True
+            return True  # integers that lead on do not count
         self._note_periodic(call, results)
         return kind_of(call.function) in _ELEMENTWISE_KINDS and bool(results) and all(map(self._is_exact, results))
 
-    def _only_compares(self, call: Call) -> bool:
+    def _follows(self, call: Call) -> bool:
         if kind_of(call.function) == "compare":
             return True
+        if not self._lost.isdisjoint(call.results) and not self._leads_on(call):
+            return True
         readers = [number for value in call.results for number, _ in self._consumers[value]]
-        return is_transparent(call) and bool(readers) and self.comparing.issuperset(readers)
+        return is_transparent(call) and bool(readers) and self.following.issuperset(readers)
+
+    def _leads_on(self, call: Call) -> bool:
+        """Returns whether a call leads to a weighted operator or to an output that is no loss."""
+        return any(value in self._feeding or value in self._returned for value in call.results)
 
     def _is_exact(self, value: ValueId) -> bool:
         """Returns whether all readers of a value need it exactly, or are not part of the network."""

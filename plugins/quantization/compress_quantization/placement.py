@@ -244,7 +244,7 @@ class _Propagation:
     def _reads(self, index: int, path: Path) -> bool:
         # A call that returns its argument unchanged (dropout in eval mode) demands nothing; its readers may.
         call = self._forward.calls[index]
-        uses = (bool(call.results) or not call.outputs) and index not in self._network.comparing
+        uses = (bool(call.results) or not call.outputs) and index not in self._network.following
         return uses and reads_values(call, path)
 
     def _wish(self, value: ValueId, spec: QuantizerSpec, asks: list[_Ask], group: Hashable) -> _Wish:
