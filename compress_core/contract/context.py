@@ -26,7 +26,7 @@ from compress_core.data.rng import generators_of, preserved_rng
 from compress_core.errors import ConfigError, DataError, ModelError, Problem
 from compress_core.torch_internals import AnyBatchNorm
 from compress_core.trace import Example, Trace, TraceError, trace
-from compress_core.transforms import transformed_weight
+from compress_core.transforms import bypass_transforms, transformed_weight
 from compress_core.transforms.layers import WeightTensor, weight_tensors
 
 logger = logging.getLogger(__name__)
@@ -206,6 +206,8 @@ class Context:
     def trace(self, model: nn.Module, path: str) -> Trace:
         """Traces the model on an example input: `input_info`, else a batch of the user's data.
 
+        Transforms that the model has already are left out: their calls are not the model's.
+
         Args:
             model: The model; it is not changed.
             path: Config path of the section that needs the trace, for messages.
@@ -214,6 +216,10 @@ class Context:
             DataError: There is neither `input_info` nor data.
             TraceError: The model fails on the example.
         """
+        with bypass_transforms(model):
+            return self._trace(model, path)
+
+    def _trace(self, model: nn.Module, path: str) -> Trace:
         infos = [info for info in self.config.root.input_info if info.sample_size is not None]
         batch = self._example_batch(path)
         if not infos and batch is None:

@@ -34,7 +34,7 @@ class Untouched:
             structure = StructureSnapshot(self._model)
             state = PythonState(self._model)
             modes = [(m, m.training) for m in self._model.modules() if isinstance(m, torch.jit.ScriptModule)]
-            data = self._watch([tensor for _, tensor in state.tensors]) if self._values else []
+            data = self._watch([tensor for _, tensor in state.tensors])
             for buffer in self._model.buffers():
                 self._save(buffer)  # because writes by batch norm are not announced
             stack.callback(self._restore_values, data)

@@ -27,7 +27,7 @@ _MISSING: Any = object()
 _PLAIN = (str, bytes, int, float, complex, type(None), torch.dtype, torch.device, torch.Size, BuiltinFunctionType)
 # What torch, algorithms and we change; the values of parameters and buffers are the caller's business.
 _STRUCTURE = frozenset(
-    ["_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "training", ACTIVATIONS_ATTRIBUTE]
+    ["_parameters", "_buffers", "_modules", "training", ACTIVATIONS_ATTRIBUTE]
     + [name for name in nn.Module().__dict__ if name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called"))]
 )
 # Enough for caches; limited, so that a module that refers to its trainer does not make us copy a data set.

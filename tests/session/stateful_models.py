@@ -19,12 +19,13 @@ class Base(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.conv, self.norm, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Linear(8, 4)
+        self.conv, self.norm, self.last = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1)
+        self.head = nn.Linear(8, 4)
 
     def forward(self, x):
         y = torch.relu(self.norm(self.conv(x)))
         self.remember(y)
-        return self.head(y.mean((2, 3)))
+        return self.head(torch.relu(self.last(y)).mean((2, 3)))
 
     def remember(self, y):
         pass
@@ -75,10 +76,10 @@ class CountingPastAutograd(CountingBuffer):
 class AverageBuffer(Base):
     def __init__(self):
         super().__init__()
-        self.register_buffer("average", torch.zeros(8))
+        self.register_buffer("average", torch.zeros(()))
 
     def remember(self, y):
-        self.average = 0.9 * self.average + 0.1 * y.detach().mean((0, 2, 3))
+        self.average = 0.9 * self.average + 0.1 * y.detach().mean()
 
     def kept(self):
         return self.average, self.average.clone()
@@ -130,14 +131,14 @@ class MaxNormEmbedding(Base):
 class AppendingList(Base):
     def __init__(self):
         super().__init__()
-        self.history, self.last = [], deque([1, 2], maxlen=2)
+        self.history, self.newest = [], deque([1, 2], maxlen=2)
 
     def remember(self, y):
         self.history.append(y.detach())
-        self.last.append(3)
+        self.newest.append(3)
 
     def kept(self):
-        return list(self.history), list(self.last), self.history, self.last
+        return list(self.history), list(self.newest), self.history, self.newest
 
 
 class FillingDict(Base):
@@ -253,10 +254,10 @@ def cached_table(size):
 
 class CachedFunction(Base):
     def remember(self, y):
-        cached_table(y.shape[1])
+        return cached_table(y.shape[-1])
 
     def kept(self):
-        return cached_table.cache_info().currsize
+        return cached_table(8)
 
 
 class CachedMethod(Base):
@@ -269,10 +270,10 @@ class CachedMethod(Base):
         return torch.arange(8.0)
 
     def remember(self, y):
-        return self.table(y.shape[1]) + self.positions
+        return self.table(y.shape[-1]) + self.positions
 
     def kept(self):
-        return type(self).table.cache_info().currsize, "positions" in self.__dict__
+        return self.table(8), "positions" in self.__dict__
 
 
 class DefaultArgument(Base):
@@ -347,3 +348,4 @@ KINDS = [
     InObjects, InClosure, ClassAttribute, GlobalVariables, CachedFunction, CachedMethod, DefaultArgument,
     FunctionAttribute, HiddenModule, LooseTensor, OwnGenerators, hooked,
 ]  # fmt: skip
+RUN_BEFORE = [Attribute, CountingBuffer, LateBuffer, FillingDict, InClosure, ClassAttribute, CachedMethod]

@@ -5,7 +5,7 @@ import torch
 
 from compress_core import create_compressed_model, hookimpl, register_default_init_args
 from compress_core.torch_internals import tree_leaves
-from tests.session.stateful_models import KINDS
+from tests.session.stateful_models import KINDS, RUN_BEFORE
 
 DATA = [(torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(n)), 0) for n in range(3)]
 ADAPTATION = {"batchnorm_adaptation": {"num_bn_adaptation_samples": 6}}
@@ -34,8 +34,10 @@ def assert_equal(left, right):
             assert a == b or a is b
 
 
-@pytest.mark.parametrize("was_run", [False, True], ids=["fresh", "run before"])
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+CASES = [*((kind, False) for kind in KINDS), *((kind, True) for kind in RUN_BEFORE)]
+
+
+@pytest.mark.parametrize(("kind", "was_run"), CASES, ids=lambda value: getattr(value, "__name__", value))
 def test_creation_leaves_no_trace(kind, was_run):
     model = kind()
     if was_run:
@@ -47,3 +49,19 @@ def test_creation_leaves_no_trace(kind, was_run):
     create_compressed_model(model, config_of(*SECTIONS))
     assert_equal(model.kept(), before)
     assert [name for name in model.state_dict() if "transforms" not in name] == names
+
+
+def test_products_with_masks_do_not_count_as_calls_of_the_model():
+    class Scaled(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(8, 4, 1)
+
+        def forward(self, x):
+            y = self.first(x)
+            return self.last(y * torch.sigmoid(y))
+
+    sparse, quantized = (section | {"initializer": {}} for section in SECTIONS[1:])
+    expected, _ = create_compressed_model(Scaled(), config_of(quantized))
+    controller, _ = create_compressed_model(Scaled(), config_of(sparse, quantized))
+    assert list(controller.all_quantizations) == list(expected.all_quantizations)
