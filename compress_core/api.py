@@ -27,7 +27,7 @@ from compress_core.session.guard import ModelGuard, all_or_nothing
 from compress_core.session.lifecycle import Lifecycle
 from compress_core.session.state import SavedState, check_plan, checked_state
 from compress_core.session.uncompressed import UncompressedModel
-from compress_core.transforms.model_wide import has_transforms
+from compress_core.transforms.model_wide import await_checkpoint, has_transforms
 from compress_core.transforms.weight import recompute_weights
 
 logger = logging.getLogger(__name__)
@@ -132,6 +132,7 @@ def _resume(
             with guard.transforms_only("compress_commit", algorithm):
                 lifecycle.commit(model, algorithm)
     recompute_weights(model, lifecycle.context.config.root.recompute_weights)
+    await_checkpoint(model)
     controller.scheduler.load_state(state.scheduler)
     lifecycle.load_state(model, {name: entry.state for name, entry in state.algorithms.items()})
     lifecycle.load_initializers(model, state.initializers)

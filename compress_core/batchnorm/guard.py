@@ -6,13 +6,13 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import nn
 
 from compress_core.batchnorm.report import GuardVerdict
 from compress_core.data.forwards import running
 from compress_core.data.rng import preserved_rng
 from compress_core.errors import DataError
+from compress_core.transforms.model_wide import evaluating
 
 
 class MetricGuard:
@@ -39,14 +39,8 @@ class MetricGuard:
         return GuardVerdict(self._before, after, kept=after >= self._before or math.isnan(self._before))
 
     def _measure(self) -> float:
-        modes = [(module, module.training) for module in self._model.modules()]
-        try:
-            with preserved_rng(), torch.no_grad(), running(self._model):
-                self._model.eval()
-                metric = self._evaluate(self._model)
-        finally:
-            for module, mode in modes:
-                module.training = mode
+        with preserved_rng(), evaluating(self._model), running(self._model):
+            metric = self._evaluate(self._model)
         try:
             return float(metric)
         except (TypeError, ValueError) as error:

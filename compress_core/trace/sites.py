@@ -28,6 +28,7 @@ from compress_core.transforms.places import (
     Path,
 )
 
+
 @dataclass(frozen=True)
 class CallRef:
     """A call of one of the forwards of a trace.

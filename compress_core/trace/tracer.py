@@ -22,6 +22,7 @@ from compress_core.trace import render
 from compress_core.trace.graph import Forwards, ForwardTrace
 from compress_core.trace.isolation import Untouched
 from compress_core.trace.recorder import Recorder
+from compress_core.transforms.model_wide import evaluating
 
 logger = logging.getLogger(__name__)
 
@@ -138,7 +139,10 @@ def _place(model: nn.Module, error: BaseException) -> str:
 def _record(model: nn.Module, example: Example, *, fake: bool, training: bool) -> ForwardTrace:
     with contextlib.ExitStack() as stack:
         untouched = stack.enter_context(Untouched(model, values=not fake))
-        model.train(training)
+        if training:
+            model.train()
+        else:
+            stack.enter_context(evaluating(model))
         mode = _fake_mode_of(model) if fake else None
         recorder = Recorder(model, training=training, fake=mode, before_write=None if fake else untouched.before_write)
         stack.callback(recorder.close)

@@ -58,8 +58,7 @@ class ActivationTransformHandle:
             TransformError: This transform has been removed before.
         """
         container, name = self._found()
-        chain = container.chain(name)
-        chain._modules[self.key] = transform.train(chain.training)
+        container.chain(name).replace(self.key, transform)
         return replace(self, transform=transform)
 
     def _found(self) -> tuple[ActivationTransforms, str]:

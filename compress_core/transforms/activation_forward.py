@@ -26,7 +26,7 @@ from compress_core.transforms.call_sites import (
     transformed_functions,
 )
 from compress_core.transforms.chain import TransformChain, TransformContainer
-from compress_core.transforms.checkpoints import Surroundings
+from compress_core.transforms.gradient_checkpoints import Surroundings
 from compress_core.transforms.nested import replace_argument, replace_at
 from compress_core.transforms.places import ActivationPlace, CallInput, CallOutput, ModuleInput, ModuleOutput
 

@@ -31,7 +31,7 @@ from compress_core.torch_internals import (
 )
 from compress_core.transforms.activation_functions import activation_called
 from compress_core.transforms.attention import inside_of
-from compress_core.transforms.checkpoints import Surroundings, note_checkpoints
+from compress_core.transforms.gradient_checkpoints import Surroundings, note_checkpoints
 from compress_core.transforms.places import CallInput, CallOutput, CallPattern, Path
 from compress_core.transforms.user_hooks import is_in_hook, is_in_traced_hook
 

@@ -9,6 +9,14 @@ from torch import nn
 
 from compress_core.torch_internals import has_hooks
 from compress_core.transforms.base import ActivationTransform
+from compress_core.transforms.checkpoints import (
+    Awaited,
+    awaits_checkpoint,
+    count_chains,
+    loading_of,
+    may_be_shared,
+    saved_before,
+)
 
 
 class TransformChain(nn.Module):
@@ -16,17 +24,26 @@ class TransformChain(nn.Module):
 
     Children are named by key (normally the algorithm's name), so that the names of their buffers in a checkpoint do
     not depend on what else is in the chain.
+
+    Attributes:
+        bypassed: Whether tensors are returned as they are.
+        places: Number of places of the chain: layers with tied weights share one.
+        awaited: While a resumed model waits for its checkpoint, what it waits for.
     """
+
+    awaited: Awaited | None = None
 
     def __init__(self) -> None:
         super().__init__()
         self.bypassed = False
+        self.places = 0
         self._stages: dict[str, int] = {}
 
     def add(self, key: str, transform: nn.Module, stage: int) -> None:
         """Inserts `transform` after all transforms of the same or an earlier stage."""
         # Not add_module: it refuses names that the chain has as attributes, such as "add" or "training".
         self._modules[key] = transform
+        count_chains(transform, 1)
         self._stages[key] = stage
         in_order = sorted(self._modules, key=lambda name: self._stages[name])  # sorted() is stable
         for name in in_order:
@@ -34,8 +51,15 @@ class TransformChain(nn.Module):
 
     def discard(self, key: str) -> None:
         """Removes the transform `key` from the chain."""
+        count_chains(self._modules[key], -1)
         del self._modules[key]
         del self._stages[key]
+
+    def replace(self, key: str, transform: nn.Module) -> None:
+        """Puts another transform in the place of the transform `key`."""
+        count_chains(self._modules[key], -1)
+        self._modules[key] = transform.train(self.training)
+        count_chains(transform, 1)
 
     def stage_of(self, key: str) -> int:
         """Returns the stage of the transform `key`."""
@@ -43,6 +67,8 @@ class TransformChain(nn.Module):
 
     def forward(self, tensor: torch.Tensor) -> torch.Tensor:
         """Maps the tensor of the uncompressed model to the tensor that the compressed model computes with."""
+        if self.awaited is not None:
+            self._check_awaited()
         if self.bypassed:
             return tensor
         for transform in self._modules.values():
@@ -58,6 +84,8 @@ class TransformChain(nn.Module):
 
     def forward_owned(self, tensor: torch.Tensor) -> torch.Tensor:
         """Does what `forward` does, for a tensor without other readers, which transforms may therefore overwrite."""
+        if self.awaited is not None:
+            self._check_awaited()
         if self.bypassed:
             return tensor
         for transform in self._modules.values():
@@ -86,6 +114,8 @@ class TransformChain(nn.Module):
 
     def forward_fused(self, tensor: torch.Tensor, activation: str, in_place: bool) -> torch.Tensor:
         """Returns `forward` of the activated tensor; the first transform computes both in one pass."""
+        if self.awaited is not None:
+            self._check_awaited()
         first = True
         for transform in self._modules.values():
             if first and isinstance(transform, ActivationTransform):
@@ -96,19 +126,49 @@ class TransformChain(nn.Module):
             first = False
         return tensor
 
+    def _check_awaited(self) -> None:
+        if not torch.compiler.is_compiling() and self.awaited is not None:
+            self.awaited.say()
+            if not any(awaits_checkpoint(transform) for transform in self.children()):
+                self.awaited = None
+
+    def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
+        """Returns or fills a `state_dict`, as torch does, except for transforms that it has from another place."""
+        result = super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
+        for key, transform in self.named_children() if destination is not None else ():
+            shared = self.places > 1 or may_be_shared(transform)
+            if shared and saved_before(destination, transform):
+                for name in transform.state_dict():
+                    del destination[f"{prefix}{key}.{name}"]
+        return result
+
 
 class TransformContainer(nn.Module):
     """The chains of one module, by name.
 
-    A `state_dict` without any key of a transform (that of the plain FP32 model) loads strictly and does not change the
-    transform. A `state_dict` with only some keys of a transform is incomplete, and torch refuses it as usual.
+    A `state_dict` without any key of any transform (that of the plain FP32 model) loads strictly and does not change
+    the transforms. One that has only some of the transforms, or some keys of one, is incomplete, and torch refuses it as
+    usual. A transform that is at several places needs to be there for one of them.
     """
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        *lists: list[str],
+    ) -> None:
+        loading = loading_of(missing_keys)
         for name, chain in self.named_children():
             for key, transform in chain.named_children():
                 own_prefix = f"{prefix}{name}.{key}."
-                if not any(entry.startswith(own_prefix) for entry in state_dict):
+                if any(entry.startswith(own_prefix) for entry in state_dict):
+                    loading.note_found(transform, missing_keys)
+                elif own := transform.state_dict(prefix=own_prefix):
+                    loading.note_absent(transform, list(own))
                     # This dict belongs to this call alone, so entries added here are seen only by our children.
-                    state_dict.update(transform.state_dict(prefix=own_prefix))
-        super()._load_from_state_dict(state_dict, prefix, *args)
+                    state_dict.update(own)
+        loading.report(missing_keys)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *lists)

@@ -39,20 +39,30 @@ def _forward(original: Callable[..., Any], attribute: str) -> Callable[..., Any]
     return forward
 
 
+# Methods of the user's class are called with the arguments that were given: they may have another signature.
+
+
 def _named_modules(base: type[nn.Module], attribute: str) -> Callable[..., Any]:
-    def named_modules(
-        self: nn.Module, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
-    ) -> Iterator[tuple[str, nn.Module]]:
-        memo = set() if memo is None else memo
-        if remove_duplicate and self in memo:
+    def named_modules(self: nn.Module, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
+        memo, prefix, remove_duplicate = _arguments_of_named_modules(*args, **kwargs)
+        if remove_duplicate and memo is not None and self in memo:
             return
-        yield from base.named_modules(self, memo, prefix, remove_duplicate)
+        seen: set[nn.Module] = set() if memo is None else memo
+        for name, module in base.named_modules(self, *args, **kwargs):
+            seen.add(module)
+            yield name, module
         container: nn.Module | None = self.__dict__.get(attribute)
         if container is not None:
             own_prefix = f"{prefix}.{attribute}" if prefix else attribute
-            yield from container.named_modules(memo, own_prefix, remove_duplicate)
+            yield from container.named_modules(seen, own_prefix, remove_duplicate)
 
     return named_modules
+
+
+def _arguments_of_named_modules(
+    memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+) -> tuple[set[nn.Module] | None, str, bool]:
+    return memo, prefix, remove_duplicate
 
 
 def _save_to_state_dict(base: type[nn.Module], attribute: str) -> Callable[..., None]:
@@ -98,25 +108,26 @@ def _load_tree(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args
 
 
 def _apply(base: type[nn.Module], attribute: str) -> Callable[..., nn.Module]:
-    def _apply(self: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
-        if recurse:
+    def _apply(self: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], *args: Any, **kwargs: Any) -> nn.Module:
+        if args[0] if args else kwargs.get("recurse", True):
             self.__dict__[attribute]._apply(fn)
-        return base._apply(self, fn, recurse)  # type: ignore[no-untyped-call, no-any-return]
+        return base._apply(self, fn, *args, **kwargs)  # type: ignore[no-untyped-call, no-any-return]
 
     return _apply
 
 
 def _apply_function(base: type[nn.Module], attribute: str) -> Callable[..., nn.Module]:
-    def apply(self: nn.Module, fn: Callable[[nn.Module], None]) -> nn.Module:
+    def apply(self: nn.Module, fn: Callable[[nn.Module], None], *args: Any, **kwargs: Any) -> nn.Module:
         self.__dict__[attribute].apply(fn)
-        return base.apply(self, fn)
+        return base.apply(self, fn, *args, **kwargs)
 
     return apply
 
 
 def _train(base: type[nn.Module], attribute: str) -> Callable[..., nn.Module]:
-    def train(self: nn.Module, mode: bool = True) -> nn.Module:
-        self.__dict__[attribute].train(mode)
-        return base.train(self, mode)
+    def train(self: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        result = base.train(self, *args, **kwargs)
+        self.__dict__[attribute].train(self.training)  # a user's method may keep a layer frozen
+        return result
 
     return train

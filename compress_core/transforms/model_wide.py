@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from compress_core.transforms.chain import TransformChain, TransformContainer
+from compress_core.transforms.checkpoints import Awaited, mark_awaiting
 from compress_core.transforms.weight import chain_of, detach_chain, parameter_places, raw_parameter
 
 
@@ -28,12 +29,26 @@ def transforms_by_key(model: nn.Module) -> dict[int, tuple[str, str, nn.Module]]
     }
 
 
+def await_checkpoint(model: nn.Module) -> None:
+    """Notes that a checkpoint has to bring the values of all transforms; the first forward says if it has not."""
+    chains = [(name, module) for name, module in model.named_modules() if isinstance(module, TransformChain)]
+    found = [(f"{name}.{key}", t) for name, chain in chains for key, t in chain.named_children() if t.state_dict()]
+    mark_awaiting(transform for _, transform in found)
+    awaited = Awaited(found)
+    for _, chain in chains:
+        chain.awaited = awaited
+
+
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Context manager: `model` is in eval mode, without autograd; restores the mode of each module on exit."""
+    """Context manager: `model` is in eval mode, without autograd; restores the mode of each module on exit.
+
+    The user's `train` is not called: it may do more, such as merge an adapter into its layer, which nobody would undo.
+    """
     modes = [(module, module.training) for module in model.modules()]
     try:
-        model.eval()
+        for module, _ in modes:
+            module.training = False
         with torch.no_grad():
             yield
     finally:

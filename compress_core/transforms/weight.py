@@ -242,12 +242,14 @@ def _attach_chain(owner: nn.Module, parameter_name: str, chain: TransformChain) 
     if TRANSFORMS_ATTRIBUTE not in owner._modules:
         owner._modules[TRANSFORMS_ATTRIBUTE] = container
     container[parameter_name] = chain
+    chain.places += 1
     update_class(owner)
 
 
 def detach_chain(owner: nn.Module, parameter_name: str) -> None:
     """Removes the chain of one parameter from a layer; removing the last one restores the layer's original class."""
     container = cast("WeightTransforms", transforms_of(owner))
+    cast("TransformChain", container[parameter_name]).places -= 1
     del container[parameter_name]
     if not container:
         del owner._modules[TRANSFORMS_ATTRIBUTE]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 
 import torch
@@ -48,8 +49,10 @@ class Statistics:
 
     def __init__(self):
         self.seen = []
+        self.runs = itertools.count()  # which goes on in forwards that leave no trace
 
     def look(self, value):
+        next(self.runs)
         value = value[0] if isinstance(value, tuple) else value
         self.seen.append((value.detach().clone(), compute(value.detach())))
 

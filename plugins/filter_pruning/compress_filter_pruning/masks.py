@@ -12,6 +12,7 @@ from torch import nn
 from compress_core import Stage, mask_weight
 from compress_core.channels import Member
 from compress_core.transforms import WeightMask, get_weight_transform, raw_parameter
+from compress_core.transforms.checkpoints import mark_filled
 from compress_filter_pruning.groups import PruningGroup
 
 _Entries = Mapping[str, Sequence[tuple[int, Member]]]
@@ -63,3 +64,4 @@ def write_masks(model: nn.Module, entries: _Entries, gone: Sequence[Iterable[int
             if len(lost):
                 mask.index_fill_(member.dim, torch.from_numpy(lost).to(mask.device), 0)
         transform.mask.copy_(mask)
+        mark_filled([transform])

@@ -25,6 +25,7 @@ from compress_core import (
 from compress_core.contract.clock import Clock
 from compress_core.contract.context import Context
 from compress_core.transforms import get_weight_transform, raw_parameter
+from compress_core.transforms.checkpoints import mark_awaiting, mark_filled
 from compress_core.transforms.mask import WeightMask
 from compress_magnitude_sparsity.config import MagnitudeSparsityConfig
 from compress_magnitude_sparsity.schedules import Schedule, make_schedule
@@ -154,6 +155,7 @@ class MagnitudeSparsity(LevelAlgorithm):
         except (ValidationError, KeyError, TypeError, ValueError) as error:
             raise StateError(f"compression_state.algorithms.{self.name}.state is not one of ours: {error}") from error
         self._apply_level(saved.level)
+        mark_awaiting(self._mask(name) for name in self._targets)
         self._frozen = saved.frozen
 
     # What the controller offers.
@@ -228,6 +230,7 @@ class MagnitudeSparsity(LevelAlgorithm):
             selections.append((select(ranked, count), [self._mask(name).mask for name in group]))
         for selection, masks in selections:
             selection.write(masks)
+        mark_filled(self._mask(name) for name in names)
 
     def _ranked(self, name: str) -> RankedTensor:
         values = raw_parameter(self.model, name).detach()

@@ -16,6 +16,8 @@ from compress_core import CompressionError, DataError
 from compress_core.data.calibration import CalibrationData
 from compress_core.data.forwards import without_traces
 from compress_core.data.rng import preserved_rng
+from compress_core.transforms.checkpoints import mark_filled
+from compress_core.transforms.model_wide import evaluating
 from compress_core.transforms.user_hooks import hook_is_running
 from compress_core.transforms.weight import resolve_parameter
 from compress_quantization.fake_quantize import FakeQuantize
@@ -99,18 +101,12 @@ def _see_weight(model: nn.Module, quantizer: Calibrated) -> None:
 def _see_activations(model: nn.Module, quantizers: Sequence[Calibrated], data: CalibrationData) -> None:
     """Updates the statistics of activation quantizers with batches, each until it has its number of samples."""
     wanted = max(quantizer.samples for quantizer in quantizers)
-    modes = [(module, module.training) for module in model.modules()]
     seen = 0
-    try:
-        model.eval()
-        with without_traces(model), torch.no_grad(), preserved_rng(data.loader):
-            for batch, size in data.batches(wanted):
-                with _observing([q for q in quantizers if seen < q.samples], silenced=quantizers):
-                    data.call(model, batch)
-                seen += size
-    finally:
-        for module, training in modes:
-            module.training = training
+    with evaluating(model), without_traces(model), preserved_rng(data.loader):
+        for batch, size in data.batches(wanted):
+            with _observing([q for q in quantizers if seen < q.samples], silenced=quantizers):
+                data.call(model, batch)
+            seen += size
     if 2 * seen < wanted:
         logger.warning("%s: %d samples were asked for, the data loader gave %d", data.path, wanted, seen)
 
@@ -153,6 +149,7 @@ def _set_range(quantizer: Calibrated) -> None:
     shape = quantizer.planned.shape
     try:
         module.set_range(low.reshape(shape), high.reshape(shape))
+        mark_filled([module])
     except CompressionError as error:
         error.add_note(f"while the range of the quantizer '{quantizer.planned.name}' was set")
         raise
