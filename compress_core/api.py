@@ -112,6 +112,7 @@ def _create(
     with guard.without_traces():
         lifecycle.initialize(model)
     uncompressed.end_of_creation()
+    controller.created()
     return controller
 
 
@@ -138,6 +139,7 @@ def _resume(
     lifecycle.load_initializers(model, state.initializers)
     lifecycle.close_ledger()
     uncompressed.end_of_creation()
+    controller.created()
     return controller
 
 

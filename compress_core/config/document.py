@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import logging
 from collections.abc import Callable, Iterable, Mapping
@@ -129,6 +130,12 @@ class CompressionConfig:
     def source(self) -> dict[str, Any]:
         """A copy of the document as it was given: to change, and to load again."""
         return {key: thawed(value) for key, value in self._source.items()}
+
+    def without_extra_structs(self) -> CompressionConfig:
+        """Returns this config without the data and functions that were registered with it."""
+        twin = copy.copy(self)
+        twin._structs = {}
+        return twin
 
     @classmethod
     def from_json(cls, path: str | Path) -> CompressionConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -65,6 +66,17 @@ class Context:
         self.sections = tuple(s.unread() if isinstance(s, AlgorithmConfig) else s for s in config.sections)
         self._init_loader = init_loader
         self._requests: dict[str, InitializerConfig] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Context:
+        twin = object.__new__(type(self))
+        memo[id(self)] = twin
+        memo |= {id(given): given for given in (self.config, self._init_loader)}  # the user's data is not copied
+        twin.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        # For pickle: loaders and functions of the user's often cannot be pickled, and data does not belong there.
+        return {**self.__dict__, "config": self.config.without_extra_structs(), "_init_loader": None}
 
     def weight(self, model: nn.Module, name: str, before: Stage = Stage.PRECISION) -> torch.Tensor:
         """Returns a weight with the transforms of earlier stages applied, for example masked and pruned.

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from pydantic import Field, ValidationError, create_model
 
-from compress_core.config.document import UnresolvedSection
+from compress_core.config.document import CompressionConfig, UnresolvedSection
 from compress_core.config.errors import did_you_mean, problems_of, shown
 from compress_core.config.sections import AlgorithmConfig, InitializerSection
 from compress_core.contract.algorithm import Algorithm
@@ -94,12 +94,24 @@ def _with_shared_initializers(
         for key, contribution in initializers.items()
     }
     section: type[InitializerSection] = create_model(f"{config.__name__}Initializer", __base__=own, **shared)
-    return create_model(
+    cls: Any = create_model(
         config.__name__,
         __base__=config,
         __doc__=config.__doc__,
         initializer=(section, Field(default_factory=section, description=field.description)),
     )
+    cls.__reduce__ = _reduce
+    made: type[AlgorithmConfig] = cls
+    return made
+
+
+def _reduce(self: AlgorithmConfig) -> tuple[Any, ...]:
+    # Pickle cannot find this class by its name; it is built again from what is installed.
+    return _section_again, (self.model_dump(exclude_unset=True),)
+
+
+def _section_again(document: Mapping[str, Any]) -> AlgorithmConfig | UnresolvedSection:
+    return CompressionConfig({"compression": document}).sections[0]
 
 
 def _summary(cls: type) -> str:

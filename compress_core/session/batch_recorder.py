@@ -15,7 +15,7 @@ class BatchRecorder:
     """A forward hook that remembers the last forward in training mode.
 
     It is one of the model's hooks, so it is copied and pickled with the model. A copy starts empty and inactive, so
-    that it does not keep tensors alive that nobody uses.
+    that it does not keep tensors alive that nobody uses; a controller that is copied with it activates it.
     """
 
     def __init__(self, active: bool = True) -> None:
@@ -25,6 +25,10 @@ class BatchRecorder:
     def attach(self, model: nn.Module) -> None:
         """Adds this hook to a model."""
         model.register_forward_hook(self, with_kwargs=True)
+
+    def activate(self) -> None:
+        """Starts to record."""
+        self._active = True
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, outputs: Any) -> None:
         """Called by torch after each forward of the model."""

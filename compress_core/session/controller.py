@@ -15,6 +15,7 @@ from torch import nn
 from compress_core.batchnorm.report import AdaptationReport
 from compress_core.contract.algorithm import Algorithm
 from compress_core.contract.batch import Batch
+from compress_core.contract.clock import Clock
 from compress_core.contract.context import Context
 from compress_core.contract.ledger import Ledger
 from compress_core.contract.stages import CompressionStage
@@ -28,6 +29,8 @@ from compress_core.export.inputs import inputs_of
 from compress_core.session.batch_norm import BatchNorm
 from compress_core.session.batch_recorder import BatchRecorder, remove_recorders
 from compress_core.session.lifecycle import Lifecycle
+from compress_core.session.replaced import NAME as REPLACED_LAYERS
+from compress_core.session.replaced import ReplacedLayers, TransformPlaces
 from compress_core.session.scheduler import CompressionScheduler
 from compress_core.session.state import dump_state
 from compress_core.session.uncompressed import UncompressedModel
@@ -54,9 +57,9 @@ class CompressionController:
         self.model = model
         self._lifecycle = lifecycle
         self.algorithms: Mapping[str, Algorithm] = {a.name: a for a in lifecycle.algorithms}
-        self.scheduler = CompressionScheduler(
-            lambda clock: self._active.step(model, clock), lambda clock: self._active.epoch_step(model, clock)
-        )
+        # Bound methods, so that the scheduler of a copy drives the copy.
+        self.scheduler = CompressionScheduler(self._step, self._epoch_step)
+        self._places: TransformPlaces | None = None
         self._batch_norm = BatchNorm(model, lifecycle)
         lifecycle.context.batch_norm = self._batch_norm
         lifecycle.context.uncompressed_model = uncompressed
@@ -97,6 +100,33 @@ class CompressionController:
         return self._lifecycle
 
     @property
+    def _inspected(self) -> Lifecycle:
+        """The lifecycle, after a look at layers that the user may have replaced or moved."""
+        lifecycle = self._active
+        if self._places is not None:
+            self._places.replaced()
+        return lifecycle
+
+    def created(self) -> None:
+        """Notes where the model has transforms; called at the end of creation."""
+        self._places = TransformPlaces(self.model)
+
+    def _step(self, clock: Clock) -> None:
+        self._active.step(self.model, clock)
+
+    def _epoch_step(self, clock: Clock) -> None:
+        self._inspected.epoch_step(self.model, clock)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompressionController:
+        """Returns a controller for the copy of the model that the same `deepcopy` makes."""
+        twin = object.__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
+        if twin._recorder is not None:
+            twin._recorder.activate()
+        return twin
+
+    @property
     def name(self) -> str:
         """Names of the algorithms, in pipeline order."""
         return ", ".join(self.algorithms)
@@ -135,7 +165,7 @@ class CompressionController:
 
     def compression_stage(self) -> CompressionStage:
         """Returns the progress of compression, measured on the model."""
-        return self._active.stage(self.model)
+        return self._inspected.stage(self.model)
 
     @property
     def compression_rate(self) -> float:
@@ -162,7 +192,10 @@ class CompressionController:
         Args:
             quickly_collected_only: Ignored; accepted for compatibility with NNCF. All figures are quick to collect.
         """
-        parts: dict[str, Statistics] = dict(self._active.statistics(self.model))
+        parts: dict[str, Statistics] = dict(self._inspected.statistics(self.model))
+        replaced = {} if self._places is None else self._places.replaced()
+        if replaced:
+            parts[REPLACED_LAYERS] = ReplacedLayers(replaced)
         return CompressionStatistics({**parts, **self._active.initializer_statistics(), "ledger": self.ledger})
 
     def get_compression_state(self) -> dict[str, Any]:
@@ -171,10 +204,13 @@ class CompressionController:
         Pass it as `compression_state=`. Weights, masks and learned values are in the model's own `state_dict`: save
         both.
         """
-        reports = {name: found.to_dict() for name, found in self._active.initializer_statistics().items()}
+        lifecycle = self._active
+        if self._places is not None:
+            self._places.refuse("get_compression_state()")
+        reports = {name: found.to_dict() for name, found in lifecycle.initializer_statistics().items()}
         return dump_state(
-            self._lifecycle,
-            self._active.state(self.model),
+            lifecycle,
+            lifecycle.state(self.model),
             {"scheduler": self.scheduler.get_state(), "initializers": reports},
         )
 
@@ -185,7 +221,7 @@ class CompressionController:
             do_copy: Whether to work on a copy. Otherwise this model itself becomes plain, and the controller can no
                 longer be used.
         """
-        lifecycle = self._active
+        lifecycle = self._inspected
         model = copy.deepcopy(self.model) if do_copy else self.model
         lifecycle.strip(model)
         bake_transforms(model)
@@ -232,7 +268,7 @@ class CompressionController:
             DataError: There is no example input.
             UsageError: An option has an invalid value.
         """
-        lifecycle = self._active
+        lifecycle = self._inspected
         options = export.Options(tolerance, opset, input_names, output_names, dynamic_batch, verify)
         export.check_extras()
         target = export.check_path(path)
@@ -263,7 +299,7 @@ class CompressionController:
             UsageError: The config does not ask for this initializer, or it does not take these options.
             DataError: There are no usable batches.
         """
-        lifecycle = self._active
+        lifecycle = self._inspected
         snapshot = ModelSnapshot(self.model)
         try:
             with preserved_rng():
@@ -293,5 +329,5 @@ class CompressionController:
         Raises:
             DataError: There are no usable batches; the statistics are unchanged.
         """
-        self._active  # noqa: B018 - refuses a model that was stripped in place
+        self._inspected  # noqa: B018 - refuses a model that was stripped in place
         return self._batch_norm.adapt(loader, num_samples, method)

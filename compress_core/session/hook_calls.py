@@ -7,9 +7,11 @@ Calls for one algorithm leave out all other algorithms: a result or an error bel
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, Self
 
+import pluggy
 from torch import nn
 
 from compress_core.contract.algorithm import Algorithm
@@ -42,19 +44,35 @@ class HookCalls:
         self.origins: dict[str, PluginInfo] = {}
         self.algorithms: list[Algorithm] = []
         self.initializers: dict[str, Initializer] = {}
-        self._manager = new_manager()
+        self._made: pluggy.PluginManager | None = None
         self._callers: dict[tuple[str, str], Callable[..., Sequence[Any]]] = {}
         if isinstance(observers, nn.Module) or not isinstance(observers, Iterable):
             raise PluginError(f"observers must be a list of plugin objects, got {type(observers).__name__}")
         self._observers = list(observers)
         for observer in self._observers:
             check_plugin(observer, f"observer {type(observer).__name__}")
-            self._manager.register(observer)
 
-    def _register(self) -> None:
-        instances: list[Algorithm | Initializer] = [*self.algorithms, *self.initializers.values()]
-        for instance in instances:
-            self._manager.register(instance, name=instance.name)
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy calls its own algorithms; what pluggy holds can be neither copied nor pickled, and is made again.
+        return {**self.__dict__, "_made": None, "_callers": {}, "_observers": []}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        twin = object.__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__getstate__().items()})
+        twin._observers = self._observers  # which are the user's, and are told the model with each call
+        return twin
+
+    @property
+    def _manager(self) -> pluggy.PluginManager:
+        if self._made is None:
+            self._made = new_manager()
+            for observer in self._observers:
+                self._made.register(observer)
+            instances: list[Algorithm | Initializer] = [*self.algorithms, *self.initializers.values()]
+            for instance in instances:
+                self._made.register(instance, name=instance.name)
+        return self._made
 
     def _call(self, hook: str, algorithm: Algorithm, **arguments: Any) -> Sequence[Any]:
         key = (hook, algorithm.name)

@@ -49,6 +49,13 @@ class UncompressedModel:
         self._model: nn.Module | None = None
         self._creating = True
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> UncompressedModel:
+        twin = object.__new__(type(self))
+        memo[id(self)] = twin
+        memo[id(self._copy)] = self._copy  # it is frozen, so it can serve both
+        twin.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
+        return twin
+
     def before_commit(self, model: nn.Module) -> None:
         """Copies the model, which is still uncompressed, if a copy will be needed."""
         self._model = model

@@ -141,8 +141,11 @@ def activation_transforms(model: nn.Module) -> list[ActivationTransformHandle]:
 
 
 def get_activation_transform(model: nn.Module, place: ActivationPlace, key: str) -> nn.Module | None:
-    """Returns the transform `key` at `place`, or None."""
-    container = activations_of(_owner(model, place))
+    """Returns the transform `key` at `place`, or None; None as well if there is no such module any more."""
+    try:
+        container = activations_of(model.get_submodule(place.module))
+    except AttributeError:
+        return None
     name = None if container is None else container.chain_name(_stored(container, place))
     return None if container is None or name is None else container.chain(name)._modules.get(key)
 

@@ -125,9 +125,15 @@ def remove_weight_transform(module: nn.Module, name: str, key: str) -> None:
 
 
 def get_weight_transform(module: nn.Module, name: str, key: str) -> nn.Module | None:
-    """Returns the transform `key` of the parameter `name` (dotted) in `module`, or None."""
-    owner, parameter_name = resolve_parameter(module, name)
-    chain = chain_of(owner, parameter_name)
+    """Returns the transform `key` of the parameter `name` (dotted) in `module`, or None.
+
+    None as well if there is no such layer or parameter: the user may have replaced or removed it.
+    """
+    path, _, parameter_name = name.rpartition(".")
+    try:
+        chain = chain_of(module.get_submodule(path), parameter_name)
+    except AttributeError:
+        return None
     return None if chain is None else chain._modules.get(key)
 
 

@@ -69,6 +69,14 @@ class FilterPruning(LevelAlgorithm):
         self._requested = 0.0
         self._latency: Latency | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Schedules are functions, which pickle cannot store; they are made again from the config.
+        return {**self.__dict__, "_schedule": self._schedule is not None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._schedule = make_schedule(self.config, self.target_pruning_level) if state["_schedule"] else None
+
     # Hooks.
 
     @hookimpl

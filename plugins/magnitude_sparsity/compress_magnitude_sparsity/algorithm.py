@@ -71,6 +71,16 @@ class MagnitudeSparsity(LevelAlgorithm):
         self._targets: tuple[str, ...] = ()
         self._requested = 0.0
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Schedules are functions, which pickle cannot store; they are made again from the config.
+        return {**self.__dict__, "_schedule": None if self._schedule is None else self._schedule.get_state()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if state["_schedule"] is not None:
+            self._schedule = make_schedule(self.config)
+            self._schedule.load_state(state["_schedule"])
+
     # Lifecycle.
 
     @hookimpl
@@ -135,7 +145,7 @@ class MagnitudeSparsity(LevelAlgorithm):
     def compress_statistics(self, model: nn.Module) -> MagnitudeSparsityStatistics:
         """Measures the masks."""
         layers = []
-        for name in self._targets:
+        for name in self._present:
             mask, weight = self._mask(name).mask, raw_parameter(model, name)
             layers.append(LayerSparsity(name, tuple(weight.shape), weight.numel(), weight.numel() - _kept(mask)))
         parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -155,7 +165,7 @@ class MagnitudeSparsity(LevelAlgorithm):
         except (ValidationError, KeyError, TypeError, ValueError) as error:
             raise StateError(f"compression_state.algorithms.{self.name}.state is not one of ours: {error}") from error
         self._apply_level(saved.level)
-        mark_awaiting(self._mask(name) for name in self._targets)
+        mark_awaiting(self._mask(name) for name in self._present)
         self._frozen = saved.frozen
 
     # What the controller offers.
@@ -184,7 +194,7 @@ class MagnitudeSparsity(LevelAlgorithm):
     @property
     def sparsified_module_info(self) -> list[str]:
         """Dotted names of the weights that have a mask."""
-        return list(self._targets)
+        return list(self._present)
 
     def set_sparsity_level(
         self, level: float, module_info: str | None = None, run_batchnorm_adaptation: bool = False
@@ -200,7 +210,7 @@ class MagnitudeSparsity(LevelAlgorithm):
             UsageError: The level is out of range, the layer is not sparsified, or the masks are frozen.
         """
         self._check_level("sparsity level", level)
-        names = self._targets if module_info is None else self._targets_below(module_info)
+        names = self._present if module_info is None else self._targets_below(module_info)
         with self.context.batch_norm.adapted(run_batchnorm_adaptation):
             self._set_masks(names, level, together=module_info is not None or self._is_global)
         if module_info is None:
@@ -218,7 +228,7 @@ class MagnitudeSparsity(LevelAlgorithm):
         return self.config.params.sparsity_level_setting_mode == "global"
 
     def _apply_level(self, level: float) -> None:
-        self._set_masks(self._targets, level, together=self._is_global)
+        self._set_masks(self._present, level, together=self._is_global)
         self._requested = level
 
     def _set_masks(self, names: tuple[str, ...], level: float, *, together: bool) -> None:
@@ -239,25 +249,30 @@ class MagnitudeSparsity(LevelAlgorithm):
 
     def _attainable(self, level: float) -> int:
         """Returns the number of zeros at a level; at least one weight of each layer stays."""
-        sizes = [raw_parameter(self.model, name).numel() for name in self._targets]
+        sizes = [raw_parameter(self.model, name).numel() for name in self._present]
         if self._is_global:
             return min(round(level * sum(sizes)), sum(max(size - 1, 0) for size in sizes))
         return sum(min(round(level * size), max(size - 1, 0)) for size in sizes)
 
     def _counts(self) -> tuple[int, int]:
-        masks = [self._mask(name).mask for name in self._targets]
+        masks = [self._mask(name).mask for name in self._present]
         total = sum(mask.numel() for mask in masks)
         return total - sum(_kept(mask) for mask in masks), total
+
+    @property
+    def _present(self) -> tuple[str, ...]:
+        """The targets that still have their mask: the user may replace or remove a layer, and the new one is plain."""
+        return tuple(name for name in self._targets if get_weight_transform(self.model, name, self.name) is not None)
 
     def _mask(self, name: str) -> WeightMask:
         return cast("WeightMask", get_weight_transform(self.model, name, self.name))
 
     def _targets_below(self, module_info: str) -> tuple[str, ...]:
-        names = tuple(n for n in self._targets if n == module_info or n.rpartition(".")[0] == module_info)
+        names = tuple(n for n in self._present if n == module_info or n.rpartition(".")[0] == module_info)
         if not names:
             raise UsageError(
-                f"'{module_info}' is not sparsified; choose one of {', '.join(self._targets[:5])}"
-                + (", ..." if len(self._targets) > 5 else "")
+                f"'{module_info}' is not sparsified; choose one of {', '.join(self._present[:5])}"
+                + (", ..." if len(self._present) > 5 else "")
             )
         return names
 

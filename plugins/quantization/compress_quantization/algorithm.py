@@ -166,7 +166,7 @@ class Quantization(Algorithm):
     @hookimpl
     def compress_statistics(self) -> QuantizationStatistics:
         """Returns the present settings and ranges of the quantizers."""
-        quantizers = tuple(self._described(planned) for planned in self._planned)
+        quantizers = tuple(self._described(planned, module) for planned, module in self._present)
         return QuantizationStatistics(quantizers, self._skipped, self._potential)
 
     @hookimpl
@@ -214,17 +214,17 @@ class Quantization(Algorithm):
     @property
     def all_quantizations(self) -> dict[str, FakeQuantize]:
         """All quantizers by name."""
-        return {planned.name: self._module(planned) for planned in self._planned}
+        return {planned.name: module for planned, module in self._present}
 
     @property
     def weight_quantizers(self) -> dict[str, FakeQuantize]:
         """The quantizers of weights by name."""
-        return {planned.name: self._module(planned) for planned in self._planned if planned.group == "weights"}
+        return {planned.name: module for planned, module in self._present if planned.group == "weights"}
 
     @property
     def non_weight_quantizers(self) -> dict[str, FakeQuantize]:
         """The quantizers of activations by name."""
-        return {planned.name: self._module(planned) for planned in self._planned if planned.group == "activations"}
+        return {planned.name: module for planned, module in self._present if planned.group == "activations"}
 
     def init_range(self) -> None:
         """Measures all ranges again, on the current model.
@@ -264,8 +264,11 @@ class Quantization(Algorithm):
 
     # Implementation.
 
-    def _module(self, planned: PlannedQuantizer) -> FakeQuantize:
-        return find_quantizer(self.model, planned, self.name)
+    @property
+    def _present(self) -> list[tuple[PlannedQuantizer, FakeQuantize]]:
+        """The quantizers that are in the model: the user may replace or remove a layer, and the new one is plain."""
+        found = [(planned, find_quantizer(self.model, planned, self.name)) for planned in self._planned]
+        return [(planned, module) for planned, module in found if module is not None]
 
     def _resumed_plan(self, model: nn.Module, context: Context) -> Plan:
         plan = context.saved_plans[self.name]
@@ -302,7 +305,7 @@ class Quantization(Algorithm):
             elif names == []:
                 context.ledger.record(f"{path}.{leaf}", value, "matches nothing in this model")
 
-    def _calibrated(self, planned: PlannedQuantizer) -> Calibrated:
+    def _calibrated(self, planned: PlannedQuantizer, module: FakeQuantize) -> Calibrated:
         config = planned.initial_range.to_config()
         is_weight = planned.group == "weights"
         dims = [dim for dim, size in enumerate(planned.shape) if size > 1]
@@ -313,13 +316,13 @@ class Quantization(Algorithm):
             name=planned.parameter or planned.name,
             channel_dim=dims[0] if dims else None,
         )
-        return Calibrated(planned, self._module(planned), statistics, config.num_init_samples)
+        return Calibrated(planned, module, statistics, config.num_init_samples)
 
     def _calibrate(
         self, groups: Iterable[str], batch_norm: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
     ) -> None:
         """Measures the ranges of groups of quantizers, or logs why they are not changed."""
-        chosen = [self._calibrated(planned) for planned in self._planned if planned.group in groups]
+        chosen = [self._calibrated(planned, module) for planned, module in self._present if planned.group in groups]
         context = self.context
         data = self._data([q for q in chosen if q.planned.group == "activations" and q.samples], context)
         strict = context.config.root.unused_values == "error"
@@ -346,11 +349,10 @@ class Quantization(Algorithm):
 
     def _apply_stage(self) -> None:
         assert self._staging is not None
-        for planned in self._planned:
-            self._module(planned).enabled = self._staging.is_on(planned.group) and planned.name not in self._off
+        for planned, module in self._present:
+            module.enabled = self._staging.is_on(planned.group) and planned.name not in self._off
 
-    def _described(self, planned: PlannedQuantizer) -> QuantizerStatistics:
-        module = self._module(planned)
+    def _described(self, planned: PlannedQuantizer, module: FakeQuantize) -> QuantizerStatistics:
         low, high = module.range()
         return QuantizerStatistics(
             planned.name,

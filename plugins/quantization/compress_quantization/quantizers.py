@@ -42,11 +42,15 @@ def make_quantizer(spec: QuantizerSpec, shape: tuple[int, ...], *, lr_multiplier
     return module
 
 
-def find_quantizer(model: nn.Module, planned: PlannedQuantizer, key: str) -> FakeQuantize:
-    """Returns the quantizer of a planned entry in a model or in a copy of it."""
+def find_quantizer(model: nn.Module, planned: PlannedQuantizer, key: str) -> FakeQuantize | None:
+    """Returns the quantizer of a planned entry in a model or in a copy of it.
+
+    None if the user has replaced or removed every layer that had it.
+    """
     if planned.parameter:
-        return cast("FakeQuantize", get_weight_transform(model, planned.parameter, key))
-    return cast("FakeQuantize", get_activation_transform(model, planned.places[0], key))
+        return cast("FakeQuantize | None", get_weight_transform(model, planned.parameter, key))
+    found = (get_activation_transform(model, place, key) for place in planned.places)
+    return cast("FakeQuantize | None", next((module for module in found if module is not None), None))
 
 
 class NativeFakeQuantize(ActivationTransform):
@@ -96,6 +100,8 @@ def _computed_in(dtype: torch.dtype) -> torch.dtype:
 def replace_by_native(model: nn.Module, planned: PlannedQuantizer, key: str) -> None:
     """Replaces an activation quantizer by torch's own operator, or removes it if it is off."""
     quantizer = find_quantizer(model, planned, key)
+    if quantizer is None:
+        return
     native = NativeFakeQuantize(quantizer)
     for handle in activation_transforms(model):
         if handle.transform is quantizer:
