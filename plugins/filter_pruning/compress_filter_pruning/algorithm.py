@@ -210,7 +210,7 @@ class FilterPruning(LevelAlgorithm):
         params = self.config.params
         if params.pruning_flops_target is not None:
             return params.pruning_flops_target
-        return 0.5 if params.pruning_target is None else params.pruning_target
+        return self.config.default_target if params.pruning_target is None else params.pruning_target
 
     @property
     def maximal_compression_rate(self) -> float:

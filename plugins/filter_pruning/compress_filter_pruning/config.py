@@ -36,7 +36,9 @@ class FilterPruningParams(Section):
         "exponential", description="how the pruning level grows over the epochs"
     )
     pruning_target: Level | None = Field(
-        None, description="share of the channels to remove; 0.5 unless pruning_flops_target is given"
+        None,
+        description="share of the channels to remove; by default 0.5, or pruning_init if that is higher, unless "
+        "pruning_flops_target is given",
     )
     pruning_flops_target: Level | None = Field(
         None, description="share of the floating point operations to remove, instead of pruning_target"
@@ -65,3 +67,8 @@ class FilterPruningConfig(AlgorithmConfig):
     algorithm: Literal["filter_pruning"] = Field(description="name of the algorithm")
     pruning_init: Level = Field(0.0, description="level that is applied when the model is created")
     params: FilterPruningParams = Field(default_factory=FilterPruningParams, description="schedule and ranking")
+
+    @property
+    def default_target(self) -> float:
+        """The target if the user gives none; it is not below the initial level."""
+        return max(0.5, self.pruning_init)

@@ -40,8 +40,7 @@ def _problems(config: FilterPruningConfig) -> list[Problem]:
         )
     key = "pruning_target" if params.pruning_flops_target is None else "pruning_flops_target"
     target = getattr(params, key)
-    target = 0.5 if target is None else target
-    if target < config.pruning_init:
+    if target is not None and target < config.pruning_init:
         problems.append(
             Problem(
                 f"params.{key}",

@@ -282,8 +282,11 @@ def _check(config: MagnitudeSparsityConfig) -> None:
     if params.schedule == "multistep":
         steps, levels = params.multistep_steps, params.multistep_sparsity_levels
         if len(levels) != len(steps) + 1:
+            missing = {"multistep_steps", "multistep_sparsity_levels"} - params.model_fields_set
+            default = f" ({' and '.join(sorted(missing))} not given: the default)" if missing else ""
             raise ConfigError(
-                f"has {len(levels)} levels for {len(steps)} steps {steps}; there must be one level more than steps",
+                f"has {len(levels)} levels for {len(steps)} steps {steps}{default}; there must be one level more than "
+                "steps",
                 path="params.multistep_sparsity_levels",
             )
         if len(set(steps)) < len(steps):

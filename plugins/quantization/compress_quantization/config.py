@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
@@ -26,8 +26,23 @@ RANGE = "quantization.range"
 class RangeParams(Section):
     """Section `initializer.range.params`."""
 
-    min_percentile: Percentile = Field(0.1, description="percentile types: percentile that becomes the minimum")
-    max_percentile: Percentile = Field(99.9, description="percentile types: percentile that becomes the maximum")
+    min_percentile: Percentile = Field(
+        0.1,
+        description="percentile types: percentile that becomes the minimum; by default 0.1, or 0 below a low max",
+    )
+    max_percentile: Percentile = Field(
+        99.9,
+        description="percentile types: percentile that becomes the maximum; by default 99.9, or 100 above a high min",
+    )
+
+    @model_validator(mode="after")
+    def _follow_what_was_given(self) -> Self:
+        """Adjusts a default that contradicts what the user wrote."""
+        # Through __dict__, so that nothing counts as read or as given.
+        values, given = self.__dict__, self.model_fields_set
+        if values["min_percentile"] >= values["max_percentile"]:
+            values.update({n: v for n, v in (("min_percentile", 0.0), ("max_percentile", 100.0)) if n not in given})
+        return self
 
 
 class RangeConfig(Section):

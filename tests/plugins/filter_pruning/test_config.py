@@ -23,7 +23,12 @@ def test_both_targets():
 
 def test_target_below_the_initial_level():
     refused(config(0.6, pruning_target=0.5), "params.pruning_target", "0.5 is below pruning_init 0.6")
-    refused(config(0.6), "params.pruning_target", "0.5 is below pruning_init 0.6")
+
+
+def test_a_target_that_nobody_gave_is_not_below_the_initial_level():
+    check_config(config(0.6))
+    for initial, target in ((0.6, 0.6), (0.1, 0.5)):
+        assert FilterPruningConfig(algorithm="filter_pruning", pruning_init=initial).default_target == target
 
 
 def test_learned_ranking_is_not_available_yet():

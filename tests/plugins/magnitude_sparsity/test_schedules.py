@@ -5,7 +5,7 @@ import math
 import pytest
 from torch import nn
 
-from compress_core import create_compressed_model
+from compress_core import ConfigError, create_compressed_model
 
 
 def levels(params, epochs, init=0.0, steps=0):
@@ -116,3 +116,28 @@ def test_default_freeze_epoch_does_not_cut_a_long_schedule():
     measured, controller = levels({"sparsity_target": 0.5, "sparsity_target_epoch": 120}, 125)
     assert measured[-1] == pytest.approx(0.5, abs=1e-6)
     assert controller.frozen
+
+
+@pytest.mark.parametrize("schedule", ["polynomial", "exponential", "adaptive", "multistep"])
+def test_a_target_that_nobody_gave_is_not_below_the_initial_level(schedule):
+    measured, controller = levels({"schedule": schedule}, 3, init=0.9)
+    assert measured == pytest.approx([0.9] * 4, abs=1e-6)
+    assert controller.target_level == 0.9
+
+
+def test_multistep_levels_that_nobody_gave_do_not_fall_below_the_initial_level():
+    measured, _ = levels({"schedule": "multistep", "multistep_steps": [2]}, 3, init=0.3)
+    assert measured == pytest.approx([0.3, 0.3, 0.3, 0.5], abs=1e-6)
+
+
+@pytest.mark.parametrize("params", [{}, {"schedule": "exponential"}, {"schedule": "multistep"}])
+def test_a_target_epoch_that_nobody_gave_is_before_the_freeze(params, caplog):
+    measured, controller = levels({"sparsity_freeze_epoch": 3, **params}, 5)
+    assert measured[-1] == pytest.approx(0.5, abs=1e-6)
+    assert controller.frozen
+    assert "the schedule ends" not in caplog.text
+
+
+def test_a_default_that_cannot_follow_is_named_as_one():
+    with pytest.raises(ConfigError, match=r"multistep_sparsity_levels not given: the default.*one level more"):
+        levels({"schedule": "multistep", "multistep_steps": [2, 4]}, 0)

@@ -5,7 +5,7 @@ from pydantic import ValidationError
 
 from compress_core import ConfigError
 from compress_core.config.errors import problems_of
-from compress_quantization.config import QuantizationConfig
+from compress_quantization.config import QuantizationConfig, RangeParams
 from compress_quantization.config_checks import check_config
 from compress_quantization.plan import InitialRange
 from compress_quantization.profiles import load_profile
@@ -242,7 +242,7 @@ def test_wrong_values_are_named(values, path, words):
         ("CPU", {"initializer": {"range": [{"type": "min_max"}]}}, "initializer.range.0", "target_scopes"),
         (
             "CPU",
-            {"initializer": {"range": {"type": "percentile", "params": {"min_percentile": 99.9}}}},
+            {"initializer": {"range": {"type": "percentile", "params": {"min_percentile": 99.9, "max_percentile": 9}}}},
             "initializer.range.params.min_percentile",
             "not below max_percentile",
         ),
@@ -315,3 +315,17 @@ def test_overflow_fix_disabled_where_there_is_nothing_to_fix_is_fine():
 def test_sapphire_rapids_is_refused_with_the_remedy():
     with pytest.raises(ConfigError, match=r"no quantization profile for the target_device 'CPU_SPR'.*\"CPU\""):
         check_config(section(), "CPU_SPR")
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"min_percentile": 99.95}, (99.95, 100)),
+        ({"max_percentile": 0.05}, (0, 0.05)),
+        ({"min_percentile": 2}, (2, 99.9)),
+    ],
+)
+def test_a_percentile_that_nobody_gave_leaves_a_range(given, expected):
+    params = RangeParams(**given)
+    assert (params.min_percentile, params.max_percentile) == expected
+    assert params.model_fields_set == set(given)
