@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrize, prune
+from torch.optim.swa_utils import AveragedModel
 
 from compress_core import Stage, TransformError, mask_weight
 from compress_core.transforms import (
@@ -250,11 +251,13 @@ def test_layer_with_an_attribute_of_our_name_is_refused():
     assert type(layer) is nn.Linear
 
 
-def test_mask_follows_the_dtype_of_the_weight():
+def test_mask_works_with_any_dtype_of_the_weight():
     layer = nn.Linear(2, 2).to(torch.bfloat16)
-    assert mask_weight(layer, "weight").mask.dtype is torch.bfloat16
-    layer.to(torch.float64)
-    assert layer.weight.dtype is torch.float64
+    assert mask_weight(layer, "weight", half_mask((2, 2))).mask.dtype is torch.bool
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        layer.to(dtype)
+        assert layer.weight.dtype is dtype
+        assert torch.equal(layer.weight == 0, half_mask((2, 2)) == 0)
     assert isinstance(get_weight_transform(layer, "weight", "mask"), WeightMask)
 
 
@@ -272,3 +275,89 @@ def test_user_class_with_its_own_deepcopy_is_copied():
     assert type(twin[0]) is type(model[0])
     assert raw_parameter(twin, "0.weight") is not raw_parameter(model, "0.weight")
     assert get_weight_transform(twin, "0.weight", "mask") is not get_weight_transform(model, "0.weight", "mask")
+
+
+def ema_of_timm(average, model):
+    for mine, theirs in zip(average.state_dict().values(), model.state_dict().values(), strict=True):
+        if mine.is_floating_point():
+            mine.lerp_(theirs, 0.1)
+        else:
+            mine.copy_(theirs)
+
+
+def ema_of_ultralytics(average, model):
+    theirs = model.state_dict()
+    for name, mine in average.state_dict().items():
+        if mine.dtype.is_floating_point:
+            mine *= 0.9
+            mine += 0.1 * theirs[name].detach()
+
+
+def ema_of_the_first_timm(average, model):
+    for mine, theirs in zip(average.state_dict().values(), model.state_dict().values(), strict=True):
+        mine.copy_(0.9 * mine + 0.1 * theirs)
+
+
+@pytest.mark.parametrize("update", [ema_of_timm, ema_of_ultralytics, ema_of_the_first_timm])
+def test_averages_of_a_masked_model_are_masked(update):
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    mask = half_mask((4, 4))
+    mask_weight(model, "0.weight", mask)
+    average = copy.deepcopy(model)
+    with torch.no_grad():
+        for step in range(3):
+            raw_parameter(model, "0.weight").add_(step)
+            update(average, model)
+    assert torch.equal(average[0].weight == 0, mask == 0)
+    assert not torch.equal(raw_parameter(average, "0.weight"), raw_parameter(model, "0.weight"))
+
+
+def test_swa_keeps_buffers_in_step_with_the_masks():
+    model = nn.Linear(4, 4)
+    transform = mask_weight(model, "weight", torch.ones(4, 4))
+    average = AveragedModel(model)
+    average.update_parameters(model)
+    transform.mask[:2] = 0
+    average.update_parameters(model)
+    assert torch.equal(average.module.weight == 0, transform.mask == 0)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
+def test_checkpoints_with_masks_of_other_dtypes_load(dtype, assign):
+    saved, loaded = nn.Linear(4, 4), nn.Linear(4, 4)
+    mask_weight(saved, "weight", half_mask((4, 4)))
+    state = saved.state_dict()
+    state["weight_transforms.weight.mask.mask"] = half_mask((4, 4)).to(dtype)
+    mask_weight(loaded, "weight")
+    loaded.load_state_dict(state, assign=assign)
+    assert torch.equal(loaded.weight, saved.weight)
+    assert get_weight_transform(loaded, "weight", "mask").mask.dtype is torch.bool
+    assert state["weight_transforms.weight.mask.mask"].dtype is dtype  # the caller's dict stays as it was
+
+
+def test_averaged_masks_of_a_checkpoint_are_refused():
+    layer = nn.Linear(4, 4)
+    mask_weight(layer, "weight", half_mask((4, 4)))
+    state = layer.state_dict()
+    state["weight_transforms.weight.mask.mask"] = torch.full((4, 4), 0.3)
+    with pytest.raises(RuntimeError, match="average of masks"):
+        layer.load_state_dict(state)
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (512, 512)])
+def test_gradients_of_masked_weights(shape):
+    """Of any order, by autograd and by functorch, of small and of large weights, which are masked in different ways."""
+    mask = half_mask(shape)
+    transform = WeightMask(mask)
+    weight = torch.randn(shape, requires_grad=True)
+    (first,) = torch.autograd.grad((transform(weight) ** 3).sum(), weight, create_graph=True)
+    assert torch.equal(first, 3 * weight**2 * mask)
+    (second,) = torch.autograd.grad(first.sum(), weight)
+    assert torch.allclose(second, 6 * weight * mask)
+    by_functorch = torch.func.grad(lambda w: (transform(w) ** 3).sum())(weight.detach())
+    assert torch.equal(by_functorch, first)
+    many = torch.func.vmap(transform)(torch.stack([weight, 2 * weight]))
+    assert torch.equal(many[1], 2 * weight * mask)
+    _, tangent = torch.func.jvp(transform, (weight,), (torch.ones_like(weight),))
+    assert torch.equal(tangent, mask.to(weight.dtype))
