@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 
 import torch
 
+from compress_core.transforms.generated import TRANSFORMS_ATTRIBUTE
 from compress_core.transforms.places import Path
 
 # A value of a trace: an index into `Trace.values`.
@@ -113,6 +114,11 @@ class Call:
         return self.frames[-1].module
 
     @property
+    def transforms_weight(self) -> bool:
+        """Whether a weight transform makes the call, so that what it computes is a weight."""
+        return is_in_weight_transform(self.module)
+
+    @property
     def results(self) -> list[ValueId]:
         """The values that this call computed, without arguments that it returned unchanged."""
         given = {value for _, value in self.inputs}
@@ -212,6 +218,11 @@ class ForwardTrace:
             for path, value in call.inputs:
                 found[value].append((call.index, path))
         return found
+
+
+def is_in_weight_transform(module: str) -> bool:
+    """Returns whether a module belongs to the transforms of a weight, by its dotted name."""
+    return TRANSFORMS_ATTRIBUTE in module.split(".")
 
 
 def tensors_with_paths(structure: Any, path: Path = ()) -> Iterator[tuple[Path, torch.Tensor]]:

@@ -209,6 +209,8 @@ class Planner:
         return next((f"ignored by {path}" for path in paths if path), None)
 
     def _demand(self, call: Call, path: Path) -> QuantizerSpec | None:
+        if call.transforms_weight:
+            return None
         kind = kind_of(call.function)
         position = path[0] if isinstance(path[0], int) else 0
         if not self._profile.quantizes_input(kind, position):
