@@ -38,6 +38,7 @@ __all__ = [
     "HOOK_ATTRIBUTES",
     "LOW_LEVEL_FUNCTIONS",
     "MODULE_CALL",
+    "PARAMETER_MARK",
     "TENSOR_HOOK_ATTRIBUTES",
     "AnyBatchNorm",
     "AnyConv",
@@ -45,6 +46,7 @@ __all__ = [
     "AnyNorm",
     "FakeTensor",
     "FakeTensorMode",
+    "SubclassesDisabled",
     "TorchDispatchMode",
     "TorchFunctionDisabled",
     "add_own_forward_pre_hook",
@@ -135,6 +137,14 @@ TorchFunctionDisabled = torch._C.DisableTorchFunction
 Why: what is asked of tensors while a trace is written must not be traced; constants of kernels are no part of a model.
 Public way: `torch._C.DisableTorchFunctionSubclass`, which torch documents, leaves modes on.
 Without it: compress_core cannot be imported; traces would hold calls that the model did not make.
+"""
+
+SubclassesDisabled = torch._C.DisableTorchFunctionSubclass
+"""A context in which `__torch_function__` of subclasses is not called.
+
+Why: what a subclass does to the tensor that it stands for must not be handled by itself.
+Public way: this is the documented one, but it has no public name.
+Without it: compress_core cannot be imported; functions of the weight of a compressed layer would never end.
 """
 
 
@@ -429,6 +439,14 @@ ASSIGN_ENTRY = "assign_to_params_buffers"
 Why: the transforms of activations are loaded by their module, and have to be told the same.
 Public way: none below `load_state_dict`, which would check the part for completeness as if it were a model.
 Without it: the values are copied; parameters on the device `meta` stay there.
+"""
+
+PARAMETER_MARK = "_is_param"
+"""The attribute by which `nn.Parameter(tensor)` marks tensors of a subclass as parameters.
+
+Why: a parameter that a user makes from the weight of a compressed layer has to be an ordinary one.
+Public way: none; for a tensor of a subclass, `nn.Parameter` returns that tensor.
+Without it: such a parameter stays connected with the layer: writes to it are writes to the layer.
 """
 
 

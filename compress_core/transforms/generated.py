@@ -29,6 +29,7 @@ from torch import nn
 from compress_core.errors import TransformError
 from compress_core.torch_internals import recurrent_overrides
 from compress_core.transforms.call_sites import run_quietly
+from compress_core.transforms.computed import ComputedWeight, is_read_for_a_forward
 from compress_core.transforms.generated_forward import activation_methods
 from compress_core.transforms.recomputation import layer_forward
 
@@ -125,8 +126,13 @@ def _weight_property(name: str) -> property:
         raw = self._parameters[name]
         if raw is None or container is None or name not in container._modules:
             return raw
+        chain: Any = container._modules[name]
         try:
-            return run_quietly(container._modules[name], raw)  # type: ignore[arg-type, no-any-return]
+            weight: torch.Tensor = run_quietly(chain, raw)
+            if weight is raw or torch.compiler.is_compiling() or is_read_for_a_forward():
+                return weight
+            what = f"the weight '{name}' of a compressed {type(self).__name__}"
+            return ComputedWeight.of(what, weight, raw, lambda stored: run_quietly(chain, stored))
         except AttributeError as error:
             # An AttributeError leaving a property makes Python fall back to `nn.Module.__getattr__`, which would
             # silently return the untransformed parameter.

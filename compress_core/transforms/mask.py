@@ -79,7 +79,8 @@ class WeightMask(WeightTransform):
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         """Returns `weight * mask`."""
         is_large = self.mask.shape == weight.shape and weight.numel() >= _LARGE
-        if not is_large or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        # Graphs that are recorded hold only torch's own functions.
+        if not is_large or torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
             return weight * _numbers(self.mask, weight.dtype)
         masked: torch.Tensor = _Masked.apply(weight, self.mask)  # type: ignore[no-untyped-call]
         return masked

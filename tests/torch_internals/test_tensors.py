@@ -130,3 +130,25 @@ def test_schemas_say_what_is_written_to():
     assert "dim" in str(internals.schema_of(aten.sum.dim_IntList))
     assert "dim" not in str(internals.schema_of(aten.sum.default))
     assert internals.schema_of(torch.relu) is None
+
+
+@canary("SubclassesDisabled", breaks="reading weights of compressed layers outside of a forward")
+def test_functions_of_subclasses_can_be_disabled():
+    class Sub(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            raise AssertionError("called")
+
+    tensor = torch.ones(2).as_subclass(Sub)
+    with internals.SubclassesDisabled():
+        assert torch.add(tensor, 1).sum() == 4
+
+
+@canary("PARAMETER_MARK", breaks="parameters made from the weight of a compressed layer")
+def test_parameters_made_from_subclasses_are_marked():
+    class Sub(torch.Tensor):
+        pass
+
+    made = torch.nn.Parameter(torch.ones(2).as_subclass(Sub))
+    assert type(made) is Sub
+    assert getattr(made, internals.PARAMETER_MARK) is True
