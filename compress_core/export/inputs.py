@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,6 +16,8 @@ from compress_core.trace import Example
 
 # Number of samples that are compared: enough to find rare disagreements, few enough to be quick.
 _MOST_SAMPLES = 16
+# Types of arguments that torch.export takes beside tensors.
+_PLAIN = (int, float, bool, str, complex, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
 
 
 @dataclass(frozen=True)
@@ -23,7 +27,7 @@ class Inputs:
     Attributes:
         args: Positional arguments, tensors in any nesting.
         kwargs: Keyword arguments, tensors in any nesting.
-        batch_size: Size of dimension 0 that the tensors share; 0 if the first tensor has no dimensions.
+        batch_size: Size of dimension 0 of the tensors that have a batch dimension; 0 if no tensor has dimensions.
     """
 
     args: tuple[Any, ...]
@@ -35,10 +39,27 @@ class Inputs:
         """The tensors, in the order in which exporters number them."""
         return [leaf for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, torch.Tensor)]
 
-    def named(self) -> list[str]:
-        """Returns a name for each tensor, for messages."""
-        found, _ = tree_flatten_with_path((self.args, self.kwargs))
-        return ["".join(map(str, path)) for path, leaf in found if isinstance(leaf, torch.Tensor)]
+    def constants(self) -> list[str]:
+        """Returns the arguments that are no tensors, as `path = value`; a file holds them as constants."""
+        return [f"{path} = {leaf!r:.60}" for path, leaf in self._others() if leaf is not None]
+
+    def unsupported(self) -> list[str]:
+        """Returns the arguments of types that torch.export does not take, as `path (type)`."""
+        return [f"{path} ({type(leaf).__name__})" for path, leaf in self._others() if not isinstance(leaf, _PLAIN)]
+
+    def _others(self) -> Iterator[tuple[str, Any]]:
+        for given in (self.args, self.kwargs):
+            for path, leaf in tree_flatten_with_path(given)[0]:
+                if not isinstance(leaf, torch.Tensor):
+                    yield f"argument {''.join(map(str, path))}", leaf
+
+    def batch_sizes(self) -> list[int]:
+        """Returns what may be the batch size, the likeliest first: the size that most tensors share, but 1 last.
+
+        A first dimension of 1 often belongs to a tensor for all samples, such as positions or a mask.
+        """
+        found = Counter(tensor.shape[0] for tensor in self.tensors if tensor.ndim and tensor.shape[0])
+        return sorted(found, key=lambda size: (size == 1, -found[size]))
 
     def has_batch(self, tensor: torch.Tensor) -> bool:
         """Returns whether dimension 0 of a tensor is the batch."""
@@ -55,13 +76,18 @@ class Inputs:
         args, kwargs = tree_map(change, (self.args, self.kwargs))
         return Inputs(args, kwargs, size)
 
-    def sizes(self) -> tuple[int, int]:
-        """Returns the two batch sizes to compare; the first one is used for the export.
+    def copied(self) -> Inputs:
+        """Returns copies of the tensors, because a model may write to its arguments."""
+        args, kwargs = tree_map(_copied, (self.args, self.kwargs))
+        return Inputs(args, kwargs, self.batch_size)
 
-        It is never 1, because exporters treat a dimension of size 1 as a constant.
+    def sizes(self) -> tuple[int, tuple[int, ...]]:
+        """Returns the batch size to export with, and others to compare on, of which the first that works is used.
+
+        The first one is never 1, because exporters treat a dimension of size 1 as a constant.
         """
         first = min(max(self.batch_size, 2), _MOST_SAMPLES)
-        return first, 1 if first > 2 else 3
+        return first, (*((1,) if first > 2 else (3, 1)), first + 1, 2 * first)
 
 
 def inputs_of(example: Example, model: nn.Module) -> Inputs:
@@ -78,8 +104,7 @@ def inputs_of(example: Example, model: nn.Module) -> Inputs:
 
     def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         seen.append((args, kwargs))
-        # A copy, because the model may write to its arguments.
-        return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, (args, kwargs))
+        return tree_map(_copied, (args, kwargs))  # the model may write to them
 
     handle = model.register_forward_pre_hook(note, with_kwargs=True)
     try:
@@ -93,8 +118,14 @@ def inputs_of(example: Example, model: nn.Module) -> Inputs:
     if not seen:
         raise ExportError(f"{example.source} does not call the model itself, so there is nothing to export; pass args=")
     args, kwargs = tree_map(lambda leaf: leaf.detach().cpu() if isinstance(leaf, torch.Tensor) else leaf, seen[0])
-    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-    if not tensors:
-        raise ExportError(f"{example.source} calls the model without a tensor; pass args= to export_onnx")
-    batch = tensors[0].shape[0] if tensors[0].ndim else 0
-    return Inputs(tuple(args), dict(kwargs), batch)
+    inputs = Inputs(tuple(args), dict(kwargs), 0)
+    if not inputs.tensors:
+        given = ", ".join(inputs.unsupported())
+        raise ExportError(
+            f"{example.source} calls the model without a tensor{given and ', but with '}{given}; pass args= to export_onnx"
+        )
+    return replace(inputs, batch_size=next(iter(inputs.batch_sizes()), 0))
+
+
+def _copied(leaf: Any) -> Any:
+    return leaf.clone() if isinstance(leaf, torch.Tensor) else leaf

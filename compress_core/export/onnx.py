@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import tempfile
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -18,12 +16,13 @@ import torch
 from torch import nn
 
 from compress_core.errors import ExportError, UsageError
-from compress_core.export.inputs import Inputs
 from compress_core.export.names import name_inputs_and_outputs
+from compress_core.export.precision import compute_in_float32
+from compress_core.export.program import exported_graph, quiet
+from compress_core.export.references import Reference, References, return_only_tensors
 from compress_core.export.report import ExportReport
 from compress_core.export.target import GraphRewrite
-from compress_core.export.verification import Reference, compare, optimized_operators, runtime_name
-from compress_core.torch_internals import tree_leaves
+from compress_core.export.verification import DisagreementError, compare, optimized_operators, runtime_name
 from compress_core.transforms.generated import ACTIVATIONS_ATTRIBUTE
 
 logger = logging.getLogger(__name__)
@@ -81,28 +80,23 @@ def check_path(path: str | os.PathLike[str]) -> Path:
     return target
 
 
-def reference_outputs(model: nn.Module, inputs: Inputs) -> Reference:
-    """Returns the outputs of a model in eval mode on the inputs, which the model may write to."""
-    copied = inputs.resized(inputs.batch_size) if inputs.batch_size else inputs
-    with torch.no_grad():
-        result = model(*copied.args, **copied.kwargs)
-    return Reference(inputs, tuple(leaf.clone() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)))
-
-
 def export(
     model: nn.Module,
     path: Path,
-    references: Sequence[Reference],
+    references: References,
     rewrites: Iterable[GraphRewrite],
     algorithms: Sequence[str],
     options: Options,
 ) -> ExportReport:
     """Writes a prepared model to a file, after verifying that the file computes the same.
 
+    If the model cannot be exported for any batch size, or computes something else on others, the file takes the batch
+    size of the example only; the report and a warning say so.
+
     Args:
         model: The model in eval mode on the CPU, prepared by every algorithm.
         path: The file; an existing file is replaced.
-        references: Batches and the outputs of the compressed model; the export uses the first batch.
+        references: Batches and the outputs of the compressed model.
         rewrites: Changes of the graph by the algorithms, in order.
         algorithms: Names of the algorithms, for the report.
         options: All other options.
@@ -112,135 +106,82 @@ def export(
             and an existing file is not changed.
         UsageError: The names do not fit the inputs or outputs.
     """
-    graph = _graph(model, references[0].inputs, options)
-    _forget_the_machine(graph)
-    for rewrite in rewrites:
-        rewrite(graph)
-    _drop_what_is_unused(graph)
-    name_inputs_and_outputs(graph, options.input_names, options.output_names)
-    report = ExportReport(
-        opset=options.opset,
-        algorithms=tuple(algorithms),
-        tolerance=options.tolerance,
-        inputs=tuple(str(value.name) for value in graph.graph.inputs),
-        outputs=tuple(str(value.name) for value in graph.graph.outputs),
-        operators=dict(sorted(Counter(node.op_type for node in graph.graph).items())),
-    )
-    if options.verify:
-        report = _verified(report, _serialized(graph), references)
+    return_only_tensors(model)
+    job = _Job(model, tuple(rewrites), tuple(algorithms), options)
+    reason = references.reason
+    if references.resized:
+        try:
+            return _written(path, *job.run(references.resized, is_dynamic=True))
+        except ExportError as error:
+            if isinstance(error, DisagreementError) and error.batch_size == references.resized[0].inputs.batch_size:
+                raise
+            reason = str(error)
+    graph, report = job.run([references.own], is_dynamic=False, notes=_fixed(references.own, reason))
+    for note in report.notes:
+        logger.warning("%s: %s", path, note)
+    return _written(path, graph, report)
+
+
+def _fixed(own: Reference, reason: str) -> tuple[str, ...]:
+    """Returns what to say about a file for one batch size, if any batch size was wanted."""
+    size = own.inputs.batch_size
+    return (f"takes batches of {size} only, because {reason}",) if reason else ()
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What is exported, and how."""
+
+    model: nn.Module
+    rewrites: tuple[GraphRewrite, ...]
+    algorithms: tuple[str, ...]
+    options: Options
+
+    def run(
+        self, references: Sequence[Reference], *, is_dynamic: bool, notes: tuple[str, ...] = ()
+    ) -> tuple[Any, ExportReport]:
+        """Returns the graph and its report, after comparing it with the references; exported is the first of these."""
+        options, inputs = self.options, references[0].inputs
+        graph = exported_graph(self.model, inputs, opset=options.opset, is_dynamic=is_dynamic)
+        _forget_the_machine(graph)
+        replaced = compute_in_float32(graph, with_double=_has_double_weights(self.model))
+        for rewrite in self.rewrites:
+            rewrite(graph)
+        _drop_what_is_unused(graph)
+        name_inputs_and_outputs(graph, options.input_names, options.output_names)
+        report = ExportReport(
+            opset=options.opset,
+            algorithms=self.algorithms,
+            tolerance=options.tolerance,
+            inputs=tuple(str(value.name) for value in graph.graph.inputs),
+            outputs=tuple(str(value.name) for value in graph.graph.outputs),
+            operators=dict(sorted(Counter(node.op_type for node in graph.graph).items())),
+            notes=(*notes, *_notes(references[0], replaced)),
+        )
+        if options.verify:
+            report = _verified(report, _serialized(graph), references)
+        return graph, report
+
+
+def _notes(reference: Reference, replaced: Sequence[str]) -> Iterator[str]:
+    if replaced:
+        kinds = " and ".join(replaced)
+        yield f"computes in float32, inputs and outputs included, where the model computes in {kinds}"
+    if constants := reference.inputs.constants():
+        yield f"holds as constants what is no tensor: {', '.join(constants)}"
+    if reference.dropped:
+        yield f"leaves out what is no tensor: {', '.join(reference.dropped)}"
+
+
+def _has_double_weights(model: nn.Module) -> bool:
+    return any(parameter.dtype == torch.float64 for parameter in model.parameters())
+
+
+def _written(path: Path, graph: Any, report: ExportReport) -> ExportReport:
     graph.metadata_props[METADATA_KEY] = report.to_json()
     serialized = _serialized(graph)
     _write(path, serialized)
     return replace(report, path=str(path), size=len(serialized))
-
-
-def _graph(model: nn.Module, inputs: Inputs, options: Options) -> Any:
-    is_dynamic = options.dynamic_batch and bool(inputs.batch_size)
-    with _quiet(), _no_fused_attention():
-        try:
-            program = _program(model, inputs, is_dynamic)
-            onnx_program = torch.onnx.export(
-                program,
-                dynamo=True,
-                opset_version=options.opset,
-                verbose=False,
-                optimize=True,
-            )
-        except Exception as error:
-            remedy = ""
-            if is_dynamic:
-                remedy = ". If the model is made for one batch size (a reshape with numbers), pass dynamic_batch=False"
-            raise ExportError(
-                f"torch cannot export {type(model).__name__} to ONNX: {_reason(error)}{remedy}"
-            ) from error
-    assert onnx_program is not None
-    written = onnx_program.model.opset_imports.get("")
-    if written != options.opset:
-        raise UsageError(f"opset: this version of torch does not write {options.opset} (it wrote {written})")
-    if is_dynamic:
-        _name_batch(onnx_program.model, inputs)
-    return onnx_program.model
-
-
-def _program(model: nn.Module, inputs: Inputs, is_dynamic: bool) -> Any:
-    # Not strict, because strict export loses in-place writes of functions to their arguments.
-    def export(shapes: Any) -> Any:
-        return torch.export.export(model, inputs.args, inputs.kwargs or None, dynamic_shapes=shapes, strict=False)
-
-    if not is_dynamic:
-        return export(None)
-    try:
-        return export(_dynamic_shapes(model, inputs, torch.export.Dim("batch", min=1)))
-    except RuntimeError as error:
-        if "Constraints violated" not in str(error):
-            raise
-        # torch compared a multiple of the batch size with a number, for example to find out the memory layout of a
-        # tensor. The second try allows that; the later verification shows whether other batch sizes work.
-        try:
-            return export(_dynamic_shapes(model, inputs, torch.export.Dim.DYNAMIC))
-        except Exception:
-            raise error from None  # the first error says more
-
-
-def _reason(error: BaseException) -> str:
-    """Returns the original error, which the exporter wraps in pages of advice for its developers."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0].strip()}" if lines else type(error).__name__
-
-
-def _dynamic_shapes(model: nn.Module, inputs: Inputs, batch: Any) -> Any:
-    shapes = torch.export.ShapesCollection()  # type: ignore[no-untyped-call]
-    for tensor in inputs.tensors:
-        if inputs.has_batch(tensor):
-            shapes[tensor] = {0: batch}
-    return shapes.dynamic_shapes(model, inputs.args, inputs.kwargs)  # type: ignore[no-untyped-call]
-
-
-def _name_batch(graph: Any, inputs: Inputs) -> None:
-    """Names the batch dimension, for which the exporter may have used a symbol such as s31."""
-    import onnx_ir  # noqa: PLC0415 - an extra
-
-    dims = [
-        str(value.shape[0])
-        for value, tensor in zip(graph.graph.inputs, inputs.tensors, strict=False)
-        if inputs.has_batch(tensor) and isinstance(value.shape[0], onnx_ir.SymbolicDim)
-    ]
-    values = [*graph.graph.inputs, *(value for node in graph.graph for value in node.outputs)]
-    for value in values:
-        if value.shape is None or value.shape.frozen:
-            continue
-        for position, dim in enumerate(value.shape):
-            if isinstance(dim, onnx_ir.SymbolicDim) and str(dim) in dims:
-                value.shape[position] = "batch"
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    # The exporter logs much about its own internals that users can do nothing about.
-    noisy = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "torch.export")]
-    before = [log.level for log in noisy]
-    for log in noisy:
-        log.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for log, level in zip(noisy, before, strict=True):
-            log.setLevel(level)
-
-
-@contextlib.contextmanager
-def _no_fused_attention() -> Iterator[None]:
-    # torch's fused attention for inference has no counterpart in ONNX.
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def _drop_what_is_unused(graph: Any) -> None:
@@ -251,7 +192,7 @@ def _drop_what_is_unused(graph: Any) -> None:
     for name, value in list(graph.graph.initializers.items()):
         if not value.uses() and not value.is_graph_output():
             del graph.graph.initializers[name]
-    with _quiet():
+    with quiet():
         DeduplicateInitializersPass(_LARGEST_DUPLICATE)(graph)
     for name in list(graph.graph.initializers):
         # The internal location of transforms is of no interest to readers of the file.
@@ -295,13 +236,14 @@ def _verified(report: ExportReport, serialized: bytes, references: Sequence[Refe
     for optimized in (False, True):
         worst = report.worst(optimized=optimized)
         if worst is not None and not worst.relative_mean <= report.tolerance:
-            raise ExportError(
+            raise DisagreementError(
+                worst.batch_size,
                 f"output '{worst.output}' of {report.runtime} (graph optimizations {'on' if optimized else 'off'}) "
                 f"differs from torch by {worst.relative_mean:.3g} of its mean absolute value (largest difference: "
                 f"{worst.relative:.3g} of its largest value), on a batch of {worst.batch_size}; tolerance is "
                 f"{report.tolerance:.3g}. No file was written. If this is expected (an untrained network, inputs "
                 "unlike the calibration data), pass realistic inputs as args, or a larger tolerance"
-                + (_SATURATION if optimized else "")
+                + (_SATURATION if optimized else ""),
             )
     return report
 

@@ -54,6 +54,8 @@ class ExportReport:
         runtime: Name and version of the runtime that verified the file; empty if it was not verified.
         runtime_operators: Operator -> number of nodes after the runtime has optimized the graph.
         agreements: All comparisons of outputs.
+        notes: What the file does differently from the model: the one batch size that it takes, values that it holds
+            as constants or leaves out because they are no tensors, the floating-point type it computes in.
     """
 
     path: str = ""
@@ -67,6 +69,7 @@ class ExportReport:
     runtime: str = ""
     runtime_operators: Mapping[str, int] = field(default_factory=dict)
     agreements: tuple[Agreement, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def worst(self, *, optimized: bool = True) -> Agreement | None:
         """Returns the comparison with the largest `relative_mean`, or None if nothing was compared."""
@@ -90,6 +93,7 @@ class ExportReport:
             [name, self.operators.get(name, 0), self.runtime_operators.get(name, 0) if self.runtime else "-"]
             for name in sorted({*self.operators, *self.runtime_operators})
         ]
+        head = "\n".join([head, *(f"this file {note}" for note in self.notes)])
         parts = [head, tabulate(operators, headers=["operator", "in the file", "in the runtime"], tablefmt="simple")]
         if not self.runtime:
             return "\n\n".join([*parts, "not compared with torch (verify=False)"])

@@ -6,7 +6,6 @@ import math
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +14,22 @@ import numpy.typing as npt
 import torch
 
 from compress_core.errors import ExportError
-from compress_core.export.inputs import Inputs
+from compress_core.export.references import Reference
 from compress_core.export.report import Agreement
 
 _LEVELS = 255  # steps of an 8-bit grid
 
 
-@dataclass(frozen=True)
-class Reference:
-    """A batch, and the outputs of the model in torch.
+class DisagreementError(ExportError):
+    """The runtime fails on a batch, or computes something else than torch.
 
     Attributes:
-        inputs: The batch.
-        outputs: The output tensors, as a flat list.
+        batch_size: Number of samples in the batch.
     """
 
-    inputs: Inputs
-    outputs: tuple[torch.Tensor, ...]
+    def __init__(self, batch_size: int, message: str) -> None:
+        super().__init__(message)
+        self.batch_size = batch_size
 
 
 def runtime_name() -> str:
@@ -68,35 +66,44 @@ def _agreements(session: Any, reference: Reference, optimized: bool) -> list[Agr
             f"the exported graph has {len(names)} inputs ({', '.join(names)}), and the model was given {len(tensors)} "
             "tensors: an argument without effect on the outputs? Leave it out of args"
         )
-    feed = {name: tensor.numpy() for name, tensor in zip(names, tensors, strict=True)}
+    feed = {entry.name: _fed(tensor, entry) for entry, tensor in zip(session.get_inputs(), tensors, strict=True)}
     try:
         outputs = session.run(None, feed)
     except Exception as error:
-        raise ExportError(
-            f"{runtime_name()} cannot run what was exported on a batch of {size}: {error}. If the model cannot take "
-            "other batch sizes, pass dynamic_batch=False"
-        ) from error
+        message = f"{runtime_name()} cannot run what was exported on a batch of {size}: {error}"
+        raise DisagreementError(size, message) from error
     found = [entry.name for entry in session.get_outputs()]
     if len(found) != len(reference.outputs):
         raise ExportError(f"the exported graph has {len(found)} outputs, the model {len(reference.outputs)}")
     return [
-        _agreement(name, size, optimized, expected.numpy(), np.asarray(actual))
+        _agreement(name, size, optimized, _as_numpy(expected), np.asarray(actual))
         for name, expected, actual in zip(found, reference.outputs, outputs, strict=True)
     ]
+
+
+def _fed(tensor: torch.Tensor, entry: Any) -> npt.NDArray[Any]:
+    """Returns a tensor for an input of the runtime; a file that computes in float32 takes other floats as float32."""
+    return (tensor.float() if entry.type == "tensor(float)" else tensor).numpy()
+
+
+def _as_numpy(tensor: torch.Tensor) -> npt.NDArray[Any]:
+    array: npt.NDArray[Any] = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    return array
 
 
 def _agreement(
     name: str, size: int, optimized: bool, expected: npt.NDArray[Any], actual: npt.NDArray[Any]
 ) -> Agreement:
     if expected.shape != actual.shape:
-        raise ExportError(
+        raise DisagreementError(
+            size,
             f"output '{name}' has shape {actual.shape} in the runtime and {expected.shape} in torch, "
-            f"on a batch of {size}"
+            f"on a batch of {size}",
         )
     if not expected.size:
         return Agreement(name, size, optimized, 0.0, 0.0, 0.0, 0.0, 0.0)
     wide, other = expected.astype(np.float64), actual.astype(np.float64)
-    difference = np.abs(wide - other)
+    difference = np.asarray(np.abs(wide - other))  # numpy makes a number of an array without dimensions
     # The difference of equal infinities is NaN, and masked attention scores are infinite.
     difference[wide == other] = 0.0
     difference[np.isnan(wide) & np.isnan(other)] = 0.0

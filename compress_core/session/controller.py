@@ -26,6 +26,7 @@ from compress_core.errors import CompressionError, UsageError
 from compress_core.export import ExportReport, ExportTarget
 from compress_core.export import onnx as export
 from compress_core.export.inputs import inputs_of
+from compress_core.export.references import references_of
 from compress_core.session.batch_norm import BatchNorm
 from compress_core.session.batch_recorder import BatchRecorder, remove_recorders
 from compress_core.session.lifecycle import Lifecycle
@@ -256,7 +257,8 @@ class CompressionController:
             opset: Version of ONNX's default operator set, at least 21.
             input_names: Names of the inputs, in order; by default those of forward's arguments.
             output_names: Names of the outputs.
-            dynamic_batch: Whether the file accepts any batch size.
+            dynamic_batch: Whether the file accepts any batch size. If the model does not, or computes something else
+                on others, the file takes the batch size of `args` only, with a warning and a note in the report.
             verify: Whether to compare with torch, on two batch sizes, before the file is written.
 
         Returns:
@@ -277,9 +279,7 @@ class CompressionController:
         remove_recorders(model)
         inputs = inputs_of(example, model)
         model.cpu()
-        sizes = inputs.sizes() if dynamic_batch else (inputs.batch_size,)
-        batches = [inputs.resized(size) for size in sizes] if inputs.batch_size else [inputs]
-        references = [export.reference_outputs(model, batch) for batch in batches]
+        references = references_of(model, inputs, is_dynamic=dynamic_batch)
         rewrites = lifecycle.export(model, ExportTarget("onnx", opset))
         bake_transforms(model)
         return export.export(model, target, references, rewrites, tuple(self.algorithms), options)
