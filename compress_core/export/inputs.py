@@ -120,10 +120,8 @@ def inputs_of(example: Example, model: nn.Module) -> Inputs:
     args, kwargs = tree_map(lambda leaf: leaf.detach().cpu() if isinstance(leaf, torch.Tensor) else leaf, seen[0])
     inputs = Inputs(tuple(args), dict(kwargs), 0)
     if not inputs.tensors:
-        given = ", ".join(inputs.unsupported())
-        raise ExportError(
-            f"{example.source} calls the model without a tensor{given and ', but with '}{given}; pass args= to export_onnx"
-        )
+        given = f", but with {', '.join(found)}" if (found := inputs.unsupported()) else ""
+        raise ExportError(f"{example.source} calls the model without a tensor{given}; pass args= to export_onnx")
     return replace(inputs, batch_size=next(iter(inputs.batch_sizes()), 0))
 
 

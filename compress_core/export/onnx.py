@@ -115,7 +115,7 @@ def export(
         except ExportError as error:
             if isinstance(error, DisagreementError) and error.batch_size == references.resized[0].inputs.batch_size:
                 raise
-            reason = str(error)
+            reason = error.found if isinstance(error, DisagreementError) else str(error)
     graph, report = job.run([references.own], is_dynamic=False, notes=_fixed(references.own, reason))
     for note in report.notes:
         logger.warning("%s: %s", path, note)
@@ -240,9 +240,9 @@ def _verified(report: ExportReport, serialized: bytes, references: Sequence[Refe
                 worst.batch_size,
                 f"output '{worst.output}' of {report.runtime} (graph optimizations {'on' if optimized else 'off'}) "
                 f"differs from torch by {worst.relative_mean:.3g} of its mean absolute value (largest difference: "
-                f"{worst.relative:.3g} of its largest value), on a batch of {worst.batch_size}; tolerance is "
-                f"{report.tolerance:.3g}. No file was written. If this is expected (an untrained network, inputs "
-                "unlike the calibration data), pass realistic inputs as args, or a larger tolerance"
+                f"{worst.relative:.3g} of its largest value), on a batch of {worst.batch_size}",
+                f"; tolerance is {report.tolerance:.3g}. No file was written. If this is expected (an untrained network"
+                ", inputs unlike the calibration data), pass realistic inputs as args, or a larger tolerance"
                 + (_SATURATION if optimized else ""),
             )
     return report

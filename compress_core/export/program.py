@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -39,6 +40,8 @@ def exported_graph(model: nn.Module, inputs: Inputs, *, opset: int, is_dynamic: 
                 verbose=False,
                 optimize=True,
             )
+        except ExportError:
+            raise
         except Exception as error:
             if unsupported := inputs.unsupported():
                 raise ExportError(
@@ -81,10 +84,10 @@ def _check_ranges(program: torch.export.ExportedProgram) -> None:
     """Refuses a program that computes what the model does only for small or only for large batches."""
     for sizes in program.range_constraints.values():
         # torch takes no fewer than 2 for granted, which says nothing about the model.
-        if sizes.lower > 2 or sizes.upper.is_finite is True:
-            raise ValueError(
-                f"its forward takes another branch for batches of fewer than {sizes.lower} or more than {sizes.upper}"
-            )
+        smallest = f"fewer than {sizes.lower}" if sizes.lower > 2 else ""
+        largest = f"more than {sizes.upper}" if sizes.upper < sys.maxsize else ""
+        if smallest or largest:
+            raise ExportError(f"its forward takes another branch for {' or '.join(filter(None, (smallest, largest)))}")
 
 
 def _reason(error: BaseException) -> str:
@@ -92,6 +95,8 @@ def _reason(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     lines = str(error).strip().splitlines()
+    if len(lines) > 1 and lines[0].startswith("Constraints violated"):
+        return lines[1].strip().removeprefix("- ").partition(". ")[0]
     return f"{type(error).__name__}: {lines[0].strip()}" if lines else type(error).__name__
 
 

@@ -25,11 +25,13 @@ class DisagreementError(ExportError):
 
     Attributes:
         batch_size: Number of samples in the batch.
+        found: What was found, without advice.
     """
 
-    def __init__(self, batch_size: int, message: str) -> None:
-        super().__init__(message)
+    def __init__(self, batch_size: int, found: str, advice: str = "") -> None:
+        super().__init__(found + advice)
         self.batch_size = batch_size
+        self.found = found
 
 
 def runtime_name() -> str:

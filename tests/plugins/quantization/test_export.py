@@ -310,10 +310,13 @@ def test_a_model_that_cannot_be_exported_says_why_in_a_few_words(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_dtype_that_the_runtime_cannot_compute_in_is_an_error(tmp_path):
-    controller = create(nn.Sequential(nn.Conv2d(3, 2, 3)).double(), [images(4).double()])
+def test_an_operator_that_the_runtime_does_not_have_is_an_error(tmp_path):
+    model = nn.Sequential(nn.Conv2d(3, 2, 3))
+    model.register_forward_hook(
+        lambda module, args, out: nn.functional.conv2d(out.double(), torch.ones(1, 2, 1, 1).double())
+    )
     with pytest.raises(ExportError, match=r"ONNX Runtime .* cannot load what was exported"):
-        controller.export_onnx(tmp_path / "model.onnx", images(4).double())
+        create(model, [images(4)]).export_onnx(tmp_path / "model.onnx", images(4))
     assert not list(tmp_path.iterdir())
 
 
