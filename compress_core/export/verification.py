@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 
 from compress_core.errors import ExportError
+from compress_core.export.layers import Cut
 from compress_core.export.references import Reference
 from compress_core.export.report import Agreement
 
@@ -59,27 +60,57 @@ def compare(serialized: bytes, references: Sequence[Reference], *, optimized: bo
     return [agreement for reference in references for agreement in _agreements(session, reference, optimized)]
 
 
+def compare_parts(
+    cut: Cut, reference: Reference, *, optimized: bool
+) -> tuple[list[Agreement], list[tuple[str, float]]]:
+    """Runs the parts of a graph on what torch computes, and returns how they differ from torch.
+
+    Args:
+        cut: The graph, cut behind its quantizers.
+        reference: The batch for which it was cut, with the outputs of torch.
+        optimized: Whether the runtime may optimize the graph.
+
+    Returns:
+        The comparison of each output, and the quantizers that depart: place and steps.
+    """
+    session = _session(cut.serialized, optimized=optimized)
+    own = len(session.get_outputs()) - len(cut.parts)
+    outputs = session.run(None, _feed(session, reference) | cut.feeds)
+    names = [entry.name for entry in session.get_outputs()[:own]]
+    size = reference.inputs.batch_size
+    return _compared(names, outputs[:own], reference, size, optimized), cut.departures(outputs[own:])
+
+
 def _agreements(session: Any, reference: Reference, optimized: bool) -> list[Agreement]:
     size = reference.inputs.batch_size
-    tensors = reference.inputs.tensors
     names = [entry.name for entry in session.get_inputs()]
-    if len(names) != len(tensors):
+    if len(names) != len(reference.inputs.tensors):
         raise ExportError(
-            f"the exported graph has {len(names)} inputs ({', '.join(names)}), and the model was given {len(tensors)} "
-            "tensors: an argument without effect on the outputs? Leave it out of args"
+            f"the exported graph has {len(names)} inputs ({', '.join(names)}), and the model was given "
+            f"{len(reference.inputs.tensors)} tensors: an argument without effect on the outputs? Leave it out of args"
         )
-    feed = {entry.name: _fed(tensor, entry) for entry, tensor in zip(session.get_inputs(), tensors, strict=True)}
     try:
-        outputs = session.run(None, feed)
+        outputs = session.run(None, _feed(session, reference))
     except Exception as error:
         message = f"{runtime_name()} cannot run what was exported on a batch of {size}: {error}"
         raise DisagreementError(size, message) from error
     found = [entry.name for entry in session.get_outputs()]
     if len(found) != len(reference.outputs):
         raise ExportError(f"the exported graph has {len(found)} outputs, the model {len(reference.outputs)}")
+    return _compared(found, outputs, reference, size, optimized)
+
+
+def _feed(session: Any, reference: Reference) -> dict[str, npt.NDArray[Any]]:
+    pairs = zip(session.get_inputs(), reference.inputs.tensors, strict=False)
+    return {entry.name: _fed(tensor, entry) for entry, tensor in pairs}
+
+
+def _compared(
+    names: Sequence[str], outputs: Sequence[Any], reference: Reference, size: int, optimized: bool
+) -> list[Agreement]:
     return [
         _agreement(name, size, optimized, _as_numpy(expected), np.asarray(actual))
-        for name, expected, actual in zip(found, reference.outputs, outputs, strict=True)
+        for name, expected, actual in zip(names, reference.outputs, outputs, strict=True)
     ]
 
 

@@ -1,0 +1,248 @@
+"""Compares a file with torch layer by layer, each on torch's own activations, so that roundings do not add up.
+
+A network amplifies the rounding of its first layers: a value between two steps of a quantizer goes up in torch and down
+in the runtime, and with random weights the outputs then have little in common. To tell this from a wrong file, the
+graph is cut behind every quantizer. Each part reads the integers that torch computes with, and must return the integers
+that torch rounds to, up to the choice between two neighbours.
+"""
+
+from __future__ import annotations
+
+import ast
+import math
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from compress_core.export.inputs import Inputs
+from compress_core.transforms import activation_transforms
+from compress_core.transforms.generated import ACTIVATIONS_ATTRIBUTE
+
+Array = npt.NDArray[Any]
+
+_SCOPES = "pkg.torch.onnx.name_scopes"
+_MADE = "/made"
+# A rounded value is at most half a step away; the rest is for sums in float32 and biases in units of the accumulator.
+_MOST_STEPS = 0.75
+# bfloat16 and float16 round a value of 255 steps by up to half a step themselves, before it is quantized.
+_MOST_STEPS_OF_HALF = 2.0
+_HALF = 0.5 + 1e-3  # of a step
+_OFF_GRID = 0.05  # of a step: float32 represents multiples of a scale with an error of 1e-5 steps
+
+
+@dataclass(frozen=True)
+class Quantizer:
+    """A quantizer of an activation in an exported graph.
+
+    Attributes:
+        node: Its QuantizeLinear node, an `onnx_ir.Node`.
+        scopes: Names of the modules that it was exported from, the outermost first.
+        scale: Its scale as exported, before the algorithms changed the graph: float32, shape () or (channels,).
+        zero_point: Of the same shape.
+        axis: Dimension of the channels.
+    """
+
+    node: Any
+    scopes: tuple[str, ...]
+    scale: Array
+    zero_point: Array
+    axis: int
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of an activation transform in torch.
+
+    Attributes:
+        given: Its argument.
+        returned: Its result.
+    """
+
+    given: torch.Tensor
+    returned: torch.Tensor
+
+
+def quantizers_of(graph: Any) -> list[Quantizer]:
+    """Returns the quantizers of activations in a graph that was just exported, an `onnx_ir.Model`."""
+    found = []
+    for node in graph.graph:
+        if node.op_type != "QuantizeLinear" or len(node.inputs) < 3:
+            continue
+        constants = [None if value is None else value.const_value for value in node.inputs[1:3]]
+        if None in constants or _SCOPES not in node.metadata_props:
+            continue
+        scale, zero_point = (constant.numpy() for constant in constants if constant is not None)
+        scopes = tuple(ast.literal_eval(node.metadata_props[_SCOPES]))
+        found.append(Quantizer(node, scopes, scale, zero_point, node.attributes.get_int("axis", 1)))
+    return found
+
+
+def recorded_activations(model: nn.Module, inputs: Inputs) -> tuple[dict[str, str], dict[str, list[Call]]]:
+    """Runs a model and records what each activation transform is given and returns.
+
+    Args:
+        model: A copy of the compressed model, in eval mode on the CPU.
+        inputs: The arguments of its forward.
+
+    Returns:
+        Every name of every transform -> its first name (it may be at several places), and first name -> its calls, in
+        their order.
+    """
+    transforms = {id(handle.transform) for handle in activation_transforms(model)}
+    first: dict[int, str] = {}
+    names: dict[str, str] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if id(module) in transforms:
+            names[name] = first.setdefault(id(module), name)
+    found: dict[str, list[Call]] = defaultdict(list)
+
+    def hook(name: str) -> Callable[[nn.Module, Any, torch.Tensor], None]:
+        return lambda module, args, output: found[name].append(Call(args[0].clone(), output.clone()))
+
+    for name, module in model.named_modules():
+        if id(module) in transforms:  # which then neither overwrites its input nor computes the function before it
+            module.register_forward_hook(hook(name))
+    copied = inputs.copied()
+    with torch.no_grad():
+        model(*copied.args, **copied.kwargs)
+    return names, found
+
+
+@dataclass(frozen=True)
+class Part:
+    """What torch computes up to one quantizer.
+
+    Attributes:
+        name: Name of the integers in the graph.
+        place: Place of the quantizer, for messages.
+        integers: What torch has rounded to, in the type of the graph.
+        exact: What it has rounded, in the same units; float64.
+        largest: Largest difference between the graph's integers and `exact`.
+        is_on_grid: Whether the scale in the graph is the one that torch has rounded with.
+    """
+
+    name: str
+    place: str
+    integers: Array
+    exact: Array
+    largest: float
+    is_on_grid: bool
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A graph cut behind its quantizers.
+
+    Attributes:
+        serialized: The graph; it reads the integers behind each quantizer, and returns them after its own outputs.
+        parts: What torch computes, in the order of these outputs.
+    """
+
+    serialized: bytes
+    parts: tuple[Part, ...]
+
+    @property
+    def feeds(self) -> dict[str, Array]:
+        """The integers that torch computes with."""
+        return {part.name: part.integers for part in self.parts}
+
+    def departures(self, outputs: Sequence[Array]) -> list[tuple[str, float]]:
+        """Returns where the graph's integers are not those that torch rounds to: place, steps between them."""
+        found = []
+        for part, actual in zip(self.parts, outputs, strict=True):
+            if actual.shape != part.exact.shape or not part.is_on_grid:
+                found.append((part.place, math.inf))
+                continue
+            steps = float(np.abs(actual.astype(np.float64) - part.exact).max(initial=0.0))
+            if not steps <= part.largest:
+                found.append((part.place, steps))
+        return found
+
+
+def cut(serialized: bytes, quantizers: Sequence[Quantizer], model: nn.Module, inputs: Inputs) -> Cut | None:
+    """Cuts a graph behind its quantizers.
+
+    Args:
+        serialized: The graph.
+        quantizers: What `quantizers_of` has found in it.
+        model: A copy of the compressed model, in eval mode on the CPU.
+        inputs: The batch.
+
+    Returns:
+        None if there is nothing to cut, or a quantizer of the graph cannot be told from others.
+    """
+    names, recorded = recorded_activations(model, inputs)
+    left = [quantizer for quantizer in quantizers if quantizer.node.graph is not None]
+    nodes: dict[str, list[Quantizer]] = defaultdict(list)
+    for quantizer in left:
+        name = next((names[scope] for scope in reversed(quantizer.scopes) if scope in names), None)
+        if name is not None:
+            nodes[name].append(quantizer)
+    if not nodes or any(len(found) != len(recorded[name]) for name, found in nodes.items()):
+        return None
+    calls = {}
+    for name, found in nodes.items():
+        for number, (quantizer, call) in enumerate(zip(found, recorded[name], strict=True)):
+            calls[id(quantizer)] = _place(name, number if len(found) > 1 else None), call
+    parts = [_part(quantizer, *calls[id(quantizer)]) for quantizer in left if id(quantizer) in calls]
+    return Cut(_cut(serialized, {part.name: part.integers for part in parts}), tuple(parts))
+
+
+def _part(quantizer: Quantizer, place: str, call: Call) -> Part:
+    values = _in_steps(quantizer, call.returned)
+    limits = np.iinfo(quantizer.zero_point.dtype)
+    integers = np.clip(np.rint(values), limits.min, limits.max)
+    exact = _in_steps(quantizer, call.given)
+    exact = np.where(np.abs(exact - integers) <= _HALF, exact, integers)  # what is clipped to the ends of the grid
+    is_half = call.given.dtype in (torch.bfloat16, torch.float16)
+    return Part(
+        name=str(quantizer.node.outputs[0].name),
+        place=place,
+        integers=integers.astype(quantizer.zero_point.dtype),
+        exact=exact,
+        largest=_MOST_STEPS_OF_HALF if is_half else _MOST_STEPS,
+        is_on_grid=is_half or float(np.abs(values - integers).max(initial=0.0)) < _OFF_GRID,
+    )
+
+
+def _in_steps(quantizer: Quantizer, tensor: torch.Tensor) -> Array:
+    """Returns a tensor as multiples of the quantizer's scale, plus its zero point: float64."""
+    shape = [1] * tensor.ndim
+    if quantizer.scale.size > 1:
+        shape[quantizer.axis] = -1
+    scale, zero_point = (array.astype(np.float64).reshape(shape) for array in (quantizer.scale, quantizer.zero_point))
+    steps: Array = tensor.double().numpy() / scale + zero_point
+    return steps
+
+
+def _cut(serialized: bytes, feeds: Mapping[str, Array]) -> bytes:
+    import onnx  # noqa: PLC0415 - an extra
+
+    model = onnx.load_from_string(serialized)
+    graph = model.graph
+    for node in graph.node:
+        if node.output and node.output[0] in feeds:
+            node.output[0] += _MADE
+    described = [entry for entry in graph.value_info if entry.name not in feeds]
+    del graph.value_info[:]
+    graph.value_info.extend(described)
+    for name, array in feeds.items():
+        kind = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
+        shape = [None] * array.ndim
+        graph.input.append(onnx.helper.make_tensor_value_info(name, kind, shape))
+        graph.output.append(onnx.helper.make_tensor_value_info(name + _MADE, kind, shape))
+    result: bytes = model.SerializeToString()
+    return result
+
+
+def _place(name: str, number: int | None) -> str:
+    """Returns the place of a transform in words: the module, which of its tensors, and the number of the call."""
+    module, _, rest = name.partition(ACTIVATIONS_ATTRIBUTE)
+    which = rest.strip(".").partition(".")[0] + ("" if number is None else f", call {number}")
+    return f"'{module.rstrip('.') or 'the model'}' ({which})"
