@@ -61,7 +61,7 @@ def prepare() -> None:
     # Kernels compute the same as torch's operators, and compiling them for every process would take most of the time.
     os.environ.setdefault("COMPRESS_QUANTIZATION_KERNELS", "eager")
     define_missing_operators()
-    for name in ("transformers", "onnxscript", "torch.onnx"):
+    for name in ("transformers", "diffusers", "onnxscript", "torch.onnx"):
         logging.getLogger(name).setLevel(logging.ERROR)
     libraries.preload()
 

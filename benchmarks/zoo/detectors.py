@@ -12,10 +12,15 @@ from torch import nn
 from benchmarks.zoo.entries import Case, Entry
 
 _SMALL = {"min_size": 96, "max_size": 128}
+_FEW = {
+    **_SMALL,
+    "rpn_post_nms_top_n_train": 40,
+    "rpn_post_nms_top_n_test": 20,
+    "box_batch_size_per_image": 32,
+    "box_detections_per_img": 10,
+}
 _TORCHVISION: dict[str, dict[str, Any]] = {
-    "fasterrcnn_mobilenet_v3_large_320_fpn": _SMALL,
-    "maskrcnn_resnet50_fpn": _SMALL,
-    "keypointrcnn_resnet50_fpn": {**_SMALL, "num_classes": 2},
+    "fasterrcnn_mobilenet_v3_large_320_fpn": _FEW,
     "retinanet_resnet50_fpn": _SMALL,
     "fcos_resnet50_fpn": _SMALL,
     "ssdlite320_mobilenet_v3_large": {},
@@ -36,17 +41,11 @@ def _torchvision(name: str, options: dict[str, Any]) -> Case:
     model = make(**{"weights": None, "weights_backbone": None, "num_classes": 5, **options})
 
     def target() -> dict[str, torch.Tensor]:
-        found = {
+        return {
             "boxes": torch.tensor([[8.0, 8.0, 60.0, 70.0], [30.0, 20.0, 90.0, 80.0]]),
             "labels": torch.tensor([1, 1]),
             "image_id": torch.tensor([1]),
         }
-        if "mask" in name:
-            found["masks"] = torch.zeros(2, 96, 112, dtype=torch.uint8)
-            found["masks"][:, 20:60, 20:60] = 1
-        if "keypoint" in name:
-            found["keypoints"] = torch.cat([torch.rand(2, 17, 2) * 30 + 30, torch.ones(2, 17, 1)], 2)
-        return found
 
     def batch() -> Any:  # what collate_fn=lambda samples: tuple(zip(*samples)) gives
         return (torch.rand(3, 96, 112), torch.rand(3, 96, 112)), (target(), target())

@@ -112,18 +112,6 @@ def tensors(structure: Any) -> list[torch.Tensor]:
     return [tensor for part in parts for tensor in tensors(part)]
 
 
-# Library -> the module of this package that lists its models.
-LIBRARIES = {
-    "torchvision": "images",
-    "timm": "images",
-    "segmentation_models_pytorch": "images",
-    "pytorchcv": "images",
-    "ultralytics": "detectors",
-    "transformers": "language",
-    "diffusers": "volumes",
-    "monai": "volumes",
-    "own": "small",
-}
 _MODULES = ("small", "images", "detectors", "language", "sequences", "volumes")
 
 

@@ -127,7 +127,10 @@ def entries() -> Iterator[Entry]:
         yield Entry(name, "timm", kind, lambda n=name, s=size, o=options: _timm(n, s, o))  # type: ignore[misc]
     for name, options in _SMP.items():
         yield Entry(
-            f"smp.{name}", "segmentation_models_pytorch", "segmentation", lambda n=name, o=options: _smp(n, o)  # type: ignore[misc]
+            f"smp.{name}",
+            "segmentation_models_pytorch",
+            "segmentation",
+            lambda n=name, o=options: _smp(n, o),  # type: ignore[misc]
         )
     for name in _PYTORCHCV:
         yield Entry(name, "pytorchcv", _CNN, lambda n=name: _pytorchcv(n))  # type: ignore[misc]

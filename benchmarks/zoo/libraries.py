@@ -20,14 +20,25 @@ LIBRARIES = (
 )
 
 
+# What these libraries import when it is first used: forked processes then have it.
+_PARTS = {
+    "torchvision": ("torchvision.models.detection", "torchvision.models.segmentation"),
+    "ultralytics": ("ultralytics.nn.tasks",),
+    "transformers": ("transformers.modeling_utils", "transformers.models.bert.modeling_bert"),
+    "diffusers": ("diffusers.models.unets.unet_2d_condition", "diffusers.models.autoencoders.autoencoder_kl"),
+    "monai": ("monai.networks.nets", "monai.losses"),
+}
+
+
 def why_missing(library: str) -> str:
     """Returns why a library cannot be imported; empty if it can, and for `own`, which needs none."""
     if library == "own":
         return ""
     try:
-        importlib.import_module(library)
+        for module in (library, *_PARTS.get(library, ())):
+            importlib.import_module(module)
         if library == "torchvision":
-            _define_nms()
+            _replace_operators()
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return ""
@@ -49,20 +60,23 @@ def preload() -> None:
             importlib.import_module(module)
 
 
-def _define_nms() -> None:
-    """Gives detectors the suppression of overlapping boxes in Python, where torchvision comes without its operators."""
-    ops, extension = importlib.import_module("torchvision.ops.boxes"), importlib.import_module("torchvision.extension")
+def _replace_operators() -> None:
+    """Gives detectors operators in Python, where torchvision comes without its own."""
+    boxes, extension, align = (
+        importlib.import_module(f"torchvision.{name}") for name in ("ops.boxes", "extension", "ops.roi_align")
+    )
     if not extension._has_ops():
-        ops.nms = _nms
-        importlib.import_module("torchvision.ops").nms = _nms
+        boxes.nms = importlib.import_module("torchvision.ops").nms = _nms
+        align._roi_align = align._roi_align.__wrapped__  # not compiled, which takes minutes
 
 
 def _nms(boxes: torch.Tensor, scores: torch.Tensor, iou_threshold: float) -> torch.Tensor:
     """Returns the indices of boxes that no better box overlaps by more than the threshold, best first."""
-    order = scores.argsort(descending=True, stable=True).tolist()
-    ratios = importlib.import_module("torchvision.ops.boxes").box_iou(boxes, boxes)
-    kept: list[int] = []
-    for index in order:
-        if all(float(ratios[index, other]) <= iou_threshold for other in kept):
-            kept.append(index)
-    return torch.tensor(kept, dtype=torch.long, device=boxes.device)
+    order = scores.argsort(descending=True, stable=True)
+    box_iou = importlib.import_module("torchvision.ops.boxes").box_iou
+    kept: list[torch.Tensor] = []
+    while len(order):
+        kept.append(order[0])
+        overlaps = box_iou(boxes[order[:1]], boxes[order[1:]])[0]
+        order = order[1:][~(overlaps > iou_threshold)]
+    return torch.stack(kept) if kept else order

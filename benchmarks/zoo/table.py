@@ -26,7 +26,12 @@ def tables(results: Mapping[str, Any]) -> list[Table]:
         (name, *_counts([found[name] for found in results.values() if name in found])) for name in ALGORITHMS
     ]
     kinds = [
-        (kind, *_counts([found[n] for found in results.values() for n in ALGORITHMS if found["kind"] == kind and n in found]))
+        (
+            kind,
+            *_counts(
+                [found[n] for found in results.values() for n in ALGORITHMS if found["kind"] == kind and n in found]
+            ),
+        )
         for kind in KINDS
         if any(found["kind"] == kind for found in results.values())
     ]
@@ -44,7 +49,11 @@ def line(name: str, cell: Cell) -> str:
         known = f"a step takes {cell['step_seconds']:.2f} s" if "step_seconds" in cell else cell.get("error", "")
         return f"{name}: {known}" + (f", exports: {cell['exports']}" if "exports" in cell else "")
     parts = [f"{stage} {outcome['status']}" for stage, outcome in cell["stages"].items()]
-    bad = [f"\n      {o['status']}: {o['message'][:400]}" for o in cell["stages"].values() if o["status"] not in {"ok", "skipped"}]
+    bad = [
+        f"\n      {o['status']}: {o['message'][:400]}"
+        for o in cell["stages"].values()
+        if o["status"] not in {"ok", "skipped"}
+    ]
     return f"{name} ({cell['seconds']} s): {', '.join(parts)}" + "".join(bad)
 
 
