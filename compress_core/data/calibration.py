@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from compress_core.data.arguments import arguments_of, samples_in, suggestion
 from compress_core.data.forwards import running
 from compress_core.errors import DataError
 from compress_core.torch_internals import tree_leaves, tree_map
@@ -22,7 +22,8 @@ class InitArgs:
     """Data for initializers.
 
     Attributes:
-        data_loader: An iterable of batches: tensors, tuples or lists of (inputs, target), dicts of keyword arguments.
+        data_loader: An iterable of batches: tensors, tuples or lists of (inputs, target), dicts of keyword arguments or
+            with an entry such as `image`, (images, targets) of detectors.
         device: Device that batches are moved to; by default that of the model.
         forward_fn: `forward_fn(model, batch)`, for models that cannot be called with a batch directly.
     """
@@ -132,11 +133,13 @@ class CalibrationData:
                 self._forward(model, moved)
         except torch.OutOfMemoryError:
             raise
-        except (TypeError, RuntimeError, IndexError, NotImplementedError) as error:
-            # The errors that torch and Python raise for unsuitable arguments; all others come from the model itself.
+        except Exception as error:
+            if not self._is_unsuitable(error):
+                raise
             raise DataError(
-                f"{self._path}: the model failed on a calibration batch of {_described(batch)}: {error}. Give batches "
-                "that the model takes, or say how it takes them: forward_fn=lambda model, batch: model(...)"
+                f"{self._path}: the model failed on a calibration batch of {_described(batch)}: "
+                f"{_reason(error)}. Give batches that the model takes, or say how it takes them: "
+                f"register_default_init_args(config, loader, {suggestion(batch)})"
             ) from error
 
     def _forward(self, model: nn.Module, batch: Any) -> None:
@@ -147,50 +150,40 @@ class CalibrationData:
         args, kwargs = get_inputs(batch) if callable(get_inputs) else self._arguments(model, batch)
         model(*args, **kwargs)
 
+    def _is_unsuitable(self, error: Exception) -> bool:
+        """Returns whether an error may come from the arguments, which models check in as many ways as there are."""
+        if isinstance(error, DataError):
+            return False
+        guessed = self._args.forward_fn is None
+        return guessed or isinstance(error, (TypeError, RuntimeError, IndexError, NotImplementedError))
+
     def _size(self, batch: Any) -> int:
-        for leaf in tree_leaves(batch):
-            if isinstance(leaf, torch.Tensor):
-                return leaf.shape[0] if leaf.ndim else 1
-        raise DataError(
-            f"{self._path}: a batch of type {type(batch).__name__} holds no tensor; give the loader a collate function "
-            "that makes tensors"
-        )
+        size = samples_in(batch)
+        if size is None:
+            raise DataError(
+                f"{self._path}: a batch of type {type(batch).__name__} holds no tensor; give the loader a collate "
+                "function that makes tensors"
+            )
+        return size
 
     def _arguments(self, model: nn.Module, batch: Any) -> tuple[Sequence[Any], Mapping[str, Any]]:
-        if isinstance(batch, torch.Tensor):
-            return (batch,), {}
-        if isinstance(batch, Mapping):
-            return (), _accepted(model, batch)
-        if isinstance(batch, (tuple, list)) and batch:
-            inputs = _inputs_of(model, batch)
-            if len(inputs) == 1:
-                if isinstance(inputs[0], Mapping):
-                    return (), _accepted(model, inputs[0])
-                if isinstance(inputs[0], (tuple, list)):
-                    return tuple(inputs[0]), {}
-            return tuple(inputs), {}
-        raise DataError(
-            f"{self._path}: cannot tell how the model takes a batch of type {type(batch).__name__}; give "
-            "forward_fn=lambda model, batch: model(...)"
-        )
+        found = arguments_of(model, batch)
+        if found is None:
+            raise DataError(
+                f"{self._path}: cannot tell how the model takes a batch of type {type(batch).__name__}; give "
+                "forward_fn=lambda model, batch: model(...)"
+            )
+        return found
 
 
-def _inputs_of(model: nn.Module, batch: Sequence[Any]) -> Sequence[Any]:
-    """Removes the target from a batch: (inputs, target), or the arguments that forward needs, followed by targets."""
-    if isinstance(batch[0], (tuple, list, Mapping)):
-        return batch[:1]
-    required = sum(
-        parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
-        for parameter in inspect.signature(model.forward).parameters.values()
+def _reason(error: Exception) -> str:
+    """Returns what torch, Python or the model say, with the type where the words alone are none: KeyError: 'x'."""
+    words = str(error).strip().removesuffix(".")
+    return (
+        words
+        if isinstance(error, (TypeError, RuntimeError, ValueError)) and words
+        else f"{type(error).__name__}: {words}"
     )
-    return batch[: max(required, 1)]
-
-
-def _accepted(model: nn.Module, batch: Mapping[Any, Any]) -> dict[str, Any]:
-    parameters = inspect.signature(model.forward).parameters
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-        return {str(key): value for key, value in batch.items()}
-    return {str(key): value for key, value in batch.items() if key in parameters}
 
 
 def _described(batch: Any) -> str:
