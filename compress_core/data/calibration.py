@@ -134,7 +134,7 @@ class CalibrationData:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            if not self._is_unsuitable(error):
+            if not _may_be_unsuitable(error, guessed=self._args.forward_fn is None):
                 raise
             raise DataError(
                 f"{self._path}: the model failed on a calibration batch of {_described(batch)}: "
@@ -149,13 +149,6 @@ class CalibrationData:
         get_inputs = getattr(self._args.data_loader, "get_inputs", None)  # NNCF's PTInitializingDataLoader
         args, kwargs = get_inputs(batch) if callable(get_inputs) else self._arguments(model, batch)
         model(*args, **kwargs)
-
-    def _is_unsuitable(self, error: Exception) -> bool:
-        """Returns whether an error may come from the arguments, which models check in as many ways as there are."""
-        if isinstance(error, DataError):
-            return False
-        guessed = self._args.forward_fn is None
-        return guessed or isinstance(error, (TypeError, RuntimeError, IndexError, NotImplementedError))
 
     def _size(self, batch: Any) -> int:
         size = samples_in(batch)
@@ -174,6 +167,13 @@ class CalibrationData:
                 "forward_fn=lambda model, batch: model(...)"
             )
         return found
+
+
+def _may_be_unsuitable(error: Exception, *, guessed: bool) -> bool:
+    """Returns whether an error may come from the arguments; models check those that were guessed in their own ways."""
+    if isinstance(error, DataError):
+        return False
+    return guessed or isinstance(error, (TypeError, RuntimeError, IndexError, NotImplementedError))
 
 
 def _reason(error: Exception) -> str:
