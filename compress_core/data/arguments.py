@@ -101,7 +101,7 @@ def _input_key(batch: Mapping[Any, Any]) -> str | None:
 
 def _detection(batch: Sequence[Any]) -> tuple[list[Any], list[Any]] | None:
     """Returns the images and the targets of a batch of a detector: one tensor and one mapping for each image."""
-    if all(isinstance(sample, (tuple, list)) and len(sample) == 2 for sample in batch):
+    if batch and all(isinstance(sample, (tuple, list)) and len(sample) == 2 for sample in batch):
         pairs = [*zip(*batch, strict=True)]  # the samples as they are: collate_fn=lambda samples: samples
         if _is_images(pairs[0]) and _is_targets(pairs[1]):
             return list(pairs[0]), list(pairs[1])
