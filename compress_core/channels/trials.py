@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator, Sequence, Set
-from dataclasses import replace
+from collections.abc import Sequence, Set
 from typing import TypeAlias
 
 import torch
@@ -15,8 +14,8 @@ from compress_core.channels.algebra import Role
 from compress_core.channels.errors import ShrinkError
 from compress_core.channels.groups import ChannelGroup
 from compress_core.channels.proof import InputSpec, prove
-from compress_core.channels.shrinking import keeps_sizes, shrinkage
-from compress_core.transforms.base import ActivationTransform, WeightTransform
+from compress_core.channels.shrinking import shrinkage
+from compress_core.channels.sizes import sized_alike, with_sizes
 
 # A group, and the channels of it that are removed.
 Removal: TypeAlias = tuple[ChannelGroup, Set[int]]
@@ -46,13 +45,13 @@ def removable_groups(
         if error.reference:
             logger.warning("cannot check before training whether the model works with fewer channels: %s", error)
             break
-        culprit, before, reason = _culprit(model, good, specs, error)
-        sized = (with_sizes(model, culprit[0]), culprit[1])
+        culprit, before, error = _culprit(model, good, specs, error)
+        sized = (with_sizes(model, culprit[0], error.module), culprit[1])
         if sized[0].attributes != culprit[0].attributes and attempt(model, [*before, sized], specs) is None:
             # Other layers of the same class will need the same.
-            good = [(_like(model, group, sized[0]), channels) for group, channels in good]
+            good = [sized if pair is culprit else (sized_alike(model, pair[0], sized[0]), pair[1]) for pair in good]
         else:
-            broken.append((culprit[0], reason))
+            broken.append((culprit[0], str(error)))
             good = [pair for pair in good if pair is not culprit]
     return [group for group, _ in good], broken
 
@@ -67,11 +66,11 @@ def trial_of(groups: Sequence[ChannelGroup]) -> list[Removal]:
 
 def _culprit(
     model: nn.Module, removals: list[Removal], specs: Sequence[InputSpec], error: ShrinkError
-) -> tuple[Removal, list[Removal], str]:
+) -> tuple[Removal, list[Removal], ShrinkError]:
     """Bisects a failing list of groups.
 
     Returns:
-        The first group that cannot be pruned together with those before it, those before it, and the reason.
+        The first group that cannot be pruned together with those before it, those before it, and the error.
     """
     passing: list[Removal] = []
     while len(removals) > 1:
@@ -83,41 +82,7 @@ def _culprit(
             removals, error = half, found
     if passing:
         error = attempt(model, [*passing, *removals], specs) or error
-    return removals[0], passing, str(error)
-
-
-def with_sizes(model: nn.Module, group: ChannelGroup) -> ChannelGroup:
-    """Returns a group with the integer attributes of its layers that hold the number of its channels.
-
-    Layers of classes that torch has are left out, since their attributes are known, and so are attributes whose value
-    is the size of another dimension of the layer as well.
-    """
-    pairs: dict[tuple[str, str], None] = {}
-    inside = {(member.parameter, member.dim) for member in group.members if (member.channels >= 0).all()}
-    for name, dim in sorted(inside):
-        path = name.rpartition(".")[0]
-        module = model.get_submodule(path)
-        if keeps_sizes(module) or isinstance(module, (WeightTransform, ActivationTransform)):
-            continue
-        sizes = {(f"{path}.{own}" if path else own, d): n for own, t in _tensors(module) for d, n in enumerate(t.shape)}
-        others = {size for place, size in sizes.items() if place not in inside}
-        for attribute, value in vars(module).items():
-            if type(value) is int and value == sizes[name, dim] and value not in others:
-                pairs[path, attribute] = None
-    return replace(group, attributes=tuple(dict.fromkeys([*group.attributes, *pairs])))
-
-
-def _like(model: nn.Module, group: ChannelGroup, example: ChannelGroup) -> ChannelGroup:
-    """Returns a group with its sizes if it has an attribute of a class whose sizes the example needed."""
-    sized = with_sizes(model, group)
-    kinds = {(type(model.get_submodule(path)), attribute) for path, attribute in example.attributes}
-    alike = any((type(model.get_submodule(path)), attribute) in kinds for path, attribute in sized.attributes)
-    return sized if alike else group
-
-
-def _tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    yield from module.named_parameters(recurse=False)
-    yield from module.named_buffers(recurse=False)
+    return removals[0], passing, error
 
 
 def attempt(model: nn.Module, removals: Sequence[Removal], specs: Sequence[InputSpec]) -> ShrinkError | None:

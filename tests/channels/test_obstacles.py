@@ -311,3 +311,22 @@ def test_a_size_that_two_dimensions_share_is_not_guessed():
     (kept,), ((failed, reason),) = groups, broken
     assert {"1.weight.0", "1.weight.1"} <= {*slices(kept), *slices(failed)}
     assert "fails in '1'" in reason and "A size is written in its code" in reason
+
+
+class Checked(nn.Module):
+    """A block that knows the number of its channels and checks it, without tensors of its own."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.channels, self.conv = channels, nn.Conv2d(channels, channels + 2, 1)
+
+    def forward(self, x):
+        assert x.shape[1] == self.channels
+        return self.conv(x)
+
+
+def test_the_number_of_channels_that_a_block_checks_follows():
+    model = nn.Sequential(nn.Conv2d(3, 12, 1), Checked(12), nn.ReLU(), nn.Conv2d(14, 2, 1))
+    check_shrinking(model, normal(2, 3, 4, 4))
+    assert model[1].channels == model[0].out_channels < 12
+    assert model[3].in_channels < 14
