@@ -13,9 +13,10 @@ from torch import nn
 
 from compress_core.channels.shrinking import Shrinkage
 from compress_core.config import AlgorithmConfig, CompressionConfig, InitializerConfig, Section
-from compress_core.config.scopes import ScopeFilter
+from compress_core.config.scopes import ScopedModule, ScopeFilter
 from compress_core.contract.algorithm import Algorithm, Plan
 from compress_core.contract.ledger import Ledger
+from compress_core.contract.own_weights import as_tensors, own_weights, resumed_uses
 from compress_core.contract.services import BatchNormService, UncompressedService
 from compress_core.contract.stages import Stage
 from compress_core.data.calibration import (
@@ -27,6 +28,7 @@ from compress_core.data.rng import generators_of, preserved_rng
 from compress_core.errors import ConfigError, DataError, ModelError, Problem
 from compress_core.torch_internals import AnyBatchNorm
 from compress_core.trace import Example, Trace, TraceError, trace
+from compress_core.trace.weights import WeightUse
 from compress_core.transforms import bypass_transforms, transformed_weight
 from compress_core.transforms.layers import WeightTensor, weight_tensors
 
@@ -314,16 +316,19 @@ class Context:
             ModelError: A weight is computed by a hook or parametrization that is not ours.
         """
         path, config = self.section(algorithm)
-        tensors = weight_tensors(model, algorithm.name)
+        own = as_tensors(model, self.own_weights(model, algorithm))
+        tensors = [*weight_tensors(model, algorithm.name), *own]
         scopes = self.scope_filter(model, algorithm)
-        candidates = [name for tensor in tensors for name in tensor.module_names]
+        scopes.add({tensor.name: ScopedModule(tensor.name) for tensor in own})
+        candidates = [name for tensor in tensors for name in tensor.module_names] + [tensor.name for tensor in own]
         if config.validate_scopes:
             # A scope for all algorithms may also name a batch norm, which adaptation then skips.
             norms = [name for name, module in model.named_modules() if isinstance(module, AnyBatchNorm)]
             scopes.check(candidates, [*candidates, *norms], own_prefix=path)
         targets, skipped = [], {}
         for tensor in tensors:
-            reason = scopes.reason_to_skip(tensor.module_names) or tensor.untouchable or None
+            names = (tensor.name, *tensor.module_names)
+            reason = scopes.reason_to_skip(names) or tensor.untouchable or None
             if reason is None and tensor.parameter is None:
                 raise ModelError(
                     f"{path}: the weight '{tensor.name}' is computed by a parametrization or a hook (weight_norm, "
@@ -339,6 +344,16 @@ class Context:
             why = "every weight is excluded by a scope" if tensors else "the model has no layer with weights"
             raise ConfigError(f"finds nothing to compress: {why}. Change the scopes, or remove this section", path=path)
         return targets, skipped
+
+    def own_weights(self, model: nn.Module, algorithm: Algorithm) -> dict[str, WeightUse]:
+        """Returns the weights of layers of a user's own, by name: other modules' parameters that enter a product.
+
+        If the model has parameters that may be such weights, it is traced. Those with an `obstacle` cannot be changed.
+        """
+        if self.resuming:
+            saved = self.saved_plans.get(algorithm.name)
+            return {} if saved is None else resumed_uses(model, saved)
+        return own_weights(model, lambda: self.trace(model, self.section(algorithm)[0]))
 
     def plan_weights(self, model: nn.Module, algorithm: Algorithm) -> Plan:
         """Returns the plan to change every weight that the scopes allow; see `weight_targets`."""

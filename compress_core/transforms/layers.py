@@ -20,13 +20,13 @@ class WeightedLayer:
 
     Attributes:
         parameters: Names of the weights; one that is None on an instance is skipped.
-        output_dim: The dimension of the weights that has the output channels.
+        output_dim: The dimension of the weights that has the output channels; None if there is no such dimension.
         operator: Name of the operator in NNCF's node names, e.g. `conv2d`.
         ignored_algorithms: Algorithms that skip layers of this class.
     """
 
     parameters: tuple[str, ...] = ("weight",)
-    output_dim: int = 0
+    output_dim: int | None = 0
     operator: str = ""
     ignored_algorithms: frozenset[str] = frozenset()
 
@@ -150,3 +150,37 @@ def weight_tensors(model: nn.Module, algorithm: str) -> list[WeightTensor]:
             elif parameter_name not in module._parameters and hasattr(module, parameter_name):
                 tensors.append(WeightTensor(name, (module_name,), layer, None))
     return tensors
+
+
+def own_parameters(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Returns the parameters that may be weights of layers of a user's own, of which no class is known.
+
+    These are the floating parameters of two or more dimensions that no weighted layer lists, in the order of
+    `named_modules`. Only a trace tells which of them are weights.
+
+    Args:
+        model: The model; it is not changed.
+
+    Returns:
+        Dotted name -> dotted names of all modules that have the parameter.
+    """
+    known = {id(tensor.parameter) for tensor in weight_tensors(model, "")}
+    found = {}
+    for key, places in parameter_places(model).items():
+        module_name, module, name = places[0]
+        parameter = module._parameters[name]
+        path = f"{module_name}.{name}" if module_name else name
+        if parameter is None or key in known or not parameter.is_floating_point() or parameter.ndim < 2:
+            continue
+        if not _belongs_to_others(model, module_name):
+            found[path] = tuple(dict.fromkeys(owner for owner, _, _ in places))
+    return found
+
+
+def _belongs_to_others(model: nn.Module, module_name: str) -> bool:
+    """Returns whether a module holds parameters of transforms, or of a parametrized weight of a known layer."""
+    if {"weight_transforms", "activation_transforms"}.intersection(module_name.split(".")):
+        return True
+    owner, mark, parameter = f".{module_name}".rpartition(".parametrizations.")
+    layer = weighted_layer(type(model.get_submodule(owner[1:]))) if mark else None
+    return layer is not None and parameter in layer.parameters
