@@ -86,11 +86,12 @@ class Weights:
 
     Attributes:
         uses: Name of a parameter -> how it is used; only parameters that are weights.
-        values: For each forward in eval mode, the values that are computed from parameters and constants alone.
+        values: For each forward in eval mode, the values that are computed from parameters and constants alone, with
+            the names of these parameters.
     """
 
     uses: dict[str, WeightUse] = field(default_factory=dict)
-    values: list[set[ValueId]] = field(default_factory=list)
+    values: list[dict[ValueId, frozenset[str]]] = field(default_factory=list)
 
 
 def find_weights(trace: Forwards, *, probed: Iterable[str] = ()) -> Weights:
@@ -110,7 +111,7 @@ def find_weights(trace: Forwards, *, probed: Iterable[str] = ()) -> Weights:
             known = found.uses.get(use.name)
             found.uses[use.name] = use if known is None else _merged(known, use)
         if len(found.values) < len(trace.forwards):
-            found.values.append(set(search.origins))
+            found.values.append({value: frozenset(origins) for value, origins in search.origins.items()})
     return found
 
 

@@ -69,6 +69,7 @@ class MagnitudeSparsity(LevelAlgorithm):
         super().__init__(config)
         self._schedule: Schedule | None = None
         self._targets: tuple[str, ...] = ()
+        self._skipped: Mapping[str, str] = {}
         self._requested = 0.0
 
     def __getstate__(self) -> dict[str, Any]:
@@ -112,7 +113,7 @@ class MagnitudeSparsity(LevelAlgorithm):
     @hookimpl
     def compress_commit(self, model: nn.Module, plan: Plan) -> None:
         """Adds the masks, at the initial level."""
-        self._targets = plan.targets
+        self._targets, self._skipped = plan.targets, plan.skipped
         for name in self._targets:
             mask_weight(model, name, key=self.name)
         self._apply_level(self.config.sparsity_init)
@@ -149,7 +150,15 @@ class MagnitudeSparsity(LevelAlgorithm):
             mask, weight = self._mask(name).mask, raw_parameter(model, name)
             layers.append(LayerSparsity(name, tuple(weight.shape), weight.numel(), weight.numel() - _kept(mask)))
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        return MagnitudeSparsityStatistics(tuple(layers), parameters, self._requested, self.target_level, self._frozen)
+        return MagnitudeSparsityStatistics(
+            layers=tuple(layers),
+            model_parameters=parameters,
+            model_weights=sum(layer.weights for layer in layers) + sum(_size(model, name) for name in self._skipped),
+            skipped=self._skipped,
+            requested_level=self._requested,
+            target_level=self.target_level,
+            frozen=self._frozen,
+        )
 
     @hookimpl
     def compress_state(self) -> dict[str, Any]:
@@ -309,3 +318,10 @@ def _check(config: MagnitudeSparsityConfig) -> None:
 
 def _kept(mask: torch.Tensor) -> int:
     return int(torch.count_nonzero(mask))
+
+
+def _size(model: nn.Module, name: str) -> int:
+    """Returns the number of elements of a weight, which may be computed by a parametrization."""
+    module, _, attribute = name.rpartition(".")
+    weight: torch.Tensor = getattr(model.get_submodule(module), attribute)
+    return weight.numel()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -37,6 +38,8 @@ class MagnitudeSparsityStatistics(Statistics):
     Attributes:
         layers: The sparsity of each weight.
         model_parameters: Number of parameters of the whole model, including biases and norms.
+        model_weights: Number of elements of all its weights, including those that are not sparsified.
+        skipped: Name of a weight that is not sparsified -> the reason.
         requested_level: Level that was set last.
         target_level: Level at the end of the schedule.
         frozen: Whether the masks are frozen.
@@ -44,6 +47,8 @@ class MagnitudeSparsityStatistics(Statistics):
 
     layers: tuple[LayerSparsity, ...]
     model_parameters: int
+    model_weights: int
+    skipped: Mapping[str, str]
     requested_level: float
     target_level: float
     frozen: bool
@@ -55,36 +60,47 @@ class MagnitudeSparsityStatistics(Statistics):
         return sum(layer.zeros for layer in self.layers) / weights if weights else 0.0
 
     @property
+    def weights_sparsity_level(self) -> float:
+        """Share of all weights of the model that is masked."""
+        return sum(layer.zeros for layer in self.layers) / self.model_weights if self.model_weights else 0.0
+
+    @property
     def model_sparsity_level(self) -> float:
         """Share of all parameters of the model that is masked."""
         return sum(layer.zeros for layer in self.layers) / self.model_parameters if self.model_parameters else 0.0
 
     def tables(self) -> list[Table]:
-        """Returns a table of the model and a table of the layers."""
+        """Returns a table of the model, a table of the layers, and one of the weights that are left dense."""
         model = [
             ("level of the sparsified layers", self.sparsity_level),
+            ("level of all weights of the model", self.weights_sparsity_level),
             ("level of the whole model", self.model_sparsity_level),
             ("level set last", self.requested_level),
             ("target level", self.target_level),
             ("masks frozen", "yes" if self.frozen else "no"),
         ]
-        total = sum(layer.weights for layer in self.layers) or 1
+        total = self.model_weights or 1
         rows = [
             (layer.name, "x".join(map(str, layer.shape)), layer.level, 100 * layer.weights / total)
             for layer in self.layers
         ]
-        return [
+        tables = [
             Table("Magnitude sparsity: model", ("figure", "value"), model),
             Table("Magnitude sparsity: layers", ("weight", "shape", "level", "% of weights"), rows),
         ]
+        if self.skipped:
+            tables.append(Table("Magnitude sparsity: left dense", ("weight", "because"), list(self.skipped.items())))
+        return tables
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the figures and the layers as JSON-able values."""
         return {
             "sparsity_level": self.sparsity_level,
+            "weights_sparsity_level": self.weights_sparsity_level,
             "model_sparsity_level": self.model_sparsity_level,
             "requested_level": self.requested_level,
             "target_level": self.target_level,
             "frozen": self.frozen,
+            "skipped": dict(self.skipped),
             "layers": [{**asdict(layer), "shape": list(layer.shape), "level": layer.level} for layer in self.layers],
         }

@@ -104,7 +104,8 @@ class Quantization(Algorithm):
         scopes = context.scope_filter(model, self)
         profile = load_profile(context.config.root.target_device)
         trace = context.trace(model, path)
-        planner = Planner(model, trace, self.config, profile, scopes)
+        own = context.own_weights(model, self)
+        planner = Planner(model, trace, self.config, profile, scopes, own)
         if self.config.validate_scopes:
             scopes.check(planner.scope_candidates)
         found = planner.plan()

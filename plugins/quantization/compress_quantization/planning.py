@@ -10,8 +10,10 @@ from torch import nn
 
 from compress_core import ConfigError
 from compress_core.config.scopes import ScopedModule, ScopeFilter, scoped_modules
+from compress_core.contract.own_weights import as_tensors
 from compress_core.trace import Call, Trace
-from compress_core.transforms.layers import WeightedLayer, WeightTensor, weight_tensors
+from compress_core.trace.weights import WeightUse, find_weights
+from compress_core.transforms.layers import WeightTensor, own_parameters, weight_tensors
 from compress_core.transforms.places import ActivationPlace, CallInput, CallOutput, ModuleInput, Path
 from compress_quantization.calls import (
     call_key,
@@ -45,10 +47,17 @@ class Planner:
         config: The section.
         profile: The device.
         scopes: The scopes at the top level and of the section.
+        own_weights: The weights of layers of a user's own, from `Context.own_weights`; by default from the trace.
     """
 
     def __init__(
-        self, model: nn.Module, trace: Trace, config: QuantizationConfig, profile: Profile, scopes: ScopeFilter
+        self,
+        model: nn.Module,
+        trace: Trace,
+        config: QuantizationConfig,
+        profile: Profile,
+        scopes: ScopeFilter,
+        own_weights: Mapping[str, WeightUse] | None = None,
     ) -> None:
         self._model = model
         self._trace = trace
@@ -58,6 +67,13 @@ class Planner:
         self._names = {module.name: module for module in scoped_modules(model)}
         self._calls = call_names(trace, self._names)
         scopes.add({call_key(*key): name for key, name in self._calls.items()})
+        weights, own = find_weights(trace), own_parameters(model)
+        uses = weights.uses if own_weights is None else own_weights
+        self._own = as_tensors(model, {name: use for name, use in uses.items() if name in own})
+        self._own_names = {tensor.name: ScopedModule(tensor.name, (tensor.name,)) for tensor in self._own}
+        scopes.add(self._own_names)
+        # For each forward, the values that are made from weights, and the names of the weights with a quantizer.
+        self._made_of_weights, self._quantized = weights.values, frozenset[str]()
         self._by_name = QuantizersByName(scopes)
         self._reached = trace.reached
         self._stored_masks = stored_masks(model)
@@ -69,7 +85,8 @@ class Planner:
     @property
     def scope_candidates(self) -> list[str]:
         """Returns everything that scopes can match: modules, calls that are not modules, and quantizers."""
-        return [*self._names, *(call_key(*key) for key in self._calls), *self._by_name.entries.values()]
+        calls = (call_key(*key) for key in self._calls)
+        return [*self._names, *self._own_names, *calls, *self._by_name.entries.values()]
 
     def plan(self) -> QuantizationPlan:
         """Returns the plan.
@@ -78,6 +95,7 @@ class Planner:
             ConfigError: The device does not support what the config asks for, or a scope matches no quantizer.
         """
         weights = self._weights()
+        self._quantized = frozenset(weights)
         activations = self._activations()
         self._plan.quantizers = [*weights.values(), *activations]
         problems = self.resolver.dead_entries()
@@ -88,13 +106,15 @@ class Planner:
 
     def _potential(self, rules: Rules, activations: int) -> dict[str, int]:
         def demand(call: Call, path: Path) -> QuantizerSpec | None:
+            if self._is_weight(call, path):
+                return None
             position = path[0] if isinstance(path[0], int) else 0
             return QuantizerSpec() if self._profile.quantizes_input(kind_of(call.function), position) else None
 
         outputs = QuantizerSpec() if self._config.quantize_outputs else None
         rules = replace(rules, demand=demand, quantize_inputs=True, output_spec=outputs)
         everywhere = len(place_quantizers(self._trace, rules).quantizers)
-        weights = len(self._weight_tensors(weight_uses(self._trace)))
+        weights = len(self._weight_tensors())
         # If readers of a tensor disagree, it gets more than one quantizer.
         return {"weights": weights, "activations": max(everywhere, activations)}
 
@@ -104,7 +124,7 @@ class Planner:
         uses = weight_uses(self._trace)
         first = first_convolutions(self._trace)
         found = {}
-        for tensor in self._weight_tensors(uses):
+        for tensor in self._weight_tensors():
             call = uses.get(tensor.name)
             kind = _weight_kind(tensor, call)
             names = self._module_names(tensor.module_names)
@@ -130,18 +150,20 @@ class Planner:
             )
         return found
 
-    def _weight_tensors(self, uses: Mapping[str, Call]) -> list[WeightTensor]:
-        """Returns the weights of known layers, and other parameters that calls use as weights."""
-        tensors = weight_tensors(self._model, self._config.algorithm)
-        known = {tensor.name for tensor in tensors}
-        parameters = dict(self._model.named_parameters())
-        for name in uses:
-            if name in parameters and name not in known:
-                tensors.append(WeightTensor(name, (name.rpartition(".")[0],), WeightedLayer(), parameters[name]))
-        return tensors
+    def _weight_tensors(self) -> list[WeightTensor]:
+        """Returns the weights of known layers, and those of layers of the user's own."""
+        return [*weight_tensors(self._model, self._config.algorithm), *self._own]
+
+    def _is_weight(self, call: Call, path: Path) -> bool:
+        """Returns whether an argument is made from a weight that has a quantizer, by a transform of it or in a view."""
+        if call.transforms_weight:
+            return True
+        number, _ = self._key(call)
+        made = next((value for where, value in call.inputs if where == path), -1)
+        return not self._quantized.isdisjoint(self._made_of_weights[number].get(made, ()))
 
     def _reason_to_skip_weight(self, tensor: WeightTensor, call: Call | None, place: QuantizerPlace) -> str | None:
-        reason = self._scopes.reason_to_skip(tensor.module_names) or tensor.untouchable
+        reason = self._scopes.reason_to_skip((tensor.name, *tensor.module_names)) or tensor.untouchable
         if reason:
             return reason
         if tensor.parameter is None:
@@ -209,7 +231,7 @@ class Planner:
         return next((f"ignored by {path}" for path in paths if path), None)
 
     def _demand(self, call: Call, path: Path) -> QuantizerSpec | None:
-        if call.transforms_weight:
+        if self._is_weight(call, path):
             return None
         kind = kind_of(call.function)
         position = path[0] if isinstance(path[0], int) else 0
@@ -295,7 +317,7 @@ def _weight_kind(tensor: WeightTensor, call: Call | None) -> str:
     return kind if kind in LINEAR_KINDS - {"matmul"} else "linear"
 
 
-def _output_dim(tensor: WeightTensor, kind: str, groups: int) -> int:
+def _output_dim(tensor: WeightTensor, kind: str, groups: int) -> int | None:
     """Returns the dimension of the output channels, or a dimension of which each output channel uses one entry."""
     if not kind.startswith("conv_transpose"):
         return tensor.layer.output_dim
