@@ -12,14 +12,8 @@ from compress_core.channels.costs import Costs, operation_costs, parameter_costs
 from compress_core.channels.errors import ShrinkError
 from compress_core.channels.groups import ChannelGroup, ChannelGroups, Member, channel_groups
 from compress_core.channels.heads import channel_groups_of_heads
-from compress_core.channels.proof import (
-    Certificate,
-    InputSpec,
-    batch_size,
-    input_specs,
-    prove,
-    random_arguments,
-)
+from compress_core.channels.inputs import InputSpec, batch_size, example_arguments, input_specs
+from compress_core.channels.proof import Certificate, prove
 from compress_core.channels.rules import Step
 from compress_core.channels.shrink_model import (
     apply_all_or_nothing,
@@ -52,13 +46,13 @@ __all__ = [
     "channel_groups",
     "channel_groups_of_heads",
     "check_optimizer",
+    "example_arguments",
     "input_specs",
     "load_compressed_model",
     "operation_costs",
     "parameter_costs",
     "planned_shrinkage",
     "prove",
-    "random_arguments",
     "removable_groups",
     "shrink_model",
     "shrink_optimizer",

@@ -12,7 +12,7 @@ class ShrinkError(ModelError):
 
     Attributes:
         module: Dotted name of the first module where the problem shows.
-        reference: Whether already the masked model failed on the random inputs.
+        reference: Whether already the masked model failed on the inputs.
     """
 
     def __init__(self, message: str, module: str = "", *, reference: bool = False) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 from torch import nn
 
 from compress_core.channels.groups import ChannelGroup, ChannelGroups, channel_groups
-from compress_core.channels.proof import InputSpec
+from compress_core.channels.inputs import InputSpec
 from compress_core.channels.trials import attempt, trial_of
 from compress_core.trace.tracer import Trace
 

@@ -14,7 +14,8 @@ from torch.optim.swa_utils import AveragedModel
 from compress_core.channels.algebra import Role
 from compress_core.channels.following import declared_tensors
 from compress_core.channels.groups import ChannelGroup, Member, channel_groups
-from compress_core.channels.proof import Certificate, InputSpec, prove, random_arguments
+from compress_core.channels.inputs import InputSpec, example_arguments
+from compress_core.channels.proof import Certificate, prove
 from compress_core.channels.shrinking import Shrinkage, shrinkage
 from compress_core.errors import StateError, UsageError
 from compress_core.trace import Example, trace
@@ -111,7 +112,7 @@ def _with_activation_transforms(
     if not declared:
         return list(groups)
     device = next((parameter.device for parameter in model.parameters()), None)
-    args, kwargs = random_arguments(specs, device, None, small=False)
+    args, kwargs = example_arguments(specs, device, None, small=False)
     with bypass_transforms(model, WeightChain):
         whole_heads = frozenset(name for group in groups for name in group.whole_heads)
         algebra = channel_groups(trace(model, Example.of(*args, **kwargs)), whole_heads).algebra

@@ -13,7 +13,8 @@ from torch import nn
 from compress_core.channels.algebra import Role
 from compress_core.channels.errors import ShrinkError
 from compress_core.channels.groups import ChannelGroup
-from compress_core.channels.proof import InputSpec, prove
+from compress_core.channels.inputs import InputSpec
+from compress_core.channels.proof import prove
 from compress_core.channels.shrinking import shrinkage
 from compress_core.channels.sizes import sized_alike, with_sizes
 

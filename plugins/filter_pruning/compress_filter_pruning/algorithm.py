@@ -97,7 +97,9 @@ class FilterPruning(LevelAlgorithm):
             if target.parameter is not None and not bool(target.parameter.isfinite().all()):
                 raise ModelError(f"the weight '{target.name}' holds NaN or infinity; repair it before compression")
         trace = context.trace(model, path)
-        found = make_plan(model, trace, self.config.params, [target.name for target in targets], excluded)
+        device = next((parameter.device for parameter in model.parameters()), None)
+        example = context.example(path, device)
+        found = make_plan(model, trace, self.config.params, [target.name for target in targets], excluded, example)
         if not found.groups:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in list(found.skipped.items())[:3])
             raise ConfigError(f"finds no channels that can be pruned ({reasons}); remove this section")

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from compress_core.channels import ChannelGroup, InputSpec, random_arguments, shrink_model
+from compress_core.channels import ChannelGroup, InputSpec, example_arguments, shrink_model
 from compress_core.data.rng import preserved_rng
 from compress_core.transforms import bake_transforms
 from compress_filter_pruning.statistics import Latency
@@ -21,7 +21,7 @@ _WARM_UP = 3
 def measured_latency(
     model: nn.Module, groups: Sequence[tuple[ChannelGroup, set[int]]], specs: Sequence[InputSpec], rounds: int
 ) -> Latency:
-    """Measures copies of a model alternately, on random inputs of the traced shapes.
+    """Measures copies of a model alternately, on inputs of the traced shapes.
 
     Args:
         model: The masked model; it is not changed.
@@ -37,7 +37,7 @@ def measured_latency(
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     times: list[list[float]] = [[], []]
     with preserved_rng(), torch.no_grad():
-        args, kwargs = random_arguments(specs, device, None, small=False)
+        args, kwargs = example_arguments(specs, device, None, small=False)
         for number in range(rounds + _WARM_UP):
             for entry, found in zip((masked, shrunk), times, strict=True):
                 _finish(device)

@@ -22,7 +22,7 @@ from compress_core.channels import (
     removable_groups,
 )
 from compress_core.torch_internals import AnyConv, AnyConvTranspose
-from compress_core.trace import Trace
+from compress_core.trace import Example, Trace
 from compress_core.trace.graph import ForwardTrace, Operator, Ref
 from compress_filter_pruning.config import FilterPruningParams
 from compress_filter_pruning.groups import PruningGroup
@@ -65,6 +65,7 @@ def make_plan(
     params: FilterPruningParams,
     targets: Iterable[str],
     excluded: Mapping[str, str],
+    example: Example | None = None,
 ) -> PruningPlan:
     """Chooses the groups that can be pruned.
 
@@ -74,8 +75,9 @@ def make_plan(
         params: The settings.
         targets: Names of the weights that the scopes allow.
         excluded: Name of a weight that the scopes exclude -> the reason.
+        example: Inputs for comparing the model with smaller ones; random ones by default.
     """
-    specs = input_specs(trace.forwards[0])
+    specs = input_specs(trace.forwards[0], model, example)
     found = channel_groups_of_heads(model, trace, specs)
     rules = _Rules(model, trace, params, set(targets), excluded)
     candidates, skipped = [], dict(excluded)
