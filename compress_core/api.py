@@ -23,6 +23,7 @@ from compress_core.data.calibration import (
 from compress_core.errors import ModelError
 from compress_core.registry import default_registry
 from compress_core.session.controller import CompressionController
+from compress_core.session.finite import check_finite
 from compress_core.session.guard import ModelGuard, all_or_nothing
 from compress_core.session.lifecycle import Lifecycle
 from compress_core.session.state import SavedState, check_plan, checked_state
@@ -111,6 +112,9 @@ def _create(
     lifecycle.close_ledger()
     with guard.without_traces():
         lifecycle.initialize(model)
+        batch = lifecycle.context.example_batch("compression")
+        if batch is not None:
+            check_finite(model, batch, bypassable=lifecycle.context.bypassable)
     uncompressed.end_of_creation()
     controller.created()
     return controller

@@ -235,7 +235,7 @@ class Context:
 
     def _trace(self, model: nn.Module, path: str) -> Trace:
         infos = [info for info in self.config.root.input_info if info.sample_size is not None]
-        batch = self._example_batch(path)
+        batch = self.example_batch(path)
         if not infos and batch is None:
             raise DataError(
                 f"{path}: needs to trace the model, and there is no example input. Add input_info to the "
@@ -263,7 +263,7 @@ class Context:
         Raises:
             DataError: There is neither data nor `input_info`.
         """
-        batch = self._example_batch(path)
+        batch = self.example_batch(path)
         if batch is not None:
             return batch
         infos = [info for info in self.config.root.input_info if info.sample_size is not None]
@@ -275,7 +275,12 @@ class Context:
             )
         return Example.from_input_info(infos, device)
 
-    def _example_batch(self, path: str) -> Example | None:
+    def example_batch(self, path: str) -> Example | None:
+        """Returns a batch of the user's data; None if there is none, or only an iterator.
+
+        Args:
+            path: The caller, for messages.
+        """
         source = self._registered_data(QuantizationRangeInitArgs) if self._init_loader is None else self._init_loader
         if source is None:
             return None

@@ -7,6 +7,7 @@ import logging
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from compress_core import (
@@ -57,13 +58,17 @@ def test_input_range_is_that_of_mixed_min_max():
 
 
 def test_what_no_input_reaches_has_no_samples():
-    class Biased(Small):
-        def forward(self, x):
-            distances = torch.arange(36.0, device=x.device).view(6, 6)
-            return self.fc((self.conv(x) + distances).flatten(1))
+    class Queries(Small):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("queries", torch.linspace(-35, 1, 144).view(4, 36))
 
-    controller, _ = create(Biased(), images(8).split(4))
-    assert controller.non_weight_quantizers["model/torch.arange#0|OUTPUT"].scale.item() == 35
+        def forward(self, x):
+            tokens = self.conv(x).flatten(2)
+            return self.fc(F.scaled_dot_product_attention((-self.queries)[None], tokens, tokens).flatten(1))
+
+    controller, _ = create(Queries(), images(8).split(4))
+    assert controller.non_weight_quantizers["model/torch.Tensor.neg#0|OUTPUT"].scale.item() == 35
 
 
 def test_ranges_are_measured_with_quantized_weights_and_unquantized_activations():
