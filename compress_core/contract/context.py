@@ -358,7 +358,8 @@ class Context:
         if self.resuming:
             saved = self.saved_plans.get(algorithm.name)
             return {} if saved is None else resumed_uses(model, saved)
-        return own_weights(model, lambda: self.trace(model, self.section(algorithm)[0]))
+        # Not `trace`, which would leave out the transforms that show what reaches the model's products.
+        return own_weights(model, lambda: self._trace(model, self.section(algorithm)[0]))
 
     def plan_weights(self, model: nn.Module, algorithm: Algorithm) -> Plan:
         """Returns the plan to change every weight that the scopes allow; see `weight_targets`."""
