@@ -119,7 +119,7 @@ def add(model, transform, name="2.weight"):
         # The channels that go have the largest scores: without them others would be chosen.
         mask = getattr(get_weight_transform(model, name, "filter_pruning"), "mask", torch.ones(()))
         with torch.no_grad():
-            transform.scores.add_(~mask)
+            transform.scores.add_(mask == 0)
     return transform
 
 

@@ -69,7 +69,10 @@ from tests.config.document_helpers import message, section
             ),
             ["compression.magnitude_sparsity.params.multistep_sparsity_levels: has 2 levels for 2 steps"],
         ),
-        (section(sparsity_init=0.7), ["params.sparsity_target: sparsity_target 0.5 is below sparsity_init 0.7"]),
+        (
+            section(sparsity_init=0.7, params={"sparsity_target": 0.5}),
+            ["params.sparsity_target: sparsity_target 0.5 is below sparsity_init 0.7"],
+        ),
         (section(params={"patience": 2}), ["params.patience: the value 2 can have no effect", "unused_values"]),
         (
             section(ignored_scopes=["conv9"]),
