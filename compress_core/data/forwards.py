@@ -144,8 +144,8 @@ def without_traces(
 ) -> Iterator[None]:
     """Context manager that restores on exit what forwards of the model have changed in the user's objects.
 
-    That is: attributes of modules, containers and objects in them, class attributes, closures, global variables, caches,
-    and values of buffers and parameters. Running statistics of batch norm are not touched, and neither are transforms
+    That is: attributes of modules, containers and objects in them, class attributes, closures, global variables,
+    caches, and values of buffers and parameters. Running statistics of batch norm are not touched, and neither are transforms
     and tensors that are written to between the forwards.
 
     Args:

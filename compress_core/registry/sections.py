@@ -94,14 +94,13 @@ def _with_shared_initializers(
         for key, contribution in initializers.items()
     }
     section: type[InitializerSection] = create_model(f"{config.__name__}Initializer", __base__=own, **shared)
-    cls: Any = create_model(
+    made: type[AlgorithmConfig] = create_model(
         config.__name__,
         __base__=config,
         __doc__=config.__doc__,
         initializer=(section, Field(default_factory=section, description=field.description)),
     )
-    cls.__reduce__ = _reduce
-    made: type[AlgorithmConfig] = cls
+    made.__reduce__ = _reduce  # type: ignore[method-assign, assignment]
     return made
 
 

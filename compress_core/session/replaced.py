@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import nn
 
@@ -18,10 +18,13 @@ logger = logging.getLogger(__name__)
 
 NAME = "replaced_layers"
 
+# (name of the layer, place in the layer, key of the transform)
+_Place: TypeAlias = tuple[str, str, str]
+
 
 @dataclass(frozen=True)
 class ReplacedLayers(Statistics):
-    """Transforms that are no longer in the model, because the user has replaced or removed their layers.
+    """Layers that have lost their transforms, because the user has replaced or removed them.
 
     Attributes:
         layers: Dotted name of a layer -> the algorithms whose transforms it had.
@@ -54,17 +57,19 @@ class TransformPlaces:
     def replaced(self) -> dict[str, list[str]]:
         """Returns the layers that have lost transforms, with the keys of these; logs a warning for new ones.
 
+        A layer that was replaced by another one that is in the model already has lost its own transforms, too.
+
         Raises:
             UsageError: A layer was moved: it is still compressed, but no algorithm finds it under its new name.
         """
         now = _places(self._model)
-        lost, added = self._places - now, now - self._places
-        moved = {(where, key): layer for layer, where, key in added}
+        lost = (self._places.keys() - now.keys()) | self._merged(now)
+        moved = {(where, key): layer for layer, where, key in now.keys() - self._places.keys()}
         for layer, where, key in sorted(lost):
             if (where, key) in moved:
                 raise UsageError(
-                    f"'{layer}' was moved to '{moved[where, key]}' after create_compressed_model, and '{key}' finds its "
-                    "transforms by name. Move it back, or arrange the model first and compress it then"
+                    f"'{layer}' was moved to '{moved[where, key]}' after create_compressed_model, and '{key}' finds "
+                    "its transforms by name. Move it back, or arrange the model first and compress it then"
                 )
         found: dict[str, list[str]] = {}
         for layer, _, key in sorted(lost):
@@ -73,12 +78,18 @@ class TransformPlaces:
         if new := sorted(found.keys() - self._said):
             self._said.update(new)
             logger.warning(
-                "%d layers were replaced or removed after create_compressed_model, such as %s: what is there now is not "
-                "compressed; controller.statistics() lists them",
+                "%d layers were replaced or removed after create_compressed_model, such as %s: they have lost their "
+                "transforms, and a new layer is not compressed; controller.statistics() lists them",
                 len(new),
                 new[:3],
             )
         return found
+
+    def _merged(self, now: dict[_Place, int]) -> set[_Place]:
+        """Returns the places that had transforms of their own and now have that of another place."""
+        first: dict[int, int] = {}
+        places = [place for place in self._places if place in now]
+        return {place for place in places if first.setdefault(now[place], self._places[place]) != self._places[place]}
 
     def refuse(self, what: str) -> None:
         """Raises UsageError if layers were replaced, because `what` describes the model as it was created."""
@@ -90,13 +101,15 @@ class TransformPlaces:
             )
 
 
-def _places(model: nn.Module) -> set[tuple[str, str, str]]:
-    """Returns (name of the layer, place in the layer, key of the transform) of each transform at each of its places."""
-    found = set()
+def _places(model: nn.Module) -> dict[_Place, int]:
+    """Returns where transforms are, with a number that is the same for all places of one transform."""
+    found: dict[_Place, int] = {}
+    numbers: dict[int, int] = {}
     for name, chain in model.named_modules(remove_duplicate=False):
         if isinstance(chain, TransformChain):
             parts = name.split(".")
             at = max(i for i, part in enumerate(parts) if part in (TRANSFORMS_ATTRIBUTE, ACTIVATIONS_ATTRIBUTE))
             layer, where = ".".join(parts[:at]), ".".join(parts[at:])
-            found.update((layer, where, key) for key, _ in chain.named_children())
+            for key, transform in chain._modules.items():
+                found[layer, where, key] = numbers.setdefault(id(transform), len(numbers))
     return found

@@ -51,13 +51,13 @@ class TransformChain(nn.Module):
 
     def discard(self, key: str) -> None:
         """Removes the transform `key` from the chain."""
-        count_chains(self._modules[key], -1)
+        count_chains(self.get_submodule(key), -1)
         del self._modules[key]
         del self._stages[key]
 
     def replace(self, key: str, transform: nn.Module) -> None:
         """Puts another transform in the place of the transform `key`."""
-        count_chains(self._modules[key], -1)
+        count_chains(self.get_submodule(key), -1)
         self._modules[key] = transform.train(self.training)
         count_chains(transform, 1)
 
@@ -147,8 +147,8 @@ class TransformContainer(nn.Module):
     """The chains of one module, by name.
 
     A `state_dict` without any key of any transform (that of the plain FP32 model) loads strictly and does not change
-    the transforms. One that has only some of the transforms, or some keys of one, is incomplete, and torch refuses it as
-    usual. A transform that is at several places needs to be there for one of them.
+    the transforms. One that has only some of the transforms, or some keys of one, is incomplete, and torch refuses
+    it as usual. A transform that is at several places needs to be there for one of them.
     """
 
     def _load_from_state_dict(

@@ -114,8 +114,8 @@ class Awaited:
             self.said = True
             logger.warning(
                 "this model was built from a compression state, and no checkpoint has filled %d of its %d transforms, "
-                "such as %s: their values (ranges, masks) are not those of the training, so its outputs are wrong. Call "
-                "model.load_state_dict() with the state_dict of the compressed model, not with that of the plain one",
+                "such as %s: their values (ranges, masks) are not those of the training, so its outputs are wrong. "
+                "Call model.load_state_dict() with the state_dict of the compressed model, not with that of the plain one",
                 len(waiting),
                 len(self.transforms),
                 waiting[:3],

@@ -186,7 +186,7 @@ def _restore_tensor(saved: SavedTensor) -> None:
 
 
 def memory_of(tensor: torch.Tensor) -> tuple[int, torch.Size | None]:
-    """Returns the address and the shape of a tensor, which change with `tensor.data = ...`; (0, None) without memory."""
+    """Returns the address and the shape of a tensor, which `tensor.data = ...` changes; (0, None) without memory."""
     try:
         return tensor.data_ptr(), tensor.shape
     except RuntimeError:  # sparse, nested, or a subclass without storage

@@ -1,7 +1,7 @@
 """Batch-norm adaptation as a user meets it: what it touches, when it runs, how it is repeated."""
 
-import itertools
 import copy
+import itertools
 import json
 import logging
 

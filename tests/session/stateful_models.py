@@ -239,7 +239,7 @@ class ClassAttribute(Base):
 
 class GlobalVariables(Base):
     def remember(self, y):
-        global _calls  # noqa: PLW0603
+        global _calls
         _calls += 1
         _tables[_calls] = y.detach()
 

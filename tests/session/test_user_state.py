@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from compress_core import create_compressed_model, hookimpl, register_default_init_args
+from compress_core import create_compressed_model, register_default_init_args
 from compress_core.torch_internals import tree_leaves
 from tests.session.stateful_models import KINDS, RUN_BEFORE
 

@@ -50,7 +50,7 @@ def shared():
 
 
 def test_a_transform_at_several_places_is_saved_once():
-    model, transform, handles = shared()
+    model, _, handles = shared()
     names = [name for name in model.state_dict() if name.endswith("factor")]
     assert names == ["0.activation_transforms.output.scale.factor"]
     assert len(model[1].state_dict()) == 3  # by itself it is saved with what it needs
@@ -103,7 +103,7 @@ def test_all_or_none_of_the_transforms(sections):
         with pytest.raises(RuntimeError, match=rf"(?s)Missing key.*{missing}\."):
             model.load_state_dict(part)
         assert set(model.load_state_dict(part, strict=False).missing_keys) == saved.keys() - part.keys()
-    with pytest.raises(RuntimeError, match="Unexpected key.*extra"):
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*extra"):
         model.load_state_dict(saved | {"extra": torch.ones(1)})
     model.load_state_dict(saved)
 

@@ -69,7 +69,7 @@ class FrozenSlots:
     values: dict = field(default_factory=dict)
 
 
-Pair = namedtuple("Pair", "left right")  # noqa: PYI024
+Pair = namedtuple("Pair", "left right")
 
 # Each with how to read it, and how a forward or an algorithm may change it.
 KINDS = {

@@ -301,6 +301,7 @@ class FilterPruning(LevelAlgorithm):
     @property
     def _active(self) -> Pruner:
         assert self._pruner is not None, "the algorithm has not been committed"
+        self._pruner.check_makers()
         return self._pruner
 
     def _apply(self, level: float) -> None:

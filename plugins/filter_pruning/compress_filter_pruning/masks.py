@@ -57,7 +57,9 @@ def write_masks(model: nn.Module, entries: _Entries, gone: Sequence[Iterable[int
     """
     numbers = [np.fromiter(channels, np.int64) for channels in gone]
     for name, members in entries.items():
-        transform = cast("WeightMask", get_weight_transform(model, name, key))
+        transform = cast("WeightMask | None", get_weight_transform(model, name, key))
+        if transform is None:  # a layer that reads the channels has been replaced since; what it reads is zero
+            continue
         mask = torch.ones_like(transform.mask)
         for number, member in members:
             lost = np.flatnonzero(np.isin(member.channels, numbers[number]))

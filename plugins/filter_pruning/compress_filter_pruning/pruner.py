@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from compress_core import UsageError
 from compress_core.channels import (
     Certificate,
     ChannelGroup,
+    Member,
     Shrinkage,
     averaged_module,
     check_optimizer,
@@ -19,7 +21,7 @@ from compress_core.channels import (
     shrink_model,
     shrink_optimizer,
 )
-from compress_core.transforms import raw_parameter
+from compress_core.transforms import get_weight_transform, raw_parameter
 from compress_core.transforms.snapshot import ModelSnapshot
 from compress_filter_pruning.config import FilterPruningParams
 from compress_filter_pruning.groups import PruningGroup
@@ -122,8 +124,41 @@ class Pruner:
     # Removal.
 
     def pairs(self) -> list[tuple[ChannelGroup, set[int]]]:
-        """Returns the groups with the channels that are masked."""
-        return [(group.channels, set(gone)) for group, gone in zip(self.groups, self.gone, strict=True)]
+        """Returns the groups with the channels that are masked, without tensors of layers that are gone.
+
+        Raises:
+            UsageError: A layer that has the channels was replaced by one that does not have them.
+        """
+        sizes = {name: t.shape for name, t in (*self.model.named_parameters(), *self.model.named_buffers())}
+        pairs = []
+        for group, gone in zip(self.groups, self.gone, strict=True):
+            members = tuple(m for m in group.channels.members if not gone or self._is_there(m, sizes))
+            pairs.append((replace(group.channels, members=members), set(gone)))
+        return pairs
+
+    def check_makers(self) -> None:
+        """Raises UsageError if a layer that makes pruned channels was replaced or removed, and its mask is gone."""
+        makers = {member.parameter for group in self.groups for member in group.makers}
+        lost = [name for name in makers if get_weight_transform(self.model, name, self._key) is None]
+        gone = sorted(name.rpartition(".")[0] for name in lost)
+        if gone:
+            raise UsageError(
+                f"the layers {gone[:3]} have channels that are pruned, and were replaced or removed after "
+                "create_compressed_model. Put them back; or replace layers first, and compress the model then"
+            )
+
+    def _is_there(self, member: Member, sizes: Mapping[str, torch.Size]) -> bool:
+        shape = sizes.get(member.parameter, torch.Size())
+        if len(shape) > member.dim and shape[member.dim] == len(member.channels):
+            return True
+        layer = member.parameter.rpartition(".")[0]
+        if any(name == layer for name, _ in self.model.named_modules(remove_duplicate=False)):
+            raise UsageError(
+                f"the layer '{layer}' was replaced after create_compressed_model, and channels that it reads or has "
+                f"are to be removed: dimension {member.dim} of '{member.parameter}' would have to have the size "
+                f"{len(member.channels)}. Put it back; or replace layers first, and compress the model then"
+            )
+        return False
 
     def strip(self, model: nn.Module) -> None:
         """Removes the masked channels from a model, usually a copy of `self.model`.

@@ -270,8 +270,10 @@ class MagnitudeSparsity(LevelAlgorithm):
 
     @property
     def _present(self) -> tuple[str, ...]:
-        """The targets that still have their mask: the user may replace or remove a layer, and the new one is plain."""
-        return tuple(name for name in self._targets if get_weight_transform(self.model, name, self.name) is not None)
+        """The targets that still have a mask of their own: the user may replace or remove layers, or share one."""
+        masks = {name: get_weight_transform(self.model, name, self.name) for name in self._targets}
+        first = {id(mask): name for name, mask in reversed(masks.items())}
+        return tuple(name for name, mask in masks.items() if mask is not None and first[id(mask)] == name)
 
     def _mask(self, name: str) -> WeightMask:
         return cast("WeightMask", get_weight_transform(self.model, name, self.name))

@@ -267,9 +267,13 @@ class Quantization(Algorithm):
 
     @property
     def _present(self) -> list[tuple[PlannedQuantizer, FakeQuantize]]:
-        """The quantizers that are in the model: the user may replace or remove a layer, and the new one is plain."""
-        found = [(planned, find_quantizer(self.model, planned, self.name)) for planned in self._planned]
-        return [(planned, module) for planned, module in found if module is not None]
+        """The quantizers that are in the model, each once: the user may replace or remove layers, or share one."""
+        found: dict[int, tuple[PlannedQuantizer, FakeQuantize]] = {}
+        for planned in self._planned:
+            module = find_quantizer(self.model, planned, self.name)
+            if module is not None:
+                found.setdefault(id(module), (planned, module))
+        return list(found.values())
 
     def _resumed_plan(self, model: nn.Module, context: Context) -> Plan:
         plan = context.saved_plans[self.name]
