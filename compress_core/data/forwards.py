@@ -145,8 +145,8 @@ def without_traces(
     """Context manager that restores on exit what forwards of the model have changed in the user's objects.
 
     That is: attributes of modules, containers and objects in them, class attributes, closures, global variables,
-    caches, and values of buffers and parameters. Running statistics of batch norm are not touched, and neither are transforms
-    and tensors that are written to between the forwards.
+    caches, and values of buffers and parameters. Running statistics of batch norm are not touched, and neither are
+    transforms and tensors that are written to between the forwards.
 
     Args:
         model: The model.

@@ -250,8 +250,9 @@ class Forwards:
     """Several forwards of one model.
 
     Attributes:
-        forwards: Forwards in eval mode, one for each example.
-        training: Forwards in training mode, one for each example; None for a forward that failed.
+        forwards: Forwards in eval mode, one for each example; two if what the first one left in the model leads the
+            next one to other calls.
+        training: The same in training mode; None for a forward that failed.
         modules: Dotted name -> class name of every module of the model.
     """
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from compress_core.data.rng import preserved_rng
 from compress_core.torch_internals import storage_identity, version_of
+from compress_core.transforms.containers import SavedContainer
 from compress_core.transforms.python_state import PythonState
 from compress_core.transforms.snapshot import StructureSnapshot
 
@@ -25,6 +26,7 @@ class Untouched:
     def __init__(self, model: nn.Module, *, values: bool) -> None:
         self._model = model
         self._values = values
+        self._kept: list[PythonState | SavedContainer] = []
         self._copies: dict[int, tuple[torch.Tensor, torch.Tensor, int | None]] = {}
         self._by_storage: dict[int, list[torch.Tensor]] = {}
         self._stack = contextlib.ExitStack()
@@ -34,6 +36,7 @@ class Untouched:
             stack.enter_context(preserved_rng())
             structure = StructureSnapshot(self._model)
             state = PythonState(self._model)
+            self._kept = [state, *(SavedContainer(module._buffers) for module in self._model.modules())]
             modes = [(m, m.training) for m in self._model.modules() if isinstance(m, torch.jit.ScriptModule)]
             data = self._watch([tensor for _, tensor in state.tensors])
             for buffer in self._model.buffers():
@@ -49,6 +52,10 @@ class Untouched:
         self._stack.close()
         self._copies.clear()
         self._by_storage.clear()
+
+    def state_has_changed(self) -> bool:
+        """Returns whether the forward has left something in the user's objects, on which the next one may depend."""
+        return not all(kept.is_same() for kept in self._kept)
 
     def before_write(self, tensor: torch.Tensor) -> None:
         """Keeps a copy of a tensor that is about to be written to, if it belongs to the model."""

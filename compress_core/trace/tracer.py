@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import logging
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,7 +74,8 @@ def trace(model: nn.Module, examples: Any, *, training: bool = False) -> Trace:
         training: Whether to record a forward in training mode as well.
 
     Returns:
-        The trace, one forward for each example.
+        The trace, one forward for each example; two where the second forward makes other calls than the first, because
+        the first one has left something in the model (a cached table, for example).
 
     Raises:
         TraceError: The model fails on an example.
@@ -82,10 +83,10 @@ def trace(model: nn.Module, examples: Any, *, training: bool = False) -> Trace:
     _refuse_what_cannot_be_traced(model)
     found = Trace([], modules={name: type(module).__name__ for name, module in model.named_modules()})
     for example in examples_of(examples):
-        found.forwards.append(_forward(model, example, training=False))
+        found.forwards += _forward(model, example, training=False)
         if training:
             try:
-                found.training.append(_forward(model, example, training=True))
+                found.training += _forward(model, example, training=True)
             except TraceError as error:
                 # For example batch norm, which refuses a single value for each channel.
                 logger.debug("no trace in training mode: %s", error)
@@ -108,7 +109,7 @@ def _refuse_what_cannot_be_traced(model: nn.Module) -> None:
         raise TraceError(f"the parameter '{lazy}' is lazy and not initialized: do one forward before tracing")
 
 
-def _forward(model: nn.Module, example: Example, *, training: bool) -> ForwardTrace:
+def _forward(model: nn.Module, example: Example, *, training: bool) -> list[ForwardTrace]:
     try:
         return _record(model, example, fake=True, training=training)
     except Exception as error:
@@ -136,7 +137,7 @@ def _place(model: nn.Module, error: BaseException) -> str:
     return f" in {found}" if found else ""
 
 
-def _record(model: nn.Module, example: Example, *, fake: bool, training: bool) -> ForwardTrace:
+def _record(model: nn.Module, example: Example, *, fake: bool, training: bool) -> list[ForwardTrace]:
     with contextlib.ExitStack() as stack:
         untouched = stack.enter_context(Untouched(model, values=not fake))
         if training:
@@ -144,10 +145,32 @@ def _record(model: nn.Module, example: Example, *, fake: bool, training: bool) -
         else:
             stack.enter_context(evaluating(model))
         mode = _fake_mode_of(model) if fake else None
-        recorder = Recorder(model, training=training, fake=mode, before_write=None if fake else untouched.before_write)
-        stack.callback(recorder.close)
         stack.enter_context(torch.no_grad())
         stack.enter_context(_eager())
+        before_write = None if fake else untouched.before_write
+        found = [_record_once(model, example, mode, before_write, training=training)]
+        if untouched.state_has_changed():
+            try:
+                again = _record_once(model, example, mode, before_write, training=training)
+            except Exception as error:
+                logger.debug("the model does not run twice on %s: %s", example.source, error)
+                return found
+            if _calls(again) != _calls(found[0]):
+                found.append(again)
+    return found
+
+
+def _record_once(
+    model: nn.Module,
+    example: Example,
+    mode: FakeTensorMode | None,
+    before_write: Callable[[torch.Tensor], None] | None,
+    *,
+    training: bool,
+) -> ForwardTrace:
+    with contextlib.ExitStack() as stack:
+        recorder = Recorder(model, training=training, fake=mode, before_write=before_write)
+        stack.callback(recorder.close)
         batch = _batch_for(model, example.batch, mode)
         if mode is not None:
             stack.enter_context(mode)
@@ -158,6 +181,10 @@ def _record(model: nn.Module, example: Example, *, fake: bool, training: bool) -
     if not recorder.trace.module_calls:
         raise TraceError("the model was not called: its hooks have not run. Call model(...), not model.forward(...)")
     return recorder.trace
+
+
+def _calls(forward: ForwardTrace) -> list[tuple[object, ...]]:
+    return [(call.function, call.frames, call.location) for call in forward.calls]
 
 
 def _fake_mode_of(model: nn.Module) -> FakeTensorMode:

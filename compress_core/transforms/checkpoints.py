@@ -115,7 +115,7 @@ class Awaited:
             logger.warning(
                 "this model was built from a compression state, and no checkpoint has filled %d of its %d transforms, "
                 "such as %s: their values (ranges, masks) are not those of the training, so its outputs are wrong. "
-                "Call model.load_state_dict() with the state_dict of the compressed model, not with that of the plain one",
+                "Call model.load_state_dict() with the state_dict of the compressed model, not that of the plain one",
                 len(waiting),
                 len(self.transforms),
                 waiting[:3],

@@ -151,6 +151,9 @@ class Pruner:
         shape = sizes.get(member.parameter, torch.Size())
         if len(shape) > member.dim and shape[member.dim] == len(member.channels):
             return True
+        names = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
+        if member.parameter not in sizes and member.parameter in names:
+            return False  # the layer has become one with another one, which has the same member
         layer = member.parameter.rpartition(".")[0]
         if any(name == layer for name, _ in self.model.named_modules(remove_duplicate=False)):
             raise UsageError(

@@ -100,7 +100,7 @@ def _computed_in(dtype: torch.dtype) -> torch.dtype:
 def replace_by_native(model: nn.Module, planned: PlannedQuantizer, key: str) -> None:
     """Replaces an activation quantizer by torch's own operator, or removes it if it is off."""
     quantizer = find_quantizer(model, planned, key)
-    if quantizer is None:
+    if not isinstance(quantizer, FakeQuantize):  # replaced by the user, or by us at another name of a shared layer
         return
     native = NativeFakeQuantize(quantizer)
     for handle in activation_transforms(model):
