@@ -7,7 +7,7 @@ import copy
 import logging
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -65,24 +65,30 @@ class Certificate:
         return cls(**{**saved, "inputs": tuple(tuple(shape) for shape in saved["inputs"])})
 
 
-def prove(model: nn.Module, shrinkage: Shrinkage, specs: Sequence[InputSpec]) -> Certificate:
+def prove(
+    model: nn.Module,
+    shrinkage: Shrinkage,
+    specs: Sequence[InputSpec],
+    mask: Callable[[nn.Module], None] | None = None,
+) -> Certificate:
     """Shrinks a copy of a model, with its transforms in place, and compares its outputs with those of the model.
 
     Args:
         model: The model; it is not changed. The channels to remove must be masked.
         shrinkage: Which indices of its tensors stay.
         specs: The inputs of its forward.
+        mask: Masks the channels in a copy, if they are not masked in the model.
 
     Raises:
         ShrinkError: The shrunk model fails or computes something else.
     """
     with preserved_rng(), torch.no_grad():
         try:
-            return _prove(model, shrinkage, specs, torch.float64)
+            return _prove(model, shrinkage, specs, torch.float64, mask)
         except _ReferenceError as error:
             logger.debug("comparing in the model's own dtype, because it does not run in float64: %s", error)
         try:
-            return _prove(model, shrinkage, specs, None)
+            return _prove(model, shrinkage, specs, None, mask)
         except _ReferenceError as error:
             raise ShrinkError(
                 f"the model does not run on inputs like those it was traced with: {error}", reference=True
@@ -94,13 +100,17 @@ class _ReferenceError(Exception):
 
 
 def _prove(
-    model: nn.Module, shrinkage: Shrinkage, specs: Sequence[InputSpec], dtype: torch.dtype | None
+    model: nn.Module,
+    shrinkage: Shrinkage,
+    specs: Sequence[InputSpec],
+    dtype: torch.dtype | None,
+    mask: Callable[[nn.Module], None] | None,
 ) -> Certificate:
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     # The smaller model first, and converted to float64 only when it is small, so there is at most one large copy.
-    shrunk = _without_dropout(model)
+    shrunk = _copy_to_compare(model, mask)
     shrinkage.apply(shrunk)
-    reference = _without_dropout(model)
+    reference = _copy_to_compare(model, mask)
     # Decisions are made in the model's own dtype, as in the other copy: float64 could decide near-ties differently.
     freeze_decisions(reference, shrinkage.kept)
     if dtype is not None:
@@ -123,8 +133,10 @@ def _prove(
     return Certificate(eval_difference, train_difference, name, tuple(spec.shape for spec in specs))
 
 
-def _without_dropout(model: nn.Module) -> nn.Module:
+def _copy_to_compare(model: nn.Module, mask: Callable[[nn.Module], None] | None) -> nn.Module:
     copied = copy.deepcopy(model)
+    if mask is not None:
+        mask(copied)
     for module in copied.modules():
         if isinstance(module, (nn.MultiheadAttention, nn.RNNBase)):
             module.dropout = 0.0
@@ -183,7 +195,8 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _difference(expected: torch.Tensor, actual: torch.Tensor | None) -> float:
+def _difference(expected: torch.Tensor, actual: torch.Tensor | None, least: float = 0.0) -> float:
+    """Returns the largest difference in units of the largest value, or of `least` if that is larger."""
     if actual is None or expected.shape != actual.shape:
         return math.inf
     if not expected.is_floating_point():
@@ -193,17 +206,20 @@ def _difference(expected: torch.Tensor, actual: torch.Tensor | None) -> float:
     same = expected == actual  # equal infinities, such as masked scores, differ by NaN otherwise
     error = torch.where(same, 0.0, (expected - actual).abs())
     finite = expected[expected.isfinite()]
-    scale = float(finite.abs().max()) if finite.numel() else 1.0
+    scale = max(float(finite.abs().max()), least) if finite.numel() else 1.0
     largest = float(error.nan_to_num(nan=math.inf, posinf=math.inf).max())
     return largest / scale if scale > 0 else largest
 
 
 def _buffer_difference(reference: nn.Module, shrunk: nn.Module, shrinkage: Shrinkage) -> float:
     found = 0.0
-    smaller = dict(shrunk.named_buffers())
-    for name, buffer in reference.named_buffers():
+    buffers, smaller = dict(reference.named_buffers()), dict(shrunk.named_buffers())
+    for name, buffer in buffers.items():
         expected = shrinkage.slice(name, buffer) if name in shrinkage.kept else buffer
-        found = max(found, _difference(expected, smaller.get(name)))
+        # The mean of what another batch norm has centred is zero up to rounding, which goes with the size of values.
+        variance = buffers.get(f"{name.removesuffix('running_mean')}running_var")
+        least = 0.0 if variance is None or not variance.numel() else float(variance.max().sqrt())
+        found = max(found, _difference(expected, smaller.get(name), least))
     if not found <= TOLERANCE:
         raise ShrinkError(f"running statistics of the model with fewer channels differ by {found:.2g}")
     return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Sequence, Set
 from typing import TypeAlias
@@ -88,18 +87,18 @@ def _culprit(
 
 def attempt(model: nn.Module, removals: Sequence[Removal], specs: Sequence[InputSpec]) -> ShrinkError | None:
     """Removes channels of groups from a copy of a model; returns why that does not work, or None."""
-    masked = copy.deepcopy(model)
-    parameters = dict(masked.named_parameters())
-    with torch.no_grad():
-        for group, channels in removals:
-            for member in group.members:
-                if member.role != Role.OTHER and member.parameter in parameters:
-                    gone = [index for index, channel in enumerate(member.channels.tolist()) if channel in channels]
-                    parameters[member.parameter].index_fill_(
-                        member.dim, torch.tensor(gone, device=parameters[member.parameter].device), 0
-                    )
     try:
-        prove(masked, shrinkage(masked, removals), specs)
+        prove(model, shrinkage(model, removals), specs, lambda copied: _mask(copied, removals))
     except ShrinkError as error:
         return error
     return None
+
+
+def _mask(model: nn.Module, removals: Sequence[Removal]) -> None:
+    parameters = dict(model.named_parameters())
+    for group, channels in removals:
+        for member in group.members:
+            if member.role != Role.OTHER and member.parameter in parameters:
+                gone = [index for index, channel in enumerate(member.channels.tolist()) if channel in channels]
+                parameter = parameters[member.parameter]
+                parameter.index_fill_(member.dim, torch.tensor(gone, device=parameter.device), 0)

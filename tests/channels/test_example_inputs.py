@@ -188,3 +188,23 @@ def test_a_model_without_ties_is_compared_as_it_is(monkeypatch):
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 1), nn.Softmax(1))
     (good, broken), _ = pruned(model, input=normal(2, 3, 5, 5))
     assert len(good) == 1 and not broken
+
+
+def test_running_means_that_are_zero_but_for_rounding():
+    torch.manual_seed(0)
+    # What a batch norm has centred is still centred after a convolution without bias, as in MobileNetV2.
+    layers = [nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Conv2d(8, 24, 1, bias=False), nn.BatchNorm2d(24)]
+    (good, broken), _ = pruned(nn.Sequential(*layers, nn.ReLU(), nn.Conv2d(24, 4, 1)), input=normal(4, 3, 6, 6))
+    assert [group.size for group in good] == [8, 24] and not broken
+
+
+def test_running_means_that_differ_are_refused():
+    class Wrong(nn.Sequential):
+        def forward(self, x):
+            hidden = self[1](self[0](x) + (self[0].out_channels if self.training else 0))
+            return self[2](hidden)
+
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1)
+    (good, broken), _ = pruned(Wrong(*layers), x=normal(4, 3, 6, 6))
+    assert not good and "running statistics" in broken[0][1]
