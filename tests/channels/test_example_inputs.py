@@ -193,9 +193,10 @@ def test_a_model_without_ties_is_compared_as_it_is(monkeypatch):
 def test_running_means_that_are_zero_but_for_rounding():
     torch.manual_seed(0)
     # What a batch norm has centred is still centred after a convolution without bias, as in MobileNetV2.
-    layers = [nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Conv2d(8, 24, 1, bias=False), nn.BatchNorm2d(24)]
-    (good, broken), _ = pruned(nn.Sequential(*layers, nn.ReLU(), nn.Conv2d(24, 4, 1)), input=normal(4, 3, 6, 6))
-    assert [group.size for group in good] == [8, 24] and not broken
+    layers = [nn.Conv2d(3, 160, 3, padding=1), nn.BatchNorm2d(160), nn.Conv2d(160, 320, 1, bias=False)]
+    layers += [nn.BatchNorm2d(320), nn.ReLU(), nn.Conv2d(320, 4, 1)]
+    (good, broken), _ = pruned(nn.Sequential(*layers), input=normal(4, 3, 1, 1))
+    assert [group.size for group in good] == [160, 320] and not broken
 
 
 def test_running_means_that_differ_are_refused():
