@@ -30,6 +30,7 @@ from compress_core.export.references import references_of
 from compress_core.session.batch_norm import BatchNorm
 from compress_core.session.batch_recorder import BatchRecorder, remove_recorders
 from compress_core.session.lifecycle import Lifecycle
+from compress_core.session.model_copies import copy_of, take_decisions
 from compress_core.session.replaced import NAME as REPLACED_LAYERS
 from compress_core.session.replaced import ReplacedLayers, TransformPlaces
 from compress_core.session.scheduler import CompressionScheduler
@@ -215,20 +216,29 @@ class CompressionController:
             {"scheduler": self.scheduler.get_state(), "initializers": reports},
         )
 
-    def strip(self, do_copy: bool = True) -> nn.Module:
+    def strip(self, do_copy: bool = True, model: nn.Module | None = None) -> nn.Module:
         """Returns a plain model that computes the same, with transforms baked into its weights.
 
         Args:
             do_copy: Whether to work on a copy. Otherwise this model itself becomes plain, and the controller can no
                 longer be used.
+            model: A copy of the compressed model with other weights, such as an average (`ema.module`), to strip in
+                place of the compressed model. What is not learned (masks, which quantizers are on) is taken from the
+                compressed model, because averages do not follow it.
+
+        Raises:
+            UsageError: `model` is no copy of the compressed model.
         """
         lifecycle = self._inspected
-        model = copy.deepcopy(self.model) if do_copy else self.model
-        lifecycle.strip(model)
-        bake_transforms(model)
-        remove_recorders(model)
-        self._stripped = not do_copy
-        return model
+        source = self.model if model is None else copy_of(self.model, model)
+        stripped = copy.deepcopy(source) if do_copy else source
+        if source is not self.model:
+            take_decisions(stripped, self.model)
+        lifecycle.strip(stripped)
+        bake_transforms(stripped)
+        remove_recorders(stripped)
+        self._stripped = not do_copy and source is self.model
+        return stripped
 
     def export_onnx(
         self,
