@@ -240,7 +240,8 @@ def keeps_sizes(module: nn.Module) -> bool:
 
 
 def _update_of(module: nn.Module) -> Callable[[Any], None] | None:
-    return next((update for cls, update in _UPDATES.items() if isinstance(module, cls)), None)
+    named = _update_named if any(name in vars(module) for pair in _PAIRS for name in pair) else None
+    return next((update for cls, update in _UPDATES.items() if isinstance(module, cls)), named)
 
 
 def _shape(module: Any, *names: str) -> tuple[int, ...]:
@@ -291,6 +292,19 @@ def _update_embedding(module: Any) -> None:
 
 def _update_prelu(module: Any) -> None:
     (module.num_parameters,) = _shape(module, "weight")
+
+
+# What linear layers of libraries call the sizes of their weight, in the order of its dimensions; nx and nf are GPT-2's.
+_PAIRS = (("nx", "nf"), ("out_features", "in_features"), ("out_channels", "in_channels"))
+
+
+def _update_named(module: Any) -> None:
+    """Updates the sizes of a layer by their usual names; the proof finds it if they mean something else."""
+    shape = _shape(module, "weight")
+    for names in _PAIRS if len(shape) == 2 else ():
+        for name, size in zip(names, shape, strict=True):
+            if type(vars(module).get(name)) is int:
+                setattr(module, name, size)
 
 
 _UPDATES: dict[type[nn.Module], Callable[[Any], None]] = {

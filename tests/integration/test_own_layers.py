@@ -200,3 +200,37 @@ def test_tied_weights_of_own_layers_have_one_mask():
     x = data()[0][0]
     assert torch.equal(model.own.weight, model.twin.weight)
     assert torch.equal(controller.strip()(x), model(x))
+
+
+class Decoder(nn.Module):
+    """The MLPs of GPT-2: the inner dimension can be pruned, the residual one is normalized."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(8, 16), nn.LayerNorm(16), nn.Linear(16, 4)
+        self.up, self.down = Conv1D(16, 32), Conv1D(32, 16)
+
+    def forward(self, x):
+        x = self.first(x)
+        return self.last(x + self.down(F.gelu(self.up(self.norm(x)))))
+
+
+@pytest.mark.parametrize(
+    ("make", "pruned"),
+    [(Decoder, {"up.weight"}), (Own, {"first.weight", "own.weight", "experts.up", "experts.down.0", "experts.down.1"})],
+)
+def test_channels_of_own_layers_are_pruned(make, pruned):
+    torch.manual_seed(0)
+    section = {"algorithm": "filter_pruning", "pruning_init": 0.5, "params": {"multiple_of": 1}}
+    config = {"input_info": {"sample_size": [4, 8]}, "compression": section}
+    controller, model = create_compressed_model(make().eval(), config)
+    statistics = controller.statistics().filter_pruning
+    assert {layer.name for layer in statistics.layers} == pruned
+    assert {*statistics.skipped, *pruned} == {name for name, p in model.named_parameters() if p.ndim > 1} - {"position"}
+    x, stripped = data()[0][0], controller.strip()
+    assert torch.allclose(stripped(x), model(x), atol=1e-5)
+    smaller, full = (sum(p.numel() for p in m.parameters()) for m in (stripped, model))
+    assert smaller == statistics.current_parameters < full == statistics.full_parameters
+    if make is Decoder:
+        assert stripped.up.nf == 16
+        assert stripped.up.weight.shape == (16, 16)

@@ -76,7 +76,7 @@ def test_quantizers_that_are_on_are_on_in_the_average():
     assert not torch.equal(plain[0].weight, raw_parameter(average, "0.weight"))
     # The scales are averages too, of provisional and measured ones.
     scale = get_weight_transform(average, "0.weight", "quantization").grid().scale
-    levels = plain[0].weight / scale
+    levels = plain[0].weight / scale.view(-1, 1)
     assert torch.allclose(levels, levels.round(), atol=1e-3)
 
 
