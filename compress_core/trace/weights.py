@@ -8,6 +8,7 @@ it is a reason not to compress it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
@@ -209,6 +210,8 @@ class _Search:
         def made(value: ValueId) -> _Origins:
             found: _Origins = {}
             for source in dict.fromkeys(operator.inputs):
+                if base in _SCALED and math.prod(shapes[source]) < math.prod(shapes[value]):
+                    continue  # a factor for each channel is no weight
                 for name, origin in self.origins.get(source, {}).items():
                     step = _moved(operator, base, origin, shapes[source], shapes[value])
                     found[name] = (

@@ -65,6 +65,19 @@ def test_weights_that_are_joined_keep_their_dimensions():
 @pytest.mark.parametrize(
     "function",
     [
+        lambda m, x: F.linear(x, m.v * m.g),
+        lambda m, x: F.linear(x, m.g * m.v / m.v.norm(dim=1, keepdim=True)),
+        lambda m, x: F.linear(x, torch._weight_norm(m.v, m.g, 0)),
+    ],
+)
+def test_factors_of_a_weight_are_no_weights(function):
+    (use,) = uses(function, v=(5, 8), g=(5, 1)).values()
+    assert (use.name, use.channel_dim, use.obstacle) == ("v", 0, "")
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
         lambda m, x: x + m.w,
         lambda m, x: x * m.w,
         lambda m, x: torch.cat([x, m.w]) @ x.T,  # a token
