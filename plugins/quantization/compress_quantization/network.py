@@ -22,7 +22,6 @@ from compress_quantization.operators import (
     is_periodic,
     is_position_argument,
     is_sensitive,
-    is_transparent,
     kind_of,
     reads_values,
 )
@@ -43,7 +42,7 @@ class Network:
     Attributes:
         origins: What the values are computed from.
         outside: Numbers of the calls that are not part of the network.
-        following: Those that only compare, or compute a loss. They demand no quantized argument, but read the tensor as
+        following: Those that only compare, compute a loss or give the code a number for a branch. They demand no quantized argument, but read the tensor as
             the network does.
     """
 
@@ -75,10 +74,12 @@ class Network:
         return value not in self.origins.constants and len(self._forward.values[value].shape) > 0
 
     def quantizes_argument(self, call: Call, value: ValueId) -> bool:
-        """Returns whether an argument of a call in the network can be quantized.
+        """Returns whether a call is part of the network, and can read this argument quantized.
 
         The range of a constant or a number in an example proves nothing. Only products need both factors on a grid.
         """
+        if call.index in self.outside:
+            return False
         if not self.origins.is_fixed(value):
             return True
         return kind_of(call.function) in _PRODUCTS and value not in self.origins.loose
@@ -166,14 +167,10 @@ class Network:
     def _follows(self, call: Call) -> bool:
         if kind_of(call.function) == "compare":
             return True
-        if not self._lost.isdisjoint(call.results) and not self._leads_on(call):
-            return True
+        if any(value in self._feeding or value in self._returned for value in call.results):
+            return False
         readers = [number for value in call.results for number, _ in self._consumers[value]]
-        return is_transparent(call) and bool(readers) and self.following.issuperset(readers)
-
-    def _leads_on(self, call: Call) -> bool:
-        """Returns whether a call leads to a weighted operator or to an output that is no loss."""
-        return any(value in self._feeding or value in self._returned for value in call.results)
+        return not self._lost.isdisjoint(call.results) or self.following.issuperset(readers)
 
     def _is_exact(self, value: ValueId) -> bool:
         """Returns whether all readers of a value need it exactly, or are not part of the network."""

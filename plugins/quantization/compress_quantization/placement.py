@@ -260,15 +260,14 @@ class _Propagation:
 
     def _ask(self, call: Call, path: Path, value: ValueId) -> _Ask:
         reader = (call.index, path)
-        left_alone = call.index in self._fused or call.index in self._network.outside
-        if left_alone or reads_mask(call, self._masks):
+        if call.index in self._fused or reads_mask(call, self._masks):
             return _Ask(None, reader)
         if kind_of(call.function) == "concat":
             return self._concat(call, reader)
         if is_transparent(call):
             return self._transparent(call, reader) if path[0] in (0, "input", "self") else _Ask(None, reader)
-        can_be = is_data_argument(call, path) and self._network.quantizes_argument(call, value)
-        spec = self._rules.demand(call, path) if can_be else None
+        is_operand = is_data_argument(call, path) and self._network.quantizes_argument(call, value)
+        spec = self._rules.demand(call, path) if is_operand else None
         if spec is not None:
             self._demands[reader] = spec
         return _Ask(spec, reader, modules=[call.module])
