@@ -42,8 +42,8 @@ class Network:
     Attributes:
         origins: What the values are computed from.
         outside: Numbers of the calls that are not part of the network.
-        following: Those that only compare, compute a loss or give the code a number for a branch. They demand no quantized argument, but read the tensor as
-            the network does.
+        following: Those that only compare, compute a loss, or give the code a number to branch on. They demand nothing,
+            but read a tensor as the network does.
     """
 
     def __init__(self, forward: ForwardTrace) -> None:
