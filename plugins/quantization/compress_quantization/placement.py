@@ -23,6 +23,7 @@ from compress_core.transforms.places import ActivationPlace, Path
 from compress_quantization.fusing import fused_calls
 from compress_quantization.masks import masks_of, reads_mask
 from compress_quantization.network import Network
+from compress_quantization.normalizing import reads_inside_normalizations
 from compress_quantization.operators import is_data_argument, is_transparent, kind_of, reads_values
 from compress_quantization.quantizer_config import QuantizerSpec
 from compress_quantization.unifying import DisjointSets, ServedInput, Unified, Unifier
@@ -177,6 +178,7 @@ class _Propagation:
         self._network = Network(forward)
         self._constants = self._network.origins.constants
         self._fused = fused_calls(forward, self._constants)
+        self._inside = reads_inside_normalizations(forward, self._constants)
         self._masks = masks_of(forward, rules.stored_masks)
         # Values that are quantized for all readers, and values that are quantized for some readers.
         self._whole: dict[ValueId, _Wish] = {}
@@ -225,7 +227,8 @@ class _Propagation:
 
     def _settle(self, value: ValueId) -> None:
         calls = self._forward.calls
-        readers = [(index, path) for index, path in self._consumers[value] if self._reads(index, path)]
+        found = [(index, path) for index, path in self._consumers[value] if self._reads(index, path)]
+        readers = [(index, path) for index, path in found if (index, value) not in self._inside]
         asks = [self._ask(calls[index], path, value) for index, path in readers]
         outputs = self._forward.values[value].outputs
         output_spec = self._rules.output_spec if self._network.quantizes_output(value) else None
