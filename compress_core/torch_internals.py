@@ -29,12 +29,14 @@ from torch import nn
 from torch._C._dynamo import eval_frame as _eval_frame
 from torch._subclasses import fake_tensor
 from torch.autograd import forward_ad
+from torch._higher_order_ops import wrap
 from torch.nn.modules import batchnorm, conv
 from torch.utils import _python_dispatch, _pytree, checkpoint
 
 __all__ = [
     "ASSIGN_ENTRY",
     "FAKE_TENSOR_LOGGER",
+    "CHECKPOINT_OPERATOR",
     "HOOK_ATTRIBUTES",
     "LOW_LEVEL_FUNCTIONS",
     "MODULE_CALL",
@@ -293,6 +295,14 @@ def checkpoint_of(frame: FrameType) -> tuple[Any, str] | None:
         return None if kept is None else (kept, "recompute_fn")
     return None
 
+
+CHECKPOINT_OPERATOR = wrap.tag_activation_checkpoint
+"""The operator by which torch.compile represents `torch.utils.checkpoint.checkpoint`; its first argument is the function.
+
+Why: function modes see this operator and not the calls inside the function, unless the function enters the mode itself.
+Public way: none.
+Without it: compress_core cannot be imported. Compiled models would skip the transforms inside checkpointed functions.
+"""
 
 is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 """Returns whether autocast is on for any type of device.

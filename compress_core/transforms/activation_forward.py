@@ -196,7 +196,8 @@ class ActivationTransforms(TransformContainer):
         return run_quietly(chain.forward_fused, tensor, activation, in_place)
 
     def _check_counts(self, mode: CallSiteMode) -> None:
-        for function, seen in zip(mode.functions, mode.counts, strict=True):
+        for index, function in enumerate(mode.functions):
+            seen = mode.counted(index)
             was_traced = function.calls.was_traced(seen, training=mode.training)
             if was_traced and not (seen == 0 and function.may_be_hidden):
                 continue

@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode, get_overridable_functions, resolv
 
 from compress_core.errors import TransformError
 from compress_core.torch_internals import (
+    CHECKPOINT_OPERATOR,
     TorchFunctionDisabled,
     function_mode_at,
     function_mode_count,
@@ -33,7 +34,7 @@ from compress_core.transforms.activation_functions import activation_called
 from compress_core.transforms.attention import inside_of
 from compress_core.transforms.gradient_checkpoints import Surroundings, note_checkpoints
 from compress_core.transforms.places import CallInput, CallOutput, CallPattern, Path
-from compress_core.transforms.user_hooks import is_in_hook, is_in_traced_hook
+from compress_core.transforms.user_hooks import count_traced, is_in_hook, is_in_traced_hook
 
 T = TypeVar("T")
 
@@ -190,11 +191,29 @@ class CallSiteMode(TorchFunctionMode):
     def count(self, index: int) -> int:
         """Counts a call of a function and returns its number, from 0."""
         surroundings = self.surroundings
-        if surroundings is not None and not torch.compiler.is_dynamo_compiling() and surroundings.may_be_checkpointed():
+        if torch.compiler.is_dynamo_compiling():
+            if surroundings is None:
+                return count_traced(index, 1)
+        elif surroundings is not None and surroundings.may_be_checkpointed():
             note_checkpoints(self, surroundings)
         call = self.counts[index]
         self.counts[index] = call + 1
         return call
+
+    def counted(self, index: int) -> int:
+        """Returns the number of calls of a function so far."""
+        if torch.compiler.is_dynamo_compiling() and self.surroundings is None:
+            return count_traced(index, 0)
+        return self.counts[index]
+
+    def _within(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Returns a function that runs under this mode, for torch.compile, which runs the given one without."""
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with self:
+                return function(*args, **kwargs)
+
+        return run
 
     def index_of(self, func: Any) -> int:
         """Returns the index of `func` among the functions, or -1."""
@@ -207,7 +226,7 @@ class CallSiteMode(TorchFunctionMode):
 
     def transforms_next(self, index: int) -> bool:
         """Returns whether the next call of a function has a transform."""
-        function, call = self.functions[index], self.counts[index]
+        function, call = self.functions[index], self.counted(index)
         sites = (*function.inputs, *function.outputs)
         return any(site.calls.includes(call, training=self.training) for site in sites)
 
@@ -218,6 +237,8 @@ class CallSiteMode(TorchFunctionMode):
         if inside is not None and not self.is_called_by_hook():
             with self:
                 return inside(*args, **kwargs)
+        if func is CHECKPOINT_OPERATOR:
+            return func(self._within(args[0]), *args[1:], **kwargs)
         index = self.index_of(func)
         if func is torch.Tensor.unflatten and torch.compiler.is_dynamo_compiling():
             func = torch.unflatten  # dynamo cannot trace the method while a mode is active

@@ -120,5 +120,22 @@ def is_in_traced_hook() -> bool:
     return is_in_hook(sys._getframe(), getattr(getattr(asked, "surroundings", None), "frame", None))
 
 
+def count_traced(index: int, step: int) -> int:
+    """Returns how many calls a call-site mode has counted while dynamo traces its forward, and counts further ones.
+
+    A method of the mode calls this. Dynamo forgets what changes inside a checkpointed function, so it does not trace this
+    function either: the numbers are kept here, in the object by which dynamo represents the mode.
+
+    Args:
+        index: Index of the function whose calls are counted.
+        step: How many to add.
+    """
+    counts: dict[int, int] = frames_dynamo_traces().symbolic_locals["self"].value.__dict__.setdefault("traced", {})
+    found = counts.get(index, 0)
+    counts[index] = found + step
+    return found
+
+
 # The same as torch.compiler.assume_constant_result, which would import dynamo.
-is_in_traced_hook._dynamo_marked_constant = True  # type: ignore[attr-defined]
+for _called in (is_in_traced_hook, count_traced):
+    _called._dynamo_marked_constant = True  # type: ignore[attr-defined]
