@@ -27,16 +27,16 @@ from typing import Any
 import torch
 from torch import nn
 from torch._C._dynamo import eval_frame as _eval_frame
+from torch._higher_order_ops import wrap
 from torch._subclasses import fake_tensor
 from torch.autograd import forward_ad
-from torch._higher_order_ops import wrap
 from torch.nn.modules import batchnorm, conv
 from torch.utils import _python_dispatch, _pytree, checkpoint
 
 __all__ = [
     "ASSIGN_ENTRY",
-    "FAKE_TENSOR_LOGGER",
     "CHECKPOINT_OPERATOR",
+    "FAKE_TENSOR_LOGGER",
     "HOOK_ATTRIBUTES",
     "LOW_LEVEL_FUNCTIONS",
     "MODULE_CALL",
@@ -297,7 +297,7 @@ def checkpoint_of(frame: FrameType) -> tuple[Any, str] | None:
 
 
 CHECKPOINT_OPERATOR = wrap.tag_activation_checkpoint
-"""The operator by which torch.compile represents `torch.utils.checkpoint.checkpoint`; its first argument is the function.
+"""The operator by which torch.compile represents `torch.utils.checkpoint.checkpoint`; it takes the function.
 
 Why: function modes see this operator and not the calls inside the function, unless the function enters the mode itself.
 Public way: none.

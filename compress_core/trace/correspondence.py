@@ -1,8 +1,8 @@
 """Finds the calls of several forwards of a model that are the same call of the module that makes them.
 
-Training and eval mode, or two examples, may reach one module from different lines: `if self.training:` with a second copy
-of the calls, an auxiliary head in between, a comprehension instead of a loop. A place of an activation belongs to the
-module that makes the call, so the line alone must not decide. Two calls of two forwards are the same if
+Training and eval mode, or two examples, may reach one module from different lines: `if self.training:` with a second
+copy of the calls, an auxiliary head in between, a comprehension instead of a loop. A place of an activation belongs to
+the module that makes the call, so the line alone must not decide. Two calls of two forwards are the same if
 
 1. they have the same code positions from the model down, or
 2. they have the same code positions within a module that is called from one position in each of the forwards, or
@@ -153,7 +153,7 @@ class _Side:
         return self._origins.get(value, value)
 
     def uses(self, call: Call) -> set[tuple[str, ...]]:
-        """Returns what happens to the results of a call: which modules call which functions, and whether it is returned."""
+        """Returns what happens to the results of a call: which modules pass them to which functions, or return them."""
         found: set[tuple[str, ...]] = set()
         for value in call.results:
             found.update(_kind(self.forward.calls[reader]) for reader, _ in self.readers[value])

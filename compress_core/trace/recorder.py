@@ -360,8 +360,9 @@ def _facts(function: Any) -> _Facts:
 def name_of(function: Any) -> str:
     """Returns the dotted name of a function of torch, such as `torch.nn.functional.relu`; others by module and name."""
     name = resolve_name(function)
-    if name is None and getattr(LOW_LEVEL_FUNCTIONS, getattr(function, "__name__", ""), None) is function:
-        name = f"{LOW_LEVEL_FUNCTIONS.__name__}.{function.__name__}"
+    own = getattr(function, "__name__", "")
+    if name is None and getattr(LOW_LEVEL_FUNCTIONS, own, None) is function:
+        name = f"torch._VF.{own}"
     if name is None:
         name = f"{getattr(function, '__module__', None)}.{getattr(function, '__qualname__', repr(function))}"
     return str(name)

@@ -81,6 +81,14 @@ class Sites:
             other.forward >= self._in_eval for other in self._calls_at[self.site(where)]
         )
 
+    def only_in_training(self) -> list[CallRef]:
+        """Returns the calls that forwards in training mode make and forwards in eval mode do not.
+
+        Their number of the forward counts on from those in `Trace.forwards`.
+        """
+        alone = [calls for calls in self._calls_at.values() if all(c.forward >= self._in_eval for c in calls)]
+        return [where for calls in alone for where in calls]
+
     def output_place(self, where: CallRef, path: Path) -> ActivationPlace | None:
         """Returns the place at which the result of a call can be transformed.
 

@@ -206,17 +206,27 @@ class ActivationTransforms(TransformContainer):
                     skip_frame(f"torch.compile hides calls of {function.name} from function modes")
             elif not self._warned and not explains(function.calls, seen, training=mode.training):
                 self._warned = True
-                place = (*function.inputs, *function.outputs)[0].place
-                logger.warning(
-                    "%s: a forward in %s mode called %s %d times where the example input led to %d calls, so "
-                    "some activations may be compressed as others should be, or not at all; give an example input for "
-                    "each path through the model",
-                    place.module or "model",
-                    "training" if mode.training else "eval",
-                    function.name,
-                    seen,
-                    len(function.calls.expected(training=mode.training)),
-                )
+                self._warn_of_count(function, seen, mode.training)
+
+    def _warn_of_count(self, function: TransformedFunction, seen: int, training: bool) -> None:
+        sites = [*function.inputs, *function.outputs]
+        known = dict.fromkeys(
+            getattr(transform, "label", "") or f"{site.place} ({key})"
+            for site in sites
+            for key, transform in self.chain(site.chain)._modules.items()
+        )
+        names = ", ".join(f"'{name}'" for name in known)
+        logger.warning(
+            "%s: a forward in %s mode called %s %d times where the example input led to %d calls, so %s may get "
+            "activations that are not theirs, or none; give an example input for each path through the model, or add "
+            "these names to ignored_scopes of their algorithm",
+            sites[0].place.module or "model",
+            "training" if training else "eval",
+            function.name,
+            seen,
+            len(function.calls.expected(training=training)),
+            names,
+        )
 
 
 def _no_fast_path(module: nn.Module, args: Any) -> None:

@@ -94,11 +94,13 @@ class ActivationTransform(Transform):
         fuses_in_place: Whether `fused_in_place` does the same for in-place activation functions.
         owns_input: Whether `forward_owned` may be called, which overwrites its argument; the core calls it if the
             tensor has no other reader.
+        label: The name under which users know it, which `ignored_scopes` takes; for messages. An algorithm sets it.
     """
 
     fused_activations: ClassVar[frozenset[str]] = frozenset()
     fuses_in_place: ClassVar[bool] = False
     owns_input: ClassVar[bool] = False
+    label: str = ""
 
     def fused(self, x: torch.Tensor, activation: str) -> torch.Tensor:
         """Returns `self(ACTIVATION_FUNCTIONS[activation](x))`; override it to compute both in one pass.

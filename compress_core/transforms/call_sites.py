@@ -133,8 +133,8 @@ def functions_named(name: str) -> tuple[Any, ...]:
     """
     if name.endswith(_PROPERTY):
         raise TransformError(
-            f"'{name}' is a property of tensors, which torch's compiler hides from function modes; transform what it is "
-            "read from, or the calls that read it"
+            f"'{name}' is a property of tensors, which torch's compiler hides from function modes; transform what it "
+            "is read from, or the calls that read it"
         )
     found = list(_overridable_functions().get(name, ()))
     # torch does not list all functions that a mode can see (torch.nn.functional.hardswish is missing).

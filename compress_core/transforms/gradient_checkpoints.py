@@ -1,8 +1,8 @@
 """Applies transforms of call sites again when a checkpointed part of a forward is recomputed.
 
-`torch.utils.checkpoint` runs a function in the forward without keeping its activations, and once more in the backward pass.
-By then the modes around the forward are gone, so the calls would have no transforms, and gradients would be those of
-another function. Each mode therefore notes, at its first call inside a checkpointed function, how many calls it has
+`torch.utils.checkpoint` runs a function in the forward without keeping its activations, and once more in the backward
+pass. By then the modes around the forward are gone, so the calls would have no transforms, and gradients would be those
+of another function. Each mode therefore notes, at its first call inside a checkpointed function, how many calls it has
 counted so far; the recomputation runs under modes that go on from there.
 """
 

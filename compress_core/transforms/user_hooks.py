@@ -123,8 +123,8 @@ def is_in_traced_hook() -> bool:
 def count_traced(index: int, step: int) -> int:
     """Returns how many calls a call-site mode has counted while dynamo traces its forward, and counts further ones.
 
-    A method of the mode calls this. Dynamo forgets what changes inside a checkpointed function, so it does not trace this
-    function either: the numbers are kept here, in the object by which dynamo represents the mode.
+    A method of the mode calls this. Dynamo allows no change of the mode inside a checkpointed function, so it does not
+    trace this function either: the numbers are kept here, in the object by which dynamo represents the mode.
 
     Args:
         index: Index of the function whose calls are counted.
@@ -137,5 +137,5 @@ def count_traced(index: int, step: int) -> int:
 
 
 # The same as torch.compiler.assume_constant_result, which would import dynamo.
-for _called in (is_in_traced_hook, count_traced):
-    _called._dynamo_marked_constant = True  # type: ignore[attr-defined]
+is_in_traced_hook._dynamo_marked_constant = True  # type: ignore[attr-defined]
+count_traced._dynamo_marked_constant = True  # type: ignore[attr-defined]

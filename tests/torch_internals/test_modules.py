@@ -321,3 +321,55 @@ def test_graph_is_compiled_for_tensors_of_any_size():
         result = compiled(x, y)
         assert len(traced) == 1
         torch.testing.assert_close(tuple(result), ((x * 3 + y).relu(), x.sum(0)))
+
+
+@canary("checkpoint_of", "saved_tensors_hook", breaks="transforms inside checkpointed functions, in the backward pass")
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_checkpoint_keeps_its_function_where_it_can_be_replaced(reentrant):
+    outside, calls = internals.saved_tensors_hook(), []
+
+    def function(x):
+        if not calls:
+            assert reentrant or internals.saved_tensors_hook() is not outside
+            frame = sys._getframe(1)
+            while internals.checkpoint_of(frame) is None:
+                frame = frame.f_back
+            owner, name = internals.checkpoint_of(frame)
+            kept = getattr(owner, name)
+            setattr(owner, name, lambda *args: (calls.append("again"), kept(*args))[1])
+        calls.append("run")
+        return x.sin().sin()
+
+    x = torch.ones(1, requires_grad=True)
+    torch.utils.checkpoint.checkpoint(function, x, use_reentrant=reentrant).backward()
+    assert calls == ["run", "again", "run"]
+
+
+@canary("CHECKPOINT_OPERATOR", breaks="compiling models with transforms inside checkpointed functions")
+def test_modes_see_checkpoints_as_one_operator_when_compiled():
+    class Mode(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if func is internals.CHECKPOINT_OPERATOR:
+                return func(lambda x: args[0](x) + 1, *args[1:], **(kwargs or {}))
+            return func(*args, **(kwargs or {}))
+
+    def run(x):
+        with Mode():
+            return torch.utils.checkpoint.checkpoint(torch.sin, x, use_reentrant=False)
+
+    x = torch.ones(1, requires_grad=True)
+    assert torch.compile(run, backend="eager", fullgraph=True)(x) == x.sin() + 1
+
+
+@canary("LOW_LEVEL_FUNCTIONS", breaks="naming the functions that pack sequences")
+def test_functions_without_a_public_name_are_those_that_modes_see():
+    seen = []
+
+    class Mode(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with Mode():
+        nn.utils.rnn.pack_padded_sequence(torch.ones(2, 1, 1), torch.tensor([2]))
+    assert internals.LOW_LEVEL_FUNCTIONS._pack_padded_sequence in seen

@@ -126,6 +126,7 @@ class Quantization(Algorithm):
         for planned in self._planned:
             module = make_quantizer(planned.spec, planned.shape, lr_multiplier=multiplier)
             module.to(device=_device_of(model))
+            module.label = planned.name
             if planned.parameter:
                 add_weight_transform(model, planned.parameter, module, stage=self.stage, key=self.name)
             for place in planned.places:

@@ -82,11 +82,13 @@ class Placement:
         quantizers: The quantizers, in the order of the forward.
         unplaced: Description of each tensor that should be quantized but has no place -> the reason.
         unified: Config path of a group of operators -> its unified quantizer.
+        idle_in_training: Places that the forwards in training mode do not reach.
     """
 
     quantizers: tuple[Placed, ...]
     unplaced: dict[str, str] = field(default_factory=dict)
     unified: dict[str, Unified] = field(default_factory=dict)
+    idle_in_training: frozenset[ActivationPlace] = frozenset()
 
 
 def place_quantizers(trace: Trace, rules: Rules) -> Placement:
@@ -101,6 +103,7 @@ def place_quantizers(trace: Trace, rules: Rules) -> Placement:
     unplaced: dict[str, str] = {}
     groups = DisjointSets()
     served: list[ServedInput] = []
+    trained: set[ActivationPlace] = set()
     for number, forward in enumerate(trace.forwards):
         propagation = _Propagation(forward, rules, groups, number)
         for wish in propagation.wishes():
@@ -111,9 +114,29 @@ def place_quantizers(trace: Trace, rules: Rules) -> Placement:
                 wishes.setdefault(place, wish)
                 calls.setdefault(place, call)
                 groups.join(place, wish.group)
+                if call is None or sites.is_reached_in_training(CallRef(number, call.index)):
+                    trained.add(place)
         served += propagation.served()
     unified = _unify(served, trace, rules, Unifier(groups, wishes, sites))
-    return Placement(tuple(_merged(wishes, groups, calls)), unplaced, unified)
+    return Placement(tuple(_merged(wishes, groups, calls)), unplaced, unified, frozenset(wishes.keys() - trained))
+
+
+def modules_only_in_training(trace: Trace, rules: Rules) -> list[str]:
+    """Returns the outermost modules that no forward in eval mode runs and whose calls would read quantized tensors."""
+    forwards = [forward for forward in trace.training if forward is not None]
+    alone = {(where.forward - len(trace.forwards), where.call) for where in Sites(trace).only_in_training()}
+    found: dict[str, None] = {}
+    for number, forward in enumerate(forwards) if alone else ():
+        for wish in _Propagation(forward, rules, DisjointSets(), number).wishes():
+            if (number, forward.values[wish.value].call) in alone:
+                found.update(dict.fromkeys(wish.modules))
+    ran = {run.module for forward in trace.forwards for run in forward.module_calls}
+    return list(dict.fromkeys(_outermost(name, ran) for name in found if name not in ran))
+
+
+def _outermost(module: str, ran: set[str]) -> str:
+    parent = module.rpartition(".")[0]
+    return module if not parent or parent in ran else _outermost(parent, ran)
 
 
 def _unify(served: list[ServedInput], trace: Trace, rules: Rules, unifier: Unifier) -> dict[str, Unified]:
@@ -313,8 +336,8 @@ def _places(
         place = sites.output_place(CallRef(number, call.index), path)
         if place is not None or can_be_transformed(call.function):
             return [(place, call)]
-    # The value was written in place by a statement, such as x[:, 0] = y, or by a hook, or read as a property (x.T): there
-    # is no result to replace.
+    # The value was written in place by a statement, such as x[:, 0] = y, or by a hook, or read as a property (x.T):
+    # there is no result to replace.
     readers = [(forward.calls[index], at) for index, at in _readers(forward, wish.value)]
     return [(sites.input_place(CallRef(number, reader.index), at), reader) for reader, at in readers]
 

@@ -28,7 +28,7 @@ from compress_quantization.calls import (
 from compress_quantization.config import QuantizationConfig
 from compress_quantization.masks import stored_masks
 from compress_quantization.operators import LINEAR_KINDS, kind_of
-from compress_quantization.placement import Placed, Rules, place_quantizers
+from compress_quantization.placement import Placed, Rules, modules_only_in_training, place_quantizers
 from compress_quantization.plan import InitialRange, PlannedQuantizer, QuantizationPlan
 from compress_quantization.profiles import Profile
 from compress_quantization.quantizer_config import QuantizerSpec, Resolver, check_strict_bits
@@ -105,18 +105,34 @@ class Planner:
         return self._plan
 
     def _potential(self, rules: Rules, activations: int) -> dict[str, int]:
-        def demand(call: Call, path: Path) -> QuantizerSpec | None:
-            if self._is_weight(call, path):
-                return None
-            position = path[0] if isinstance(path[0], int) else 0
-            return QuantizerSpec() if self._profile.quantizes_input(kind_of(call.function), position) else None
-
         outputs = QuantizerSpec() if self._config.quantize_outputs else None
-        rules = replace(rules, demand=demand, quantize_inputs=True, output_spec=outputs)
+        rules = replace(rules, demand=self._device_demand, quantize_inputs=True, output_spec=outputs)
         everywhere = len(place_quantizers(self._trace, rules).quantizers)
         weights = len(self._weight_tensors())
         # If readers of a tensor disagree, it gets more than one quantizer.
         return {"weights": weights, "activations": max(everywhere, activations)}
+
+    def _device_demand(self, call: Call, path: Path) -> QuantizerSpec | None:
+        """Returns whether the device quantizes an input, whatever the scopes are; settings do not matter."""
+        if self._is_weight(call, path):
+            return None
+        position = path[0] if isinstance(path[0], int) else 0
+        return QuantizerSpec() if self._profile.quantizes_input(kind_of(call.function), position) else None
+
+    def _warn_of_modes(self, idle: list[str], trained: list[str]) -> None:
+        if idle:
+            logger.warning(
+                "the forward in training mode does not compute the tensors of these quantizers, so they act in eval "
+                "mode only: %s. Let both modes call the same functions, or name the quantizers in ignored_scopes",
+                _some(idle),
+            )
+        trained = [name for name in trained if not self._scopes.reason_to_skip([name])]
+        if trained:
+            logger.warning(
+                "only the forward in training mode runs these modules, so activations inside of them are not "
+                "quantized, just weights: %s. If the deployed model does not use them, name them in ignored_scopes",
+                _some(trained),
+            )
 
     # Weights.
 
@@ -219,6 +235,8 @@ class Planner:
         if self._config.validate_scopes:
             self._by_name.check()
         self._plan.potential = self._potential(rules, len(wanted))
+        idle = [str(own) for placed, own in wanted if placement.idle_in_training.intersection(placed.places)]
+        self._warn_of_modes(idle, modules_only_in_training(self._trace, replace(rules, demand=self._device_demand)))
         self.unified = {
             path: [f"{place_name(place)}|{_port(place)}" for place in found.places]
             for path, found in groups.check(placement.unified).items()
@@ -305,6 +323,11 @@ class Planner:
             if call is not None and spec is not None:
                 groups.append([(quantizer.name, quantizer.spec), (f"{call.module}|INPUT0", spec)])
         return groups
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(f"'{name}'" for name in names[:5]) + more
 
 
 def _port(place: ActivationPlace) -> str:

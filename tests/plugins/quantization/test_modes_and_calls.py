@@ -1,0 +1,174 @@
+"""Quantizers at calls: in both modes, at properties of tensors, and around packed sequences."""
+
+import logging
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_packed_sequence
+
+from compress_core import create_compressed_model, register_default_init_args
+
+RANGES = {"initializer": {"range": {"num_init_samples": 4}}}
+
+
+def compressed(model, data, **section):
+    torch.manual_seed(0)
+    config = {"compression": {"algorithm": "quantization", **RANGES, **section}}
+    return create_compressed_model(model, register_default_init_args(config, data))
+
+
+def idle(controller):
+    """Returns the quantizers of activations without a gradient."""
+    quantizers = controller.non_weight_quantizers.items()
+    return [name for name, quantizer in quantizers if all(p.grad is None for p in quantizer.parameters())]
+
+
+class Net(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function, self.a, self.b, self.auxiliary = function, nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+DATA = [(torch.linspace(-1, 1, 36).reshape(6, 6) * (n + 1), 0) for n in range(2)]
+
+
+# Training and eval mode.
+
+
+def test_training_reaches_all_quantizers_from_other_lines(caplog):
+    def forward(net, x):
+        if net.training:
+            y = F.relu(net.a(x))
+            return net.b(y), net.auxiliary(y)
+        y = F.relu(net.a(x))
+        return net.b(y)
+
+    controller, model = compressed(Net(forward), DATA)
+    sum(output.square().sum() for output in model.train()(DATA[0][0])).backward()
+    assert len(controller.non_weight_quantizers) == 2
+    assert idle(controller) == []
+    assert not caplog.records
+
+
+def test_quantizers_that_training_does_not_reach_are_named(caplog):
+    def forward(net, x):
+        y = net.a(x)
+        return net.b(torch.relu(y) if net.training else F.relu(y))
+
+    with caplog.at_level(logging.WARNING):
+        compressed(Net(forward), DATA)
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert "act in eval mode only: 'model/relu#0|OUTPUT'." in message
+    caplog.clear()
+    compressed(Net(forward), DATA, ignored_scopes=["model/relu#0|OUTPUT"])
+    assert not caplog.records
+
+
+def test_modules_that_only_training_runs_are_named(caplog):
+    def forward(net, x):
+        y = F.relu(net.a(x))
+        return (net.b(y), net.auxiliary(y * 2)) if net.training else net.b(y)
+
+    with caplog.at_level(logging.WARNING):
+        compressed(Net(forward), DATA)
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert "so activations inside of them are not quantized, just weights: 'auxiliary'." in message
+    caplog.clear()
+    compressed(Net(forward), DATA, ignored_scopes=["auxiliary"])
+    assert not caplog.records
+
+
+def test_a_forward_with_fewer_calls_names_the_quantizer_and_how_to_ignore_it(caplog):
+    def forward(net, x):
+        y = net.a(x)
+        return net.b(F.relu(y) if x.sum() < 1e3 else y)
+
+    _, model = compressed(Net(forward), DATA)
+    model.eval()(DATA[0][0])
+    assert not caplog.records
+    for _ in range(2):
+        model(DATA[0][0] + 1e3)
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert "'model/relu#0|OUTPUT'" in message
+    assert "add these names to ignored_scopes" in message
+    caplog.clear()
+    _, model = compressed(Net(forward), DATA, ignored_scopes=["model/relu#0|OUTPUT"])
+    model.eval()(DATA[0][0] + 1e3)
+    assert not caplog.records
+
+
+# Properties.
+
+PROPERTIES = {
+    "real": lambda x: torch.fft.fft(x).real,
+    "imag": lambda x: torch.fft.fft(x).imag,
+    "T": lambda x: x.T,
+    "mT": lambda x: x.mT,
+    "mH": lambda x: x.mH,
+    "H": lambda x: x.H,
+    "real and T": lambda x: torch.fft.fft(x).real.T,
+    "two readers": lambda x: x.T + x,
+    "of a real tensor": lambda x: torch.relu(x.real),
+}
+
+
+@pytest.mark.parametrize("name", PROPERTIES)
+def test_tensors_that_are_read_as_a_property(name, caplog):
+    controller, model = compressed(Net(lambda net, x: net.b(PROPERTIES[name](net.a(x)))), DATA)
+    model.train()(DATA[0][0]).square().sum().backward()
+    assert len(controller.non_weight_quantizers) >= 2
+    assert idle(controller) == []
+    expected = model.eval()(DATA[0][0])
+    assert torch.allclose(controller.strip().eval()(DATA[0][0]), expected, atol=1e-5)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("function", [lambda x: x.data, lambda x: x.data.T])
+def test_data_of_a_tensor_is_quantized_where_the_tensor_is(function):
+    controller, _ = compressed(Net(lambda net, x: net.b(function(net.a(x)))), DATA)
+    assert list(controller.non_weight_quantizers) == ["model/input 0|OUTPUT", "a|OUTPUT"]
+
+
+# Packed sequences.
+
+LENGTHS = torch.tensor([7, 5, 2])
+
+
+class Tagger(nn.Module):
+    def __init__(self, kind, batch_first, enforce_sorted, how):
+        super().__init__()
+        self.embed, self.rnn, self.head = nn.Linear(6, 6), kind(6, 8, batch_first=batch_first), nn.Linear(8, 3)
+        self.batch_first, self.enforce_sorted, self.how = batch_first, enforce_sorted, how
+
+    def forward(self, x, lengths):
+        x = torch.relu(self.embed(x))
+        if self.how == "list":
+            packed = pack_sequence([part[:length] for part, length in zip(x, [7, 5, 2], strict=True)])
+        else:
+            packed = pack_padded_sequence(x, lengths, self.batch_first, self.enforce_sorted)
+        output, hidden = self.rnn(packed)
+        if self.how == "hidden":
+            return self.head(hidden[0] if isinstance(hidden, tuple) else hidden)
+        return self.head(output.data if self.how == "data" else pad_packed_sequence(output, self.batch_first)[0])
+
+
+@pytest.mark.parametrize("how", ["padded", "hidden", "data", "list"])
+@pytest.mark.parametrize(
+    ("kind", "batch_first", "enforce_sorted"), [(nn.LSTM, True, False), (nn.GRU, False, True), (nn.RNN, True, True)]
+)
+def test_packed_sequences(kind, batch_first, enforce_sorted, how, caplog):
+    shape = (3, 7, 6) if batch_first or how == "list" else (7, 3, 6)
+    data = [{"x": torch.linspace(-1, 1, 126).reshape(shape) * (n + 1), "lengths": LENGTHS} for n in range(2)]
+    controller, model = compressed(Tagger(kind, batch_first, enforce_sorted, how), data)
+    model.train()(**data[0]).square().sum().backward()
+    # The input, the rectified projection, and what the head reads.
+    assert len(controller.non_weight_quantizers) == 3
+    assert idle(controller) == []
+    expected = model.eval()(**data[0])
+    assert torch.allclose(controller.strip().eval()(**data[0]), expected, atol=1e-5)
+    assert not caplog.records
