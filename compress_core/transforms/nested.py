@@ -15,6 +15,9 @@ from compress_core.transforms.places import Path
 def replace_at(value: Any, path: Path, replace: Callable[[torch.Tensor], torch.Tensor], where: object) -> Any:
     """Returns `value` with the tensor at `path` replaced; containers on the path are copied, not changed.
 
+    A list or tuple may be shorter than in the example, as in a loop that concatenates ever more tensors: then there is
+    nothing to replace.
+
     Args:
         value: A tensor, or nested tuples, lists, mappings and objects with tensors.
         path: Path of the tensor; empty for `value` itself.
@@ -25,8 +28,15 @@ def replace_at(value: Any, path: Path, replace: Callable[[torch.Tensor], torch.T
         TransformError: There is nothing at the path.
     """
     if not path:
+        if isinstance(value, (tuple, list, dict)):
+            raise TransformError(
+                f"{where}: the value is a {type(value).__name__} where the example input gave a tensor; give an example "
+                "input for each structure"
+            )
         return replace(value) if isinstance(value, torch.Tensor) else value
     step, rest = path[0], path[1:]
+    if isinstance(value, (tuple, list)) and isinstance(step, int) and step >= len(value):
+        return value
     try:
         inner = _get(value, step)
     except (LookupError, TypeError, AttributeError):
@@ -38,6 +48,8 @@ def replace_at(value: Any, path: Path, replace: Callable[[torch.Tensor], torch.T
 
 
 def _get(value: Any, step: int | str) -> Any:
+    if isinstance(value, torch.Tensor):
+        raise TypeError  # a row of it is none of its items
     return getattr(value, step) if isinstance(step, str) and not hasattr(value, "keys") else value[step]
 
 

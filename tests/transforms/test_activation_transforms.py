@@ -85,6 +85,35 @@ def test_item_of_a_nested_result(x, make, item):
     assert type(result) is type(plain)
 
 
+def test_lists_that_grow_in_a_loop_are_transformed_where_they_have_the_item(x):
+    def grow(t):
+        parts = [t]
+        for _ in range(3):
+            parts.append(torch.cat(parts, 1))
+        return parts[-1]
+
+    model = Function(grow)
+    add(model, CallInput("", "torch.cat", calls(0, (0, 0, 0)), (0, 2)))
+    # The third list has a third item, which is twice as long as x.
+    expected = torch.cat([x, x, torch.cat([x, x], 1) * 10], 1)
+    assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize(
+    ("item", "value", "message"),
+    [
+        ((), lambda t: (t, t), r"model: output: the value is a tuple where the example input gave a tensor"),
+        ((), lambda t: {"a": t}, r"model: output: the value is a dict where"),
+        ((0,), lambda t: t, r"model: output 0: the value has no item 0: it is a Tensor where"),
+    ],
+)
+def test_another_structure_is_named(item, value, message, x):
+    model = Function(value)
+    add(model, ModuleOutput("", item))
+    with pytest.raises(TransformError, match=message):
+        model(x)
+
+
 def test_missing_item_and_argument_are_named(x):
     model = Function(lambda t: {"b": t})
     handle = add(model, ModuleOutput("", ("a",)))
