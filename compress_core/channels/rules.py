@@ -139,6 +139,7 @@ def barrier(step: Step) -> list[Dims]:
     "aten.polar",
     "aten.fake_quantize_per_tensor_affine",
     "aten.fake_quantize_per_tensor_affine_cachemask",
+    "aten._fake_quantize_per_tensor_affine_cachemask_tensor_qparams",
 )
 def pointwise(step: Step) -> list[Dims]:
     """Handles elementwise operators with broadcasting: joins the dimensions that they combine."""

@@ -59,6 +59,26 @@ _TRANSPARENT = frozenset(
     + ["alias", "zero_pad2d", "data"]
 )
 
+# Those that may put other values to an index of the first two dimensions, even where these keep their sizes.
+_MIXING = frozenset(
+    [
+        "transpose",
+        "swapaxes",
+        "swapdims",
+        "permute",
+        "movedim",
+        "moveaxis",
+        "t",
+        "T",
+        "mT",
+        "H",
+        "roll",
+        "flip",
+        "rot90",
+    ]
+    + ["channel_shuffle", "index_select", "gather", "take", "take_along_dim", "__getitem__", "repeat_interleave"]
+)
+
 # Elementwise activation functions, which a runtime fuses with a preceding weighted or arithmetic operator.
 _ACTIVATIONS = frozenset(
     ["relu", "relu6", "leaky_relu", "prelu", "rrelu", "elu", "selu", "celu", "gelu", "silu", "mish", "sigmoid"]
@@ -131,6 +151,11 @@ def is_transparent(call: Call) -> bool:
     if name in ("to", "type_as", "cpu", "cuda", "float", "type"):
         return bool(call.outputs) and not call.results
     return name in _TRANSPARENT
+
+
+def keeps_leading_dimensions(call: Call) -> bool:
+    """Returns whether a transparent call leaves dimensions 0 and 1 as they are where it keeps their sizes."""
+    return base_name(call.function) not in _MIXING
 
 
 def _pads_with_zeros(call: Call) -> bool:

@@ -24,7 +24,13 @@ from compress_quantization.fusing import fused_calls
 from compress_quantization.masks import masks_of, reads_mask
 from compress_quantization.network import Network
 from compress_quantization.normalizing import reads_inside_normalizations
-from compress_quantization.operators import is_data_argument, is_transparent, kind_of, reads_values
+from compress_quantization.operators import (
+    is_data_argument,
+    is_transparent,
+    keeps_leading_dimensions,
+    kind_of,
+    reads_values,
+)
 from compress_quantization.quantizer_config import QuantizerSpec
 from compress_quantization.unifying import DisjointSets, ServedInput, Unified, Unifier
 
@@ -304,8 +310,11 @@ class _Propagation:
         specs = {None if wish is None else wish.spec for wish in below}
         if len(specs) != 1 or None in specs:
             return _Ask(None, reader)
+        spec = specs.pop()
+        if spec is not None and spec.per_channel and not all(self._keeps_channels(call, reader, to) for to in read):
+            return _Ask(None, reader)
         modules = [name for wish in below if wish is not None for name in wish.modules]
-        return _Ask(specs.pop(), reader, read, modules, only_together=True)
+        return _Ask(spec, reader, read, modules, only_together=True)
 
     def _concat(self, call: Call, reader: tuple[int, Path]) -> _Ask:
         # All parts or none, because a quantizer left after the concatenation would requantize the other parts.
@@ -313,8 +322,23 @@ class _Propagation:
         wish = self._lifted.get(call.index) or (self._whole.get(results[0]) if len(results) == 1 else None)
         if wish is None or not all(self._is_activation(value) for _, value in call.inputs):
             return _Ask(None, reader)
+        unified = "concat" in self._rules.unified_kinds
+        if wish.spec.per_channel:
+            parts = [self._shape(value) for _, value in call.inputs]
+            if any(len(part) != len(self._shape(results[0])) or len(part) < 2 for part in parts):
+                return _Ask(None, reader)
+            # Where channels are joined, each part has other ones, and the scales of its own.
+            unified = unified and all(part[1] == self._shape(results[0])[1] for part in parts)
         self._lifted[call.index] = wish
-        return _Ask(wish.spec, reader, results, list(wish.modules), unified="concat" in self._rules.unified_kinds)
+        return _Ask(wish.spec, reader, results, list(wish.modules), unified=unified)
+
+    def _keeps_channels(self, call: Call, reader: tuple[int, Path], result: ValueId) -> bool:
+        """Returns whether the channels, dimension 1, are the same before and behind a call that moves values."""
+        before, after = self._shape(dict(call.inputs)[reader[1]]), self._shape(result)
+        return keeps_leading_dimensions(call) and len(after) > 1 and before[:2] == after[:2]
+
+    def _shape(self, value: ValueId) -> tuple[int, ...]:
+        return self._forward.values[value].shape
 
     def _float_results(self, call: Call) -> list[ValueId]:
         return [value for value in call.results if self._forward.values[value].dtype.is_floating_point]
