@@ -16,6 +16,7 @@ from compress_core.transforms import (
     get_weight_transform,
 )
 from compress_quantization.fake_quantize import AsymmetricFakeQuantize, FakeQuantize, SymmetricFakeQuantize
+from compress_quantization.kernels.formulas import representable
 from compress_quantization.plan import PlannedQuantizer
 from compress_quantization.quantizer_config import QuantizerSpec
 
@@ -81,9 +82,15 @@ class NativeFakeQuantize(ActivationTransform):
         value, scale = x.to(_computed_in(x.dtype)), self.scale.float()
         levels = (self.quant_min, self.quant_max)
         if self.channel_dim is None:
-            return torch.fake_quantize_per_tensor_affine(value, scale, self.zero_point, *levels).to(x.dtype)
-        dim = self.channel_dim + x.ndim
-        return torch.fake_quantize_per_channel_affine(value, scale, self.zero_point, dim, *levels).to(x.dtype)
+            result = torch.fake_quantize_per_tensor_affine(value, scale, self.zero_point, *levels)
+        else:
+            # Beyond 2^63 steps, this operator gives the other end of the grid.
+            shape = (-1, *[1] * (-1 - self.channel_dim))
+            low, high = ((level - self.zero_point).mul(scale).reshape(shape) for level in levels)
+            value = torch.minimum(torch.maximum(value, low.to(value.dtype)), high.to(value.dtype))
+            dim = self.channel_dim + x.ndim
+            result = torch.fake_quantize_per_channel_affine(value, scale, self.zero_point, dim, *levels)
+        return representable(result, x.dtype).to(x.dtype)
 
     def _apply(self, fn: Any, recurse: bool = True) -> NativeFakeQuantize:
         """Moves the grid with the model but keeps its dtype, because rounding the scale would change every value."""

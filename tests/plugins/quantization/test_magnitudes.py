@@ -17,6 +17,7 @@ from compress_quantization import kernels
 from compress_quantization.config import RangeConfig
 from compress_quantization.fake_quantize import AsymmetricFakeQuantize, SymmetricFakeQuantize
 from compress_quantization.quantizer_config import QuantizerSpec
+from compress_quantization.quantizers import NativeFakeQuantize
 from compress_quantization.ranges import collector_for
 
 RANGES = ["min_max", "mixed_min_max", "mean_min_max", "threesigma", "percentile", "mean_percentile"]
@@ -165,6 +166,26 @@ class TestQuantizers:
             assert (found.float() - x.float()).abs().max() < 65504 * 2.02 / 255
 
 
+class TestNative:
+    """torch's own operator, in which `strip` leaves activation quantizers."""
+
+    @pytest.mark.parametrize("shape", [(1,), (1, 2, 1)])
+    @pytest.mark.parametrize("cls", [SymmetricFakeQuantize, AsymmetricFakeQuantize])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+    def test_saturates_however_large_the_value(self, shape, cls, dtype):
+        module = cls(shape, signed=True)
+        module.set_range(torch.full(shape, -1e-25), torch.full(shape, 3e-25))
+        if dtype == torch.float16:
+            module.set_range(torch.full(shape, -60000.0), torch.full(shape, 66000.0))
+        x = torch.tensor([1.0, 6e4, 1e17, 1e30, float("inf")]).to(dtype)
+        x = torch.cat([x, -x]).repeat(3, 2, 1)
+        found = NativeFakeQuantize(module)(x)
+        # The operator takes the scale in float32.
+        rounding = 1e-6 if dtype == torch.float64 else 0.0
+        torch.testing.assert_close(found, module(x).detach(), rtol=rounding, atol=0)
+        assert found.isfinite().all()
+
+
 class TestState:
     """What was stored when S was |scale| + 1e-16, and calibrated scales were at least 0.1."""
 
@@ -311,6 +332,35 @@ class TestModels:
         for amplitude in (1.0, 2.0**-12):
             assert error(audio().to(dtype), [(x * amplitude, 0) for x, _ in data]) < 0.05
 
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+    @pytest.mark.parametrize("section", [{}, SECTIONS[1], SECTIONS[5]], ids=str)
+    def test_other_dtypes_train_and_resume(self, dtype, section):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(128, 4))
+        model = model.to(dtype)
+        fresh = copy.deepcopy(model)
+        config = {"compression": {"algorithm": "quantization", **section}}
+        x = torch.randn(4, 3, 6, 6).to(dtype)
+        with torch.no_grad():
+            largest = fresh[0].weight.double().abs().amax((1, 2, 3))
+        controller, model = create_compressed_model(model, register_default_init_args(config, [(x, 0)]))
+        _, high = controller.weight_quantizers["0|WEIGHT"].range()
+        assert (high.flatten().double() / largest - 1).abs().max() < 1e-5
+        model.train()(x).square().mean().backward()
+        gradients = [parameter.grad for parameter in model.parameters()]
+        assert all(grad is not None and grad.isfinite().all() for grad in gradients)
+        torch.optim.SGD(model.parameters(), 1e-3).step()
+        found = model.eval()(x)
+        assert found.dtype == dtype
+        assert found.isfinite().all()
+        rounding = 1e-6 if dtype == torch.float64 else 0.0  # of scales, which are float32
+        assert (controller.strip()(x) - found).abs().max() <= rounding
+        assert all(np.isfinite([q.low, q.high]).all() for q in controller.statistics().quantization.quantizers)
+        state = controller.get_compression_state()
+        _, resumed = create_compressed_model(fresh, config, compression_state=state)
+        resumed.load_state_dict(model.state_dict())
+        assert torch.equal(resumed.eval()(x), found)
+
     def test_what_counts_as_zero_is_said(self, caplog):
         data = [(torch.randn(2, 1, 64) * 1e-36, 0) for _ in range(4)]
         model = audio()
@@ -318,6 +368,47 @@ class TestModels:
         create_compressed_model(model, config)
         assert "counts as zero" in caplog.text
         assert np.isfinite(model(data[0][0]).detach().numpy()).all()
+
+
+@pytest.mark.usefixtures("fast_exporter")
+class TestExport:
+    @pytest.mark.parametrize(("weights", "amplitude"), [(1e-20, 1.0), (1e-3, 1e-25), (1e12, 1e12), (1e-4, 1e-4)])
+    @pytest.mark.parametrize("section", [{}, SECTIONS[1]], ids=str)
+    def test_files_compute_the_same(self, weights, amplitude, section, export):
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            *[nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()],
+            *[nn.Conv2d(8, 8, 3, groups=8), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(32, 4)],
+        ).eval()
+        with torch.no_grad():
+            model[3].weight.mul_(weights)
+            for name in ("weight", "bias"):
+                getattr(model[1], name).mul_(amplitude)
+            model[3].bias.mul_(weights * amplitude)
+        x = torch.randn(4, 3, 6, 6)
+        config = register_default_init_args({"compression": {"algorithm": "quantization", **section}}, [(x, 0)])
+        controller, model = create_compressed_model(model, config)
+        _, file = export(controller, x)
+        found, wanted = torch.from_numpy(file.run(x)[0]).double(), model(x).detach().double()
+        assert (found - wanted).norm() < 0.02 * wanted.norm()
+
+    def test_ends_beyond_float16(self, export):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)).half().eval()
+        with torch.no_grad():
+            model[0].weight.mul_(3000)
+            model[2].weight.mul_(1e-3)
+        x = torch.randn(64, 8).half()
+        x = x * (65000 / model[0](x).relu().max().item())
+        config = register_default_init_args({"compression": {"algorithm": "quantization"}}, [(x, 0)])
+        controller, model = create_compressed_model(model, config)
+        with torch.no_grad():
+            for quantizer in controller.non_weight_quantizers.values():
+                quantizer.scale.mul_(1.01)
+        _, file = export(controller, x)
+        found = torch.from_numpy(file.run(x)[0])
+        assert found.isfinite().all()
+        assert torch.allclose(found.float(), model(x).detach().float(), rtol=0.02, atol=0.05 * float(found.abs().max()))
 
 
 class Scaled(nn.Module):

@@ -80,10 +80,12 @@ class _Between:
         has_bias = len(self.maker.inputs) > 2 and self.maker.inputs[2] is not None
         if made is None or any(weight is None for weight in read) or (has_bias and bias is None):
             return
+        values = None if bias is None else bias.astype(np.float64) / factors
+        if values is not None and np.abs(values).max() > np.finfo(np.float32).max:
+            return  # the scales differ too much
         self.maker.replace_input_with(1, editor.dequantize(made, self.maker))
-        if bias is not None:
-            values = (bias.astype(np.float64) / factors).astype(np.float32)
-            self.maker.replace_input_with(2, editor.add_constant(f"{made.name}.bias", values))
+        if values is not None:
+            self.maker.replace_input_with(2, editor.add_constant(f"{made.name}.bias", values.astype(np.float32)))
         for node, weight in zip(self.readers, read, strict=True):
             assert weight is not None
             node.replace_input_with(1, editor.dequantize(weight, node))

@@ -152,6 +152,9 @@ def _quantized_bias(node: Any, weight: QuantizedWeight) -> QuantizedWeight | Non
         return None
     # float32, like the product that the runtime computes.
     units = (np.float32(scale) * weight.scale).astype(np.float32)
+    limits = np.finfo(np.float32)
+    if not ((units >= limits.tiny) & (units <= limits.max)).all():
+        return None  # only floating point can represent the products of such scales
     with np.errstate(divide="ignore", over="ignore"):
         integers = np.rint(bias.astype(np.float64) / units.astype(np.float64))
     if not (np.abs(integers) <= _LARGEST_BIAS).all():

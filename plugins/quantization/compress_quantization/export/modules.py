@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from compress_quantization.grid import Grid
+from compress_quantization.kernels.formulas import LARGEST_HALF, representable
 
 _VERSION = 21  # of QuantizeLinear and DequantizeLinear
 
@@ -93,6 +94,7 @@ class QuantizeDequantize(nn.Module):
         self.register_buffer("zero_point", (zero_point + shift).to(dtype))
         self.register_buffer("low", ((grid.quant_min - zero_point) * scale).reshape(shape if scale.ndim else ()))
         self.register_buffer("high", ((grid.quant_max - zero_point) * scale).reshape(shape if scale.ndim else ()))
+        self.overflows_half = max(float(self.low.abs().max()), float(self.high.abs().max())) > LARGEST_HALF
         self.is_narrow = grid.quant_min + shift > 0 or grid.quant_max + shift < largest
         self.dtype = dtype
         self.channel_dim = None if grid.channel_dim is None else grid.channel_dim - len(shape)
@@ -106,7 +108,8 @@ class QuantizeDequantize(nn.Module):
         if self.is_narrow:
             values = self._clipped(values)
         integers = _emit("QuantizeLinear", [values, self.scale, self.zero_point], axis, self.dtype)
-        return _emit("DequantizeLinear", [integers, self.scale, self.zero_point], axis, torch.float32).to(x.dtype)
+        result = _emit("DequantizeLinear", [integers, self.scale, self.zero_point], axis, torch.float32)
+        return (representable(result, x.dtype) if self.overflows_half else result).to(x.dtype)
 
     def _clipped(self, x: torch.Tensor) -> torch.Tensor:
         if self.channel_dim is None:
