@@ -27,7 +27,7 @@ from compress_filter_pruning.config import FilterPruningConfig
 from compress_filter_pruning.config_checks import check_config
 from compress_filter_pruning.groups import PruningGroup
 from compress_filter_pruning.latency import measured_latency
-from compress_filter_pruning.planning import PruningPlan, make_plan
+from compress_filter_pruning.planning import RANKED_DTYPES, PruningPlan, make_plan
 from compress_filter_pruning.pruner import Pruner
 from compress_filter_pruning.saved import SavedPruning, saved_plan
 from compress_filter_pruning.schedules import Schedule, make_schedule
@@ -94,7 +94,8 @@ class FilterPruning(LevelAlgorithm):
         path, _ = context.section(self)
         targets, excluded = context.weight_targets(model, self)
         for target in targets:
-            if target.parameter is not None and not bool(target.parameter.isfinite().all()):
+            weight = target.parameter
+            if weight is not None and weight.dtype in RANKED_DTYPES and not bool(weight.isfinite().all()):
                 raise ModelError(f"the weight '{target.name}' holds NaN or infinity; repair it before compression")
         trace = context.trace(model, path)
         device = next((parameter.device for parameter in model.parameters()), None)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from compress_core.channels import (
@@ -115,6 +116,10 @@ def _pruning_group(number: int, group: ChannelGroup, multiple_of: int) -> Prunin
     return PruningGroup(number, makers[0].parameter, group, group.size, step)
 
 
+RANKED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""Dtypes of weights that can be pruned; others do not have the operators for it."""
+
+
 class _Rules:
     """Decides, from the settings and the model, whether a group may be pruned."""
 
@@ -127,16 +132,17 @@ class _Rules:
         excluded: Mapping[str, str],
     ) -> None:
         self._modules = dict(model.named_modules())
-        self._parameters = {name for name, _ in model.named_parameters()}
+        self._parameters = dict(model.named_parameters())
         self._params, self._targets, self._excluded = params, targets, excluded
         self._first = first_convolutions(trace)
 
     def reason_to_leave(self, group: ChannelGroup, makers: Sequence[str]) -> str | None:
         """Returns why a group is left whole; None if it can be pruned."""
-        if group.obstacle is not None:
-            return str(group.obstacle)
-        if group.size < 2:
-            return "has a single channel"
+        if group.obstacle is not None or group.size < 2:
+            return "has a single channel" if group.obstacle is None else str(group.obstacle)
+        for name in (member.parameter for member in group.members if member.parameter in self._parameters):
+            if (dtype := self._parameters[name].dtype) not in RANKED_DTYPES:
+                return f"'{name}' has the dtype {dtype}, whose values cannot be ranked and masked"
         for name in makers:
             if name in self._excluded:
                 return self._excluded[name] if len(makers) == 1 else f"tied to '{name}': {self._excluded[name]}"

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
+import torch
 from torch import nn
 
 from compress_core import ConfigError
@@ -36,6 +37,9 @@ from compress_quantization.quantizer_names import QuantizerPlace, QuantizersByNa
 from compress_quantization.unifying import UnifiedScales
 
 logger = logging.getLogger(__name__)
+
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class Planner:
@@ -187,7 +191,7 @@ class Planner:
                 f"the weight '{tensor.name}' is computed by a parametrization or a hook (weight_norm, spectral_norm, "
                 "prune); remove that first, or name the layer in ignored_scopes"
             )
-        if not tensor.parameter.dtype.is_floating_point:
+        if tensor.parameter.dtype not in _DTYPES:
             return f"its dtype is {tensor.parameter.dtype}"
         if not tensor.parameter.numel():
             return "it is empty"

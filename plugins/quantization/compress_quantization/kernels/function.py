@@ -120,6 +120,9 @@ class _FakeQuantize(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         kept, ranges, learned = ctx.saved_tensors
         task: Task = ctx.task
+        # Embeddings may have sparse gradients, and optimizers for these take no others.
+        rows = grad.coalesce() if grad.layout == torch.sparse_coo else None
+        grad = grad if rows is None else rows.to_dense()
         compute = _gradients_with_graph if torch.is_grad_enabled() else dispatch.gradients
         grad_x, totals = compute(grad, kept, ranges, learned, task, ctx.layout)
         results: list[torch.Tensor | None] = [None, None]
@@ -127,6 +130,7 @@ class _FakeQuantize(torch.autograd.Function):
             if ctx.needs_input_grad[1 + index]:
                 value = total if total.shape == learned.shape else total.reshape(learned.shape)
                 results[index] = value if task.multiplier == 1 else value * task.multiplier
+        grad_x = grad_x if rows is None else grad_x.sparse_mask(rows)
         return grad_x if ctx.needs_input_grad[0] else None, *results, None, None, None, None
 
 
