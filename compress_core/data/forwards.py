@@ -50,7 +50,9 @@ class _Writes:
 
     def __init__(self, tensors: list[torch.Tensor]) -> None:
         self._tensors = tensors
-        self._marks = [_mark(tensor) for tensor in tensors]
+        self._versioned = [tensor for tensor in tensors if not tensor.is_inference()]
+        self._stored = [tensor for tensor in tensors if memory_of(tensor)[1] is not None]
+        self._marks = self._read()
         self._first = True
         self.by_forwards: set[int] = set()
         self.by_others: set[int] = set()
@@ -71,13 +73,17 @@ class _Writes:
 
     def forget(self) -> None:
         """Takes the present values as given, after some have been restored."""
-        self._marks = [_mark(tensor) for tensor in self._tensors]
+        self._marks = self._read()
+
+    def _read(self) -> tuple[list[int], list[int]]:
+        """Returns what changes when a tensor is written to, other than through `.data`."""
+        return list(map(version_of, self._versioned)), list(map(torch.Tensor.data_ptr, self._stored))
 
     def _compare(self, found: set[int]) -> None:
-        now = [_mark(tensor) for tensor in self._tensors]
+        now = self._read()
         if now != self._marks:
-            pairs = zip(self._tensors, now, self._marks, strict=True)
-            found.update(id(tensor) for tensor, new, old in pairs if new != old)
+            for tensors, new, old in zip((self._versioned, self._stored), now, self._marks, strict=True):
+                found.update(id(t) for t, new_mark, mark in zip(tensors, new, old, strict=True) if new_mark != mark)
             self._marks = now
 
 
@@ -87,6 +93,8 @@ class _Scope:
         inside = {id(m) for owned in model.modules() if _is_foreign(owned) for m in owned.modules()}
         modules = [module for module in model.modules() if id(module) not in inside]
         self._structure = [d for m in modules for d in (m._parameters, m._buffers, m._modules)]
+        self._entries = [dict(entries) for entries in self._structure]
+        self._ids = self._read_ids()
         self._replaced: dict[int, SavedContainer] = {}
         buffers = [b for m in modules for name, b in m._buffers.items() if b is not None and not _is_statistic(m, name)]
         weights = [p for m in modules for p in m._parameters.values() if p is not None]
@@ -100,18 +108,29 @@ class _Scope:
 
     @contextlib.contextmanager
     def forward(self) -> Iterator[None]:
-        before = [dict(entries) for entries in self._structure]
+        if self._read_ids() != self._ids:
+            self._note_entries()
         try:
             with self.writes.forward():
                 yield
         finally:
-            for entries, old in zip(self._structure, before, strict=True):
-                same = len(entries) == len(old) and all(map(operator.is_, entries.values(), old.values()))
-                if not same and id(entries) not in self._replaced:
-                    now = dict(entries)
-                    _set_items(entries, old)
-                    self._replaced[id(entries)] = SavedContainer(entries)
-                    _set_items(entries, now)
+            if self._read_ids() != self._ids:
+                self._note_entries(by_forward=True)
+
+    def _read_ids(self) -> list[int]:
+        return [id(value) for entries in self._structure for value in entries.values()]
+
+    def _note_entries(self, by_forward: bool = False) -> None:
+        """Takes the present parameters, buffers and children of modules as given; a forward's changes are restored."""
+        for entries, old in zip(self._structure, self._entries, strict=True):
+            same = len(entries) == len(old) and all(map(operator.is_, entries.values(), old.values()))
+            if by_forward and not same and id(entries) not in self._replaced:
+                now = dict(entries)
+                _set_items(entries, old)
+                self._replaced[id(entries)] = SavedContainer(entries)
+                _set_items(entries, now)
+        self._entries = [dict(entries) for entries in self._structure]
+        self._ids = self._read_ids()
 
     def restore(self) -> None:
         with interrupts_held():
@@ -192,11 +211,6 @@ def _has_no_values(tensor: torch.Tensor) -> bool:
 def _set_items(entries: dict[str, Any], items: dict[str, Any]) -> None:
     entries.clear()
     entries.update(items)
-
-
-def _mark(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """Returns what changes when a tensor is written to, other than through `.data`."""
-    return -1 if tensor.is_inference() else version_of(tensor), *memory_of(tensor)
 
 
 def _checksum(tensor: torch.Tensor) -> int:

@@ -73,9 +73,12 @@ def check_state_dict_names(case: Case) -> None:
 
 def _require_own_tensors(model: nn.Module) -> None:
     saved = model.state_dict()
-    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if first[id(parameter)] != name and any(part in f".{name}" for part in _IN_TRANSFORMS):
+        names.setdefault(id(parameter), []).append(name)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        others = [other for other in names[id(parameter)] if other in saved]
+        if name not in saved and others and any(part in f".{name}" for part in _IN_TRANSFORMS):
             continue  # a transform at several places is saved for one of them
         require(
             name in saved and saved[name].data_ptr() == parameter.data_ptr(),

@@ -7,6 +7,7 @@ called, and a container that has not changed is not touched.
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections import OrderedDict, deque
 from types import MemberDescriptorType
@@ -99,7 +100,7 @@ class SavedSlots:
 
     def __init__(self, owner: object) -> None:
         self._owner = owner
-        self._saved = [(slot, _read_slot(slot, owner)) for slot in _slots_of(type(owner))]
+        self._saved = [(slot, _read_slot(slot, owner)) for slot in _slots_of(type(owner))]  # type: ignore[arg-type]
 
     @property
     def values(self) -> list[Any]:
@@ -121,7 +122,8 @@ class SavedSlots:
                 slot.__set__(self._owner, value)
 
 
-def _slots_of(cls: type) -> list[MemberDescriptorType]:
+@functools.lru_cache(maxsize=1 << 12)
+def _slots_of(cls: Any) -> list[MemberDescriptorType]:
     found = [vars(base).items() for base in cls.__mro__ if "__slots__" in vars(base)]
     # A slot named __weakref__ or __dict__ is no attribute, and is another kind of descriptor.
     return [slot for items in found for _, slot in items if isinstance(slot, MemberDescriptorType)]

@@ -49,7 +49,8 @@ def _named_modules(base: type[nn.Module], attribute: str) -> Callable[..., Any]:
             return
         seen: set[nn.Module] = set() if memo is None else memo
         for name, module in base.named_modules(self, *args, **kwargs):
-            seen.add(module)
+            if remove_duplicate:
+                seen.add(module)
             yield name, module
         container: nn.Module | None = self.__dict__.get(attribute)
         if container is not None:

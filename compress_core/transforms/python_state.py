@@ -100,7 +100,7 @@ class PythonState:
         self._add_class(type(module), "forward", "__call__")
 
     def _visit(self, value: Any, where: str, depth: int) -> None:
-        if isinstance(value, _PLAIN) or id(value) in self._seen or depth > _DEEPEST:
+        if type(value) in _PLAIN or isinstance(value, _PLAIN) or id(value) in self._seen or depth > _DEEPEST:
             return
         self._seen.add(id(value))
         if isinstance(value, torch.Tensor):

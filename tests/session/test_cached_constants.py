@@ -183,4 +183,3 @@ def test_a_second_forward_that_makes_other_calls_is_traced(kind):
     assert model.kept() == []
     model(images())
     assert len(trace(model, images()).forwards) == 1
-

@@ -142,3 +142,12 @@ def test_masks_and_ranges_that_are_set_again_need_no_checkpoint(caplog):
         caplog.clear()
         model(DATA[0][0])
         assert not caplog.records
+
+
+def test_all_places_of_a_transform_have_names():
+    model, transform, _ = shared()
+    add_activation_transform(model, ModuleOutput(""), transform, stage=Stage.PRECISION)
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False) if name.endswith("factor")]
+    assert len(names) == 4
+    assert sum(name.endswith("factor") for name, _ in model.named_parameters()) == 1
+    assert sum(name in names for name in model.state_dict()) == 1
