@@ -35,6 +35,25 @@ class DisagreementError(ExportError):
         self.found = found
 
 
+class _RunError(DisagreementError):
+    """The runtime fails; its own error is the cause."""
+
+
+def _advice(serialized: bytes) -> str:
+    """Returns what to do about a file that the runtime cannot load or run, if there is anything."""
+    import onnx  # noqa: PLC0415 - an extra
+
+    graph = onnx.load_from_string(serialized).graph
+    scales = {tensor.name for tensor in graph.initializer if len(tensor.dims) == 1 and tensor.dims[0] > 1}
+    found = [node.input[0] for node in graph.node if node.op_type == "QuantizeLinear" and node.input[1] in scales]
+    if not found:
+        return ""
+    return (
+        f". {len(found)} activations have a scale for each channel (the first is '{found[0]}'), which runtimes support "
+        'in few places: quantize activations with one scale ("per_channel": false)'
+    )
+
+
 def runtime_name() -> str:
     """Returns name and version of the runtime."""
     import onnxruntime  # noqa: PLC0415 - an extra
@@ -56,8 +75,14 @@ def compare(serialized: bytes, references: Sequence[Reference], *, optimized: bo
     try:
         session = _session(serialized, optimized=optimized)
     except Exception as error:
-        raise ExportError(f"{runtime_name()} cannot load what was exported: {error}") from error
-    return [agreement for reference in references for agreement in _agreements(session, reference, optimized)]
+        message = f"{runtime_name()} cannot load what was exported: {str(error).strip()}{_advice(serialized)}"
+        raise ExportError(message) from error
+    try:
+        return [agreement for reference in references for agreement in _agreements(session, reference, optimized)]
+    except _RunError as error:
+        size = error.batch_size
+        message = f"{runtime_name()} cannot run what was exported on a batch of {size}: {error.__cause__}"
+        raise DisagreementError(size, message, _advice(serialized)) from error.__cause__
 
 
 def compare_parts(
@@ -92,8 +117,7 @@ def _agreements(session: Any, reference: Reference, optimized: bool) -> list[Agr
     try:
         outputs = session.run(None, _feed(session, reference))
     except Exception as error:
-        message = f"{runtime_name()} cannot run what was exported on a batch of {size}: {error}"
-        raise DisagreementError(size, message) from error
+        raise _RunError(size, "") from error
     found = [entry.name for entry in session.get_outputs()]
     if len(found) != len(reference.outputs):
         raise ExportError(f"the exported graph has {len(found)} outputs, the model {len(reference.outputs)}")

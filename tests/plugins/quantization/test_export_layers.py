@@ -127,3 +127,15 @@ def test_a_fault_in_a_network_of_large_differences_is_refused(fault, tmp_path, m
         before = fault in ("scale of an activation", "zero point of an activation", "zero point before an activation")
         assert int(call) == (2 if before else 3)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_cannot_run_names_activations_with_scales_for_channels(tmp_path, monkeypatch):
+    layers = nn.Conv2d(3, 4, 1), nn.Hardswish(), nn.Conv2d(4, 4, 3, groups=4)  # hard swish keeps scales where they are
+
+    torch.manual_seed(0)
+    controller = create(nn.Sequential(*layers), [images(4)])
+    with_fault(controller, monkeypatch, lambda graph: graph.graph.opset_imports.update({"": 999}))
+    with pytest.raises(
+        ExportError, match=r"(?s)cannot load .*1 activations have a scale for each channel.*per_channel"
+    ):
+        controller.export_onnx(tmp_path / "model.onnx", images(4), dynamic_batch=False)
