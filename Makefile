@@ -7,7 +7,7 @@ DATA ?= digits
 # Two threads: what CI has, and what keeps results comparable between machines.
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test lint types tests test-torch install bench-data bench zoo clean
+.PHONY: demo test lint types tests test-torch install bench-data bench zoo zoo-channels clean
 
 install: $(STAMP)
 
@@ -56,9 +56,14 @@ bench: bench-data
 	$(BIN)/python -m benchmarks.quantization_cost
 	$(BIN)/python -m benchmarks.bn_adaptation
 
-# Channel groups of every network that is installed of torchvision, pytorchcv and transformers.
+# Models of practitioners under every algorithm; libraries that are not installed are skipped. It takes about an hour of
+# CPU time, goes on where it was stopped, and rewrites the table of docs/zoo.md: make zoo ZOO="--library timm --fresh"
 zoo: $(STAMP)
-	$(BIN)/python -m benchmarks.zoo
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.zoo --docs docs/zoo.md $(ZOO)
+
+# Channel groups of every network that is installed of torchvision, pytorchcv and transformers.
+zoo-channels: $(STAMP)
+	$(BIN)/python -m benchmarks.zoo.channels
 
 clean:
 	rm -rf $(VENV) $(VENV)-torch-* runs dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis
