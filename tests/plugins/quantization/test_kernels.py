@@ -1,5 +1,6 @@
 """Compiled kernels, eager ones and plain operators: the same values and gradients, on every kind of tensor."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from torch import nn
 from compress_core.transforms import ACTIVATION_FUNCTIONS
 from compress_quantization import kernels
 from compress_quantization.fake_quantize import AsymmetricFakeQuantize, SymmetricFakeQuantize
+from compress_quantization.kernels import compiled
 
 LARGE = 20_000  # elements; more than what is left to eager operators anyway
 
@@ -281,3 +283,20 @@ class TestWithoutCompiler:
         done = in_a_process(STEP, tmp_path, COMPRESS_QUANTIZATION_KERNELS="fast")
         assert "UsageError" in done.stderr
         assert "'fast'" in done.stderr
+
+
+def test_a_kernel_that_compiles_and_does_not_run_is_not_used(monkeypatch, caplog):
+    def broken(function, tensors):
+        def kernel(*arguments):
+            raise NameError("name 's75' is not defined")  # as torch 2.14.1 does
+
+        return kernel
+
+    monkeypatch.setattr(compiled, "compile_graph", broken)
+    monkeypatch.setattr(compiled, "_state", compiled._State())
+    module, x = SymmetricFakeQuantize((1,), signed=True), torch.linspace(-1, 1, 20000)
+    with torch.no_grad(), caplog.at_level(logging.WARNING):
+        assert torch.allclose(module(x), x, atol=0.005)
+    assert "NameError: name 's75' is not defined" in caplog.text
+    assert "another version of torch" in caplog.text
+    assert not compiled.is_available()

@@ -102,9 +102,10 @@ def _made(function: Kernel, examples: list[Example], device: str) -> Kernel | No
             torch.autocast(device, enabled=False),
             TorchFunctionDisabled(),
         ):
-            return compile_graph(
-                function, [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in examples]
-            )
+            inputs = [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype in examples]
+            kernel = compile_graph(function, inputs)
+            kernel(*inputs)  # some versions of torch write code that fails only when it runs
+            return kernel
     except Exception as error:  # whatever a missing or broken tool chain raises: there is no common base
         if _state.mode == "compiled":
             raise
@@ -118,7 +119,7 @@ def _give_up(error: Exception) -> None:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         logger.warning(
             "fake-quantize kernels cannot be compiled (%s: %s); eager ones are used, which are slower. "
-            "Install a C++ compiler, or set %s=eager",
+            "Install a C++ compiler or another version of torch, or set %s=eager",
             type(error).__name__,
             reason[0][:200],
             ENVIRONMENT_VARIABLE,
