@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
+import torch
+
 from compress_core.trace.graph import Forwards, ForwardTrace, Operator, Ref, ValueId, is_in_weight_transform
 
 # For each dimension of a value, the dimensions of a parameter that run along it.
@@ -25,6 +27,7 @@ _PRODUCTS: dict[str, dict[int, int | None]] = {
     **{name: {0: -2, 1: -1} for name in ("mm", "bmm", "matmul", "mv")},
     **{name: {1: -2, 2: -1} for name in ("addmm", "baddbmm", "addbmm", "addmv")},
     **{name: {0: None, 1: None} for name in ("dot", "vdot")},
+    "_grouped_mm": {0: None, 1: -1},
     "linear": {1: -2},
     "convolution": {1: None},  # depends on its kind
     "embedding": {0: -2},
@@ -32,6 +35,16 @@ _PRODUCTS: dict[str, dict[int, int | None]] = {
     "_trilinear": {1: None},
 }
 _ATTENTION = "scaled_dot_product"
+
+# Operators that combine parameters with activations without summing over products of them. Any other operator that does
+# so may be a product.
+_NO_PRODUCTS = frozenset(
+    ["cat", "stack", "copy", "index", "index_put", "index_add", "index_copy", "index_select", "index_fill", "gather"]
+    + ["scatter", "scatter_add", "scatter_reduce", "slice_scatter", "select_scatter", "masked_fill", "masked_scatter"]
+    + ["native_layer_norm", "native_group_norm", "native_batch_norm", "cudnn_batch_norm", "batch_norm", "group_norm"]
+    + ["_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "_batch_norm_with_update", "rms_norm"]
+    + ["_fused_rms_norm", "layer_norm", "_prelu_kernel", "expand", "fill", "normal", "where", "put", "take"]
+)
 
 # Products with a position for the weight, in which it is one whatever the other operand depends on.
 _LAYERS = frozenset({"linear", "convolution", "embedding", "_embedding_bag"})
@@ -174,6 +187,8 @@ class _Search:
             operands: dict[int, int | None] = {0: None, 1: None, 2: None}
         else:
             operands = _PRODUCTS.get(base, {})
+            if base not in _PRODUCTS:
+                self._note_unknown(operator, base)
         is_layer = base in _LAYERS or self._call_of(operator) in _LAYERS
         for position, output in operands.items():
             others = [operator.arguments[other] for other in operands if other != position]
@@ -186,6 +201,16 @@ class _Search:
                 dim = 1 if operator.arguments[6] else 0
             for name, origin in self._origin_of(operator, position).items():
                 self.uses.append(self._use(name, origin, kind, dim))
+
+    def _note_unknown(self, operator: Operator, base: str) -> None:
+        if base in _NO_PRODUCTS or torch.Tag.pointwise in getattr(operator.function, "tags", ()):
+            return
+        if self._activations.isdisjoint(operator.inputs) or is_in_weight_transform(operator.module):
+            return
+        why = f"it enters '{operator.name}', of which is not known whether and how it multiplies with it"
+        for value in operator.inputs:
+            for name in self.origins.get(value, {}):
+                self.uses.append(WeightUse(name, None, "linear", why))
 
     def _call_of(self, operator: Operator) -> str:
         return "" if operator.call is None else self._forward.calls[operator.call].function.rpartition(".")[2]

@@ -141,7 +141,8 @@ def functions_named(name: str) -> tuple[Any, ...]:
     root, _, path = name.partition(".")
     if root == "torch" and path:
         with contextlib.suppress(AttributeError):
-            found.append(operator.attrgetter(path)(torch))
+            # So are called those that have an underscore in front (torch._grouped_mm).
+            found.append(operator.attrgetter(path.removeprefix("_VariableFunctionsClass."))(torch))
     unique = tuple({id(function): function for function in found}.values())
     if not unique:
         raise TransformError(

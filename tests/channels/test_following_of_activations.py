@@ -130,7 +130,7 @@ def test_quantizers_for_channels_follow(make):
 
 def test_masks_follow():
     controller, model = pruned()
-    mask = (torch.rand(4, 15, generator=torch.Generator().manual_seed(0)) > 0.5).float()
+    mask = torch.rand(4, 15, generator=torch.Generator().manual_seed(0)) > 0.5
     mine = mask_weight(model, "2.weight", mask)
     column = mask_weight(model, "2.weight", mask[:, :1], key="column")
     own = get_weight_transform(model, "2.weight", "filter_pruning")
@@ -138,7 +138,7 @@ def test_masks_follow():
     kept = controller.shrink_plan["tensors"]["2.weight"]["kept"]["1"]
     assert torch.equal(mine.mask, mask[:, kept])
     assert torch.equal(column.mask, mask[:, :1])
-    assert torch.equal(own.mask, torch.ones(own.mask.shape))
+    assert torch.equal(own.mask, torch.ones(own.mask.shape, dtype=torch.bool))
 
 
 SPARSITY = {"algorithm": "magnitude_sparsity", "sparsity_init": 0.5}

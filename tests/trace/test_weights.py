@@ -22,6 +22,11 @@ class Computes(nn.Module):
         return self.function(self, x)
 
 
+def grouped(m, x):
+    rows, ends = x.bfloat16().repeat(1, 1), torch.tensor([1, 2, 4], dtype=torch.int32)
+    return torch._grouped_mm(rows, m.w.bfloat16().transpose(-2, -1), offs=ends)
+
+
 def uses(function, **shapes):
     return find_weights(trace(Computes(function, **shapes), torch.randn(4, 8), training=True)).uses
 
@@ -47,6 +52,7 @@ def uses(function, **shapes):
         (lambda m, x: F.conv2d(x.view(4, 2, 2, 2), m.w), (5, 2, 1, 1), 0),
         (lambda m, x: F.embedding(torch.arange(4), m.w) + x, (10, 8), 0),
         (lambda m, x: F.linear(x, 0.1 * m.w), (5, 8), 0),
+        (grouped, (3, 16, 8), 1),  # fused experts
         (lambda m, x: F.linear(x, F.linear(x, m.w).relu() @ m.w), (8, 8), None),  # two layouts
         (lambda m, x: torch.einsum("ti,tio->to", x, m.w[x.argmax(1) % 3]), (3, 8, 5), 2),  # an expert for each row
         (lambda m, x: x @ m.w.unsqueeze(0).squeeze(0).reshape(8, 5), (8, 5), 1),
@@ -101,6 +107,13 @@ def test_what_is_done_to_a_weight_stands_in_the_way(function, shapes, why):
     found = uses(function, **shapes)
     assert set(found) == set(shapes)
     assert all(why in use.obstacle for use in found.values())
+
+
+def test_operators_that_may_be_products_stand_in_the_way():
+    def attended(m, x):
+        return torch.cdist(x, m.w)
+
+    assert "it enters 'aten._cdist_forward" in uses(attended, w=(5, 8))["w"].obstacle
 
 
 def test_a_forward_that_writes_to_its_weight_stands_in_the_way():
