@@ -112,9 +112,7 @@ def _create(
     lifecycle.close_ledger()
     with guard.without_traces():
         lifecycle.initialize(model)
-        batch = lifecycle.context.example_batch("compression")
-        if batch is not None:
-            check_finite(model, batch, bypassable=lifecycle.context.bypassable)
+        check_finite(model, lifecycle.context)
     uncompressed.end_of_creation()
     controller.created()
     return controller

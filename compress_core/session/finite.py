@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from compress_core.contract.context import Context
 from compress_core.data.examples import Example
-from compress_core.errors import CompressionError, ModelError
+from compress_core.errors import CompressionError, DataError, ModelError
 from compress_core.trace.graph import tensors_with_paths
 from compress_core.trace.isolation import Untouched
 from compress_core.transforms.activation import activation_transforms
@@ -24,19 +25,29 @@ from compress_core.transforms.model_wide import bypass_transforms, evaluating
 logger = logging.getLogger(__name__)
 
 
-def check_finite(model: nn.Module, example: Example, *, bypassable: bool = True) -> None:
+def check_finite(model: nn.Module, context: Context) -> None:
     """Refuses a compressed model whose outputs are not finite where those of the uncompressed model are.
 
-    It costs one forward in eval mode, unless something is wrong. A model that fails on the example is not checked.
+    It costs one forward on a batch of the user's data, in eval mode, unless something is wrong. Without data, or if the
+    model fails on the batch, nothing is checked.
 
     Args:
         model: The compressed model; nothing in it is changed.
-        example: A batch of the user's data.
-        bypassable: Whether the model without its transforms is the uncompressed model.
+        context: Provides the data.
 
     Raises:
         ModelError: An output is not finite; the message names the module or transform where this begins.
     """
+    try:
+        example = context.example_batch("compression")
+    except DataError as error:
+        logger.debug("not checked whether outputs are finite: %s", error)
+        return
+    if example is not None:
+        _check(model, example, bypassable=context.bypassable)
+
+
+def _check(model: nn.Module, example: Example, *, bypassable: bool) -> None:
     with Untouched(model, values=True), evaluating(model):
         try:
             if _is_finite(model, example):

@@ -77,3 +77,10 @@ def test_the_check_changes_nothing_in_the_model():
     config = {"compression": {"algorithm": "magnitude_sparsity"}}
     create_compressed_model(model, register_default_init_args(config, [(torch.ones(4, 4), 0)]))
     assert model.calls == 0 and model.training and model.norm.num_batches_tracked == 0
+
+
+@pytest.mark.parametrize("loader", [[], [{"other": torch.ones(2, 4)}], [(torch.ones(2, 3), 0)]])
+def test_data_that_nobody_needs_is_not_checked(loader):
+    config = {"compression": {"algorithm": "magnitude_sparsity"}}
+    controller, _ = create_compressed_model(Divides(), register_default_init_args(config, loader))
+    assert controller.statistics()
