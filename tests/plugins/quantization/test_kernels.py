@@ -92,6 +92,36 @@ def assert_same(left, right, *, exact_sums=False, exact=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=(1e-5 if exact_sums else 5e-3) * scale)
 
 
+class TestCodes:
+    """Compiled kernels keep the rounding error of an element as one byte, in 1/240 of a step; eager ones keep x."""
+
+    @pytest.mark.usefixtures("_needs_compiler")
+    @pytest.mark.parametrize("cls", [SymmetricFakeQuantize, AsymmetricFakeQuantize])
+    @pytest.mark.parametrize("kind", ["tensor", "planes"])
+    @pytest.mark.parametrize("factor", [1.0, 1e-12, 1e12])
+    def test_gradients_of_ranges_are_within_the_bound(self, kind, cls, factor):
+        module, x = make(kind, cls)
+        low, high = module.range()
+        module.set_range(low * factor, high * factor)
+        compiled = results(module, x * factor)
+        assert kernels.is_available()
+        kernels.set_compiled(False)
+        exact = results(module, x * factor)
+        # All gradients but the one of the scale or the width are sums of whole elements.
+        *_, found = compiled[2]
+        *_, wanted = exact[2]
+        for ours, theirs in zip(compiled[2][:-1], exact[2][:-1], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
+        generator = torch.Generator().manual_seed(2)
+        size = torch.randn(x.shape, generator=generator).abs()
+        size = size.sum() if kind == "tensor" else size.sum((0, 2, 3), keepdim=True)
+        smallest, largest = module.levels()
+        bound = size / 480 / (largest - smallest)
+        assert ((found - wanted).abs() <= bound + 1e-4).all()
+        # The bound says something: rounding errors differ in sign, so that most of it is not used.
+        assert (bound < 0.1 * size / (largest - smallest)).all()
+
+
 class TestAgreement:
     @pytest.mark.usefixtures("_needs_compiler")
     @pytest.mark.parametrize("cls", [SymmetricFakeQuantize, AsymmetricFakeQuantize])
