@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import logging
 import math
 import random
@@ -25,6 +24,7 @@ from compress_core.channels.shrinking import Shrinkage
 from compress_core.data.rng import preserved_rng
 from compress_core.torch_internals import tree_map
 from compress_core.trace.graph import tensors_with_paths
+from compress_core.transforms.python_state import copied
 
 logger = logging.getLogger(__name__)
 
@@ -134,13 +134,13 @@ def _prove(
 
 
 def _copy_to_compare(model: nn.Module, mask: Callable[[nn.Module], None] | None) -> nn.Module:
-    copied = copy.deepcopy(model)
+    twin = copied(model)
     if mask is not None:
-        mask(copied)
-    for module in copied.modules():
+        mask(twin)
+    for module in twin.modules():
         if isinstance(module, (nn.MultiheadAttention, nn.RNNBase)):
             module.dropout = 0.0
-    return copied
+    return twin
 
 
 def _compare(reference: nn.Module, shrunk: nn.Module, inputs: Any, mode: str, given: Any = None) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import math
@@ -21,6 +22,7 @@ from compress_core.contract.ledger import Ledger
 from compress_core.contract.stages import CompressionStage
 from compress_core.contract.statistics import CompressionStatistics, Statistics
 from compress_core.data.examples import examples_of
+from compress_core.data.forwards import without_traces
 from compress_core.data.rng import preserved_rng
 from compress_core.errors import CompressionError, UsageError
 from compress_core.export import ExportReport, ExportTarget
@@ -37,6 +39,7 @@ from compress_core.session.scheduler import CompressionScheduler
 from compress_core.session.state import dump_state
 from compress_core.session.uncompressed import UncompressedModel
 from compress_core.transforms.model_wide import bake_transforms
+from compress_core.transforms.python_state import copied
 from compress_core.transforms.snapshot import ModelSnapshot
 
 logger = logging.getLogger(__name__)
@@ -231,11 +234,13 @@ class CompressionController:
         """
         lifecycle = self._inspected
         source = self.model if model is None else copy_of(self.model, model)
-        stripped = copy.deepcopy(source) if do_copy else source
+        stripped = copied(source) if do_copy else source
         if source is not self.model:
             take_decisions(stripped, self.model)
-        lifecycle.strip(stripped)
-        bake_transforms(stripped)
+        # The copy shares classes, closures and caches with the model.
+        with without_traces(self.model, parameters=False) if do_copy else contextlib.nullcontext():
+            lifecycle.strip(stripped)
+            bake_transforms(stripped)
         remove_recorders(stripped)
         self._stripped = not do_copy and source is self.model
         return stripped
@@ -290,15 +295,17 @@ class CompressionController:
         model = self._copy_for_export()
         inputs = inputs_of(example, model)
         model.cpu()
-        references = references_of(model, inputs, is_dynamic=dynamic_batch)
-        rewrites = lifecycle.export(model, ExportTarget("onnx", opset))
-        bake_transforms(model)
-        return export.export(
-            model, target, references, lambda: self._copy_for_export().cpu(), rewrites, tuple(self.algorithms), options
-        )
+        with without_traces(self.model, parameters=False):
+            references = references_of(model, inputs, is_dynamic=dynamic_batch)
+            rewrites = lifecycle.export(model, ExportTarget("onnx", opset))
+            bake_transforms(model)
+            names = tuple(self.algorithms)
+            return export.export(
+                model, target, references, lambda: self._copy_for_export().cpu(), rewrites, names, options
+            )
 
     def _copy_for_export(self) -> nn.Module:
-        model = copy.deepcopy(self.model).eval()
+        model = copied(self.model).eval()
         remove_recorders(model)
         return model
 

@@ -7,6 +7,7 @@ of the model and from the names in the code that their forwards and hooks can re
 
 from __future__ import annotations
 
+import copy
 import functools
 import random
 import sys
@@ -233,6 +234,18 @@ class PythonState:
                     self._save_variables(value.__dict__, names)
             elif value is not _MISSING:
                 self._visit(value, f"the global variable '{name}'", 0)
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """Returns a deep copy of a model, which may keep results of a forward.
+
+    torch refuses to copy results that have a graph; the copy has them without it.
+    """
+    try:
+        return copy.deepcopy(model)
+    except RuntimeError:
+        kept = [*(tensor for _, tensor in PythonState(model).tensors), *model.buffers()]
+        return copy.deepcopy(model, {id(t): t.detach().clone() for t in kept if not t.is_leaf})
 
 
 @functools.lru_cache(maxsize=1 << 13)

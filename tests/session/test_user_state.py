@@ -5,7 +5,15 @@ import torch
 
 from compress_core import create_compressed_model, register_default_init_args
 from compress_core.torch_internals import tree_leaves
-from tests.session.stateful_models import KINDS, RUN_BEFORE
+from tests.session.stateful_models import (
+    KINDS,
+    RUN_BEFORE,
+    Attribute,
+    ClassAttribute,
+    CountingBuffer,
+    InClosure,
+    MaxNormEmbedding,
+)
 
 DATA = [(torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(n)), 0) for n in range(3)]
 ADAPTATION = {"batchnorm_adaptation": {"num_bn_adaptation_samples": 6}}
@@ -49,6 +57,27 @@ def test_creation_leaves_no_trace(kind, was_run):
     create_compressed_model(model, config_of(*SECTIONS))
     assert_equal(model.kept(), before)
     assert [name for name in model.state_dict() if "transforms" not in name] == names
+
+
+USES = {
+    "strip": lambda controller: controller.strip(),
+    "adapt_batchnorm": lambda controller: controller.adapt_batchnorm(DATA),
+    "initialize": lambda controller: controller.initialize("batchnorm_adaptation", DATA),
+    "init_range": lambda controller: controller.init_range(),
+    "measure_latency": lambda controller: controller.measure_latency(1),
+    "shrink": lambda controller: controller.shrink(),
+}
+
+
+@pytest.mark.parametrize("kind", [Attribute, CountingBuffer, ClassAttribute, InClosure, MaxNormEmbedding])
+def test_nothing_that_the_controller_does_leaves_a_trace(kind):
+    model = kind()
+    model(DATA[0][0]).sum().backward()  # what it keeps has a graph, which torch does not copy
+    before = model.kept()
+    controller, _ = create_compressed_model(model, config_of(*SECTIONS))
+    for use in USES.values():
+        use(controller)
+        assert_equal(model.kept(), before)
 
 
 def test_products_with_masks_do_not_count_as_calls_of_the_model():

@@ -23,6 +23,7 @@ from compress_core import (
 from compress_core.channels import Certificate, Shrinkage
 from compress_core.contract.clock import Clock
 from compress_core.contract.context import Context
+from compress_core.data.forwards import without_traces
 from compress_filter_pruning.config import FilterPruningConfig
 from compress_filter_pruning.config_checks import check_config
 from compress_filter_pruning.groups import PruningGroup
@@ -294,7 +295,8 @@ class FilterPruning(LevelAlgorithm):
             ShrinkError: The smaller model would fail or compute something else.
         """
         pruner = self._active
-        self._latency = measured_latency(pruner.model, pruner.pairs(), pruner.inputs, rounds)
+        with without_traces(pruner.model, parameters=False):
+            self._latency = measured_latency(pruner.model, pruner.pairs(), pruner.inputs, rounds)
         return self._latency
 
     # Implementation.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import statistics
 import time
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from torch import nn
 from compress_core.channels import ChannelGroup, InputSpec, example_arguments, shrink_model
 from compress_core.data.rng import preserved_rng
 from compress_core.transforms import bake_transforms
+from compress_core.transforms.python_state import copied
 from compress_filter_pruning.statistics import Latency
 
 _WARM_UP = 3
@@ -29,9 +29,9 @@ def measured_latency(
         specs: The inputs of the forward.
         rounds: Number of forwards of each model.
     """
-    masked = copy.deepcopy(model).eval()
+    masked = copied(model).eval()
     bake_transforms(masked)
-    shrunk = copy.deepcopy(masked)
+    shrunk = copied(masked)
     if any(gone for _, gone in groups):
         shrink_model(shrunk, groups, specs)
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))

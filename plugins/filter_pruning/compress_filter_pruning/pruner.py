@@ -21,6 +21,7 @@ from compress_core.channels import (
     shrink_model,
     shrink_optimizer,
 )
+from compress_core.data.forwards import without_traces
 from compress_core.transforms import get_weight_transform, raw_parameter
 from compress_core.transforms.snapshot import ModelSnapshot
 from compress_filter_pruning.config import FilterPruningParams
@@ -180,7 +181,8 @@ class Pruner:
         pairs = self.pairs()
         if not any(self.gone):
             raise UsageError("no channel is masked, so there is nothing to shrink; set a pruning level first")
-        removed, certificate = planned_shrinkage(self.model, pairs, self.inputs)
+        with without_traces(self.model, parameters=False):
+            removed, certificate = planned_shrinkage(self.model, pairs, self.inputs)
         if optimizer is not None:
             check_optimizer(optimizer, self.model, removed)
         models = [self.model] if ema is None else [self.model, averaged_module(ema, removed)]
