@@ -13,8 +13,9 @@ class ShrinkError(ModelError):
     Attributes:
         module: Dotted name of the first module where the problem shows.
         reference: Whether already the masked model failed on the inputs.
+        training: Whether the model works in eval mode, and the problem shows in training mode only.
     """
 
-    def __init__(self, message: str, module: str = "", *, reference: bool = False) -> None:
+    def __init__(self, message: str, module: str = "", *, reference: bool = False, training: bool = False) -> None:
         super().__init__(message)
-        self.module, self.reference = module, reference
+        self.module, self.reference, self.training = module, reference, training

@@ -70,6 +70,8 @@ def prove(
     shrinkage: Shrinkage,
     specs: Sequence[InputSpec],
     mask: Callable[[nn.Module], None] | None = None,
+    *,
+    training: bool = True,
 ) -> Certificate:
     """Shrinks a copy of a model, with its transforms in place, and compares its outputs with those of the model.
 
@@ -78,17 +80,18 @@ def prove(
         shrinkage: Which indices of its tensors stay.
         specs: The inputs of its forward.
         mask: Masks the channels in a copy, if they are not masked in the model.
+        training: Whether to compare in training mode, too.
 
     Raises:
         ShrinkError: The shrunk model fails or computes something else.
     """
     with preserved_rng(), torch.no_grad():
         try:
-            return _prove(model, shrinkage, specs, torch.float64, mask)
+            return _prove(model, shrinkage, specs, torch.float64, mask, training)
         except _ReferenceError as error:
             logger.debug("comparing in the model's own dtype, because it does not run in float64: %s", error)
         try:
-            return _prove(model, shrinkage, specs, None, mask)
+            return _prove(model, shrinkage, specs, None, mask, training)
         except _ReferenceError as error:
             raise ShrinkError(
                 f"the model does not run on inputs like those it was traced with: {error}", reference=True
@@ -105,6 +108,7 @@ def _prove(
     specs: Sequence[InputSpec],
     dtype: torch.dtype | None,
     mask: Callable[[nn.Module], None] | None,
+    training: bool,
 ) -> Certificate:
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     # The smaller model first, and converted to float64 only when it is small, so there is at most one large copy.
@@ -124,7 +128,8 @@ def _prove(
     eval_difference = _compare(reference.eval(), shrunk.eval(), inputs, "eval", expected)
     train_difference: float | None = None
     try:
-        train_difference = _compare(reference.train(), shrunk.train(), inputs, "training")
+        if training:
+            train_difference = _compare(reference.train(), shrunk.train(), inputs, "training")
     except _ReferenceError as error:
         logger.debug("no comparison in training mode: %s", error)
     if train_difference is not None:
@@ -158,6 +163,7 @@ def _compare(reference: nn.Module, shrunk: nn.Module, inputs: Any, mode: str, gi
                 f"{_first_line(error)}. A size is written in its code; compute it from the tensor, "
                 "or name the layers before it in ignored_scopes",
                 module,
+                training=mode == "training",
             ) from error
     difference = _largest_difference(expected, actual)
     if not difference <= TOLERANCE:
@@ -168,6 +174,7 @@ def _compare(reference: nn.Module, shrunk: nn.Module, inputs: Any, mode: str, gi
             f"the model with fewer channels computes something else from '{module or 'the model'}' on ({mode} mode, "
             f"relative difference {difference:.2g}); name the layers before it in ignored_scopes",
             module,
+            training=mode == "training",
         )
     return difference
 
@@ -221,7 +228,8 @@ def _buffer_difference(reference: nn.Module, shrunk: nn.Module, shrinkage: Shrin
         least = 0.0 if variance is None or not variance.numel() else float(variance.max().sqrt())
         found = max(found, _difference(expected, smaller.get(name), least))
     if not found <= TOLERANCE:
-        raise ShrinkError(f"running statistics of the model with fewer channels differ by {found:.2g}")
+        message = f"running statistics of the model with fewer channels differ by {found:.2g}"
+        raise ShrinkError(message, training=True)
     return found
 
 

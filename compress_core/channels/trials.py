@@ -36,24 +36,29 @@ def removable_groups(
         groups: Groups without an obstacle.
         specs: The inputs of its forward.
     """
-    good = trial_of([group for group in groups if group.size > 1])
+    passing: list[Removal] = []
+    rest = trial_of([group for group in groups if group.size > 1])
     broken = [(group, "has a single channel") for group in groups if group.size < 2]
-    while good:
-        error = attempt(model, good, specs)
+    while passing or rest:
+        error = attempt(model, [*passing, *rest], specs)
         if error is None:
             break
         if error.reference:
             logger.warning("cannot check before training whether the model works with fewer channels: %s", error)
             break
-        culprit, before, error = _culprit(model, good, specs, error)
-        sized = (with_sizes(model, culprit[0], error.module), culprit[1])
-        if sized[0].attributes != culprit[0].attributes and attempt(model, [*before, sized], specs) is None:
+        if error.training:
+            passing, rest = [], [*passing, *rest]  # these have passed in eval mode only
+        number, error = _culprit(model, passing, rest, specs, error)
+        culprit, before, rest = rest[number], [*passing, *rest[:number]], rest[number + 1 :]
+        sized = with_sizes(model, culprit[0], error.module)
+        if sized.attributes != culprit[0].attributes and attempt(model, [*before, (sized, culprit[1])], specs) is None:
+            before.append((sized, culprit[1]))
             # Other layers of the same class will need the same.
-            good = [sized if pair is culprit else (sized_alike(model, pair[0], sized[0]), pair[1]) for pair in good]
+            rest = [(sized_alike(model, group, sized), channels) for group, channels in rest]
         else:
             broken.append((culprit[0], str(error)))
-            good = [pair for pair in good if pair is not culprit]
-    return [group for group, _ in good], broken
+        passing = before
+    return [group for group, _ in [*passing, *rest]], broken
 
 
 def trial_of(groups: Sequence[ChannelGroup]) -> list[Removal]:
@@ -65,30 +70,48 @@ def trial_of(groups: Sequence[ChannelGroup]) -> list[Removal]:
 
 
 def _culprit(
-    model: nn.Module, removals: list[Removal], specs: Sequence[InputSpec], error: ShrinkError
-) -> tuple[Removal, list[Removal], ShrinkError]:
-    """Bisects a failing list of groups.
+    model: nn.Module,
+    passing: Sequence[Removal],
+    removals: Sequence[Removal],
+    specs: Sequence[InputSpec],
+    error: ShrinkError,
+) -> tuple[int, ShrinkError]:
+    """Bisects a failing list of groups, to find the first one that cannot be pruned together with those before it.
+
+    Args:
+        model: The model.
+        passing: Groups that can be pruned together.
+        removals: Groups that cannot be pruned together with `passing`.
+        specs: The inputs of the forward.
+        error: What happens then.
 
     Returns:
-        The first group that cannot be pruned together with those before it, those before it, and the error.
+        The index of the first group that fails, and how.
     """
-    passing: list[Removal] = []
-    while len(removals) > 1:
-        half = removals[: len(removals) // 2]
-        found = attempt(model, [*passing, *half], specs)
+    first, end = 0, len(removals)
+    while end - first > 1:
+        middle = (first + end) // 2
+        found = attempt(model, [*passing, *removals[:middle]], specs, training=error.training)
         if found is None:
-            passing, removals = [*passing, *half], removals[len(removals) // 2 :]
+            first = middle
         else:
-            removals, error = half, found
-    if passing:
-        error = attempt(model, [*passing, *removals], specs) or error
-    return removals[0], passing, error
+            end, error = middle, found
+    return first, error
 
 
-def attempt(model: nn.Module, removals: Sequence[Removal], specs: Sequence[InputSpec]) -> ShrinkError | None:
-    """Removes channels of groups from a copy of a model; returns why that does not work, or None."""
+def attempt(
+    model: nn.Module, removals: Sequence[Removal], specs: Sequence[InputSpec], *, training: bool = True
+) -> ShrinkError | None:
+    """Removes channels of groups from a copy of a model; returns why that does not work, or None.
+
+    Args:
+        model: The model; it is not changed.
+        removals: The groups, and the channels to remove.
+        specs: The inputs of the forward.
+        training: Whether to compare in training mode, too.
+    """
     try:
-        prove(model, shrinkage(model, removals), specs, lambda copied: _mask(copied, removals))
+        prove(model, shrinkage(model, removals), specs, lambda copied: _mask(copied, removals), training=training)
     except ShrinkError as error:
         return error
     return None

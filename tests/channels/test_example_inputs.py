@@ -209,3 +209,34 @@ def test_running_means_that_differ_are_refused():
     layers = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1)
     (good, broken), _ = pruned(Wrong(*layers), x=normal(4, 3, 6, 6))
     assert not good and "running statistics" in broken[0][1]
+
+
+class Written(nn.Module):
+    """Twelve layers one after the other; the sizes of three of them are written in the code."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(6 if index else 3, 6) for index in range(13))
+
+    def forward(self, x):
+        for index, layer in enumerate(self.layers):
+            x = layer(x).relu()
+            if index in (2, 7) or (index == 10 and self.training):
+                x = x.view(-1, 2, 3).flatten(1)
+        return x
+
+
+def test_few_trials_find_the_sizes_that_are_written_in_the_code(monkeypatch):
+    trials, real = [], prove
+
+    def counted(*args, training=True):
+        trials.append(training)
+        return real(*args, training=training)
+
+    monkeypatch.setattr("compress_core.channels.trials.prove", counted)
+    (good, broken), _ = pruned(Written(), x=normal(4, 3))
+    names = [group.members[0].parameter for group, _ in broken]
+    assert names == [f"layers.{index}.weight" for index in (2, 7, 10)] and len(good) == 9
+    assert "eval mode" in broken[0][1] and "training mode" in broken[2][1]
+    # All, then three times at most four halvings and all that are left; halvings in eval mode where it fails there.
+    assert len(trials) <= 1 + 3 * (4 + 1) and trials.count(False) >= 6
