@@ -53,6 +53,14 @@ def _fake_quantize(step: Step) -> list[Dims]:
     return [list(dims) for _ in step.result_shapes]
 
 
+@rule(
+    "aten._fake_quantize_per_tensor_affine_cachemask_tensor_qparams",
+    "aten._fake_quantize_learnable_per_tensor_affine",
+)
+def _fake_quantize_with_one_scale(step: Step) -> list[Dims]:
+    return [list(step.dims(step.argument(0))) for _ in step.result_shapes]
+
+
 @rule("aten.native_layer_norm", "aten._fused_rms_norm", "aten.rms_norm", "aten.layer_norm")
 def _layer_norm(step: Step) -> list[Dims]:
     dims = step.dims(step.argument(0))

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from torch import nn
 
 from compress_core import create_compressed_model
 from tests.plugins.filter_pruning.pruning_helpers import evaluated, shapes
@@ -98,3 +99,40 @@ def test_a_quantized_file_of_the_small_model(name, tmp_path):
     ]
     weights = [shape for key, shape in small.items() if len(shape) > 1]
     assert sorted(torch.Size(s).numel() for s in integers) == sorted(torch.Size(s).numel() for s in weights)
+
+
+class ResidualThenDepthwise(nn.Module):
+    """A depthwise convolution reads a residual sum, so its input has a scale for each channel."""
+
+    def __init__(self, residuals, again):
+        super().__init__()
+        self.first = nn.Conv2d(3, 16, 3, padding=1)
+        self.blocks = nn.ModuleList(nn.Conv2d(16, 16, 1) for _ in range(residuals))
+        self.depthwise = nn.Conv2d(16, 16, 3, padding=1, groups=16)
+        self.head = nn.Conv2d(16, 4, 1)
+        self.again = again
+
+    def forward(self, x):
+        x = self.first(x)
+        for block in self.blocks:
+            x = x + block(x)
+        y = self.depthwise(x)
+        return self.head(x + y if self.again else y).mean((2, 3))
+
+
+@pytest.mark.parametrize("residuals", [0, 1, 2])
+@pytest.mark.parametrize("again", [False, True])
+def test_scales_of_channels_follow_across_quantizers_with_one_scale(residuals, again):
+    torch.manual_seed(0)
+    x = torch.rand(2, 3, 8, 8)
+    pruning = {
+        "algorithm": "filter_pruning",
+        "pruning_init": 0.5,
+        "params": {"multiple_of": 2, "prune_first_conv": True},
+    }
+    document = {"compression": [pruning, {"algorithm": "quantization"}]}
+    controller, model = create_compressed_model(ResidualThenDepthwise(residuals, again), document, init_loader=[x])
+    model.eval()
+    stripped = controller.strip()
+    assert stripped.depthwise.weight.shape == (8, 1, 3, 3)
+    torch.testing.assert_close(stripped(x), model(x), rtol=1e-4, atol=1e-5)
