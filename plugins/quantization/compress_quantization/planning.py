@@ -178,7 +178,9 @@ class Planner:
         """Returns whether an argument is made from a weight that has a quantizer, by a transform of it or in a view."""
         if call.transforms_weight:
             return True
-        number, _ = self._key(call)
+        number = self._forward_of(call)
+        if number is None:  # a call in training mode
+            return False
         made = next((value for where, value in call.inputs if where == path), -1)
         return not self._quantized.isdisjoint(self._made_of_weights[number].get(made, ()))
 
@@ -271,8 +273,12 @@ class Planner:
         return self.resolver.resolve(place)
 
     def _key(self, call: Call) -> tuple[int, int]:
-        number = next(n for n, forward in enumerate(self._trace.forwards) if is_of(call, forward))
+        number = self._forward_of(call)
+        assert number is not None, "quantizers are placed in forwards in eval mode"
         return number, call.index
+
+    def _forward_of(self, call: Call) -> int | None:
+        return next((n for n, forward in enumerate(self._trace.forwards) if is_of(call, forward)), None)
 
     def _module_names(self, modules: Iterable[str]) -> tuple[ScopedModule, ...]:
         return tuple(self._names.get(name, ScopedModule(name)) for name in modules)
