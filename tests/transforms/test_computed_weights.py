@@ -7,7 +7,14 @@ import pytest
 import torch
 from torch import nn
 
-from compress_core import Stage, TransformError, create_compressed_model, mask_weight, register_default_init_args
+from compress_core import (
+    Stage,
+    TransformError,
+    UsageError,
+    create_compressed_model,
+    mask_weight,
+    register_default_init_args,
+)
 from compress_core.transforms import add_weight_transform, bake_transforms, raw_parameter
 
 MASK = torch.tensor([[1.0, 0, 1, 1], [0, 1, 1, 1], [1, 1, 1, 0]])
@@ -299,6 +306,23 @@ def test_an_adapter_can_be_merged_into_each_kind_of_compressed_layer(algorithm):
     after = model(data[0][0])
     assert not torch.equal(before, after)
     assert torch.allclose(controller.strip()(data[0][0]), after, atol=1e-5)
+
+
+def test_ranges_of_weights_are_measured_again_after_a_merge():
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
+    section = {"algorithm": "quantization", "initializer": {"range": {"num_init_samples": 8, "type": "min_max"}}}
+    data = [(torch.randn(4, 8), 0) for _ in range(2)]
+    config = register_default_init_args({"compression": section}, data)
+    controller, model = create_compressed_model(copy.deepcopy(plain), config)
+    delta = torch.randn(16, 8)  # larger than the weights
+    for net in (plain, model):
+        net[0].weight.data += delta
+    assert (model[0].weight - plain[0].weight).abs().max() > 0.5  # clipped to the range of before
+    controller.init_range("weights")
+    assert (model[0].weight - plain[0].weight).abs().max() < 0.05
+    with pytest.raises(UsageError, match="takes 'weights' or 'activations', got 'bias'"):
+        controller.init_range("bias")
 
 
 def test_a_transform_without_effect_gives_the_parameter_itself():

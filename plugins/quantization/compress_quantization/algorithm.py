@@ -27,7 +27,7 @@ from compress_core.data.calibration import CalibrationData
 from compress_core.export import GraphRewrite
 from compress_core.transforms import add_activation_transform, add_weight_transform
 from compress_quantization.calibration import Calibrated, calibrate
-from compress_quantization.config import QuantizationConfig
+from compress_quantization.config import QuantizationConfig, QuantizerGroup
 from compress_quantization.config_checks import check_config, given_to_example_scripts
 from compress_quantization.effects import applied_to
 from compress_quantization.export import prepare, rewrite
@@ -228,13 +228,20 @@ class Quantization(Algorithm):
         """The quantizers of activations by name."""
         return {planned.name: module for planned, module in self._present if planned.group == "activations"}
 
-    def init_range(self) -> None:
-        """Measures all ranges again, on the current model.
+    def init_range(self, group: QuantizerGroup | None = None) -> None:
+        """Measures ranges again, on the current model.
+
+        Args:
+            group: `weights` or `activations`; by default both. Weights need no data; measure them again after you have
+                written to them, as when an adapter is merged.
 
         Raises:
             DataError: There is no data.
+            UsageError: There is no such group.
         """
-        self._calibrate(("weights", "activations"))
+        if group not in (None, "weights", "activations"):
+            raise UsageError(f"init_range takes 'weights' or 'activations', got {group!r}")
+        self._calibrate(("weights", "activations") if group is None else (group,))
 
     def enable_weight_quantization(self) -> None:
         """Turns the quantizers of weights on."""
