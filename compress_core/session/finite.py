@@ -16,7 +16,7 @@ from torch import nn
 
 from compress_core.contract.context import Context
 from compress_core.data.examples import Example
-from compress_core.errors import CompressionError, DataError, ModelError
+from compress_core.errors import ModelError
 from compress_core.trace.graph import tensors_with_paths
 from compress_core.trace.isolation import Untouched
 from compress_core.transforms.activation import activation_transforms
@@ -29,7 +29,7 @@ def check_finite(model: nn.Module, context: Context) -> None:
     """Refuses a compressed model whose outputs are not finite where those of the uncompressed model are.
 
     It costs one forward on a batch of the user's data, in eval mode, unless something is wrong. Without data, or if the
-    model fails on the batch, nothing is checked.
+    loader or the model fails, nothing is checked.
 
     Args:
         model: The compressed model; nothing in it is changed.
@@ -40,32 +40,31 @@ def check_finite(model: nn.Module, context: Context) -> None:
     """
     try:
         example = context.example_batch("compression")
-    except DataError as error:
+        place = None if example is None else _broken_place(model, example, bypassable=context.bypassable)
+    except Exception as error:
+        # A model or a loader of the user's may fail in any way, and the algorithms may not have needed the data.
         logger.debug("not checked whether outputs are finite: %s", error)
         return
-    if example is not None:
-        _check(model, example, bypassable=context.bypassable)
+    if example is not None and place is not None:
+        raise ModelError(
+            f"the compressed model returns values that are not finite on {example.source}, and the uncompressed model "
+            f"does not; they begin in {place}. Name it in ignored_scopes, or give calibration data that resembles this "
+            "batch"
+        )
 
 
-def _check(model: nn.Module, example: Example, *, bypassable: bool) -> None:
+def _broken_place(model: nn.Module, example: Example, *, bypassable: bool) -> str | None:
+    """Returns where values begin that are not finite, or None if outputs are as finite as before."""
     with Untouched(model, values=True), evaluating(model):
-        try:
-            if _is_finite(model, example):
-                return
-            with bypass_transforms(model):
-                was_finite = _is_finite(model, example)
-            if not was_finite:
-                if not bypassable:
-                    logger.warning("the compressed model returns values that are not finite on %s", example.source)
-                return
-            place = _beginning(model, example)
-        except CompressionError as error:
-            logger.debug("not checked whether outputs are finite: %s", error)
-            return
-    raise ModelError(
-        f"the compressed model returns values that are not finite on {example.source}, and the uncompressed model does "
-        f"not; they begin in {place}. Name it in ignored_scopes, or give calibration data that resembles this batch"
-    )
+        if _is_finite(model, example):
+            return None
+        with bypass_transforms(model):
+            was_finite = _is_finite(model, example)
+        if was_finite:
+            return _beginning(model, example)
+    if not bypassable:
+        logger.warning("the compressed model returns values that are not finite on %s", example.source)
+    return None
 
 
 def _is_finite(model: nn.Module, example: Example) -> bool:

@@ -84,3 +84,13 @@ def test_data_that_nobody_needs_is_not_checked(loader):
     config = {"compression": {"algorithm": "magnitude_sparsity"}}
     controller, _ = create_compressed_model(Divides(), register_default_init_args(config, loader))
     assert controller.statistics()
+
+
+def test_a_loader_that_fails_is_not_checked():
+    class Broken:
+        def __iter__(self):
+            raise KeyError("no such file")
+
+    config = {"compression": {"algorithm": "magnitude_sparsity"}}
+    controller, _ = create_compressed_model(Divides(), register_default_init_args(config, Broken()))
+    assert controller.statistics()
