@@ -30,8 +30,8 @@ def replace_at(value: Any, path: Path, replace: Callable[[torch.Tensor], torch.T
     if not path:
         if isinstance(value, (tuple, list, dict)):
             raise TransformError(
-                f"{where}: the value is a {type(value).__name__} where the example input gave a tensor; give an example "
-                "input for each structure"
+                f"{where}: the value is a {type(value).__name__} where the example input gave a tensor; give an "
+                "example input for each structure"
             )
         return replace(value) if isinstance(value, torch.Tensor) else value
     step, rest = path[0], path[1:]
