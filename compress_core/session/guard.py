@@ -104,6 +104,8 @@ class ModelGuard:
         names = ", ".join(a.name for a in self._lifecycle.algorithms)
         if remedy == _REMEDY and GONE in changed:
             remedy = "keep the modules and parameters that there are, or declare replaces_modules = True"
+        if hook == "compress_calibrate":
+            remedy += "; call the model with CalibrationData.call, so that writes by its own forward do not count"
         who = f"one of {names}, or an initializer," if algorithm is None else self._lifecycle.who(algorithm)
         raise PluginError(f"{hook}() of {who} has written to the model's tensors, for example {changed[:3]}; {remedy}")
 
