@@ -100,7 +100,7 @@ class Weights:
 
     Attributes:
         uses: Name of a parameter -> how it is used; only parameters that are weights.
-        values: For each forward in eval mode, the values that are computed from parameters and constants alone, with
+        values: For each forward in eval mode, the values that are made from parameters by views and transforms, with
             the names of these parameters.
     """
 
@@ -125,7 +125,12 @@ def find_weights(trace: Forwards, *, probed: Iterable[str] = ()) -> Weights:
             known = found.uses.get(use.name)
             found.uses[use.name] = use if known is None else _merged(known, use)
         if len(found.values) < len(trace.forwards):
-            found.values.append({value: frozenset(origins) for value, origins in search.origins.items()})
+            found.values.append(
+                {
+                    value: frozenset(name for name, origin in origins.items() if not origin.changed)
+                    for value, origins in search.origins.items()
+                }
+            )
     return found
 
 

@@ -356,12 +356,12 @@ def _places(
         return [(sites.model_input(path), None) for path in value.inputs]
     call = forward.calls[value.call]
     path = next((path for path, made in call.outputs if made == wish.value), None)
-    if path is not None and call.function != USER_HOOK:
+    if path is not None and call.function != USER_HOOK and not wish.is_constant:
         place = sites.output_place(CallRef(number, call.index), path)
         if place is not None or can_be_transformed(call.function):
             return [(place, call)]
     # The value was written in place by a statement, such as x[:, 0] = y, or by a hook, or read as a property (x.T):
-    # there is no result to replace.
+    # there is no result to replace. Or it is a constant, which the model may keep for later forwards, as it computed it.
     readers = [(forward.calls[index], at) for index, at in _readers(forward, wish.value)]
     return [(sites.input_place(CallRef(number, reader.index), at), reader) for reader, at in readers]
 
