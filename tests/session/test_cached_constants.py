@@ -159,14 +159,14 @@ def test_the_cache_is_that_of_the_plain_model(kind, warm, caplog):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_trained_copied_and_loaded(kind):
-    controller, model = create(kind(), SPARSE)
+    controller, model = create(kind(), SPARSE, QUANTIZED)
     model.train()
     for size in (8, 12, 12):
         model(images(size)).square().mean().backward()
     for grid in model.kept():
         assert grid is None or not grid.requires_grad
     copied = copy.deepcopy(model)
-    _, again = create(kind(), SPARSE, state=controller.get_compression_state())
+    _, again = create(kind(), SPARSE, QUANTIZED, state=controller.get_compression_state())
     again.load_state_dict(model.state_dict())
     expected = model.eval()(images())
     assert torch.equal(copied.eval()(images()), expected)
