@@ -60,7 +60,7 @@ def scoped_modules(model: nn.Module) -> list[ScopedModule]:
 
 def is_of_document(path: str) -> bool:
     """Returns whether a config path is of the example input or of scopes at the top level, for all algorithms."""
-    return path.startswith(("ignored_scopes.", "target_scopes.")) or f"{path}.".startswith("input_info.")
+    return f"{path}.".startswith(("ignored_scopes.", "target_scopes.", "input_info."))
 
 
 def compile_scope(entry: str) -> Callable[[ScopedModule], bool]:

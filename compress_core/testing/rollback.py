@@ -155,7 +155,7 @@ def _rolls_back(
         else:
             case.resumed(state, model, observers)
     except BaseException as raised:
-        if raised is not error and raised.__cause__ is not error:
+        if not any(cause is error for cause in _causes(raised)):
             raise
         after = {**fingerprint(model), "global hooks": global_hooks()}
         if after != before:
@@ -166,6 +166,13 @@ def _rolls_back(
             )
         return True
     return False
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yields an error and what it was raised from; an error in a forward is often explained twice."""
+    while error is not None:
+        yield error
+        error = error.__cause__
 
 
 def _differences(before: Any, after: Any, path: str = "") -> str:

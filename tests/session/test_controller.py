@@ -232,6 +232,7 @@ def test_replaced_modules_are_resumed_with_what_later_algorithms_put_on_them(reg
         ("compression.1.mine.params.level", "compression.1.mine.params.level"),
         ("input_info.type", "input_info.type"),
         ("ignored_scopes.0", "ignored_scopes.0"),
+        ("target_scopes", "target_scopes"),
     ],
 )
 def test_a_problem_that_planning_finds_has_its_full_config_path(registry, path, full):
