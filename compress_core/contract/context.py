@@ -67,6 +67,8 @@ class Context:
         # Copies, because each section records which values were read, and another model may share the config.
         self.sections = tuple(s.unread() if isinstance(s, AlgorithmConfig) else s for s in config.sections)
         self._init_loader = init_loader
+        # The batch that `example_batch` read last, and its source; for the time of the creation.
+        self._read: tuple[Any, Example] | None = None
         self._requests: dict[str, InitializerConfig] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Context:
@@ -278,17 +280,27 @@ class Context:
     def example_batch(self, path: str) -> Example | None:
         """Returns a batch of the user's data; None if there is none, or only an iterator.
 
+        During the creation a loader is read once for all callers: it may start processes.
+
         Args:
             path: The caller, for messages.
         """
         source = self._registered_data(QuantizationRangeInitArgs) if self._init_loader is None else self._init_loader
         if source is None:
             return None
+        if self._read is not None and self._read[0] is source:
+            return self._read[1]
         data = self.calibration_data(path, loader=source)
         with preserved_rng(data.loader):
             if isinstance(data.loader, Iterator):
                 return None  # an iterator can be read only once, and calibration needs its batches
-            return Example.from_batch(data, next(iter(data.batches(1)))[0])
+            self._read = source, Example.from_batch(data, next(iter(data.batches(1)))[0])
+            return self._read[1]
+
+    def take_example(self) -> Example | None:
+        """Returns the batch that `example_batch` has read, if it has, and forgets it: the creation is over."""
+        read, self._read = self._read, None
+        return None if read is None else read[1]
 
     def scope_filter(self, model: nn.Module, algorithm: Algorithm) -> ScopeFilter:
         """Returns the filter for a model's modules, from the scopes of the config and of the algorithm's section.

@@ -28,8 +28,8 @@ logger = logging.getLogger(__name__)
 def check_finite(model: nn.Module, context: Context) -> None:
     """Refuses a compressed model whose outputs are not finite where those of the uncompressed model are.
 
-    It costs one forward on a batch of the user's data, in eval mode, unless something is wrong. Without data, or if the
-    loader or the model fails, nothing is checked.
+    It costs one forward in eval mode, on a batch that has been read already, unless something is wrong. If no algorithm
+    has read one, or the model fails, nothing is checked.
 
     Args:
         model: The compressed model; nothing in it is changed.
@@ -38,14 +38,15 @@ def check_finite(model: nn.Module, context: Context) -> None:
     Raises:
         ModelError: An output is not finite; the message names the module or transform where this begins.
     """
+    example = context.take_example()
+    if example is None:
+        return
     try:
-        example = context.example_batch("compression")
-        place = None if example is None else _broken_place(model, example, bypassable=context.bypassable)
-    except Exception as error:
-        # A model or a loader of the user's may fail in any way, and the algorithms may not have needed the data.
+        place = _broken_place(model, example, bypassable=context.bypassable)
+    except Exception as error:  # a model of the user's may fail in any way
         logger.debug("not checked whether outputs are finite: %s", error)
         return
-    if example is not None and place is not None:
+    if place is not None:
         raise ModelError(
             f"the compressed model returns values that are not finite on {example.source}, and the uncompressed model "
             f"does not; they begin in {place}. Name it in ignored_scopes, or give calibration data that resembles this "

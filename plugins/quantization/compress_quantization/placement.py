@@ -305,6 +305,8 @@ class _Propagation:
         return _Ask(spec, reader, modules=[call.module])
 
     def _transparent(self, call: Call, reader: tuple[int, Path]) -> _Ask:
+        if self._makes_constants(call):
+            return _Ask(None, reader)
         read = [r for r in self._float_results(call) if self._consumers[r] or self._forward.values[r].outputs]
         below = [self._whole.get(result) for result in read]
         specs = {None if wish is None else wish.spec for wish in below}
@@ -316,7 +318,13 @@ class _Propagation:
         modules = [name for wish in below if wish is not None for name in wish.modules]
         return _Ask(spec, reader, read, modules, only_together=True)
 
+    def _makes_constants(self, call: Call) -> bool:
+        # The model may keep these for later forwards, so only what reads them at last gets quantized ones.
+        return all(value in self._constants for value in call.results)
+
     def _concat(self, call: Call, reader: tuple[int, Path]) -> _Ask:
+        if self._makes_constants(call):
+            return _Ask(None, reader)
         # All parts or none, because a quantizer left after the concatenation would requantize the other parts.
         results = self._float_results(call)
         wish = self._lifted.get(call.index) or (self._whole.get(results[0]) if len(results) == 1 else None)

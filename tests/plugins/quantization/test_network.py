@@ -227,7 +227,7 @@ def test_a_constant_that_is_a_factor_of_a_product_or_part_of_a_concatenation_is_
     found = places(plan(model, torch.randn(2, 5, 8)))
     # Constants are quantized where they are read: the model may keep them.
     assert ["model: torch.cat#0 input 0.0", "a: output"] in found
-    assert ["model: torch.Tensor.expand#1 input 0"] in found
+    assert ["model: torch.nn.functional.scaled_dot_product_attention#0 input 0"] in found
     # The layer that makes the queries from constants is computed once, and not with integers.
     assert "c: torch.nn.functional.linear#0 input 0" not in [place for group in found for place in group]
 
