@@ -79,11 +79,14 @@ class Split:
         module: Dotted name of the module that splits.
         labels: The labels of the channels.
         heads: Length of the dimension before the last one that the channels are spread over.
+        place: Number of the operator in the first forward, and the last dimension that the channels are spread over,
+            which has the size of a head; None for further forwards.
     """
 
     module: str
     labels: np.ndarray
     heads: int
+    place: tuple[int, int] | None = None
 
 
 @dataclass

@@ -17,42 +17,91 @@ import numpy as np
 from torch import nn
 
 from compress_core.channels.groups import ChannelGroup, ChannelGroups, channel_groups
-from compress_core.channels.inputs import InputSpec
-from compress_core.channels.trials import attempt, trial_of
-from compress_core.trace.tracer import Trace
+from compress_core.channels.inputs import InputSpec, example_arguments
+from compress_core.channels.shrinking import shrinkage
+from compress_core.channels.trials import Removal, attempt, trial_of
+from compress_core.trace import Example, ForwardTrace, Trace, TraceError, trace
+from compress_core.transforms.python_state import copied
 
 # Name of a module -> its attributes that are proportional to the number of heads.
 _Attributes: TypeAlias = "dict[str, tuple[str, ...]]"
 
 
-def channel_groups_of_heads(model: nn.Module, trace: Trace, specs: Sequence[InputSpec]) -> ChannelGroups:
+def channel_groups_of_heads(model: nn.Module, traced: Trace, specs: Sequence[InputSpec]) -> ChannelGroups:
     """Finds the channel groups of a model, with heads of attention as channels wherever the model works with fewer.
 
-    For each class of modules whose heads have a given size, one module of a copy of the model is tried: as it is, and
-    then with its attributes for the number of heads and for the width of all heads changed.
+    The modules of a class whose heads have a given size are tried on a copy of the model: as they are, and then with
+    their attributes for the number of heads and for the width of all heads changed.
 
     Args:
         model: The model; it is not changed.
-        trace: The trace of the model.
+        traced: The trace of the model.
         specs: The inputs of its forward.
     """
-    found = channel_groups(trace)
+    found = channel_groups(traced)
     kinds: dict[type[nn.Module], list[str]] = {}
     for name in dict.fromkeys(split.module for split in found.algebra.splits):
         if not _free(found, name):
             kinds.setdefault(type(model.get_submodule(name)), []).append(name)
     accepted: _Attributes = {}
-    for names in kinds.values():
-        candidate = channel_groups(trace, frozenset(names[:1]))
-        if not _free(candidate, names[0]):
-            continue
-        for find in (lambda *_: (), _sizes_of_heads):
-            attributes = {names[0]: find(model, candidate, names[0])}
-            groups = _free(_with_heads(candidate, attributes), names[0])
-            if attempt(model, trial_of(groups), specs) is None:
-                accepted |= {name: find(model, found, name) for name in names}
-                break
-    return _with_heads(channel_groups(trace, frozenset(accepted)), accepted) if accepted else found
+    for of_class in kinds.values():
+        candidate = channel_groups(traced, frozenset(of_class))
+        names = [name for name in of_class if _free(candidate, name)]
+        works = _working(model, traced, names, specs)
+        if not works and len(names) > 1 and _working(model, traced, names[:1], specs):
+            # Mostly all modules of a class work alike; here not.
+            for name in names:
+                works |= _working(model, traced, [name], specs)
+        accepted |= works
+    return _with_heads(channel_groups(traced, frozenset(accepted)), accepted) if accepted else found
+
+
+def _working(model: nn.Module, traced: Trace, names: Sequence[str], specs: Sequence[InputSpec]) -> _Attributes:
+    """Returns the modules with their attributes if a copy of the model works with fewer heads in all of them."""
+    if not names:
+        return {}
+    found = channel_groups(traced, frozenset(names))
+    for find in (lambda *_: (), _sizes_of_heads):
+        attributes = {name: find(model, found, name) for name in names}
+        groups = _with_heads(found, attributes)
+        numbers = {n for name in names for n in _numbers(found, name) if n >= 0}
+        removals = trial_of([groups.groups[number] for number in sorted(numbers)])
+        whole = attempt(model, removals, specs) is None
+        if whole and _heads_stay_whole(model, traced, found, names, removals, specs):
+            return attributes
+    return {}
+
+
+def _heads_stay_whole(
+    model: nn.Module,
+    traced: Trace,
+    found: ChannelGroups,
+    modules: Sequence[str],
+    removals: Sequence[Removal],
+    specs: Sequence[InputSpec],
+) -> bool:
+    """Returns whether heads have the size that they had when some are gone from a copy.
+
+    Equal outputs do not show it: where attention looks everywhere alike, heads of another size compute nearly the same.
+    """
+    smaller = copied(model)
+    shrinkage(smaller, removals).apply(smaller)
+    before = traced.forwards[0].operators
+    device = next((parameter.device for parameter in smaller.parameters()), None)
+    args, kwargs = example_arguments(specs, device, None, small=False)
+    try:
+        forward = trace(smaller, Example.of(*args, **kwargs)).forwards[0]
+    except TraceError:
+        return False
+    places = [split.place for split in found.algebra.splits if split.module in modules and split.place is not None]
+    return len(forward.operators) == len(before) and all(
+        _shape(forward, operator)[dim] == _shape(traced.forwards[0], operator)[dim] for operator, dim in places
+    )
+
+
+def _shape(forward: ForwardTrace, operator: int) -> tuple[int, ...]:
+    (_, value), *_ = forward.operators[operator].outputs
+    return forward.values[value].shape
 
 
 def _sizes_of_heads(model: nn.Module, found: ChannelGroups, module: str) -> tuple[str, ...]:

@@ -270,7 +270,8 @@ def _place(step: Step, block: np.ndarray, after: list[int], large: list[int], re
         else:
             target = varying[-2 if module in step.algebra.whole_heads else -1]
             heads = block.shape[after.index(varying[-2])]
-            step.algebra.splits.append(Split(module, np.unique(block), heads))
+            place = (step.operator.index, varying[-1]) if step.algebra.counting else None
+            step.algebra.splits.append(Split(module, np.unique(block), heads, place))
     rows = np.moveaxis(block, after.index(target), -1).reshape(-1, block.shape[after.index(target)])
     if len(large) > 1:
         step.algebra.join_all(np.unique(rows, axis=0))

@@ -32,7 +32,7 @@ _PRODUCTS: dict[str, dict[int, int | None]] = {
     "convolution": {1: None},  # depends on its kind
     "embedding": {0: -2},
     "_embedding_bag": {0: -2},
-    "_trilinear": {1: None},
+    "_trilinear": {1: -3},
 }
 _ATTENTION = "scaled_dot_product"
 

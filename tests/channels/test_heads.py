@@ -187,7 +187,19 @@ def test_a_group_of_heads_is_saved_and_shrinks_a_second_time():
     assert torch.equal(again.eval()(x), model.eval()(x))
 
 
-def test_one_module_of_a_class_is_tried():
+def test_attention_that_looks_everywhere_alike_does_not_hide_a_number_in_the_code():
+    # Heads of half the size would compute the same as half of the heads.
+    model, x = attending("number in the code", by_hand)
+    with torch.no_grad():
+        for layer in (model[1].q, model[1].k):
+            layer.weight.zero_()
+            layer.bias.zero_()
+    found = trace(model.eval(), x)
+    groups = channel_groups_of_heads(model, found, input_specs(found.forwards[0]))
+    assert group_with(groups, "1.q.weight", 0).obstacle is not None
+
+
+def test_modules_of_a_class_that_work_differently_are_tried_one_by_one():
     layers = [Attention("computed"), Attention("all in the code"), Attention("computed")]
     model = nn.Sequential(nn.Linear(3, SIZE), *layers, nn.Linear(SIZE, 5)).eval()
     found_trace = trace(model, normal(2, 5, 3))

@@ -680,7 +680,7 @@ class Branching(nn.Module):
         return weight if weight.detach().abs().max() > 1e-9 else weight * 2
 
 
-@bug("check_export_onnx", "ExportError")
+@bug("check_export_onnx", "DisagreementError")
 class ExportsWithoutItsMasks(Ramp):
     @hookimpl
     def compress_export(self, model, target):
