@@ -369,7 +369,7 @@ def _places(
         if place is not None or can_be_transformed(call.function):
             return [(place, call)]
     # The value was written in place by a statement, such as x[:, 0] = y, or by a hook, or read as a property (x.T):
-    # there is no result to replace. Or it is a constant, which the model may keep for later forwards, as it computed it.
+    # there is no result to replace. Or it is a constant, which the model may keep for later forwards.
     readers = [(forward.calls[index], at) for index, at in _readers(forward, wish.value)]
     return [(sites.input_place(CallRef(number, reader.index), at), reader) for reader, at in readers]
 
