@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from compress_core.torch_internals import TorchDispatchMode, tree_leaves, tree_map
+from compress_core.torch_internals import TorchDispatchMode, schema_of, tree_leaves, tree_map
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Decisions(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = func(*args, **(kwargs or {}))
         leaves = tree_leaves(result)
         values = [leaf for leaf in tree_leaves((args, kwargs)) if _is_continuous(leaf)]
-        if not values or func._schema.is_mutable or not any(_is_discrete(leaf) for leaf in leaves):
+        if not values or schema_of(func).is_mutable or not any(_is_discrete(leaf) for leaf in leaves):
             return result
         known = self.found[str(func)]
         # Copies, because the forward may write to these tensors.

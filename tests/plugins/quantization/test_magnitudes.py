@@ -406,7 +406,7 @@ class TestExport:
             for quantizer in controller.non_weight_quantizers.values():
                 quantizer.scale.mul_(1.01)
         _, file = export(controller, x)
-        found = torch.from_numpy(file.run(x)[0])
+        found = torch.from_numpy(file.run(x.float())[0])  # files compute in float32
         assert found.isfinite().all()
         assert torch.allclose(found.float(), model(x).detach().float(), rtol=0.02, atol=0.05 * float(found.abs().max()))
 
