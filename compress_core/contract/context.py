@@ -67,7 +67,7 @@ class Context:
         # Copies, because each section records which values were read, and another model may share the config.
         self.sections = tuple(s.unread() if isinstance(s, AlgorithmConfig) else s for s in config.sections)
         self._init_loader = init_loader
-        # The batch that `example_batch` read last, and its source; for the time of the creation.
+        # The batch that `_example_batch` read last, and its source; for the time of the creation.
         self._read: tuple[Any, Example] | None = None
         self._requests: dict[str, InitializerConfig] = {}
 
@@ -237,7 +237,7 @@ class Context:
 
     def _trace(self, model: nn.Module, path: str) -> Trace:
         infos = [info for info in self.config.root.input_info if info.sample_size is not None]
-        batch = self.example_batch(path)
+        batch = self._example_batch(path)
         if not infos and batch is None:
             raise DataError(
                 f"{path}: needs to trace the model, and there is no example input. Add input_info to the "
@@ -265,7 +265,7 @@ class Context:
         Raises:
             DataError: There is neither data nor `input_info`.
         """
-        batch = self.example_batch(path)
+        batch = self._example_batch(path)
         if batch is not None:
             return batch
         infos = [info for info in self.config.root.input_info if info.sample_size is not None]
@@ -277,7 +277,7 @@ class Context:
             )
         return Example.from_input_info(infos, device)
 
-    def example_batch(self, path: str) -> Example | None:
+    def _example_batch(self, path: str) -> Example | None:
         """Returns a batch of the user's data; None if there is none, or only an iterator.
 
         During the creation a loader is read once for all callers: it may start processes.
@@ -298,7 +298,7 @@ class Context:
             return self._read[1]
 
     def take_example(self) -> Example | None:
-        """Returns the batch that `example_batch` has read, if it has, and forgets it: the creation is over."""
+        """Returns the batch that `_example_batch` has read, if it has, and forgets it: the creation is over."""
         read, self._read = self._read, None
         return None if read is None else read[1]
 
