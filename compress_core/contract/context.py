@@ -67,8 +67,9 @@ class Context:
         # Copies, because each section records which values were read, and another model may share the config.
         self.sections = tuple(s.unread() if isinstance(s, AlgorithmConfig) else s for s in config.sections)
         self._init_loader = init_loader
-        # The batch that `_example_batch` read last, and its source; for the time of the creation.
+        # The batch that `_example_batch` read last, and its source; kept for the time of the creation.
         self._read: tuple[Any, Example] | None = None
+        self._is_creating = not resuming
         self._requests: dict[str, InitializerConfig] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Context:
@@ -294,12 +295,14 @@ class Context:
         with preserved_rng(data.loader):
             if isinstance(data.loader, Iterator):
                 return None  # an iterator can be read only once, and calibration needs its batches
-            self._read = source, Example.from_batch(data, next(iter(data.batches(1)))[0])
-            return self._read[1]
+            example = Example.from_batch(data, next(iter(data.batches(1)))[0])
+        if self._is_creating:
+            self._read = source, example
+        return example
 
     def take_example(self) -> Example | None:
         """Returns the batch that `_example_batch` has read, if it has, and forgets it: the creation is over."""
-        read, self._read = self._read, None
+        read, self._read, self._is_creating = self._read, None, False
         return None if read is None else read[1]
 
     def scope_filter(self, model: nn.Module, algorithm: Algorithm) -> ScopeFilter:

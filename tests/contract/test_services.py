@@ -17,6 +17,8 @@ from compress_core import (
     mask_weight,
     register_default_init_args,
 )
+from compress_core.config import CompressionConfig
+from compress_core.contract.context import Context
 from compress_core.registry import use_registry
 from compress_core.transforms import add_weight_transform, raw_parameter
 from tests.contract.algorithms import Base, Replacing, fresh, images, net, pruned, sections
@@ -273,3 +275,20 @@ def test_exports_keep_what_a_rewrite_notes_and_name_whose_rewrite_fails(tmp_path
         with pytest.raises(ValueError) as raised:
             controller.export_onnx(tmp_path / "b.onnx")
     assert any("'noting'" in note for note in raised.value.__notes__)
+
+
+def test_a_loader_is_read_once_in_a_creation_and_nothing_of_it_is_kept_afterwards():
+    class Counting:
+        reads = 0
+
+        def __iter__(self):
+            Counting.reads += 1
+            return iter([(torch.zeros(2, 3), 0)])
+
+    context = Context(CompressionConfig.from_dict({}), init_loader=Counting())
+    assert context.example("a") is context.example("b")
+    assert Counting.reads == 1
+    assert context.take_example() is not None
+    assert context.example("export") is not context.example("export")
+    assert Counting.reads == 3
+    assert context.take_example() is None
