@@ -47,7 +47,7 @@ class SavedContainer:
         return [] if self._base is bytearray else self._contents
 
     def is_same(self) -> bool:
-        """Returns whether the container holds the same objects in the same order."""
+        """Returns whether the container holds the same objects, in the same order unless it is a set."""
         now = self._read()
         if self._base is bytearray:
             return bool(now == self._contents)
@@ -60,7 +60,7 @@ class SavedContainer:
         return all(a is b for a, b in zip(now, self._contents, strict=True))
 
     def restore(self) -> None:
-        """Puts the same objects back, in the same order."""
+        """Puts the same objects back, in the same order unless the container is a set."""
         if self.is_same():
             return
         container, base = self.container, self._base

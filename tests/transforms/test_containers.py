@@ -172,7 +172,10 @@ CONTENTS = st.one_of(
 @given(CONTENTS, st.data())
 def test_any_content_comes_back_after_any_change(container, data):
     def content():
-        return list(container.items()) if isinstance(container, dict) else [type(container), *container]
+        if isinstance(container, dict):
+            return list(container.items())
+        # The order of a set is not its content: it depends on what was in it before.
+        return type(container), set(container) if isinstance(container, set) else list(container)
 
     before = content()
     saved = SavedContainer(container)
