@@ -190,8 +190,16 @@ def cut(serialized: bytes, quantizers: Sequence[Quantizer], model: nn.Module, in
     for name, found in nodes.items():
         for number, (quantizer, call) in enumerate(zip(found, recorded[name], strict=True)):
             calls[id(quantizer)] = _place(name, number if len(found) > 1 else None), call
+    if any(not _fits(quantizer, calls[id(quantizer)][1]) for quantizer in left if id(quantizer) in calls):
+        return None
     parts = [_part(quantizer, *calls[id(quantizer)]) for quantizer in left if id(quantizer) in calls]
     return Cut(_cut(serialized, {part.name: part.integers for part in parts}), tuple(parts))
+
+
+def _fits(quantizer: Quantizer, call: Call) -> bool:
+    """Returns whether torch's activation has the channels that the graph has: an algorithm may export another size."""
+    shape, channels = call.returned.shape, quantizer.scale.size
+    return channels == 1 or (-len(shape) <= quantizer.axis < len(shape) and shape[quantizer.axis] == channels)
 
 
 def _part(quantizer: Quantizer, place: str, call: Call) -> Part:

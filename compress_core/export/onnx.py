@@ -108,8 +108,8 @@ def export(
         model: The model in eval mode on the CPU, prepared by every algorithm.
         path: The file; an existing file is replaced.
         references: Batches and the outputs of the compressed model.
-        fresh: Returns another copy of the compressed model in eval mode on the CPU, not prepared; for finding out
-            where a file differs.
+        fresh: Returns another copy of the compressed model in eval mode on the CPU, of the sizes that are exported and
+            with the transforms of activations that are exported; for finding out where a file differs.
         rewrites: Changes of the graph by the algorithms, in order.
         algorithms: Names of the algorithms, for the report.
         options: All other options.

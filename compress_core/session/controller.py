@@ -300,9 +300,12 @@ class CompressionController:
             rewrites = lifecycle.export(model, ExportTarget("onnx", opset))
             bake_transforms(model)
             names = tuple(self.algorithms)
-            return export.export(
-                model, target, references, lambda: self._copy_for_export().cpu(), rewrites, names, options
-            )
+            return export.export(model, target, references, self._copy_for_comparison, rewrites, names, options)
+
+    def _copy_for_comparison(self) -> nn.Module:
+        model = self._copy_for_export().cpu()
+        self._inspected.strip_unexported(model)
+        return model
 
     def _copy_for_export(self) -> nn.Module:
         model = copied(self.model).eval()

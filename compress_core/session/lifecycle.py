@@ -302,16 +302,28 @@ class Lifecycle(HookCalls):
         Returns:
             Functions that change the exported graph, in the order in which to call them.
         """
-        implemented = [impl.plugin for impl in self._manager.hook.compress_export.get_hookimpls()]
         rewrites = []
         for algorithm in self.algorithms:
-            if not any(plugin is algorithm for plugin in implemented):
+            if not self._exports(algorithm):
                 self._call("compress_strip", algorithm, model=model)
                 continue
             rewrite = self._optional("compress_export", algorithm, Callable, model=model, target=target)
             if rewrite is not None:
                 rewrites.append(self._attributed_rewrite(rewrite, algorithm))
         return rewrites
+
+    def strip_unexported(self, model: nn.Module) -> None:
+        """Strips a copy of the model as `export` does, and leaves what the other algorithms would export as it is.
+
+        The result computes in torch, with the sizes that the exported graph has.
+        """
+        for algorithm in self.algorithms:
+            if not self._exports(algorithm):
+                self._call("compress_strip", algorithm, model=model)
+
+    def _exports(self, algorithm: Algorithm) -> bool:
+        implementations = self._manager.hook.compress_export.get_hookimpls()
+        return any(implementation.plugin is algorithm for implementation in implementations)
 
     # Initializers.
 

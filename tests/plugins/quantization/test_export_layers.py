@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from compress_core import ExportError
+from compress_core import ExportError, create_compressed_model
 from tests.onnx_helpers import File, create
 from tests.zoo import images
 
@@ -139,3 +139,22 @@ def test_a_file_that_cannot_run_names_activations_with_scales_for_channels(tmp_p
         ExportError, match=r"(?s)cannot load .*1 activations have a scale for each channel.*per_channel"
     ):
         controller.export_onnx(tmp_path / "model.onnx", images(4), dynamic_batch=False)
+
+
+@pytest.mark.parametrize("depthwise", [False, True], ids=["one scale", "a scale for each channel"])
+@pytest.mark.parametrize("sparse", [False, True], ids=["pruned", "pruned and sparse"])
+def test_roundings_are_told_when_the_file_has_fewer_channels(depthwise, sparse, tmp_path):
+    torch.manual_seed(0)
+    model = Chaotic()
+    if depthwise:
+        for block in model.blocks:
+            block[0] = nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False)
+            nn.init.normal_(block[0].weight, std=2)
+    sections = [
+        {"algorithm": "filter_pruning", "pruning_init": 0.5, "params": {"multiple_of": 1, "prune_first_conv": True}}
+    ]
+    sections += [{"algorithm": "magnitude_sparsity", "sparsity_init": 0.3}] * sparse
+    document = {"compression": [*sections, {"algorithm": "quantization"}]}
+    controller, _ = create_compressed_model(model, document, init_loader=[images(4)])
+    with pytest.raises(ExportError, match=r"No file was written\. Only roundings add up"):
+        controller.export_onnx(tmp_path / "model.onnx", images(4), dynamic_batch=False, tolerance=1e-6)
