@@ -197,9 +197,10 @@ def _heads(step: Step, operands: Sequence[tuple[Labels, int]]) -> Labels:
     return queries
 
 
-@rule("aten.embedding")
+@rule("aten.embedding", "aten._embedding_bag", "aten._embedding_bag_forward_only")
 def _embedding(step: Step) -> list[Dims]:
     table = step.dims(step.argument(0))
     step.fix(table[0], "rows are chosen by number")
     step.algebra.mark(Role.MAKES, table[1])
-    return step.same([*untracked(len(step.result_shapes[0]) - 1), table[1]])
+    vectors, *counts = step.result_shapes  # bags are summed, averaged or maximized channel by channel
+    return [[*untracked(len(vectors) - 1), table[1]], *(untracked(len(shape)) for shape in counts)]

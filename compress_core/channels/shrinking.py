@@ -314,5 +314,6 @@ _UPDATES: dict[type[nn.Module], Callable[[Any], None]] = {
     nn.GroupNorm: _update_group_norm,
     nn.LayerNorm: _update_layer_norm,
     nn.Embedding: _update_embedding,
+    nn.EmbeddingBag: _update_embedding,
     nn.PReLU: _update_prelu,
 }

@@ -23,7 +23,6 @@ SENTENCES = {
 KNOWN = {
     ("DictDetector", "quantization"): "the quantizer of the input acts in eval mode only, and nobody says so",
     ("DictDetector", "all three"): "the quantizer of the input acts in eval mode only, and nobody says so",
-    ("Recommender", "filter_pruning"): "the tables of EmbeddingBag are in no list of the statistics",
 }
 # Every algorithm alone where it meets something new; all three together everywhere.
 CELLS = [

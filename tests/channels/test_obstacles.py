@@ -88,6 +88,26 @@ def test_embedding():
     assert model[0].embedding_dim == model[1].in_features < 6
 
 
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+def test_bags_of_embeddings(mode):
+    class Bags(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bag, self.head = nn.EmbeddingBag(10, 6, mode=mode), nn.Linear(6, 3)
+
+        def forward(self, rows):
+            return self.head(self.bag(rows))
+
+    model, rows = Bags(), torch.arange(8).reshape(2, 4)
+    for training in (False, True):
+        found = groups_of(model, rows, training=training)
+        (group,) = found.prunable
+        assert set(slices(group)) == {"bag.weight.1", "head.weight.1"}
+        assert "rows are chosen by number" in str(group_with(found, "bag.weight", 0).obstacle)
+    check_shrinking(model, rows)
+    assert model.bag.embedding_dim == model.head.in_features < 6
+
+
 @pytest.mark.parametrize(
     "dropout", [nn.Dropout(0.5), nn.Dropout2d(0.5), nn.AlphaDropout(0.5), nn.FeatureAlphaDropout()]
 )

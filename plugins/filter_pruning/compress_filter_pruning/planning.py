@@ -12,6 +12,7 @@ from torch import nn
 
 from compress_core.channels import (
     ChannelGroup,
+    ChannelGroups,
     Costs,
     InputSpec,
     Role,
@@ -80,7 +81,8 @@ def make_plan(
     """
     specs = input_specs(trace.forwards[0], model, example)
     found = channel_groups_of_heads(model, trace, specs)
-    rules = _Rules(model, trace, params, set(targets), excluded)
+    targets = set(targets)
+    rules = _Rules(model, trace, params, targets, excluded)
     candidates, skipped = [], dict(excluded)
     for group in found.groups:
         makers = [m.parameter for m in group.members if m.role == Role.MAKES]
@@ -97,6 +99,7 @@ def make_plan(
         for member in group.members:
             if member.role == Role.MAKES:
                 skipped.setdefault(member.parameter, reason)
+    _add_weights_without_channels(skipped, found, targets)
     groups = [_pruning_group(number, group, params.multiple_of) for number, group in enumerate(chosen)]
     pruned = {member.parameter for group in groups for member in group.makers}
     return PruningPlan(
@@ -106,6 +109,20 @@ def make_plan(
         parameter_costs(model, chosen),
         specs,
     )
+
+
+def _add_weights_without_channels(skipped: dict[str, str], found: ChannelGroups, targets: Iterable[str]) -> None:
+    """Gives a reason to weights of which no rule says that they make channels: each is pruned, or has a reason."""
+    made = {member.parameter for group in found.groups for member in group.members if member.role == Role.MAKES}
+    reasons = {
+        member.parameter: str(group.obstacle)
+        for group in found.groups
+        if group.obstacle is not None
+        for member in group.members
+    }
+    for name in targets:
+        if name not in made:
+            skipped.setdefault(name, reasons.get(name, "no example input reaches it"))
 
 
 def _pruning_group(number: int, group: ChannelGroup, multiple_of: int) -> PruningGroup:
