@@ -303,14 +303,17 @@ def _where(error: Exception) -> str:
 
 
 def _weights(model: nn.Module, plain: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Returns the weights that are trained and have two dimensions or more -> their names, if several share them."""
+    """Returns the weights that are trained and have two dimensions or more -> their names, if several share them.
+
+    A scale of each channel, shaped (1, 1, 1, channels), has one.
+    """
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
     return {
         name: names[id(parameter)]
         for name, parameter in model.named_parameters()
-        if parameter.ndim >= 2 and name.endswith("weight") and name in plain["gradients"]
+        if sum(size > 1 for size in parameter.shape) >= 2 and name.endswith("weight") and name in plain["gradients"]
     }
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -27,8 +29,9 @@ from compress_core.transforms.call_sites import (
 )
 from compress_core.transforms.chain import TransformChain, TransformContainer
 from compress_core.transforms.gradient_checkpoints import Surroundings
-from compress_core.transforms.nested import replace_argument, replace_at
+from compress_core.transforms.nested import argument, replace_argument, replace_at
 from compress_core.transforms.places import ActivationPlace, CallInput, CallOutput, ModuleInput, ModuleOutput
+from compress_core.transforms.python_state import names_in
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +59,22 @@ class _Plan:
     # Names of the parameters of the module's forward: those that can be passed by position, and all.
     positional: tuple[str, ...] = ()
     parameters: frozenset[str] = frozenset()
+    # Whether a method of the class reads an attribute `forward`, perhaps to call the forward from within itself.
+    may_call_itself: bool = False
+
+
+@dataclass
+class _Running:
+    """A forward that is running, and may call itself.
+
+    Attributes:
+        is_transformed: Whether the places are counted in it; otherwise it was given a batch, and they are counted in
+            the inner one that is given the input.
+        has_inner: Whether there has been such an inner one.
+    """
+
+    is_transformed: bool
+    has_inner: bool = False
 
 
 class ActivationTransforms(TransformContainer):
@@ -71,12 +90,14 @@ class ActivationTransforms(TransformContainer):
         self.places: dict[str, ActivationPlace] = {}
         self._warned = False
         self._plan = _Plan()
+        # Of a module that may call its forward from within: the forward that is running, for each thread.
+        self._running: dict[int, _Running] = {}
         # torch's fused transformer layers bypass their children unless one of these has a hook. This hook never runs.
         add_own_forward_pre_hook(self, _no_fast_path)
 
     def __getstate__(self) -> dict[str, Any]:
         # Without the plan: not all function objects such as torch.relu can be pickled, so they are looked up again.
-        return {name: value for name, value in self.__dict__.items() if name != "_plan"}
+        return {**{name: value for name, value in self.__dict__.items() if name != "_plan"}, "_running": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -97,6 +118,7 @@ class ActivationTransforms(TransformContainer):
             plan.activation = (known[0], functions_named(known[1]))
         if plan.inputs:
             plan.positional, plan.parameters = _parameters(self.owner)
+        plan.may_call_itself = _may_call_itself(self.owner)  # type: ignore[arg-type]
         self._plan = plan
 
     def chain(self, name: str) -> TransformChain:
@@ -109,6 +131,49 @@ class ActivationTransforms(TransformContainer):
 
     def run(self, forward: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Calls `forward(module, *args, **kwargs)` with all transforms applied."""
+        if self._plan.may_call_itself:
+            return self._run_outermost(forward, module, args, kwargs)
+        return self._run(forward, module, args, kwargs)
+
+    def _run_outermost(self, forward: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Runs a forward that may call itself again: what the inner one does belongs to the outer one, as in a trace.
+
+        Detectors take an image in eval mode, and in training mode the whole batch, of which they give the image to
+        their own forward: then the inner one is that of the trace.
+        """
+        thread = 0 if torch.compiler.is_compiling() else threading.get_ident()
+        outer = self._running.get(thread)
+        if outer is not None and outer.is_transformed:
+            return forward(module, *args, **kwargs)
+        place = self._place_of_batch(args, kwargs) if outer is None else None
+        running = _Running(is_transformed=place is None)
+        self._running[thread] = running
+        try:
+            if place is None:
+                return self._run(forward, module, args, kwargs)
+            output = forward(module, *args, **kwargs)
+            if not running.has_inner:
+                raise TransformError(
+                    f"{place}: the value is a dict where the example input gave a tensor, and the forward does not "
+                    "call itself with that; give an example input for each structure"
+                )
+            return output
+        finally:
+            if outer is None:
+                del self._running[thread]
+            else:
+                outer.has_inner = True
+                self._running[thread] = outer
+
+    def _place_of_batch(self, args: Any, kwargs: Any) -> ModuleInput | None:
+        """Returns the place of an argument that is a dict where the example input gave a tensor, if there is one."""
+        names = self._plan.positional
+        for _, place in self._plan.inputs:
+            if len(place.argument) == 1 and isinstance(argument(args, kwargs, place.argument[0], names), Mapping):
+                return place
+        return None
+
+    def _run(self, forward: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
         plan = self._plan
         if plan.inputs:
             args, kwargs = run_quietly(self._transform_inputs, args, kwargs)
@@ -240,3 +305,16 @@ def _parameters(owner: type[nn.Module]) -> tuple[tuple[str, ...], frozenset[str]
     except (TypeError, ValueError):
         return (), frozenset()
     return tuple(p.name for p in parameters if p.kind in kinds), frozenset(p.name for p in parameters)
+
+
+@functools.cache
+def _may_call_itself(owner: type[nn.Module]) -> bool:
+    """Returns whether a method of the class reads an attribute `forward`, of the module or of another one."""
+    methods = [
+        inspect.unwrap(method)
+        for cls in owner.__mro__
+        if issubclass(cls, nn.Module) and cls is not nn.Module
+        for method in vars(cls).values()
+        if callable(method)
+    ]
+    return any("forward" in names_in(method.__code__) for method in methods if inspect.isfunction(method))

@@ -95,11 +95,7 @@ def replace_argument(
     Raises:
         TransformError: The argument was not passed.
     """
-    first = path[0]
-    if isinstance(first, int) and first >= len(args) and first < len(names):
-        first = names[first]
-    if isinstance(first, str) and first not in kwargs and first in names and names.index(first) < len(args):
-        first = names.index(first)
+    first = _passed(args, kwargs, path[0], names)
     if isinstance(first, int) and first < len(args):
         changed = replace_at(args[first], path[1:], replace, where)
         return (*args[:first], changed, *args[first + 1 :]), kwargs
@@ -111,3 +107,20 @@ def replace_argument(
         f"{where}: this call has no argument {path[0]!r}, as the call of the example input had; give an example input "
         "for each way of calling"
     )
+
+
+def argument(args: tuple[Any, ...], kwargs: dict[str, Any], which: int | str, names: tuple[str, ...]) -> Any:
+    """Returns an argument of a call by position or keyword, or None if it was not passed; see `replace_argument`."""
+    first = _passed(args, kwargs, which, names)
+    if isinstance(first, int):
+        return args[first] if first < len(args) else None
+    return kwargs.get(first)
+
+
+def _passed(args: tuple[Any, ...], kwargs: dict[str, Any], which: int | str, names: tuple[str, ...]) -> int | str:
+    """Returns the position or the keyword by which an argument was passed in this call."""
+    if isinstance(which, int) and len(args) <= which < len(names):
+        which = names[which]
+    if isinstance(which, str) and which not in kwargs and which in names and names.index(which) < len(args):
+        which = names.index(which)
+    return which
