@@ -77,6 +77,10 @@ class Frame:
     turn: int
 
 
+# The code that runs the forward of a `torch.autograd.Function`, as in `Call.location`.
+_APPLY = id(torch.autograd.Function.apply.__code__)
+
+
 @dataclass
 class Call:
     """A function call that took or returned tensors; the level at which activations can be transformed.
@@ -107,6 +111,11 @@ class Call:
     operators: list[int] = field(default_factory=list)
     writes: list[ValueId] = field(default_factory=list)
     overwritten: list[ValueId] = field(default_factory=list)
+
+    @property
+    def is_in_autograd_function(self) -> bool:
+        """Whether a `torch.autograd.Function` makes it in its forward, where autograd does not record."""
+        return any(code == _APPLY for code, _ in self.location)
 
     @property
     def module(self) -> str:

@@ -81,6 +81,14 @@ class Sites:
             other.forward >= self._in_eval for other in self._calls_at[self.site(where)]
         )
 
+    def is_differentiated(self, where: CallRef) -> bool:
+        """Returns whether gradients flow through the call in a forward in training mode; True if none makes it.
+
+        They do not inside of a `torch.autograd.Function`, which has a backward of its own.
+        """
+        calls = [self._call(other) for other in self._calls_at[self.site(where)] if other.forward >= self._in_eval]
+        return not calls or not all(call.is_in_autograd_function for call in calls)
+
     def only_in_training(self) -> list[CallRef]:
         """Returns the calls that forwards in training mode make and forwards in eval mode do not.
 

@@ -89,12 +89,14 @@ class Placement:
         unplaced: Description of each tensor that should be quantized but has no place -> the reason.
         unified: Config path of a group of operators -> its unified quantizer.
         idle_in_training: Places that the forwards in training mode do not reach.
+        fixed_in_training: Places that they reach, but only where no gradient flows, so that ranges are not learned.
     """
 
     quantizers: tuple[Placed, ...]
     unplaced: dict[str, str] = field(default_factory=dict)
     unified: dict[str, Unified] = field(default_factory=dict)
     idle_in_training: frozenset[ActivationPlace] = frozenset()
+    fixed_in_training: frozenset[ActivationPlace] = frozenset()
 
 
 def place_quantizers(trace: Trace, rules: Rules) -> Placement:
@@ -110,6 +112,7 @@ def place_quantizers(trace: Trace, rules: Rules) -> Placement:
     groups = DisjointSets()
     served: list[ServedInput] = []
     trained: set[ActivationPlace] = set()
+    learned: set[ActivationPlace] = set()
     for number, forward in enumerate(trace.forwards):
         propagation = _Propagation(forward, rules, groups, number)
         for wish in propagation.wishes():
@@ -120,11 +123,15 @@ def place_quantizers(trace: Trace, rules: Rules) -> Placement:
                 wishes.setdefault(place, wish)
                 calls.setdefault(place, call)
                 groups.join(place, wish.group)
-                if call is None or sites.is_reached_in_training(CallRef(number, call.index)):
+                where = None if call is None else CallRef(number, call.index)
+                if where is None or sites.is_reached_in_training(where):
                     trained.add(place)
+                if where is None or sites.is_differentiated(where):
+                    learned.add(place)
         served += propagation.served()
     unified = _unify(served, trace, rules, Unifier(groups, wishes, sites))
-    return Placement(tuple(_merged(wishes, groups, calls)), unplaced, unified, frozenset(wishes.keys() - trained))
+    idle, fixed = wishes.keys() - trained, trained - learned
+    return Placement(tuple(_merged(wishes, groups, calls)), unplaced, unified, frozenset(idle), frozenset(fixed))
 
 
 def modules_only_in_training(trace: Trace, rules: Rules) -> list[str]:

@@ -29,7 +29,7 @@ from compress_quantization.calls import (
 from compress_quantization.config import QuantizationConfig
 from compress_quantization.masks import stored_masks
 from compress_quantization.operators import LINEAR_KINDS, kind_of
-from compress_quantization.placement import Placed, Rules, modules_only_in_training, place_quantizers
+from compress_quantization.placement import Placed, Placement, Rules, modules_only_in_training, place_quantizers
 from compress_quantization.plan import InitialRange, PlannedQuantizer, QuantizationPlan
 from compress_quantization.profiles import Profile
 from compress_quantization.quantizer_config import QuantizerSpec, Resolver, check_strict_bits
@@ -123,12 +123,22 @@ class Planner:
         position = path[0] if isinstance(path[0], int) else 0
         return QuantizerSpec() if self._profile.quantizes_input(kind_of(call.function), position) else None
 
-    def _warn_of_modes(self, idle: list[str], trained: list[str]) -> None:
+    def _warn_of_modes(self, placement: Placement, wanted: list[tuple[Placed, QuantizerPlace]], rules: Rules) -> None:
+        idle = [str(own) for placed, own in wanted if placement.idle_in_training.intersection(placed.places)]
+        fixed = [str(own) for placed, own in wanted if placement.fixed_in_training.intersection(placed.places)]
+        trained = modules_only_in_training(self._trace, replace(rules, demand=self._device_demand))
         if idle:
             logger.warning(
                 "the forward in training mode does not compute the tensors of these quantizers, so they act in eval "
                 "mode only: %s. Let both modes call the same functions, or name the quantizers in ignored_scopes",
                 _some(idle),
+            )
+        if fixed:
+            logger.warning(
+                "in training mode a torch.autograd.Function computes the tensors of these quantizers, and gradients do "
+                "not reach what is inside of it, so their ranges stay as they were calibrated: %s. Let both modes call "
+                "differentiable functions, or name the quantizers in ignored_scopes",
+                _some(fixed),
             )
         trained = [name for name in trained if not self._scopes.reason_to_skip([name])]
         if trained:
@@ -241,8 +251,7 @@ class Planner:
         if self._config.validate_scopes:
             self._by_name.check()
         self._plan.potential = self._potential(rules, len(wanted))
-        idle = [str(own) for placed, own in wanted if placement.idle_in_training.intersection(placed.places)]
-        self._warn_of_modes(idle, modules_only_in_training(self._trace, replace(rules, demand=self._device_demand)))
+        self._warn_of_modes(placement, wanted, rules)
         self.unified = {
             path: [f"{place_name(place)}|{_port(place)}" for place in found.places]
             for path, found in groups.check(placement.unified).items()

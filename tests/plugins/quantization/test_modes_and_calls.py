@@ -70,6 +70,41 @@ def test_quantizers_that_training_does_not_reach_are_named(caplog):
     assert not caplog.records
 
 
+class OwnBackward(torch.autograd.Function):
+    """A function with a backward of its own (the GELU of Bloom in training)."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return F.relu(x) * 2
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return 2 * gradient * (ctx.saved_tensors[0] > 0)
+
+
+@pytest.mark.parametrize("only_in_training", [True, False])
+def test_quantizers_that_learn_nothing_are_named(only_in_training, caplog):
+    def forward(net, x):
+        y = net.a(x)
+        if net.training or not only_in_training:
+            return net.b(OwnBackward.apply(y))
+        return net.b(F.relu(y) * 2)
+
+    with caplog.at_level(logging.WARNING):
+        controller, model = compressed(Net(forward), DATA)
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert "a torch.autograd.Function computes the tensors of these quantizers" in message
+    model.train()(DATA[0][0]).square().sum().backward()
+    assert idle(controller)
+    assert all(f"'{name}'" in message for name in idle(controller))
+    caplog.clear()
+    controller, model = compressed(Net(forward), DATA, ignored_scopes=idle(controller))
+    model.train()(DATA[0][0]).square().sum().backward()
+    assert not caplog.records
+    assert idle(controller) == []
+
+
 def test_modules_that_only_training_runs_are_named(caplog):
     def forward(net, x):
         y = F.relu(net.a(x))
