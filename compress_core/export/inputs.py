@@ -81,6 +81,16 @@ class Inputs:
         args, kwargs = tree_map(_copied, (self.args, self.kwargs))
         return Inputs(args, kwargs, self.batch_size)
 
+    def to_double(self) -> Inputs:
+        """Returns copies of the tensors, floating ones in float64."""
+
+        def change(leaf: Any) -> Any:
+            is_float = isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
+            return leaf.double() if is_float else _copied(leaf)
+
+        args, kwargs = tree_map(change, (self.args, self.kwargs))
+        return Inputs(args, kwargs, self.batch_size)
+
     def sizes(self) -> tuple[int, tuple[int, ...]]:
         """Returns the batch size to export with, and others to compare on, of which the first that works is used.
 

@@ -21,8 +21,10 @@ import torch
 from torch import nn
 
 from compress_core.export.inputs import Inputs
+from compress_core.export.references import output_tensors
 from compress_core.transforms import activation_transforms
 from compress_core.transforms.generated import ACTIVATIONS_ATTRIBUTE
+from compress_core.transforms.python_state import copied
 
 Array = npt.NDArray[Any]
 
@@ -33,6 +35,7 @@ _MOST_STEPS = 0.75
 # bfloat16 and float16 round a value of 255 steps by up to half a step themselves, before it is quantized.
 _MOST_STEPS_OF_HALF = 2.0
 _HALF = 0.5 + 1e-3  # of a step
+_TINY = 1e-300
 _OFF_GRID = 0.05  # of a step: float32 represents multiples of a scale with an error of 1e-5 steps
 
 
@@ -83,16 +86,27 @@ def quantizers_of(graph: Any) -> list[Quantizer]:
     return found
 
 
-def recorded_activations(model: nn.Module, inputs: Inputs) -> tuple[dict[str, str], dict[str, list[Call]]]:
+@dataclass(frozen=True)
+class Recorded:
+    """A forward in torch.
+
+    Attributes:
+        names: Every name of every transform of activations -> its first name (it may be at several places).
+        calls: First name -> its calls, in their order.
+        outputs: The output tensors.
+    """
+
+    names: Mapping[str, str]
+    calls: Mapping[str, list[Call]]
+    outputs: tuple[torch.Tensor, ...]
+
+
+def recorded(model: nn.Module, inputs: Inputs) -> Recorded:
     """Runs a model and records what each activation transform is given and returns.
 
     Args:
         model: A copy of the compressed model, in eval mode on the CPU.
         inputs: The arguments of its forward.
-
-    Returns:
-        Every name of every transform -> its first name (it may be at several places), and first name -> its calls, in
-        their order.
     """
     transforms = {id(handle.transform) for handle in activation_transforms(model)}
     first: dict[int, str] = {}
@@ -108,10 +122,31 @@ def recorded_activations(model: nn.Module, inputs: Inputs) -> tuple[dict[str, st
     for name, module in model.named_modules():
         if id(module) in transforms:  # which then neither overwrites its input nor computes the function before it
             module.register_forward_hook(hook(name))
-    copied = inputs.copied()
+    given = inputs.copied()
     with torch.no_grad():
-        model(*copied.args, **copied.kwargs)
-    return names, found
+        result = model(*given.args, **given.kwargs)
+    return Recorded(names, found, output_tensors(result))
+
+
+def unrounded_difference(model: nn.Module, other: nn.Module, inputs: Inputs) -> float:
+    """Returns how the outputs of two models differ without transforms of activations, relative to their magnitude.
+
+    In float64, and without quantizers, nothing amplifies roundings: models that compute the same agree.
+
+    Args:
+        model: A copy of the compressed model, in eval mode on the CPU; it is changed.
+        other: Another one, with as many outputs; it is changed.
+        inputs: The arguments of their forward.
+    """
+    for one in (model, other):
+        for handle in activation_transforms(one):
+            handle.remove()
+    try:
+        found = [recorded(copied(one).double(), inputs.to_double()).outputs for one in (model, other)]
+    except RuntimeError:  # the forward names a dtype
+        found = [recorded(one, inputs).outputs for one in (model, other)]
+    pairs = [(a.double(), b.double()) for a, b in zip(*found, strict=True) if a.numel()]
+    return max((float((a - b).abs().mean() / a.abs().mean().clamp_min(_TINY)) for a, b in pairs), default=0.0)
 
 
 @dataclass(frozen=True)
@@ -142,10 +177,12 @@ class Cut:
     Attributes:
         serialized: The graph; it reads the integers behind each quantizer, and returns them after its own outputs.
         parts: What torch computes, in the order of these outputs.
+        outputs: The outputs of the model in torch, computed from the integers of `parts`.
     """
 
     serialized: bytes
     parts: tuple[Part, ...]
+    outputs: tuple[torch.Tensor, ...]
 
     @property
     def feeds(self) -> dict[str, Array]:
@@ -171,29 +208,30 @@ def cut(serialized: bytes, quantizers: Sequence[Quantizer], model: nn.Module, in
     Args:
         serialized: The graph.
         quantizers: What `quantizers_of` has found in it.
-        model: A copy of the compressed model, in eval mode on the CPU.
+        model: A copy of the compressed model of the sizes that the graph has, in eval mode on the CPU.
         inputs: The batch.
 
     Returns:
         None if there is nothing to cut, or a quantizer of the graph cannot be told from others.
     """
-    names, recorded = recorded_activations(model, inputs)
+    forward = recorded(model, inputs)
     left = [quantizer for quantizer in quantizers if quantizer.node.graph is not None]
     nodes: dict[str, list[Quantizer]] = defaultdict(list)
     for quantizer in left:
-        name = next((names[scope] for scope in reversed(quantizer.scopes) if scope in names), None)
+        name = next((forward.names[scope] for scope in reversed(quantizer.scopes) if scope in forward.names), None)
         if name is not None:
             nodes[name].append(quantizer)
-    if not nodes or any(len(found) != len(recorded[name]) for name, found in nodes.items()):
+    if not nodes or any(len(found) != len(forward.calls[name]) for name, found in nodes.items()):
         return None
     calls = {}
     for name, found in nodes.items():
-        for number, (quantizer, call) in enumerate(zip(found, recorded[name], strict=True)):
+        for number, (quantizer, call) in enumerate(zip(found, forward.calls[name], strict=True)):
             calls[id(quantizer)] = _place(name, number if len(found) > 1 else None), call
     if any(not _fits(quantizer, calls[id(quantizer)][1]) for quantizer in left if id(quantizer) in calls):
         return None
     parts = [_part(quantizer, *calls[id(quantizer)]) for quantizer in left if id(quantizer) in calls]
-    return Cut(_cut(serialized, {part.name: part.integers for part in parts}), tuple(parts))
+    feeds = {part.name: part.integers for part in parts}
+    return Cut(_cut(serialized, feeds), tuple(parts), forward.outputs)
 
 
 def _fits(quantizer: Quantizer, call: Call) -> bool:

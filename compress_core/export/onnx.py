@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from compress_core.errors import ExportError, UsageError
-from compress_core.export.layers import Cut, cut, quantizers_of
+from compress_core.export.inputs import Inputs
+from compress_core.export.layers import Cut, cut, quantizers_of, unrounded_difference
 from compress_core.export.names import name_inputs_and_outputs
 from compress_core.export.precision import compute_in_float32
 from compress_core.export.program import exported_graph, quiet
@@ -32,6 +33,7 @@ from compress_core.export.verification import (
     runtime_name,
 )
 from compress_core.transforms.generated import ACTIVATIONS_ATTRIBUTE
+from compress_core.transforms.python_state import copied
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +47,7 @@ _SATURATION = (
 )
 _TOLERANCE = 0.05
 _LAST_LAYERS = 0.01  # of the mean absolute output: what layers after the last quantizers may differ by
+_STRIPPED = 1e-3  # of the mean absolute output: what a model may change by being stripped, in float64
 _LARGEST_FILE = 2**31 - 1  # the limit of protobuf
 _LARGEST_DUPLICATE = 16384  # elements: zero points of many channels, not weights
 
@@ -94,7 +97,7 @@ def export(
     model: nn.Module,
     path: Path,
     references: References,
-    fresh: Callable[[], nn.Module],
+    copies: Callable[[], Copies],
     rewrites: Iterable[GraphRewrite],
     algorithms: Sequence[str],
     options: Options,
@@ -108,8 +111,7 @@ def export(
         model: The model in eval mode on the CPU, prepared by every algorithm.
         path: The file; an existing file is replaced.
         references: Batches and the outputs of the compressed model.
-        fresh: Returns another copy of the compressed model in eval mode on the CPU, of the sizes that are exported and
-            with the transforms of activations that are exported; for finding out where a file differs.
+        copies: Returns copies for finding out where a file differs.
         rewrites: Changes of the graph by the algorithms, in order.
         algorithms: Names of the algorithms, for the report.
         options: All other options.
@@ -120,7 +122,7 @@ def export(
         UsageError: The names do not fit the inputs or outputs.
     """
     return_only_tensors(model)
-    job = _Job(model, fresh, tuple(rewrites), tuple(algorithms), options)
+    job = _Job(model, copies, tuple(rewrites), tuple(algorithms), options)
     reason = references.reason
     if references.resized:
         try:
@@ -140,11 +142,40 @@ def _fixed(own: Reference, reason: str) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True)
+class Copies:
+    """Copies of the compressed model in eval mode on the CPU.
+
+    Attributes:
+        compressed: The model as it is.
+        stripped: The model with the sizes and the transforms of activations that are exported.
+    """
+
+    compressed: nn.Module
+    stripped: nn.Module
+
+    def checked(self, inputs: Inputs) -> Copies:
+        """Returns these copies, after comparing them.
+
+        Raises:
+            DisagreementError: They compute different things.
+        """
+        difference = unrounded_difference(copied(self.compressed), copied(self.stripped), inputs)
+        if not difference <= _STRIPPED:
+            found = (
+                f"without quantizers of activations, the outputs of the model that is exported differ by "
+                f"{difference:.3g} of their mean absolute value from those of the compressed model"
+            )
+            advice = "; an algorithm's compress_strip() or compress_export() changes what the model computes, report it"
+            raise DisagreementError(inputs.batch_size, found, advice + ". No file was written")
+        return self
+
+
+@dataclass(frozen=True)
 class _Job:
     """What is exported, and how."""
 
     model: nn.Module
-    fresh: Callable[[], nn.Module]
+    copies: Callable[[], Copies]
     rewrites: tuple[GraphRewrite, ...]
     algorithms: tuple[str, ...]
     options: Options
@@ -175,7 +206,8 @@ class _Job:
             serialized = _serialized(graph)
 
             def cut_for(reference: Reference) -> Cut | None:
-                return cut(serialized, quantizers, self.fresh(), reference.inputs)
+                stripped = self.copies().checked(reference.inputs).stripped
+                return cut(serialized, quantizers, stripped, reference.inputs)
 
             report = _verified(report, serialized, references, cut_for, options.tolerance is not None)
         return graph, report

@@ -63,11 +63,16 @@ def output_leaves(result: Any, path: str = "") -> Iterator[tuple[str, Any]]:
             yield at, leaf
 
 
+def output_tensors(result: Any) -> tuple[torch.Tensor, ...]:
+    """Returns the tensors in the result of a forward."""
+    return tuple(leaf for _, leaf in output_leaves(result) if isinstance(leaf, torch.Tensor))
+
+
 def return_only_tensors(model: nn.Module) -> None:
     """Makes a model return its output tensors as a tuple, because files hold nothing else."""
 
     def flatten(module: nn.Module, args: Any, result: Any) -> tuple[torch.Tensor, ...]:
-        return tuple(leaf for _, leaf in output_leaves(result) if isinstance(leaf, torch.Tensor))
+        return output_tensors(result)
 
     model.register_forward_hook(flatten)
 

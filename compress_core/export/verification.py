@@ -103,7 +103,7 @@ def compare_parts(
     outputs = session.run(None, _feed(session, reference) | cut.feeds)
     names = [entry.name for entry in session.get_outputs()[:own]]
     size = reference.inputs.batch_size
-    return _compared(names, outputs[:own], reference, size, optimized), cut.departures(outputs[own:])
+    return _compared(names, outputs[:own], cut.outputs, size, optimized), cut.departures(outputs[own:])
 
 
 def _agreements(session: Any, reference: Reference, optimized: bool) -> list[Agreement]:
@@ -121,7 +121,7 @@ def _agreements(session: Any, reference: Reference, optimized: bool) -> list[Agr
     found = [entry.name for entry in session.get_outputs()]
     if len(found) != len(reference.outputs):
         raise ExportError(f"the exported graph has {len(found)} outputs, the model {len(reference.outputs)}")
-    return _compared(found, outputs, reference, size, optimized)
+    return _compared(found, outputs, reference.outputs, size, optimized)
 
 
 def _feed(session: Any, reference: Reference) -> dict[str, npt.NDArray[Any]]:
@@ -130,11 +130,11 @@ def _feed(session: Any, reference: Reference) -> dict[str, npt.NDArray[Any]]:
 
 
 def _compared(
-    names: Sequence[str], outputs: Sequence[Any], reference: Reference, size: int, optimized: bool
+    names: Sequence[str], outputs: Sequence[Any], expected: Sequence[torch.Tensor], size: int, optimized: bool
 ) -> list[Agreement]:
     return [
-        _agreement(name, size, optimized, _as_numpy(expected), np.asarray(actual))
-        for name, expected, actual in zip(names, reference.outputs, outputs, strict=True)
+        _agreement(name, size, optimized, _as_numpy(tensor), np.asarray(actual))
+        for name, tensor, actual in zip(names, expected, outputs, strict=True)
     ]
 
 

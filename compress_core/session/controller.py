@@ -300,12 +300,12 @@ class CompressionController:
             rewrites = lifecycle.export(model, ExportTarget("onnx", opset))
             bake_transforms(model)
             names = tuple(self.algorithms)
-            return export.export(model, target, references, self._copy_for_comparison, rewrites, names, options)
+            return export.export(model, target, references, self._copies_for_comparison, rewrites, names, options)
 
-    def _copy_for_comparison(self) -> nn.Module:
-        model = self._copy_for_export().cpu()
-        self._inspected.strip_unexported(model)
-        return model
+    def _copies_for_comparison(self) -> export.Copies:
+        copies = export.Copies(self._copy_for_export().cpu(), self._copy_for_export().cpu())
+        self._inspected.strip_unexported(copies.stripped)
+        return copies
 
     def _copy_for_export(self) -> nn.Module:
         model = copied(self.model).eval()

@@ -158,3 +158,28 @@ def test_roundings_are_told_when_the_file_has_fewer_channels(depthwise, sparse, 
     controller, _ = create_compressed_model(model, document, init_loader=[images(4)])
     with pytest.raises(ExportError, match=r"No file was written\. Only roundings add up"):
         controller.export_onnx(tmp_path / "model.onnx", images(4), dynamic_batch=False, tolerance=1e-6)
+
+
+def test_an_algorithm_that_strips_another_model_is_told_from_roundings(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    document = {
+        "compression": [{"algorithm": "magnitude_sparsity", "sparsity_init": 0.3}, {"algorithm": "quantization"}]
+    }
+    controller, _ = create_compressed_model(Chaotic(), document, init_loader=[images(4)])
+    lifecycle = controller._lifecycle
+    strip, export = lifecycle.strip_unexported, lifecycle.export
+
+    def changed_after(function):
+        def call(model, *args):
+            result = function(model, *args)
+            with torch.no_grad():
+                next(model.parameters()).mul_(1.01)
+            return result
+
+        return call
+
+    monkeypatch.setattr(lifecycle, "strip_unexported", changed_after(strip))
+    monkeypatch.setattr(lifecycle, "export", changed_after(export))
+    with pytest.raises(ExportError, match=r"without quantizers of activations, the outputs .* compress_strip\(\)"):
+        controller.export_onnx(tmp_path / "model.onnx", images(4), dynamic_batch=False, tolerance=1e-6)
+    assert not list(tmp_path.iterdir())
