@@ -33,6 +33,7 @@ from compress_core.errors import (
 )
 from compress_core.session.controller import CompressionController
 from compress_core.transforms import mask_weight
+from compress_core.transforms.folding import fold_computed_weights
 from compress_core.transforms.layers import WeightTensor, register_module
 
 __all__ = [
@@ -79,6 +80,7 @@ __all__ = [
     "choice",
     "create_compressed_model",
     "find_choice",
+    "fold_computed_weights",
     "hookimpl",
     "load_compressed_model",
     "mask_weight",

@@ -29,6 +29,7 @@ from compress_core import (
     PluginError,
     StateError,
     create_compressed_model,
+    fold_computed_weights,
     register_default_init_args,
 )
 
@@ -54,7 +55,8 @@ class Outcome:
     """How a stage ended.
 
     Attributes:
-        status: `ok`; `help`: ok once the user registers a `forward_fn`, as the error says; `sentence`: one of our own
+        status: `ok`; `help`: ok once the user does what the error says: register a `forward_fn`, fold computed weights;
+            `sentence`: one of our own
             errors; `defect`: anything else; `skipped`: not tried, and `message` says why.
         message: What was said or found.
         figures: Measured numbers by name.
@@ -121,7 +123,7 @@ class _Trial:
     def __init__(self, entry: Entry, names: tuple[str, ...], plain: Mapping[str, Any]) -> None:
         self._entry, self._names, self._plain = entry, names, plain
         self._case = fresh(entry)
-        self._helped = False
+        self._helped = self._folded = False
         self._said: list[str] = []
         self._controller: CompressionController
         self._weights = _weights(self._case.model, plain)
@@ -132,9 +134,14 @@ class _Trial:
             try:
                 seconds = self._create()
             except CompressionError as error:
-                if "forward_fn" not in str(error):
+                message = _described(error)
+                if "fold_computed_weights" in message:
+                    self._folded = True
+                    fold_computed_weights(self._case.model)
+                elif "forward_fn" in message:
+                    self._helped = True
+                else:
                     raise
-                self._helped, message = True, _described(error)
                 seconds = self._create()
         after = evaluated(self._case.model, self._case)
         if _finite(before) and not _finite(after):
@@ -145,7 +152,7 @@ class _Trial:
             "error": _difference(before, after),
             "said": self._said[:5],
         }
-        return Outcome("help", message, figures) if self._helped else Outcome("ok", "", figures)
+        return Outcome("help", message, figures) if self._helped or self._folded else Outcome("ok", "", figures)
 
     def _create(self) -> float:
         started = time.process_time()
@@ -185,7 +192,8 @@ class _Trial:
                 raise WrongResultError(f"gradients that are not finite: {_some(bad)}")
             reached |= {name for name, parameter in model.named_parameters() if parameter.grad is not None}
             optimizer.step()
-        lost = [name for name in self._plain["gradients"] if name not in reached]
+        present = {name for name, _ in model.named_parameters()}  # folded weights have other names
+        lost = [name for name in self._plain["gradients"] if name in present and name not in reached]
         if lost:
             raise WrongResultError(f"no gradient for {_some(lost)}; the plain model has one")
         self._check_quantizers(reached)
@@ -242,6 +250,8 @@ class _Trial:
         torch.save(self._case.model.state_dict(), buffer)
         buffer.seek(0)
         case = fresh(self._entry)
+        if self._folded:
+            fold_computed_weights(case.model)
         create_compressed_model(case.model, self._config(case), compression_state=state)
         case.model.load_state_dict(torch.load(buffer, weights_only=True))
         difference = _difference(expected, evaluated(case.model, self._case))

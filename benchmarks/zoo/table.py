@@ -15,7 +15,7 @@ from compress_core.contract.statistics import Table
 
 _BEGIN, _END = "<!-- zoo -->", "<!-- end of zoo -->"
 _GOOD = {"ok", "help"}
-_HEADERS = ("", "models", "as written", "with forward_fn", *STAGES[1:], "works or says why not", "creation, steps")
+_HEADERS = ("", "models", "as written", "with help", *STAGES[1:], "works or says why not", "creation, steps")
 
 Cell = Mapping[str, Any]
 

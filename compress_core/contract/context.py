@@ -30,6 +30,7 @@ from compress_core.torch_internals import AnyBatchNorm
 from compress_core.trace import Example, Trace, TraceError, trace
 from compress_core.trace.weights import WeightUse
 from compress_core.transforms import bypass_transforms, transformed_weight
+from compress_core.transforms.folding import FOLD_REMEDY
 from compress_core.transforms.layers import WeightTensor, weight_tensors
 
 logger = logging.getLogger(__name__)
@@ -352,7 +353,7 @@ class Context:
             if reason is None and tensor.parameter is None:
                 raise ModelError(
                     f"{path}: the weight '{tensor.name}' is computed by a parametrization or a hook (weight_norm, "
-                    "spectral_norm, prune); remove that first, or name the layer in ignored_scopes"
+                    f"spectral_norm, prune); {FOLD_REMEDY}, or name the layer in ignored_scopes"
                 )
             if reason is None:
                 targets.append(tensor)

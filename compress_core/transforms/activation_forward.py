@@ -185,6 +185,8 @@ class ActivationTransforms(TransformContainer):
         if plan.functions or issubclass(self.owner, nn.TransformerEncoder):
             # An active function mode keeps an encoder from packing its input for the fused layers.
             output = self._run_counted(forward, module, args, kwargs)
+        elif plan.inputs and not torch.compiler.is_compiling():
+            output = self._run_with_inputs(forward, module, args, kwargs)
         else:
             output = forward(module, *args, **kwargs)
         if not plan.outputs:
@@ -192,6 +194,19 @@ class ActivationTransforms(TransformContainer):
         if plan.is_maker and isinstance(output, torch.Tensor) and not is_observed():
             return run_quietly(self._transform_own, output)
         return run_quietly(self._transform_outputs, output)
+
+    def _run_with_inputs(self, forward: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
+        try:
+            return forward(module, *args, **kwargs)
+        except RuntimeError as error:
+            if "requires_grad flags of leaf" not in str(error):
+                raise
+            places = ", ".join(str(place) for _, place in self._plan.inputs)
+            raise TransformError(
+                "the forward sets requires_grad of a tensor that is transformed, and therefore has a gradient already "
+                f"({places}). Remove that line (or freeze the layers before it, as freeze_feature_encoder() of audio "
+                "models does), or name the quantizer of this input in ignored_scopes"
+            ) from error
 
     def _run_counted(self, forward: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
         if not torch.compiler.is_compiling() and dynamo_callback() not in (None, False):

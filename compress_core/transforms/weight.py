@@ -180,13 +180,13 @@ def resolve_parameter(module: nn.Module, name: str) -> tuple[nn.Module, str]:
 def _why_not_plain(owner: nn.Module, parameter_name: str, name: str) -> str:
     if parametrize.is_parametrized(owner, parameter_name):
         return (
-            f"'{name}' is computed by torch.nn.utils.parametrize; call "
+            f"'{name}' is computed by torch.nn.utils.parametrize; call fold_computed_weights(model) or "
             "parametrize.remove_parametrizations on the layer before it is compressed"
         )
     if parameter_name in owner.__dict__:
         return (
             f"'{name}' is recomputed by a hook (torch.nn.utils.weight_norm, spectral_norm or prune); remove that "
-            "first (remove_weight_norm, remove_spectral_norm, prune.remove)"
+            "first (fold_computed_weights, remove_weight_norm, remove_spectral_norm, prune.remove)"
         )
     known = [key for key, value in owner._parameters.items() if value is not None]
     return f"there is no parameter '{name}'; {type(owner).__name__} has {known}"

@@ -72,7 +72,7 @@ def test_tables_count_what_works_and_what_says_why_not(tmp_path):
     }
     by_algorithm, by_kind, sentences, defects = table.tables(json.loads(json.dumps(results)))
     row = dict(zip(by_algorithm.headers, by_algorithm.rows[0], strict=True))
-    assert (row["models"], row["as written"], row["with forward_fn"]) == (3, 1, 2)
+    assert (row["models"], row["as written"], row["with help"]) == (3, 1, 2)
     assert (row["steps"], row["exported"]) == ("1 of 2", "0 of 0")
     assert (row["works or says why not"], row["creation, steps"]) == (2, "4.0")
     assert [found[0] for found in by_kind.rows] == ["detection", "audio"]

@@ -114,6 +114,20 @@ def test_another_structure_is_named(item, value, message, x):
         model(x)
 
 
+def test_a_forward_that_sets_requires_grad_of_a_transformed_input_is_told(x):
+    def forward(t):
+        t = t[:, None]
+        t.requires_grad = True
+        return t * 2
+
+    model = Function(forward)
+    handle = add(model, ModuleInput("", (0,)))
+    with pytest.raises(TransformError, match="sets requires_grad of a tensor that is transformed"):
+        model(x)
+    handle.remove()
+    assert model(x).requires_grad
+
+
 def test_missing_item_and_argument_are_named(x):
     model = Function(lambda t: {"b": t})
     handle = add(model, ModuleOutput("", ("a",)))

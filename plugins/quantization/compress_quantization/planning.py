@@ -14,6 +14,7 @@ from compress_core.config.scopes import ScopedModule, ScopeFilter, scoped_module
 from compress_core.contract.own_weights import as_tensors
 from compress_core.trace import Call, Trace
 from compress_core.trace.weights import WeightUse, find_weights
+from compress_core.transforms.folding import FOLD_REMEDY
 from compress_core.transforms.layers import WeightTensor, own_parameters, weight_tensors
 from compress_core.transforms.places import ActivationPlace, CallInput, CallOutput, ModuleInput, Path
 from compress_quantization.calls import (
@@ -201,7 +202,7 @@ class Planner:
         if tensor.parameter is None:
             raise ConfigError(
                 f"the weight '{tensor.name}' is computed by a parametrization or a hook (weight_norm, spectral_norm, "
-                "prune); remove that first, or name the layer in ignored_scopes"
+                f"prune); {FOLD_REMEDY}, or name the layer in ignored_scopes"
             )
         if tensor.parameter.dtype not in _DTYPES:
             return f"its dtype is {tensor.parameter.dtype}"
