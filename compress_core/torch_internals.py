@@ -46,6 +46,7 @@ __all__ = [
     "AnyConv",
     "AnyConvTranspose",
     "AnyNorm",
+    "DispatchDisabled",
     "FakeTensor",
     "FakeTensorMode",
     "SubclassesDisabled",
@@ -147,6 +148,15 @@ SubclassesDisabled = torch._C.DisableTorchFunctionSubclass
 Why: what a subclass does to the tensor that it stands for must not be handled by itself.
 Public way: this is the documented one, but it has no public name.
 Without it: compress_core cannot be imported; functions of the weight of a compressed layer would never end.
+"""
+
+
+DispatchDisabled = torch._C._DisableTorchDispatch
+"""A context in which operators do not reach `__torch_dispatch__` of modes and subclasses.
+
+Why: a trace makes fake tensors itself where it knows what the mode would return; the mode must not see how.
+Public way: none.
+Without it: compress_core cannot be imported; traces would call the mode for each operator, which takes twice the time.
 """
 
 

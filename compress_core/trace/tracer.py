@@ -19,6 +19,7 @@ from compress_core.data.examples import Example, examples_of
 from compress_core.errors import ModelError
 from compress_core.torch_internals import FAKE_TENSOR_LOGGER, FakeTensor, FakeTensorMode, tree_map
 from compress_core.trace import render
+from compress_core.trace.fake_results import FakeResults
 from compress_core.trace.graph import Forwards, ForwardTrace
 from compress_core.trace.isolation import Untouched
 from compress_core.trace.recorder import Recorder
@@ -82,11 +83,12 @@ def trace(model: nn.Module, examples: Any, *, training: bool = False) -> Trace:
     """
     _refuse_what_cannot_be_traced(model)
     found = Trace([], modules={name: type(module).__name__ for name, module in model.named_modules()})
+    results = FakeResults()
     for example in examples_of(examples):
-        found.forwards += _forward(model, example, training=False)
+        found.forwards += _forward(model, example, results, training=False)
         if training:
             try:
-                found.training += _forward(model, example, training=True)
+                found.training += _forward(model, example, results, training=True)
             except TraceError as error:
                 # For example batch norm, which refuses a single value for each channel.
                 logger.debug("no trace in training mode: %s", error)
@@ -109,13 +111,13 @@ def _refuse_what_cannot_be_traced(model: nn.Module) -> None:
         raise TraceError(f"the parameter '{lazy}' is lazy and not initialized: do one forward before tracing")
 
 
-def _forward(model: nn.Module, example: Example, *, training: bool) -> list[ForwardTrace]:
+def _forward(model: nn.Module, example: Example, results: FakeResults, *, training: bool) -> list[ForwardTrace]:
     try:
-        return _record(model, example, fake=True, training=training)
+        return _record(model, example, results, training=training)
     except Exception as error:
         logger.debug("tracing %s with real tensors, because fake ones failed: %s", type(model).__name__, error)
     try:
-        return _record(model, example, fake=False, training=training)
+        return _record(model, example, None, training=training)
     except Exception as error:
         reason = str(error).strip() or type(error).__name__
         raise TraceError(
@@ -137,7 +139,9 @@ def _place(model: nn.Module, error: BaseException) -> str:
     return f" in {found}" if found else ""
 
 
-def _record(model: nn.Module, example: Example, *, fake: bool, training: bool) -> list[ForwardTrace]:
+def _record(model: nn.Module, example: Example, results: FakeResults | None, *, training: bool) -> list[ForwardTrace]:
+    """Records a forward, on fake tensors if the results of operators on these are given."""
+    fake = results is not None
     with contextlib.ExitStack() as stack:
         untouched = stack.enter_context(Untouched(model, values=not fake))
         if training:
@@ -148,10 +152,10 @@ def _record(model: nn.Module, example: Example, *, fake: bool, training: bool) -
         stack.enter_context(torch.no_grad())
         stack.enter_context(_eager())
         before_write = None if fake else untouched.before_write
-        found = [_record_once(model, example, mode, before_write, training=training)]
+        found = [_record_once(model, example, mode, before_write, results, training=training)]
         if untouched.state_has_changed():
             try:
-                again = _record_once(model, example, mode, before_write, training=training)
+                again = _record_once(model, example, mode, before_write, results, training=training)
             except Exception as error:
                 logger.debug("the model does not run twice on %s: %s", example.source, error)
                 return found
@@ -165,11 +169,12 @@ def _record_once(
     example: Example,
     mode: FakeTensorMode | None,
     before_write: Callable[[torch.Tensor], None] | None,
+    results: FakeResults | None,
     *,
     training: bool,
 ) -> ForwardTrace:
     with contextlib.ExitStack() as stack:
-        recorder = Recorder(model, training=training, fake=mode, before_write=before_write)
+        recorder = Recorder(model, training=training, fake=mode, before_write=before_write, results=results)
         stack.callback(recorder.close)
         batch = _batch_for(model, example.batch, mode)
         if mode is not None:

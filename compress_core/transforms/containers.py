@@ -8,6 +8,7 @@ called, and a container that has not changed is not touched.
 from __future__ import annotations
 
 import functools
+import operator
 import weakref
 from collections import OrderedDict, deque
 from types import MemberDescriptorType
@@ -20,7 +21,12 @@ _MISSING = object()
 
 def container_base(value: object) -> type[Any] | None:
     """Returns the built-in class of a mutable container, by which it is read and restored; None for other objects."""
-    cls = type(value)
+    cls: Any = type(value)
+    return _base_of(cls)
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def _base_of(cls: Any) -> type[Any] | None:
     return next((base for base in _BASES if issubclass(cls, base)), None)
 
 
@@ -43,7 +49,7 @@ class SavedContainer:
     def values(self) -> list[Any]:
         """What was in the container: the values of a dict, the items of others."""
         if self._base in (dict, OrderedDict):
-            return [value for _, value in self._contents]
+            return list(self._contents[1])
         return [] if self._base is bytearray else self._contents
 
     def is_same(self) -> bool:
@@ -51,13 +57,11 @@ class SavedContainer:
         now = self._read()
         if self._base is bytearray:
             return bool(now == self._contents)
-        if len(now) != len(self._contents):
-            return False
         if self._base is set:
             return {id(item) for item in now} == {id(item) for item in self._contents}
         if self._base in (dict, OrderedDict):
-            return all(k is key and v is value for (k, v), (key, value) in zip(now, self._contents, strict=True))
-        return all(a is b for a, b in zip(now, self._contents, strict=True))
+            return _are_same(now[0], self._contents[0]) and _are_same(now[1], self._contents[1])
+        return _are_same(now, self._contents)
 
     def restore(self) -> None:
         """Puts the same objects back, in the same order unless the container is a set."""
@@ -67,7 +71,7 @@ class SavedContainer:
         if base in (dict, OrderedDict):
             kept = [(key, value) for key, value in base.items(container) if self._ignores(key)]
             base.clear(container)
-            for key, value in [*self._contents, *kept]:
+            for key, value in [*zip(*self._contents, strict=True), *kept]:
                 if not _is_dead(key) and not _is_dead(value):
                     base.__setitem__(container, key, value)
         elif base is bytearray:
@@ -82,13 +86,20 @@ class SavedContainer:
             deque.extend(container, self._contents)
 
     def _read(self) -> Any:
+        """Returns the items; of a dict, its keys and its values: pairs would be many more objects."""
         if self._base in (dict, OrderedDict):
-            items = list(self._base.items(self.container))
-            return [item for item in items if not self._ignores(item[0])] if self._ignored else items
+            if not self._ignored:
+                return list(self._base.keys(self.container)), list(self._base.values(self.container))
+            items = [item for item in self._base.items(self.container) if not self._ignores(item[0])]
+            return [key for key, _ in items], [value for _, value in items]
         return bytes(self.container) if self._base is bytearray else list(self._base.__iter__(self.container))
 
     def _ignores(self, key: Any) -> bool:
         return isinstance(key, str) and key in self._ignored
+
+
+def _are_same(items: list[Any], others: list[Any]) -> bool:
+    return len(items) == len(others) and all(map(operator.is_, items, others))
 
 
 class SavedSlots:

@@ -152,3 +152,15 @@ def test_parameters_made_from_subclasses_are_marked():
     made = torch.nn.Parameter(torch.ones(2).as_subclass(Sub))
     assert type(made) is Sub
     assert getattr(made, internals.PARAMETER_MARK) is True
+
+
+@canary("DispatchDisabled", breaks="making fake tensors of known shapes")
+def test_dispatch_can_be_disabled_within_modes():
+    with internals.FakeTensorMode() as mode:
+        with internals.DispatchDisabled():
+            empty = torch.empty_strided((2, 3), (1, 2), device="meta")
+        fake = internals.FakeTensor(mode, empty, torch.device("cpu"))
+        assert type(empty) is torch.Tensor
+        assert type(torch.empty(2)) is internals.FakeTensor
+        assert (fake.shape, fake.stride(), fake.device.type) == ((2, 3), (1, 2), "cpu")
+        assert (fake + 1).fake_mode is mode
