@@ -16,6 +16,7 @@ from compress_core.transforms.chain import TransformChain
 from compress_core.transforms.generated import ACTIVATIONS_ATTRIBUTE, base_class, transformed_class, update_class
 from compress_core.transforms.places import ActivationPlace, CallInput, CallOutput, ModuleOutput
 from compress_core.transforms.stage import Stage
+from compress_core.transforms.walk import modules_of
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def add_activation_transform(
     transform.train(owner.training)
     container.chain(name).add(key, transform, int(stage))
     container.make_plan()
-    for module in model.modules():
+    for module in list(modules_of(model)):
         if isinstance(module, nn.TransformerEncoder) and owner in set(module.modules()):
             _attach(module)
     return ActivationTransformHandle(place, key, transform, stage, model)
@@ -195,8 +196,9 @@ def _check_reachable(model: nn.Module, owner: nn.Module, place: ActivationPlace)
         )
     if type(owner).forward is nn.Module.forward:
         raise TransformError(f"{what} has no forward: it only holds other modules; name one of these")
-    for name, module in model.named_modules():
+    for module in modules_of(model):
         if isinstance(module, nn.MultiheadAttention) and owner is module.out_proj:
+            name = next(name for name, other in model.named_modules() if other is module)
             raise TransformError(
                 f"{what} is never called: '{name}' uses its weight directly; transform '{name}' instead"
             )

@@ -14,6 +14,7 @@ from compress_core.errors import TransformError
 from compress_core.transforms.chain import TransformChain, TransformContainer
 from compress_core.transforms.generated import TRANSFORMS_ATTRIBUTE, base_class, transformed_class, update_class
 from compress_core.transforms.stage import Stage
+from compress_core.transforms.walk import modules_of
 from compress_core.transforms.weight_chain import WeightChain
 
 
@@ -85,7 +86,7 @@ def add_weight_transform(
     if chain is None:
         chain = WeightChain()
         chain.train(owner.training)
-        places = _places_of(module, owner._parameters[parameter_name])
+        places = _places_of(module, raw_parameter(owner, parameter_name))
         for place, _ in places:
             _check_name_is_free(place)
         for place, place_name in places:
@@ -119,7 +120,7 @@ def remove_weight_transform(module: nn.Module, name: str, key: str) -> None:
         raise TransformError(f"'{name}' has no transform named '{key}'")
     chain.discard(key)
     if not chain._modules:
-        for place, place_name in _places_of(module, owner._parameters[parameter_name]):
+        for place, place_name in _places_of(module, raw_parameter(owner, parameter_name)):
             if chain_of(place, place_name) is chain:
                 detach_chain(place, place_name)
 
@@ -212,8 +213,14 @@ def parameter_places(model: nn.Module) -> Mapping[int, list[tuple[str, nn.Module
     return places
 
 
-def _places_of(module: nn.Module, parameter: torch.Tensor | None) -> list[tuple[nn.Module, str]]:
-    return [(owner, name) for _, owner, name in parameter_places(module)[id(parameter)]]
+def _places_of(module: nn.Module, parameter: torch.Tensor) -> list[tuple[nn.Module, str]]:
+    return [
+        (owner, name)
+        for owner in modules_of(module)
+        if not isinstance(owner, torch.jit.ScriptModule)
+        for name, held in owner._parameters.items()
+        if held is parameter
+    ]
 
 
 def transforms_of(owner: nn.Module) -> WeightTransforms | None:
