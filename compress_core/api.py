@@ -104,6 +104,7 @@ def _create(
         for algorithm in group:
             with guard.transforms_only("compress_commit", algorithm):
                 lifecycle.commit(model, algorithm)
+    lifecycle.context.kept_trace.close()
     recompute_weights(model, lifecycle.context.config.root.recompute_weights)
     for algorithm in lifecycle.algorithms:
         with guard.transforms_only("compress_calibrate", algorithm):

@@ -15,6 +15,7 @@ from compress_core.channels.shrinking import Shrinkage
 from compress_core.config import AlgorithmConfig, CompressionConfig, InitializerConfig, Section
 from compress_core.config.scopes import ScopedModule, ScopeFilter
 from compress_core.contract.algorithm import Algorithm, Plan
+from compress_core.contract.kept_trace import KeptTrace
 from compress_core.contract.ledger import Ledger
 from compress_core.contract.own_weights import as_tensors, own_weights, resumed_uses
 from compress_core.contract.services import BatchNormService, UncompressedService
@@ -48,6 +49,7 @@ class Context:
         ledger: Records what each value of the config did.
         resuming: Whether a compression state is being resumed; then there is no data and no initialization.
         bypassable: Whether the model without its weight transforms is the uncompressed model.
+        kept_trace: Keeps the last trace during the creation.
         batch_norm: Adapts the running statistics, for algorithms that change the model or measure activations.
         uncompressed_model: Provides `uncompressed` and `teacher`.
         announce_shrinkage: The function that `shrunk` calls.
@@ -71,6 +73,7 @@ class Context:
         # The batch that `_example_batch` read last, and its source; kept for the time of the creation.
         self._read: tuple[Any, Example] | None = None
         self._is_creating = not resuming
+        self.kept_trace = KeptTrace(is_closed=resuming)
         self._requests: dict[str, InitializerConfig] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Context:
@@ -224,7 +227,8 @@ class Context:
     def trace(self, model: nn.Module, path: str) -> Trace:
         """Traces the model on an example input: `input_info`, else a batch of the user's data.
 
-        Transforms that the model has already are left out: their calls are not the model's.
+        Transforms that the model has already are left out: their calls are not the model's. Algorithms get the same
+        trace as long as nothing else changes; do not write to it.
 
         Args:
             model: The model; it is not changed.
@@ -234,8 +238,13 @@ class Context:
             DataError: There is neither `input_info` nor data.
             TraceError: The model fails on the example.
         """
+        kept = self.kept_trace.trace_of(model)
+        if kept is not None:
+            return kept
         with bypass_transforms(model):
-            return self._trace(model, path)
+            found = self._trace(model, path)
+        self.kept_trace.keep_trace(model, found)
+        return found
 
     def _trace(self, model: nn.Module, path: str) -> Trace:
         infos = [info for info in self.config.root.input_info if info.sample_size is not None]
@@ -329,15 +338,22 @@ class Context:
             [entries("target_scopes", root.target_scopes), entries(f"{path}.target_scopes", config.target_scopes)],
         )
 
-    def weight_targets(self, model: nn.Module, algorithm: Algorithm) -> tuple[list[WeightTensor], dict[str, str]]:
+    def weight_targets(
+        self, model: nn.Module, algorithm: Algorithm, *, traces: bool = False
+    ) -> tuple[list[WeightTensor], dict[str, str]]:
         """Returns the weights that an algorithm may change, and name -> reason for the others.
+
+        Args:
+            model: The model; it is not changed.
+            algorithm: The caller.
+            traces: Whether the caller asks for `trace` as well; one trace is then often enough for both.
 
         Raises:
             ConfigError: A scope matches nothing, or nothing is left to compress.
             ModelError: A weight is computed by a hook or parametrization that is not ours.
         """
         path, config = self.section(algorithm)
-        own = as_tensors(model, self.own_weights(model, algorithm))
+        own = as_tensors(model, self.own_weights(model, algorithm, traces=traces))
         tensors = [*weight_tensors(model, algorithm.name), *own]
         scopes = self.scope_filter(model, algorithm)
         scopes.add({tensor.name: ScopedModule(tensor.name) for tensor in own})
@@ -366,16 +382,19 @@ class Context:
             raise ConfigError(f"finds nothing to compress: {why}. Change the scopes, or remove this section", path=path)
         return targets, skipped
 
-    def own_weights(self, model: nn.Module, algorithm: Algorithm) -> dict[str, WeightUse]:
+    def own_weights(self, model: nn.Module, algorithm: Algorithm, *, traces: bool = False) -> dict[str, WeightUse]:
         """Returns the weights of layers of a user's own, by name: other modules' parameters that enter a product.
 
         If the model has parameters that may be such weights, it is traced. Those with an `obstacle` cannot be changed.
+        For the arguments see `weight_targets`.
         """
         if self.resuming:
             saved = self.saved_plans.get(algorithm.name)
             return {} if saved is None else resumed_uses(model, saved)
-        # Not `trace`, which would leave out the transforms that show what reaches the model's products.
-        return own_weights(model, lambda: self._trace(model, self.section(algorithm)[0]))
+        path, _ = self.section(algorithm)
+        plain = (lambda: self.trace(model, path)) if traces else (lambda: self.kept_trace.trace_of(model))
+        # `trace` would leave out the transforms that show what reaches the model's products.
+        return own_weights(model, lambda: self._trace(model, path), plain, self.kept_trace)
 
     def plan_weights(self, model: nn.Module, algorithm: Algorithm) -> Plan:
         """Returns the plan to change every weight that the scopes allow; see `weight_targets`."""

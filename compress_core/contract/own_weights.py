@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from compress_core.contract.algorithm import Plan
+from compress_core.contract.kept_trace import KeptTrace
 from compress_core.contract.stages import Stage
 from compress_core.errors import CompressionError, TransformError
 from compress_core.trace import Trace
@@ -20,7 +21,9 @@ from compress_core.transforms.layers import WeightedLayer, WeightTensor, own_par
 _UNREACHED = "no example input reaches it"
 
 
-def own_weights(model: nn.Module, traced: Callable[[], Trace]) -> dict[str, WeightUse]:
+def own_weights(
+    model: nn.Module, traced: Callable[[], Trace], plain: Callable[[], Trace | None], kept: KeptTrace
+) -> dict[str, WeightUse]:
     """Returns the weights of layers of a user's own, and parameters of which nothing can be said.
 
     The model is traced if it has any such parameter. Meanwhile these have a transform without effect, which shows
@@ -29,10 +32,20 @@ def own_weights(model: nn.Module, traced: Callable[[], Trace]) -> dict[str, Weig
     Args:
         model: The model; it is as before afterwards.
         traced: Returns a trace of it.
+        plain: Returns a trace of it without transforms, if there is one. That is enough where it shows that all of
+            these parameters are used, and none of them as a weight (positions, tokens, scales).
+        kept: Keeps what is found for the next algorithm.
     """
     names = own_parameters(model)
     if not names:
         return {}
+    known = kept.own_weights_of(model)
+    if known is not None:
+        return known
+    with contextlib.suppress(CompressionError):  # `traced` fails likewise
+        shown = plain()
+        if shown is not None and _has_no_weight(shown, names):
+            return {}
     with _probes(model, names) as refused:
         try:
             trace = traced()
@@ -40,15 +53,25 @@ def own_weights(model: nn.Module, traced: Callable[[], Trace]) -> dict[str, Weig
             reason = f"whether it is a weight is not known, as there is no trace of the model: {error}"
             return {name: WeightUse(name, None, "linear", reason) for name in names}
     found = find_weights(trace, probed=set(names) - set(refused)).uses
-    forwards = [*trace.forwards, *(forward for forward in trace.training if forward is not None)]
-    seen = {value.parameter for forward in forwards for value in forward.values}
+    seen = _seen(trace)
     uses = {}
     for name in names:
         if name not in seen:
             uses[name] = WeightUse(name, None, "linear", _UNREACHED)
         elif name in found:
             uses[name] = replace(found[name], obstacle=found[name].obstacle or refused.get(name, ""))
+    kept.keep_own_weights(model, trace, uses)
     return uses
+
+
+def _has_no_weight(trace: Trace, names: Iterable[str]) -> bool:
+    return _seen(trace).issuperset(names) and find_weights(trace).uses.keys().isdisjoint(names)
+
+
+def _seen(trace: Trace) -> set[str]:
+    """Returns the names of the parameters that operators read in a forward."""
+    forwards = [*trace.forwards, *(forward for forward in trace.training if forward is not None)]
+    return {value.parameter for forward in forwards for value in forward.values}
 
 
 def resumed_uses(model: nn.Module, plan: Plan) -> dict[str, WeightUse]:

@@ -156,6 +156,8 @@ class Lifecycle(HookCalls):
             PluginError: It removed transforms that an earlier algorithm added.
         """
         before = transforms_by_key(model)
+        if algorithm.changes_in_place or algorithm.replaces_modules:
+            self.context.kept_trace.forget()
         self._call("compress_commit", algorithm, model=model, plan=self.plans[algorithm.name])
         self._refuse_losses("compress_commit", algorithm, before, model)
         self._refuse_multiplier(algorithm, before, model)

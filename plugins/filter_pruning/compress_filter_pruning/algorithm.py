@@ -93,7 +93,7 @@ class FilterPruning(LevelAlgorithm):
         if context.resuming:
             return self._resumed_plan(model, context)
         path, _ = context.section(self)
-        targets, excluded = context.weight_targets(model, self)
+        targets, excluded = context.weight_targets(model, self, traces=True)
         for target in targets:
             weight = target.parameter
             if weight is not None and weight.dtype in RANKED_DTYPES and not bool(weight.isfinite().all()):
