@@ -121,11 +121,10 @@ def _objects_of(model: nn.Module) -> Iterator[Any]:
     for module in found:
         if id(module) in inside:
             continue
-        attributes = module.__dict__
         yield module
         yield base_class(module)
         for kind in ("_parameters", "_buffers", "_modules", *HOOK_ATTRIBUTES):
-            for name, item in attributes.get(kind, {}).items():
+            for name, item in getattr(module, kind, {}).items():
                 if not isinstance(item, TransformContainer):
                     yield name
                     yield item

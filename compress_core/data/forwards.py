@@ -24,6 +24,7 @@ from compress_core.transforms.containers import SavedContainer
 from compress_core.transforms.interrupts import interrupts_held
 from compress_core.transforms.python_state import PythonState
 from compress_core.transforms.snapshot import SavedTensor, memory_of, save_tensor
+from compress_core.transforms.walk import modules_of
 
 logger = logging.getLogger(__name__)
 
@@ -89,9 +90,10 @@ class _Writes:
 
 class _Scope:
     def __init__(self, model: nn.Module, find_saved: FindSaved | None, *, hooks: bool, parameters: bool) -> None:
-        self._state = PythonState(model, [m for m in model.modules() if m in _of_algorithms], hooks=hooks)
-        inside = {id(m) for owned in model.modules() if _is_foreign(owned) for m in owned.modules()}
-        modules = [module for module in model.modules() if id(module) not in inside]
+        everything = list(modules_of(model))
+        self._state = PythonState(model, [m for m in everything if m in _of_algorithms], hooks=hooks)
+        inside = {id(m) for owned in everything if _is_foreign(owned) for m in modules_of(owned)}
+        modules = [module for module in everything if id(module) not in inside]
         self._structure = [d for m in modules for d in (m._parameters, m._buffers, m._modules)]
         self._entries = [dict(entries) for entries in self._structure]
         self._ids = self._read_ids()

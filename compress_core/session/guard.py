@@ -17,6 +17,7 @@ from compress_core.session.lifecycle import Lifecycle
 from compress_core.torch_internals import version_of
 from compress_core.transforms.chain import TransformContainer
 from compress_core.transforms.snapshot import GONE, ModelSnapshot
+from compress_core.transforms.walk import modules_of
 
 _REMEDY = "add transforms instead, or declare changes_in_place = True"
 
@@ -115,13 +116,16 @@ def _transforms_in(model: nn.Module) -> tuple[str, ...]:
     return tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, TransformContainer))
 
 
-def _versions(model: nn.Module) -> dict[str, tuple[int, int, int]]:
-    """Returns the identity, the address and the version of each of a model's own tensors."""
-    inside = _transforms_in(model)
+def _versions(model: nn.Module) -> dict[tuple[int, str], tuple[int, int, int]]:
+    """Returns the identity, the address and the version of each of a model's own tensors, by its module and name."""
+    modules = list(modules_of(model))
+    inside = {id(inner) for module in modules if isinstance(module, TransformContainer) for inner in modules_of(module)}
     return {
-        name: (id(tensor), _address(tensor), version_of(tensor))
-        for name, tensor in (*model.named_parameters(), *model.named_buffers())
-        if not name.startswith(inside) and not tensor.is_inference()
+        (id(module), name): (id(tensor), _address(tensor), version_of(tensor))
+        for module in modules
+        if id(module) not in inside
+        for name, tensor in (*module._parameters.items(), *module._buffers.items())
+        if tensor is not None and not tensor.is_inference()
     }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import cast
 
@@ -103,7 +103,9 @@ def add_activation_transform(
             f"a transform's key becomes part of names in state_dict: {key!r} must not be empty or dotted"
         )
     owner = _owner(model, place)
-    _check_reachable(model, owner, place)
+    # These use their submodules in ways of their own.
+    special = [m for m in modules_of(model) if isinstance(m, (nn.MultiheadAttention, nn.TransformerEncoder))]
+    _check_reachable(model, owner, place, special)
     if isinstance(place, CallInput | CallOutput):
         functions_named(place.function)
     transformed_class(base_class(owner), frozenset(), activations=True)  # fails before anything is changed
@@ -119,7 +121,7 @@ def add_activation_transform(
     transform.train(owner.training)
     container.chain(name).add(key, transform, int(stage))
     container.make_plan()
-    for module in list(modules_of(model)):
+    for module in special:
         if isinstance(module, nn.TransformerEncoder) and owner in set(module.modules()):
             _attach(module)
     return ActivationTransformHandle(place, key, transform, stage, model)
@@ -185,7 +187,7 @@ def _owner(model: nn.Module, place: ActivationPlace) -> nn.Module:
         raise TransformError(f"there is no module '{place.module}' below {type(model).__name__}") from error
 
 
-def _check_reachable(model: nn.Module, owner: nn.Module, place: ActivationPlace) -> None:
+def _check_reachable(model: nn.Module, owner: nn.Module, place: ActivationPlace, special: Iterable[nn.Module]) -> None:
     what = f"'{place.module or 'model'}' ({type(owner).__name__})"
     if isinstance(owner, torch.jit.ScriptModule):
         raise TransformError(f"{what} is a ScriptModule, whose forward cannot be changed; compress it before scripting")
@@ -196,7 +198,7 @@ def _check_reachable(model: nn.Module, owner: nn.Module, place: ActivationPlace)
         )
     if type(owner).forward is nn.Module.forward:
         raise TransformError(f"{what} has no forward: it only holds other modules; name one of these")
-    for module in modules_of(model):
+    for module in special:
         if isinstance(module, nn.MultiheadAttention) and owner is module.out_proj:
             name = next(name for name, other in model.named_modules() if other is module)
             raise TransformError(

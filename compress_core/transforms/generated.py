@@ -44,7 +44,11 @@ _generated: dict[tuple[type[nn.Module], frozenset[str], bool], type[nn.Module]] 
 
 def base_class(module: nn.Module) -> type[nn.Module]:
     """Returns the class that `module` had before any transform was added."""
-    cls = type(module)
+    return original_class(type(module))
+
+
+def original_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """Returns the class of the user's that a generated class is made from; any other class itself."""
     base: type[nn.Module] = cls.__dict__.get("_compress_base_class", cls)
     return base
 

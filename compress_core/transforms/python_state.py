@@ -23,6 +23,7 @@ from compress_core.torch_internals import HOOK_ATTRIBUTES
 from compress_core.transforms.chain import TransformContainer
 from compress_core.transforms.containers import SavedContainer, SavedSlots, container_base
 from compress_core.transforms.generated import ACTIVATIONS_ATTRIBUTE
+from compress_core.transforms.walk import modules_of
 
 _MISSING: Any = object()
 _PLAIN = (str, bytes, int, float, complex, type(None), torch.dtype, torch.device, torch.Size, BuiltinFunctionType)
@@ -64,14 +65,18 @@ class PythonState:
         self.tensors: list[tuple[str, torch.Tensor]] = []
         self._saved: list[_Saved] = []
         self._bindings: dict[int, dict[str, Any]] = {}  # id of a namespace -> the variables saved of it
-        self._seen = {id(inner) for owned in (*_containers(model), *left_out) for inner in owned.modules()}
+        everything = list(modules_of(model))
+        containers = (module for module in everything if isinstance(module, TransformContainer))
+        self._seen = {id(inner) for owned in (*containers, *left_out) for inner in modules_of(owned)}
         self._classes: set[type] = set()
         self._members: dict[str, list[Any]] = {}
         self._names: set[str] = set()
         self._functions: list[Any] = []
         modules = [(name, module) for name, module in model.named_modules() if id(module) not in self._seen]
         self._seen.update(id(module) for _, module in modules)
-        self._seen.update(id(tensor) for tensor in (*model.parameters(), *model.buffers()))
+        self._seen.update(
+            id(t) for module in everything for t in (*module._parameters.values(), *module._buffers.values())
+        )
         for name, module in modules:
             self._save_module(name, module)
         while self._functions:
@@ -253,10 +258,6 @@ def names_in(code: CodeType) -> tuple[str, ...]:
     """Returns the names of global variables and attributes in a function and in the functions inside it."""
     inner = [name for constant in code.co_consts if isinstance(constant, CodeType) for name in names_in(constant)]
     return tuple(dict.fromkeys([*code.co_names, *inner]))
-
-
-def _containers(model: nn.Module) -> list[nn.Module]:
-    return [module for module in model.modules() if isinstance(module, TransformContainer)]
 
 
 @functools.lru_cache(maxsize=1 << 12)

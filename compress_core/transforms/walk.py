@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 
-from compress_core.transforms.generated import ACTIVATIONS_ATTRIBUTE, base_class
+from compress_core.transforms.generated import ACTIVATIONS_ATTRIBUTE, original_class
 
 
 def modules_of(model: nn.Module) -> Iterator[nn.Module]:
@@ -16,19 +18,27 @@ def modules_of(model: nn.Module) -> Iterator[nn.Module]:
     transform walks through the model, so that walks are most of what adding hundreds of them costs.
     """
     seen: set[nn.Module] = set()
-    waiting = [model]
+    waiting: list[nn.Module | None] = [model]
     while waiting:
         module = waiting.pop()
-        if module in seen:
+        if module is None or module in seen:
             continue
-        if base_class(module).named_modules is not nn.Module.named_modules:
-            # The user's own method decides what there is below.
+        cls: Any = type(module)
+        if _names_its_own(cls):
             for _, inner in module.named_modules(seen):
                 seen.add(inner)
                 yield inner
             continue
         seen.add(module)
         yield module
-        below = [child for child in module._modules.values() if child is not None]
         container = module.__dict__.get(ACTIVATIONS_ATTRIBUTE)
-        waiting += reversed([*below, container] if isinstance(container, nn.Module) else below)
+        if isinstance(container, nn.Module):
+            waiting.append(container)
+        if module._modules:
+            waiting += reversed(list(module._modules.values()))
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def _names_its_own(cls: Any) -> bool:
+    """Returns whether a method of the user's decides which modules there are below one of this class."""
+    return original_class(cls).named_modules is not nn.Module.named_modules
