@@ -9,7 +9,8 @@ and only a trial tells them apart.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeAlias
 
@@ -38,29 +39,36 @@ def channel_groups_of_heads(model: nn.Module, traced: Trace, specs: Sequence[Inp
         traced: The trace of the model.
         specs: The inputs of its forward.
     """
-    found = channel_groups(traced)
+    groups_with = functools.cache(lambda names: channel_groups(traced, names))
+    found = groups_with(frozenset())
     kinds: dict[type[nn.Module], list[str]] = {}
     for name in dict.fromkeys(split.module for split in found.algebra.splits):
         if not _free(found, name):
             kinds.setdefault(type(model.get_submodule(name)), []).append(name)
     accepted: _Attributes = {}
     for of_class in kinds.values():
-        candidate = channel_groups(traced, frozenset(of_class))
+        candidate = groups_with(frozenset(of_class))
         names = [name for name in of_class if _free(candidate, name)]
-        works = _working(model, traced, names, specs)
-        if not works and len(names) > 1 and _working(model, traced, names[:1], specs):
+        works = _working(model, traced, groups_with, names, specs)
+        if not works and len(names) > 1 and _working(model, traced, groups_with, names[:1], specs):
             # Mostly all modules of a class work alike; here not.
             for name in names:
-                works |= _working(model, traced, [name], specs)
+                works |= _working(model, traced, groups_with, [name], specs)
         accepted |= works
-    return _with_heads(channel_groups(traced, frozenset(accepted)), accepted) if accepted else found
+    return _with_heads(groups_with(frozenset(accepted)), accepted) if accepted else found
 
 
-def _working(model: nn.Module, traced: Trace, names: Sequence[str], specs: Sequence[InputSpec]) -> _Attributes:
+def _working(
+    model: nn.Module,
+    traced: Trace,
+    groups_with: Callable[[frozenset[str]], ChannelGroups],
+    names: Sequence[str],
+    specs: Sequence[InputSpec],
+) -> _Attributes:
     """Returns the modules with their attributes if a copy of the model works with fewer heads in all of them."""
     if not names:
         return {}
-    found = channel_groups(traced, frozenset(names))
+    found = groups_with(frozenset(names))
     for find in (lambda *_: (), _sizes_of_heads):
         attributes = {name: find(model, found, name) for name in names}
         groups = _with_heads(found, attributes)
