@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, TypeAlias
 
 import torch
+from torch.utils.checkpoint import CheckpointFunction
 
 from compress_core.transforms.generated import TRANSFORMS_ATTRIBUTE
 from compress_core.transforms.places import Path
@@ -79,6 +81,7 @@ class Frame:
 
 # The code that runs the forward of a `torch.autograd.Function`, as in `Call.location`.
 _APPLY = id(torch.autograd.Function.apply.__code__)
+_CHECKPOINT = id(CheckpointFunction.forward.__code__)
 
 
 @dataclass
@@ -114,8 +117,13 @@ class Call:
 
     @property
     def is_in_autograd_function(self) -> bool:
-        """Whether a `torch.autograd.Function` makes it in its forward, where autograd does not record."""
-        return any(code == _APPLY for code, _ in self.location)
+        """Whether a `torch.autograd.Function` makes it in its forward, where autograd does not record.
+
+        The one of reentrant checkpoints runs its forward again in the backward pass, and autograd records that.
+        """
+        codes = [code for code, _ in self.location]
+        forwards = [inner for code, inner in itertools.pairwise(codes) if code == _APPLY]
+        return any(code != _CHECKPOINT for code in forwards)
 
     @property
     def module(self) -> str:

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_packed_sequence
+from torch.utils.checkpoint import checkpoint
 
 from compress_core import create_compressed_model, register_default_init_args
 
@@ -100,6 +101,18 @@ def test_quantizers_that_learn_nothing_are_named(only_in_training, caplog):
     assert all(f"'{name}'" in message for name in idle(controller))
     caplog.clear()
     controller, model = compressed(Net(forward), DATA, ignored_scopes=idle(controller))
+    model.train()(DATA[0][0]).square().sum().backward()
+    assert not caplog.records
+    assert idle(controller) == []
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpoints_hide_nothing_from_autograd(reentrant, caplog):
+    def forward(net, x):
+        y = net.a(x).requires_grad_()
+        return net.b(checkpoint(lambda t: F.relu(t) * 2, y, use_reentrant=reentrant))
+
+    controller, model = compressed(Net(forward), DATA)
     model.train()(DATA[0][0]).square().sum().backward()
     assert not caplog.records
     assert idle(controller) == []
