@@ -54,6 +54,7 @@ bench: bench-data
 	$(BIN)/python -m benchmarks.pruned_latency
 	$(BIN)/python -m benchmarks.exported_latency
 	$(BIN)/python -m benchmarks.quantization_cost
+	$(BIN)/python -m benchmarks.creation_cost
 	$(BIN)/python -m benchmarks.bn_adaptation
 
 # Models of practitioners under every algorithm; libraries that are not installed are skipped. It takes about an hour of

@@ -24,8 +24,9 @@ class KeptTrace:
     A trace takes as long as several training steps, and each algorithm of a config asks for one. Transforms, which are
     what algorithms add, are left out of it; it stays true as long as everything else is the same object with the same
     contents: modules, classes, hooks, attributes, and what the code of their forwards refers to. Whoever plans or
-    commits may change these, so all of them are compared, not only what plugins declare. Values of tensors are not
-    compared: a forward that has read any is traced again, and a write to a tensor counts as a change.
+    commits may change these, so all of them are compared, as far as `PythonState` follows them, and not only what
+    plugins declare. Values of tensors are not compared: a forward that has read any is traced again, and a write to a
+    tensor counts as a change.
 
     Copies and pickles hold nothing.
 
