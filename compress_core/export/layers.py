@@ -221,17 +221,32 @@ def cut(serialized: bytes, quantizers: Sequence[Quantizer], model: nn.Module, in
         name = next((forward.names[scope] for scope in reversed(quantizer.scopes) if scope in forward.names), None)
         if name is not None:
             nodes[name].append(quantizer)
-    if not nodes or any(len(found) != len(forward.calls[name]) for name, found in nodes.items()):
+    made = {name: _distinct(forward.calls[name], len(found)) for name, found in nodes.items()}
+    if not nodes or any(len(found) != len(made[name]) for name, found in nodes.items()):
         return None
     calls = {}
     for name, found in nodes.items():
-        for number, (quantizer, call) in enumerate(zip(found, forward.calls[name], strict=True)):
+        for number, (quantizer, call) in enumerate(zip(found, made[name], strict=True)):
             calls[id(quantizer)] = _place(name, number if len(found) > 1 else None), call
     if any(not _fits(quantizer, calls[id(quantizer)][1]) for quantizer in left if id(quantizer) in calls):
         return None
     parts = [_part(quantizer, *calls[id(quantizer)]) for quantizer in left if id(quantizer) in calls]
     feeds = {part.name: part.integers for part in parts}
     return Cut(_cut(serialized, feeds), tuple(parts), forward.outputs)
+
+
+def _distinct(calls: Sequence[Call], number: int) -> Sequence[Call]:
+    """Returns the calls of a transform; without repetitions on equal tensors if the graph has fewer nodes than that.
+
+    The exporter merges nodes that compute the same, such as the quantizer of a decoder's keys in each of its layers.
+    """
+    if len(calls) == number:
+        return calls
+    found: list[Call] = []
+    for call in calls:
+        if not any(torch.equal(call.given, other.given) for other in found):
+            found.append(call)
+    return found
 
 
 def _fits(quantizer: Quantizer, call: Call) -> bool:

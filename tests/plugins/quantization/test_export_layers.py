@@ -183,3 +183,25 @@ def test_an_algorithm_that_strips_another_model_is_told_from_roundings(tmp_path,
     with pytest.raises(ExportError, match=r"without quantizers of activations, the outputs .* compress_strip\(\)"):
         controller.export_onnx(tmp_path / "model.onnx", images(4), dynamic_batch=False, tolerance=1e-6)
     assert not list(tmp_path.iterdir())
+
+
+class ReadsTwice(Chaotic):
+    """Two layers that read the same tensor, whose quantizers are one."""
+
+    def __init__(self):
+        super().__init__()
+        self.keys, self.values = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        x = self.first(x).relu()
+        for block in self.blocks:
+            x = torch.sin(3 * block(x))
+        memory = x.mean(3).mT
+        return self.head((torch.sin(self.keys(memory)) * self.values(memory)).mean(1))
+
+
+def test_quantizers_that_the_exporter_merges_are_told_apart(tmp_path):
+    torch.manual_seed(0)
+    controller = create(ReadsTwice(), [images(4)])
+    with pytest.raises(ExportError, match=r"No file was written\. Only roundings add up"):
+        controller.export_onnx(tmp_path / "model.onnx", images(4), dynamic_batch=False, tolerance=1e-6)
