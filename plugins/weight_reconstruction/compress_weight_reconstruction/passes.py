@@ -1,0 +1,200 @@
+"""A pass of two models over all batches at once, which stops at each layer for all batches to arrive."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from compress_core.data.calibration import CalibrationData
+from compress_core.transforms.user_hooks import is_in_hook
+from compress_weight_reconstruction.interception import Interceptor, Seen, WeightCall, Weights
+from compress_weight_reconstruction.layers import Layer
+from compress_weight_reconstruction.norms import PairedNorm
+from compress_weight_reconstruction.positions import Positions
+from compress_weight_reconstruction.runners import Runner, Surroundings, closing
+from compress_weight_reconstruction.twins import twin_of
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What a pass runs.
+
+    Attributes:
+        compressed: The compressed model.
+        reference: The uncompressed model.
+        data: Calls a model with a batch.
+        surroundings: What torch keeps for each thread.
+    """
+
+    compressed: nn.Module
+    reference: nn.Module
+    data: CalibrationData
+    surroundings: Surroundings
+
+
+class Forward:
+    """The forward of one model on one batch, which pauses at products and batch norms.
+
+    Args:
+        sources: The models and how to call them.
+        batch: The batch.
+        wanted: Names of the weights at whose products it pauses.
+        norms: Names of the batch norms at which it pauses.
+        is_compressed: Whether it is the compressed model, which pauses before its products, or the uncompressed one,
+            which pauses after them.
+    """
+
+    def __init__(
+        self, sources: Sources, batch: Any, wanted: frozenset[str], norms: Sequence[str], *, is_compressed: bool
+    ) -> None:
+        self._sources, self._batch = sources, batch
+        self._model = twin_of(sources.compressed if is_compressed else sources.reference)
+        self._outputs: list[Any] = []
+        self._interceptor = Interceptor(Weights(self._model), wanted, self._at_product, before=is_compressed)
+        self._model.register_forward_hook(self._keep)
+        for name in norms:
+            self._model.get_submodule(name).register_forward_pre_hook(self._at_norm(name), with_kwargs=True)
+        # Name of a weight -> the batch norm that takes the output of its product.
+        self.follows: dict[str, str] = {}
+        self.runner = Runner(self._run, sources.surroundings)
+
+    @property
+    def seen(self) -> Seen:
+        """What the forward has done with weights so far."""
+        return self._interceptor.seen
+
+    def _run(self, runner: Runner) -> Any:
+        with self._interceptor:
+            result = self._sources.data.call_copy(self._model, self._batch)
+        outputs, self._outputs, self._batch = self._outputs, [], None
+        return outputs or result
+
+    def _keep(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._outputs.append(output)
+
+    def _at_product(self, call: WeightCall) -> None:
+        self.runner.pause(call.name, call)
+
+    def _at_norm(self, name: str) -> Callable[..., None]:
+        def reached(module: nn.Module, args: Any, kwargs: Any) -> None:
+            # Our own hook is run by the frame that called us.
+            if not is_in_hook(sys._getframe(1).f_back):
+                values = args[0] if args else kwargs["input"]
+                made_by = self._interceptor.maker(values)
+                if made_by:
+                    self.follows[made_by] = name
+                self.runner.pause(name, values)
+
+        return reached
+
+
+@dataclass
+class Pair:
+    """The two forwards of one batch.
+
+    Attributes:
+        compressed: That of the compressed model.
+        reference: That of the uncompressed model.
+        counts: Whether its moments count; otherwise only its outputs are compared.
+    """
+
+    compressed: Forward
+    reference: Forward
+    counts: bool
+
+    def reach(self, key: str) -> Any:
+        """Advances the uncompressed model to its next stop with this key; returns the value there, None at the end."""
+        while (stop := self.reference.runner.advance()) is not None:
+            if stop.key == key:
+                value, stop.value = stop.value, None
+                return value
+        return None
+
+    def outputs(self) -> tuple[Any, Any]:
+        """Returns the outputs of both models, that of the compressed model first, after running them to the end."""
+        while not self.reference.runner.is_finished:
+            self.reference.runner.advance()
+        return self.compressed.runner.result, self.reference.runner.result
+
+
+@dataclass
+class Pass:
+    """Runs both models on batches.
+
+    Attributes:
+        sources: The models and how to call them.
+        wanted: Names of the weights at whose products the forwards pause.
+        norms: Name of a batch norm -> its estimate.
+        layers: Name of a weight -> what is gathered for it.
+        order: Name of a weight or batch norm -> its position in the forward; unknown ones come last.
+        positions: Chooses positions.
+        arrived: Called when all batches have arrived at a product of a layer; it may write to the model.
+        visited: The keys of all stops, in order.
+    """
+
+    sources: Sources
+    wanted: frozenset[str]
+    norms: Mapping[str, PairedNorm]
+    positions: Positions
+    layers: Mapping[str, Layer] = field(default_factory=dict)
+    order: Mapping[str, int] = field(default_factory=dict)
+    arrived: Callable[[Layer], None] = lambda layer: None
+    visited: list[str] = field(default_factory=list)
+
+    def run(self, batches: Sequence[tuple[Any, bool]], finished: Callable[[Pair], None]) -> None:
+        """Runs all batches to their end.
+
+        Args:
+            batches: The batches, and whether the moments of each count.
+            finished: Called with the finished forwards of each batch.
+        """
+        runners: list[Runner] = []
+        with closing(runners):
+            pairs = [self._pair(batch, counts, runners) for batch, counts in batches]
+            for pair in pairs:
+                pair.compressed.runner.advance()
+            while waiting := {id(pair): pair for pair in pairs if pair.compressed.runner.stop is not None}:
+                keys = {number: _key(pair) for number, pair in waiting.items()}
+                key = min(keys.values(), key=lambda name: self.order.get(name, len(self.order)))
+                here = [pair for number, pair in waiting.items() if keys[number] == key]
+                self._visit(key, here)
+                for pair in here:
+                    pair.compressed.runner.advance()
+            for pair in pairs:
+                pair.outputs()
+                finished(pair)
+
+    def _pair(self, batch: Any, counts: bool, runners: list[Runner]) -> Pair:
+        made = []
+        for is_compressed in (True, False):
+            made.append(Forward(self.sources, batch, self.wanted, list(self.norms), is_compressed=is_compressed))
+            runners.append(made[-1].runner)
+        return Pair(*made, counts)
+
+    def _visit(self, key: str, here: Sequence[Pair]) -> None:
+        layer, norm = self.layers.get(key), self.norms.get(key)
+        self.visited.append(key)
+        for pair in here:
+            stop = pair.compressed.runner.stop
+            assert stop is not None
+            value, stop.value = stop.value, None
+            reference = pair.reach(key)
+            if reference is None or not pair.counts:
+                continue
+            if norm is not None:
+                norm.observe(reference, value)
+            if layer is not None:
+                layer.observe(reference, value, self.positions)
+        if norm is not None:
+            norm.write()
+        if layer is not None:
+            self.arrived(layer)
+
+
+def _key(pair: Pair) -> str:
+    stop = pair.compressed.runner.stop
+    return "" if stop is None else stop.key

@@ -1,0 +1,129 @@
+"""Decides from one batch which weights can be reconstructed, in which order, and where the mean of the error goes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from compress_core.config.scopes import ScopeFilter
+from compress_core.transforms.model_wide import TransformedWeight, transformed_weights
+from compress_core.transforms.weight import parameter_places
+from compress_weight_reconstruction.freedom import Allowed, allowed
+from compress_weight_reconstruction.interception import Seen, Use
+from compress_weight_reconstruction.layers import Bias, Layer
+from compress_weight_reconstruction.passes import Pair
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A weight that has transforms, all of which say what they allow."""
+
+    weight: TransformedWeight
+    allowed: Allowed
+
+
+def candidates(
+    model: nn.Module, reference: nn.Module, scopes: ScopeFilter
+) -> tuple[dict[str, Candidate], dict[str, str]]:
+    """Returns the weights that may be reconstructed, and name -> reason for other transformed weights.
+
+    Args:
+        model: The compressed model.
+        reference: The uncompressed model.
+        scopes: What the user wants left alone.
+    """
+    places = parameter_places(model)
+    trained = dict(reference.named_parameters(remove_duplicate=False))
+    found, left = {}, {}
+    for weight in transformed_weights(model):
+        owners = places[id(weight.parameter)]
+        names = [f"{owner}.{name}" if owner else name for owner, _, name in owners]
+        if weight.parameter.ndim < 2:
+            continue  # biases and scales
+        reason = scopes.reason_to_skip([*names, *(owner for owner, _, _ in owners)])
+        original = trained.get(names[0])
+        open_ = allowed(weight)
+        if reason is None and not weight.parameter.is_floating_point():
+            reason = f"holds {weight.parameter.dtype}"
+        elif reason is None and (original is None or original.shape != weight.parameter.shape):
+            reason = "is not in the uncompressed model in this shape"
+        if reason is None and isinstance(open_, str):
+            reason = open_
+        if reason is not None or isinstance(open_, str):
+            left[names[0]] = reason or ""
+        else:
+            found[names[0]] = Candidate(weight, open_)
+    return found, left
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What one batch has shown.
+
+    Attributes:
+        compressed: What the compressed model does with weights.
+        reference: What the uncompressed model does with them.
+        follows: Name of a weight -> the batch norm that takes the output of its product.
+    """
+
+    compressed: Seen
+    reference: Seen
+    follows: Mapping[str, str]
+
+    @classmethod
+    def of(cls, pairs: Sequence[Pair]) -> Survey:
+        """Returns what the finished forwards of a pass have shown; batches may differ in what they reach."""
+        first = pairs[0]
+        return cls(first.compressed.seen, first.reference.seen, first.reference.follows)
+
+    def why_not(self, name: str) -> str | None:
+        """Returns why a weight cannot be reconstructed, or None."""
+        for seen, which in ((self.compressed, "compressed"), (self.reference, "uncompressed")):
+            if name in seen.others:
+                return f"the {which} model uses it in {seen.others[name]}, which is no product with an input"
+            if name not in seen.calls:
+                return f"no product with it was seen in the {which} model"
+        ours, theirs = self.compressed.calls[name], self.reference.calls[name]
+        if len(ours) != len(theirs) or {*_plain(ours)} != {*_plain(theirs)}:
+            return "the two models do not use it in the same way"
+        return None if len(set(_plain(ours))) == 1 else "its products are of different kinds"
+
+    def norm_of(self, name: str) -> str:
+        """Returns the batch norm that alone takes the output of a weight's only product; empty if there is none."""
+        is_alone = self.reference.readers.get(name, 0) == 1 and len(self.compressed.calls[name]) == 1
+        return self.follows.get(name, "") if is_alone else ""
+
+    def bias_of(self, name: str, model: nn.Module) -> Bias | None:
+        """Returns the bias of a weight, if it belongs to its products alone and may be changed."""
+        used = Counter(use.bias for calls in self.compressed.calls.values() for use in calls)
+        ours, theirs = self.compressed.calls[name], self.reference.calls[name]
+        bias = ours[0].bias
+        if not bias or {use.bias for use in (*ours, *theirs)} != {bias} or used[bias] != len(ours):
+            return None
+        if bias in self.compressed.others:
+            return None
+        parameter = dict(model.named_parameters(remove_duplicate=False))[bias]
+        support = torch.ones_like(parameter, dtype=torch.bool)
+        for weight in transformed_weights(model):
+            if weight.parameter is parameter:
+                open_ = allowed(weight)
+                if isinstance(open_, str) or open_.grid is not None:
+                    return None
+                support = open_.support
+        return Bias(parameter, support)
+
+
+def _plain(uses: list[Use]) -> list[tuple[str, int, bool]]:
+    return [(use.kind, use.groups, use.columns_first) for use in uses]
+
+
+def layer_of(name: str, candidate: Candidate, survey: Survey, model: nn.Module) -> Layer:
+    """Returns the layer to gather moments for."""
+    has_norm = bool(survey.norm_of(name))
+    bias = None if has_norm else survey.bias_of(name, model)
+    use = survey.compressed.calls[name][0]
+    return Layer(name, candidate.weight.parameter, use, candidate.allowed, bias, has_norm=has_norm)
