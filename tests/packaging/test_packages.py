@@ -44,7 +44,7 @@ def environment(tmp_path, wheel):
 
 
 BUILT_IN = ("filter_pruning", "magnitude_sparsity", "quantization")
-PACKAGES = ("compress_core", *(f"compress_{name}" for name in BUILT_IN))
+PACKAGES = ("compress_core", *(f"compress_{name}" for name in BUILT_IN), "compress_weight_reconstruction")
 
 
 def test_wheel_holds_what_is_ours_and_nothing_else(wheel):
