@@ -95,12 +95,14 @@ class WeightGrid:
         zero_point: The integer that represents 0; broadcasts to the weight.
         low: The smallest integer.
         high: The largest integer.
+        adjustable: Whether `set_scale` of the transform may be called.
     """
 
     scale: torch.Tensor
     zero_point: torch.Tensor
     low: int
     high: int
+    adjustable: bool = False
 
 
 class ProjectingTransform(WeightTransform):
@@ -127,6 +129,14 @@ class ProjectingTransform(WeightTransform):
             weight: The stored weight after earlier transforms, detached.
         """
         return None
+
+    def set_scale(self, scale: torch.Tensor) -> None:
+        """Sets the distance of the grid's values, if `allowed_values` says that it is adjustable.
+
+        Args:
+            scale: Positive values in the shape of `WeightGrid.scale`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no set_scale(scale)")
 
     def project(self, weight: torch.Tensor) -> torch.Tensor:
         """Returns the nearest allowed weight, detached; this implementation calls `forward`.

@@ -141,7 +141,20 @@ class FakeQuantize(ProjectingTransform, ActivationTransform):
             return None
         grid = self.grid()
         scale, zero_point = (values.reshape(self.shape) for values in (grid.scale, grid.zero_point))
-        return WeightGrid(scale, zero_point, grid.quant_min, grid.quant_max)
+        return WeightGrid(scale, zero_point, grid.quant_min, grid.quant_max, adjustable=True)
+
+    def set_scale(self, scale: torch.Tensor) -> None:
+        """Sets the step of the grid; the zero point stays.
+
+        Args:
+            scale: Steps in the shape of the range.
+        """
+        ratio = scale.double() / self.grid().scale.reshape(self.shape).double()
+        for name in type(self).follows or ():
+            parameter = self.get_parameter(name)
+            is_logarithm = self.logarithm_scale and name == self._logarithmic
+            values = parameter.detach().double()
+            self._store(parameter, values + ratio.log() if is_logarithm else values * ratio)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Returns `x` on the grid.

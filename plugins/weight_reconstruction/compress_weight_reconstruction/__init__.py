@@ -1,1 +1,1 @@
-"""Weight reconstruction: sets the weights that compression has left so that every layer computes what it did before."""
+"""Weight reconstruction: sets what compression left of each weight so that layers compute what they did before."""

@@ -17,18 +17,20 @@ class Allowed:
     Attributes:
         support: Which elements may differ from zero; boolean, of the parameter's shape.
         grid: The values that elements may have; None if any.
+        gridded: The transform with the grid; None if there is none.
         project: Maps values in the parameter's shape to the nearest allowed ones.
     """
 
     support: torch.Tensor
     grid: WeightGrid | None
+    gridded: ProjectingTransform | None
     project: Callable[[torch.Tensor], torch.Tensor]
 
 
 def allowed(weight: TransformedWeight) -> Allowed | str:
     """Returns what the transforms of a weight allow, or why that is not known."""
     support = torch.ones_like(weight.parameter, dtype=torch.bool)
-    grid = None
+    grid, gridded = None, None
     value = weight.parameter.detach()
     for key, transform in weight.chain.named_children():
         if not isinstance(transform, ProjectingTransform):
@@ -37,14 +39,18 @@ def allowed(weight: TransformedWeight) -> Allowed | str:
         if mask is not None:
             support = support & mask.to(torch.bool)
         levels = transform.allowed_values(value)
-        if levels is not None and grid is not None:
+        if levels is not None and gridded is not None:
             return f"its transform '{key}' is a second grid"
-        grid = levels if levels is not None else grid
+        if levels is not None:
+            grid, gridded = levels, transform
         value = transform.project(value)
+    return Allowed(support, grid, gridded, _projection(weight))
 
+
+def _projection(weight: TransformedWeight) -> Callable[[torch.Tensor], torch.Tensor]:
     def project(values: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
             result: torch.Tensor = weight.chain(values)
             return result
 
-    return Allowed(support, grid, project)
+    return project

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from compress_core import DataError
 from compress_core.data.forwards import writing
 from compress_weight_reconstruction.freedom import Allowed
 from compress_weight_reconstruction.interception import Use, WeightCall
 from compress_weight_reconstruction.positions import Positions
 from compress_weight_reconstruction.products import as_matrices, as_weight, input_rows, output_rows, output_sizes, wide
-from compress_weight_reconstruction.provisional import Freedom, Moments, solve
 from compress_weight_reconstruction.report import LayerError
+from compress_weight_reconstruction.solvers import Freedom, Grid, Moments, Normal, Solution, solve
 
 
 @dataclass(frozen=True)
@@ -47,15 +48,9 @@ class Layer:
         self.name, self._parameter, self._use = name, parameter, use
         self._allowed, self._bias = allowed, bias
         self._centred = has_norm or bias is not None
-        self._matrices = self._as_matrices(parameter.detach())
-        groups, rows, columns = self._matrices.shape
-        self._old_bias = None
-        self._moments = Moments(groups, columns, rows, device=parameter.device, centred=self._centred)
-
-    @property
-    def columns(self) -> int:
-        """Number of inputs of each output."""
-        return self._matrices.shape[2]
+        self._shape = self._as_matrices(parameter.detach()).shape
+        # Made when it is needed, and dropped when it is solved: Gram matrices of all layers together would be large.
+        self._moments: Moments | None = None
 
     def observe(self, reference: WeightCall, compressed: WeightCall, positions: Positions) -> None:
         """Adds one call: the inputs of the compressed model, and the outputs of the uncompressed one.
@@ -63,7 +58,10 @@ class Layer:
         Args:
             reference: The call in the uncompressed model, with its output.
             compressed: The call in the compressed model, before it is made.
-            positions: Chooses positions of convolutions.
+            positions: Chooses positions.
+
+        Raises:
+            DataError: There are values that are not finite.
         """
         output, kind, groups = reference.output, self._use.kind, self._use.groups
         assert output is not None
@@ -71,12 +69,18 @@ class Layer:
             return
         dims = self._parameter.ndim - 2 if kind != "linear" else 1
         samples, sizes = output_sizes(output, kind, dims)
-        chosen = positions.choose(samples, sizes, self.columns).to(output.device)
+        chosen = positions.choose(samples, sizes, self._shape[2]).to(output.device)
         targets = output_rows(output, kind, dims, groups, chosen)
         bias = reference.product.arguments.get("bias")
         if bias is not None:
-            targets = targets - wide(bias.detach()).reshape(self._matrices.shape[0], 1, -1)
-        self._moments.update(input_rows(compressed.product, chosen, sizes), targets)
+            targets = targets - wide(bias.detach()).reshape(self._shape[0], 1, -1)
+        if self._moments is None:
+            groups, rows, columns = self._shape
+            self._moments = Moments(groups, columns, rows, device=output.device, centred=self._centred)
+        try:
+            self._moments.update(input_rows(compressed.product, chosen, sizes), targets)
+        except DataError as error:
+            raise DataError(f"the layer of '{self.name}', on the calibration data: {error}") from error
 
     def solve(self, damping: float) -> LayerError | str:
         """Solves for the weight and writes it to the parameter.
@@ -84,19 +88,18 @@ class Layer:
         Returns:
             The errors before and after, or why the weight was left alone.
         """
-        if not self._moments.count:
+        if self._moments is None or not self._moments.count:
             return "no batch has reached it"
-        normal = self._moments.finalize()
+        normal, self._moments = self._moments.finalize(), None
         support = self._as_matrices(self._allowed.support)
-        project = None if self._allowed.grid is None else self._project
-        solution = solve(self._matrices, normal, Freedom(support, project), damping=damping)
-        if not bool(torch.isfinite(solution.weight).all()):
-            return "the solution is not finite: the inputs or outputs on the calibration data are too large, or NaN"
-        self._write(solution.weight, solution.bias)
-        variance = float(normal.target_square.sum())
-        before, after = (float(errors.sum()) for errors in (solution.error_before, solution.error_after))
-        scale = 1 / variance if variance > 0 else 0.0
-        return LayerError(self.name, normal.count, max(before * scale, 0.0), max(after * scale, 0.0))
+        grid = self._grid()
+        project = self._project if self._allowed.grid is not None and grid is None else None
+        solution = solve(self._weight(), normal, Freedom(support.contiguous(), grid, project), damping=damping)
+        self._write(solution)
+        return _error(self.name, normal, solution, support.any(2))
+
+    def _weight(self) -> torch.Tensor:
+        return wide(self._as_matrices(self._parameter.detach())).contiguous()
 
     def _as_matrices(self, values: torch.Tensor) -> torch.Tensor:
         return as_matrices(values, self._use.kind, self._use.groups, columns_first=self._use.columns_first)
@@ -105,14 +108,53 @@ class Layer:
         shape = self._parameter.shape
         return as_weight(matrices, shape, self._use.kind, columns_first=self._use.columns_first)
 
+    def _grid(self) -> Grid | None:
+        """Returns the grid by row; None if there is none, or if its values differ within a row."""
+        levels = self._allowed.grid
+        if levels is None:
+            return None
+        scale, zero = (
+            self._as_matrices(values.detach().expand(self._parameter.shape)) for values in (levels.scale, levels.zero_point)
+        )
+        step, shift = wide(scale[:, :, :1]), zero[:, :, :1]
+        if not torch.equal(scale, scale[:, :, :1].expand_as(scale)) or not torch.equal(zero, shift.expand_as(zero)):
+            return None
+        adjustable = levels.adjustable
+        if levels.scale.numel() == 1:
+            step, shift = step[:1, :1], shift[:1, :1]
+        elif levels.scale.numel() != step.numel():
+            adjustable = False
+        return Grid(step.contiguous(), levels.low - shift, levels.high - shift, adjustable)
+
     def _project(self, matrices: torch.Tensor) -> torch.Tensor:
         return self._as_matrices(self._allowed.project(self._as_weight(matrices).to(self._parameter.dtype)))
 
-    def _write(self, matrices: torch.Tensor, correction: torch.Tensor) -> None:
-        new = self._as_weight(matrices).to(self._parameter.dtype)
+    def _write(self, solution: Solution) -> None:
+        new = self._as_weight(solution.weight).to(self._parameter.dtype)
         with writing(), torch.no_grad():
             self._parameter.copy_(torch.where(self._allowed.support, new, self._parameter))
             if self._bias is not None:
                 bias = self._bias.parameter
-                moved = bias + correction.reshape(bias.shape).to(bias.dtype)
+                moved = bias + solution.bias.reshape(bias.shape).to(bias.dtype)
                 bias.copy_(torch.where(self._bias.support, moved, bias))
+            if solution.step is not None:
+                self._set_scale(solution.step)
+
+    def _set_scale(self, step: torch.Tensor) -> None:
+        levels, gridded = self._allowed.grid, self._allowed.gridded
+        assert levels is not None and gridded is not None
+        rows = self._as_weight(step.expand(self._shape).to(levels.scale.dtype))
+        index = tuple(slice(None) if size > 1 else slice(1) for size in _padded(levels.scale, rows.ndim))
+        gridded.set_scale(rows[index].reshape(levels.scale.shape))
+
+
+def _padded(scale: torch.Tensor, dims: int) -> tuple[int, ...]:
+    return (1,) * (dims - scale.ndim) + tuple(scale.shape)
+
+
+def _error(name: str, normal: Normal, solution: Solution, kept: torch.Tensor) -> LayerError:
+    """Returns the errors of the rows of which something is left."""
+    variance = float(normal.target_power[kept].sum())
+    scale = 1 / variance if variance > 0 else 0.0
+    before, after = (float(errors[kept].sum()) * scale for errors in (solution.error_before, solution.error_after))
+    return LayerError(name, normal.count, before, after)
