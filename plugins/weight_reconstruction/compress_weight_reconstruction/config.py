@@ -34,3 +34,8 @@ class WeightReconstructionConfig(InitializerConfig):
     positions: Count = Field(
         16, ge=1, description="positions of each sample's output that count, of convolutions and of sequences"
     )
+    memory: float = Field(
+        4.0,
+        gt=0,
+        description="GiB for what the forwards hold of all samples at once; fewer samples are used if need be",
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Self
 
@@ -31,7 +32,7 @@ from compress_weight_reconstruction.reconstruction import Reconstruction, Settin
 from compress_weight_reconstruction.report import ReconstructionReport, WeightReconstructionStatistics
 
 # Values that have to be the same in all sections that name them.
-_SHARED = ("damping", "positions")
+_SHARED = ("damping", "positions", "memory")
 
 
 class WeightReconstruction(Initializer):
@@ -100,7 +101,9 @@ class WeightReconstruction(Initializer):
         """Notes which batch norms the user has frozen, and checks the scopes."""
         norms = {name: module for name, module in model.named_modules() if isinstance(module, AnyBatchNorm)}
         self._frozen = frozenset(name for name, norm in norms.items() if model.training and not norm.training)
-        layers = [name for name, module in model.named_modules() if next(module.parameters(recurse=False), None) is not None]
+        layers = [
+            name for name, module in model.named_modules() if next(module.parameters(recurse=False), None) is not None
+        ]
         names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
         ScopeFilter(model, self.ignored).check([*layers, *names])
         effect = f"reconstructs weights with {self.settings.num_samples} samples"
@@ -139,7 +142,7 @@ class WeightReconstruction(Initializer):
         samples = options.get("num_samples", self.settings.num_samples)
         if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
             raise UsageError(f"{self.name}: num_samples must be a whole number of at least 1, got {samples!r}")
-        settings = self.settings.with_samples(samples)
+        settings = dataclasses.replace(self.settings, num_samples=samples)
         self._run(model, copied(reference).eval().requires_grad_(False), context, settings, loader)
 
     def statistics(self) -> Statistics | None:

@@ -16,6 +16,7 @@ from compress_core.transforms.attention import inside_of
 from compress_core.transforms.model_wide import transformed_weights
 from compress_core.transforms.user_hooks import hook_is_running
 from compress_core.transforms.weight import parameter_places
+from compress_weight_reconstruction.held_memory import HeldMemory
 from compress_weight_reconstruction.products import Kind, Product, product_of
 
 
@@ -143,6 +144,7 @@ class Interceptor(TorchFunctionMode):
         super().__init__()
         self._weights, self._wanted, self._reached, self._before = weights, wanted, reached, before
         self.seen = Seen()
+        self.held = HeldMemory()
         self._outputs: dict[int, tuple[weakref.ref[torch.Tensor], str]] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -164,6 +166,7 @@ class Interceptor(TorchFunctionMode):
         made = list(_tensors(result))
         if made:
             self._note_readers(tensors)
+        self.held.note(tensor for tensor in made if self._weights.found(tensor) is None)
         for tensor, name, whole in used:
             if made and not any(_shares_memory(item, whole) for item in made):
                 self.seen.others.setdefault(name, str(resolve_name(func)) + _part(tensor, whole))
@@ -198,8 +201,11 @@ class Interceptor(TorchFunctionMode):
         if self._before:
             self._reached(call)
             args, kwargs = self._renewed(call, args, kwargs)
-            return func(*args, **kwargs)
+            result = func(*args, **kwargs)
+            self.held.note([result])
+            return result
         result = func(*args, **kwargs)
+        self.held.note([result])
         self._outputs[id(result)] = weakref.ref(result), call.name
         self._note_readers([t for t in _tensors((args, kwargs)) if t is call.product.arguments["input"]])
         self._reached(WeightCall(call.name, call.use, call.product, result))

@@ -114,7 +114,8 @@ class Layer:
         if levels is None:
             return None
         scale, zero = (
-            self._as_matrices(values.detach().expand(self._parameter.shape)) for values in (levels.scale, levels.zero_point)
+            self._as_matrices(values.detach().expand(self._parameter.shape))
+            for values in (levels.scale, levels.zero_point)
         )
         step, shift = wide(scale[:, :, :1]), zero[:, :, :1]
         if not torch.equal(scale, scale[:, :, :1].expand_as(scale)) or not torch.equal(zero, shift.expand_as(zero)):

@@ -47,7 +47,9 @@ class PairedNorm:
             self._estimator.finish(1, path)
 
 
-def norms_of(model: nn.Module, reference: nn.Module, scopes: ScopeFilter, frozen: set[str]) -> dict[str, AnyBatchNorm]:
+def norms_of(
+    model: nn.Module, reference: nn.Module, scopes: ScopeFilter, frozen: frozenset[str]
+) -> dict[str, AnyBatchNorm]:
     """Returns the batch norms of a model that are corrected, by name.
 
     Args:

@@ -67,6 +67,15 @@ class Forward:
         """What the forward has done with weights so far."""
         return self._interceptor.seen
 
+    @property
+    def held_bytes(self) -> int:
+        """The most memory that the forward has held at a stop."""
+        return self._interceptor.held.peak
+
+    def _pause(self, key: str, value: Any) -> None:
+        self._interceptor.held.measure()
+        self.runner.pause(key, value)
+
     def _run(self, runner: Runner) -> Any:
         with self._interceptor:
             result = self._sources.data.call_copy(self._model, self._batch)
@@ -77,7 +86,7 @@ class Forward:
         self._outputs.append(output)
 
     def _at_product(self, call: WeightCall) -> None:
-        self.runner.pause(call.name, call)
+        self._pause(call.name, call)
 
     def _at_norm(self, name: str) -> Callable[..., None]:
         def reached(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -87,7 +96,7 @@ class Forward:
                 made_by = self._interceptor.maker(values)
                 if made_by:
                     self.follows[made_by] = name
-                self.runner.pause(name, values)
+                self._pause(name, values)
 
         return reached
 
@@ -99,12 +108,10 @@ class Pair:
     Attributes:
         compressed: That of the compressed model.
         reference: That of the uncompressed model.
-        counts: Whether its moments count; otherwise only its outputs are compared.
     """
 
     compressed: Forward
     reference: Forward
-    counts: bool
 
     def reach(self, key: str) -> Any:
         """Advances the uncompressed model to its next stop with this key; returns the value there, None at the end."""
@@ -114,11 +121,10 @@ class Pair:
                 return value
         return None
 
-    def outputs(self) -> tuple[Any, Any]:
-        """Returns the outputs of both models, that of the compressed model first, after running them to the end."""
+    def finish(self) -> None:
+        """Runs the uncompressed model to its end."""
         while not self.reference.runner.is_finished:
             self.reference.runner.advance()
-        return self.compressed.runner.result, self.reference.runner.result
 
 
 @dataclass
@@ -145,16 +151,16 @@ class Pass:
     arrived: Callable[[Layer], None] = lambda layer: None
     visited: list[str] = field(default_factory=list)
 
-    def run(self, batches: Sequence[tuple[Any, bool]], finished: Callable[[Pair], None]) -> None:
+    def run(self, batches: Sequence[Any], finished: Callable[[Pair], None]) -> None:
         """Runs all batches to their end.
 
         Args:
-            batches: The batches, and whether the moments of each count.
+            batches: The batches.
             finished: Called with the finished forwards of each batch.
         """
         runners: list[Runner] = []
         with closing(runners):
-            pairs = [self._pair(batch, counts, runners) for batch, counts in batches]
+            pairs = [self._pair(batch, runners) for batch in batches]
             for pair in pairs:
                 pair.compressed.runner.advance()
             while waiting := {id(pair): pair for pair in pairs if pair.compressed.runner.stop is not None}:
@@ -165,15 +171,15 @@ class Pass:
                 for pair in here:
                     pair.compressed.runner.advance()
             for pair in pairs:
-                pair.outputs()
+                pair.finish()
                 finished(pair)
 
-    def _pair(self, batch: Any, counts: bool, runners: list[Runner]) -> Pair:
+    def _pair(self, batch: Any, runners: list[Runner]) -> Pair:
         made = []
         for is_compressed in (True, False):
             made.append(Forward(self.sources, batch, self.wanted, list(self.norms), is_compressed=is_compressed))
             runners.append(made[-1].runner)
-        return Pair(*made, counts)
+        return Pair(*made)
 
     def _visit(self, key: str, here: Sequence[Pair]) -> None:
         layer, norm = self.layers.get(key), self.norms.get(key)
@@ -183,7 +189,7 @@ class Pass:
             assert stop is not None
             value, stop.value = stop.value, None
             reference = pair.reach(key)
-            if reference is None or not pair.counts:
+            if reference is None:
                 continue
             if norm is not None:
                 norm.observe(reference, value)
@@ -198,3 +204,12 @@ class Pass:
 def _key(pair: Pair) -> str:
     stop = pair.compressed.runner.stop
     return "" if stop is None else stop.key
+
+
+def plain_output(sources: Sources, batch: Any) -> Any:
+    """Returns the output of the compressed model as it is now, without stops."""
+    forward = Forward(sources, batch, frozenset(), [], is_compressed=True)
+    with closing([forward.runner]):
+        while forward.runner.advance() is not None:
+            pass
+    return forward.runner.result

@@ -24,11 +24,8 @@ _PRODUCT = ("input", "other")
 
 # Function -> kind, names of its arguments in order, whether it takes (columns, rows) instead of (rows, columns).
 _FUNCTIONS: dict[Any, tuple[Kind, tuple[str, ...], bool]] = {
-    **{function: ("conv", _CONV, False) for function in (F.conv1d, F.conv2d, F.conv3d)},
-    **{
-        function: ("transposed", _TRANSPOSED, False)
-        for function in (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
-    },
+    **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), ("conv", _CONV, False)),
+    **dict.fromkeys((F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), ("transposed", _TRANSPOSED, False)),
     F.linear: ("linear", _LINEAR, False),
     torch.matmul: ("linear", _PRODUCT, True),
     torch.mm: ("linear", _PRODUCT, True),
@@ -91,9 +88,7 @@ def as_matrices(weight: torch.Tensor, kind: Kind, groups: int, *, columns_first:
     return weight.reshape(groups, inputs // groups, outputs, -1).transpose(1, 2).reshape(groups, outputs, -1)
 
 
-def as_weight(
-    matrices: torch.Tensor, shape: torch.Size, kind: Kind, *, columns_first: bool = False
-) -> torch.Tensor:
+def as_weight(matrices: torch.Tensor, shape: torch.Size, kind: Kind, *, columns_first: bool = False) -> torch.Tensor:
     """Returns matrices in the shape of the parameter: the inverse of `as_matrices`."""
     if kind == "linear":
         matrix = matrices.squeeze(0)
@@ -121,16 +116,16 @@ def input_rows(product: Product, chosen: torch.Tensor, sizes: Sequence[int]) -> 
     index, is_inside = _patches(product, chosen, sizes, values.shape[2:], kernel)
     samples, channels = values.shape[:2]
     flat = values.flatten(2)
-    found = flat.gather(2, index.view(samples, 1, -1).expand(-1, channels, -1)).view(samples, channels, *index.shape[1:])
+    found = flat.gather(2, index.view(samples, 1, -1).expand(-1, channels, -1)).view(
+        samples, channels, *index.shape[1:]
+    )
     found = wide(found) * is_inside.unsqueeze(1)
     groups = product.groups
     by_group = found.view(samples, groups, channels // groups, *index.shape[1:]).permute(1, 0, 3, 2, 4)
     return by_group.reshape(groups, samples * index.shape[1], -1)
 
 
-def output_rows(
-    output: torch.Tensor, kind: Kind, dims: int, groups: int, chosen: torch.Tensor
-) -> torch.Tensor:
+def output_rows(output: torch.Tensor, kind: Kind, dims: int, groups: int, chosen: torch.Tensor) -> torch.Tensor:
     """Returns some of a call's outputs; shape (groups, positions, rows), float32 or float64.
 
     Args:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import nn
 
 from compress_core.batchnorm.guard import MetricGuard
@@ -19,19 +17,21 @@ from compress_core.data.calibration import CalibrationData
 from compress_core.data.forwards import running, without_traces
 from compress_core.data.rng import preserved_rng
 from compress_core.transforms.interrupts import interrupts_held
+from compress_weight_reconstruction.batches import Batches
 from compress_weight_reconstruction.layers import Layer
 from compress_weight_reconstruction.norms import PairedNorm, norms_of
 from compress_weight_reconstruction.outputs import OutputError
-from compress_weight_reconstruction.passes import Pair, Pass, Sources
+from compress_weight_reconstruction.passes import Pair, Pass, Sources, plain_output
 from compress_weight_reconstruction.positions import Positions
 from compress_weight_reconstruction.report import LayerError, ReconstructionReport
 from compress_weight_reconstruction.runners import Surroundings
-from compress_weight_reconstruction.survey import Candidate, Survey, candidates, layer_of
+from compress_weight_reconstruction.saved import SavedTensors
+from compress_weight_reconstruction.survey import Survey, candidates, layer_of
 
 logger = logging.getLogger(__name__)
 
-# Samples for comparing outputs, as a share of those that are solved with.
-_HELD_OUT = 0.25
+# Below this, errors of outputs are rounding.
+_NOTHING = 1e-8
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,17 @@ class Settings:
     num_samples: int = 0
     damping: float = 0.1
     positions: int = 16
+    memory: float = 4.0
     path: str = ""
 
-    def with_samples(self, samples: int) -> Settings:
-        """Returns the same settings with another number of samples."""
-        return dataclasses.replace(self, num_samples=samples)
+
+@dataclass
+class _Found:
+    """What becomes known in the course of a reconstruction."""
+
+    errors: dict[str, LayerError] = field(default_factory=dict)
+    left_alone: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
 
 class Reconstruction:
@@ -71,122 +77,139 @@ class Reconstruction:
         frozen: frozenset[str],
         metric: Callable[[nn.Module], Any] | None,
     ) -> None:
-        self._model, self._reference, self._data, self._settings = model, reference, data, settings
-        self._metric = metric
-        self._candidates, self._left_alone = candidates(model, reference, scopes)
-        self._norms = norms_of(model, reference, scopes, set(frozen))
-        self._saved = _Saved(model)
-        self._errors: dict[str, LayerError] = {}
-        self._notes: list[str] = []
+        self._model, self._settings, self._metric = model, settings, metric
+        self._sources = Sources(model, reference, data, Surroundings())
+        self._found = _Found()
+        self._candidates, self._found.left_alone = candidates(model, reference, scopes)
+        self._norms = norms_of(model, reference, scopes, frozen)
+        self._saved = SavedTensors(model, [candidate.weight for candidate in self._candidates.values()])
 
     def run(self) -> ReconstructionReport:
         """Reconstructs, and returns the report."""
         started = time.perf_counter()
-        with preserved_rng(self._data.loader):
-            solving, others = self._batches()
-        samples, held_out = (sum(size for _, size in batches) for batches in (solving, others))
-        if not others:
-            self._notes.append("the loader has no samples besides those solved with, so outputs are compared on these")
-        try:
-            with preserved_rng(self._data.loader), without_traces(self._model), running(self._model):
-                report = self._reconstruct([b for b, _ in solving], [b for b, _ in others], samples)
-        except BaseException:
-            with interrupts_held():
-                self._saved.restore()
-            raise
-        seconds = time.perf_counter() - started
-        return dataclasses.replace(report, samples=samples, held_out=held_out, seconds=seconds)
+        with preserved_rng(self._sources.data.loader):
+            batches = Batches.read(self._sources.data, self._settings.num_samples)
+            try:
+                with without_traces(self._model):
+                    report = self._reconstruct(batches)
+            except BaseException:
+                with interrupts_held():
+                    self._saved.restore()
+                raise
+        if not report.kept:
+            self._saved.restore()
+            logger.warning("weight reconstruction: the weights stay as they were: %s", report.reason)
+        return dataclasses.replace(report, seconds=time.perf_counter() - started)
 
-    def _reconstruct(self, solving: list[Any], others: list[Any], samples: int) -> ReconstructionReport:
-        sources = Sources(self._model, self._reference, self._data, Surroundings())
-        wanted = frozenset(self._candidates)
-        compared = others or solving
-        before, after = OutputError(), OutputError()
-        positions = Positions(self._settings.positions, samples)
-        scout = Pass(sources, wanted, self._pairs(), positions)
-        pairs: list[Pair] = []
-
-        def surveyed(pair: Pair) -> None:
-            before.add(*pair.outputs())
-            pairs.append(pair)
-
-        scout.run([(batch, True) for batch in compared], surveyed)
-        survey = Survey.of(pairs)
-        pairs.clear()
+    def _reconstruct(self, batches: Batches) -> ReconstructionReport:
+        if not self._candidates:
+            self._found.notes.append("there is no weight to reconstruct")
+            return self._report(batches, None)
+        survey, expected = self._survey(batches)
+        before = self._output_error(batches, expected)
+        guard = None
+        if self._metric is not None:
+            # What the user would have without reconstruction: the old weights, with adapted batch norms.
+            guard = MetricGuard(self._metric, self._model, f"{self._settings.path}.guard")
         self._saved.restore()
-        order = {key: number for number, key in enumerate(dict.fromkeys(scout.visited))}
-        layers, repeated = self._layers(survey)
-        norms = self._pairs()
-        if repeated:
-            Pass(sources, frozenset(repeated), self._pairs(), positions, repeated, order).run(
-                [(batch, True) for batch in solving], lambda pair: None
+        batches = batches.within(self._settings.memory, survey.bytes_of_sample, self._found.notes)
+        self._solve_all(batches, survey)
+        after = self._output_error(batches, expected)
+        report = self._report(batches, None if before is None or after is None else (before, after))
+        if guard is not None:
+            verdict = guard.verdict()
+            report = dataclasses.replace(report, metric=(verdict.before, verdict.after))
+            if not verdict.kept:
+                reason = f"the metric fell from {verdict.before:g} to {verdict.after:g}"
+                return dataclasses.replace(report, kept=False, reason=reason)
+        if before is not None and after is not None and after > max(before, _NOTHING):
+            reason = (
+                f"the error of the model's output would be {after:.3g}, and is {before:.3g} with batch norm adapted "
+                "alone; try more samples, or more damping"
             )
+            return dataclasses.replace(report, kept=False, reason=reason)
+        return report
+
+    def _survey(self, batches: Batches) -> tuple[Survey, list[Any]]:
+        """Runs both models on the batches for comparing, and adapts the batch norms to these.
+
+        Returns:
+            What was seen, and the outputs of the uncompressed model.
+        """
+        scout = Pass(self._sources, frozenset(self._candidates), self._paired_norms(), self._positions(batches))
+        pairs: list[Pair] = []
+        with running(self._model):
+            scout.run(batches.compared, pairs.append)
+        outputs = [pair.reference.runner.result for pair in pairs]
+        return Survey.of(pairs, scout.visited, batches.compared_samples), outputs
+
+    def _solve_all(self, batches: Batches, survey: Survey) -> None:
+        once, repeated = self._layers(survey)
+        positions, norms = self._positions(batches), self._paired_norms()
+        if repeated:
+            # Their later calls depend on their earlier ones, so they are solved after a pass in which they are fixed.
+            gather = Pass(self._sources, frozenset(repeated), self._paired_norms(), positions, repeated, survey.order)
+            with running(self._model):
+                gather.run(batches.solving, lambda pair: None)
             for layer in repeated.values():
                 self._solve(layer)
-        main = Pass(sources, frozenset(layers), norms, positions, layers, order, self._solve)
-        counting = [(batch, True) for batch in solving] + [(batch, False) for batch in others]
-
-        def compare(pair: Pair) -> None:
-            if not others or not pair.counts:
-                after.add(*pair.outputs())
-
-        main.run(counting, compare)
+        main = Pass(self._sources, frozenset(once), norms, positions, once, survey.order, self._solve)
+        with running(self._model):
+            main.run(batches.solving, lambda pair: None)
+        for name in once.keys() - self._found.errors.keys() - self._found.left_alone.keys():
+            self._found.left_alone[name] = "no batch has reached it"
         for norm in norms.values():
             norm.check(self._settings.path)
-        errors = tuple(self._errors[name] for name in order if name in self._errors)
-        values = before.value(), after.value()
-        output = None if values[0] is None or values[1] is None else (values[0], values[1])
-        return ReconstructionReport(samples, 0, 0.0, errors, self._left_alone, output, notes=tuple(self._notes))
-
-    def _pairs(self) -> dict[str, PairedNorm]:
-        trained = dict(self._reference.named_modules())
-        return {name: PairedNorm(name, layer, trained[name]) for name, layer in self._norms.items()}
 
     def _layers(self, survey: Survey) -> tuple[dict[str, Layer], dict[str, Layer]]:
+        """Returns the layers to solve: those that are called once, and those that are called several times."""
         once, repeated = {}, {}
         for name, candidate in self._candidates.items():
             reason = survey.why_not(name)
             if reason is not None:
-                self._left_alone[name] = reason
+                self._found.left_alone[name] = reason
                 continue
             layer = layer_of(name, candidate, survey, self._model)
             (once if len(survey.compressed.calls[name]) == 1 else repeated)[name] = layer
         return once, repeated
 
     def _solve(self, layer: Layer) -> None:
+        if layer.name in self._found.errors or layer.name in self._found.left_alone:
+            return  # batches that come later by another way pass it with the weight that it has now
         result = layer.solve(self._settings.damping)
         if isinstance(result, str):
-            self._left_alone[layer.name] = result
+            self._found.left_alone[layer.name] = result
             return
-        self._errors[layer.name] = result
+        self._found.errors[layer.name] = result
         logger.info("weight reconstruction: %s: error %.3g -> %.3g", layer.name, result.before, result.after)
 
-    def _batches(self) -> tuple[list[tuple[Any, int]], list[tuple[Any, int]]]:
-        """Returns (batch, number of samples) to solve with, and further ones for comparing outputs."""
-        wanted, seen, held_out = self._settings.num_samples, 0, 0
-        solving: list[tuple[Any, int]] = []
-        others: list[tuple[Any, int]] = []
-        for batch, size in self._data.batches(sys.maxsize):
-            if not others and seen < wanted and not (seen and 2 * (wanted - seen) < size):
-                solving.append((batch, size))
-                seen += size
-                continue
-            others.append((batch, size))
-            held_out += size
-            if held_out >= _HELD_OUT * seen:
-                break
-        return solving, others
+    def _output_error(self, batches: Batches, expected: list[Any]) -> float | None:
+        error = OutputError()
+        for batch, output in zip(batches.compared, expected, strict=True):
+            with running(self._model):
+                error.add(plain_output(self._sources, batch), output)
+        return error.value()
 
+    def _report(self, batches: Batches, output_error: tuple[float, float] | None) -> ReconstructionReport:
+        if 2 * batches.samples < self._settings.num_samples:
+            logger.warning(
+                "weight reconstruction: %d samples were asked for, %d are used",
+                self._settings.num_samples,
+                batches.samples,
+            )
+        return ReconstructionReport(
+            batches.samples,
+            batches.held_out,
+            0.0,
+            tuple(self._found.errors.values()),
+            dict(self._found.left_alone),
+            output_error,
+            notes=tuple(self._found.notes + batches.notes),
+        )
 
-class _Saved:
-    """The values of a model's parameters and running statistics, to restore them."""
+    def _paired_norms(self) -> dict[str, PairedNorm]:
+        trained = dict(self._sources.reference.named_modules())
+        return {name: PairedNorm(name, layer, trained[name]) for name, layer in self._norms.items()}
 
-    def __init__(self, model: nn.Module) -> None:
-        tensors = [*model.parameters(), *model.buffers()]
-        self._values = [(tensor, tensor.detach().clone()) for tensor in tensors]
-
-    def restore(self) -> None:
-        with torch.no_grad():
-            for tensor, values in self._values:
-                if not torch.equal(tensor, values):
-                    tensor.copy_(values)
+    def _positions(self, batches: Batches) -> Positions:
+        return Positions(self._settings.positions, batches.samples)

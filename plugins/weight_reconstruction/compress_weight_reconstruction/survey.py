@@ -68,17 +68,29 @@ class Survey:
         compressed: What the compressed model does with weights.
         reference: What the uncompressed model does with them.
         follows: Name of a weight -> the batch norm that takes the output of its product.
+        order: Name of a weight or batch norm -> its position in the forward.
+        bytes_of_sample: What both forwards hold of one sample at most, in bytes.
     """
 
     compressed: Seen
     reference: Seen
     follows: Mapping[str, str]
+    order: Mapping[str, int]
+    bytes_of_sample: float
 
     @classmethod
-    def of(cls, pairs: Sequence[Pair]) -> Survey:
-        """Returns what the finished forwards of a pass have shown; batches may differ in what they reach."""
+    def of(cls, pairs: Sequence[Pair], visited: Sequence[str], samples: int) -> Survey:
+        """Returns what the finished forwards of a pass have shown.
+
+        Args:
+            pairs: The forwards; the first tells how weights are used.
+            visited: The keys of all stops, in order.
+            samples: Number of samples in all.
+        """
         first = pairs[0]
-        return cls(first.compressed.seen, first.reference.seen, first.reference.follows)
+        order = {key: number for number, key in enumerate(dict.fromkeys(visited))}
+        held = sum(pair.compressed.held_bytes + pair.reference.held_bytes for pair in pairs)
+        return cls(first.compressed.seen, first.reference.seen, first.reference.follows, order, held / samples)
 
     def why_not(self, name: str) -> str | None:
         """Returns why a weight cannot be reconstructed, or None."""
