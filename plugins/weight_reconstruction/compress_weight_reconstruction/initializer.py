@@ -101,11 +101,8 @@ class WeightReconstruction(Initializer):
         """Notes which batch norms the user has frozen, and checks the scopes."""
         norms = {name: module for name, module in model.named_modules() if isinstance(module, AnyBatchNorm)}
         self._frozen = frozenset(name for name, norm in norms.items() if model.training and not norm.training)
-        layers = [
-            name for name, module in model.named_modules() if next(module.parameters(recurse=False), None) is not None
-        ]
         names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-        ScopeFilter(model, self.ignored).check([*layers, *names])
+        ScopeFilter(model, self.ignored).check([*names, *(name.rpartition(".")[0] for name in names)])
         effect = f"reconstructs weights with {self.settings.num_samples} samples"
         for path in self.paths:
             for leaf, value, _ in context.request(path).given_leaves(f"{path}."):

@@ -192,7 +192,7 @@ class Interceptor(TorchFunctionMode):
             return None
         bias = product.arguments.get("bias")
         added, stored = self._weights.found(bias) or ("", None)
-        is_whole = stored is not None and stored.shape == bias.shape
+        is_whole = stored is not None and bias is not None and stored.shape == bias.shape
         use = Use(product.kind, product.groups, product.takes_columns_first == is_same, added if is_whole else "")
         return WeightCall(name, use, product)
 

@@ -84,7 +84,7 @@ def as_matrices(weight: torch.Tensor, kind: Kind, groups: int, *, columns_first:
         return (weight.t() if columns_first else weight).unsqueeze(0)
     if kind == "conv":
         return weight.reshape(groups, weight.shape[0] // groups, -1)
-    inputs, outputs, *kernel = weight.shape
+    inputs, outputs = weight.shape[:2]
     return weight.reshape(groups, inputs // groups, outputs, -1).transpose(1, 2).reshape(groups, outputs, -1)
 
 

@@ -163,7 +163,8 @@ class Reconstruction:
 
     def _layers(self, survey: Survey) -> tuple[dict[str, Layer], dict[str, Layer]]:
         """Returns the layers to solve: those that are called once, and those that are called several times."""
-        once, repeated = {}, {}
+        once: dict[str, Layer] = {}
+        repeated: dict[str, Layer] = {}
         for name, candidate in self._candidates.items():
             reason = survey.why_not(name)
             if reason is not None:

@@ -18,6 +18,10 @@ import torch
 from compress_core.torch_internals import function_mode_at, function_mode_count, pop_function_mode, push_function_mode
 
 
+def _uses_cuda() -> bool:
+    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
+
+
 class _Abandoned(BaseException):
     """Ends a waiting forward; not an Exception, so that no model takes it for an error of its own."""
 
@@ -30,7 +34,7 @@ class Surroundings:
         self._autocast = [
             (kind, torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)
         ]
-        self._device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+        self._device = torch.cuda.current_device() if _uses_cuda() else None
 
     @contextlib.contextmanager
     def entered(self) -> Iterator[None]:
@@ -55,7 +59,7 @@ class _Generators:
 
     def _read(self) -> None:
         self._cpu = torch.get_rng_state()
-        self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+        self._cuda = torch.cuda.get_rng_state_all() if _uses_cuda() else None
 
     @contextlib.contextmanager
     def current(self) -> Iterator[None]:
