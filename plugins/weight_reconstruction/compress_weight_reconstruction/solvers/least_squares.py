@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 
 from compress_weight_reconstruction.solvers.conjugate import SWEEPS, conjugate_gradients
-from compress_weight_reconstruction.solvers.system import System, cholesky
+from compress_weight_reconstruction.solvers.system import System, cholesky, solve_factored
 
 # Measured on a CPU: a submatrix of k columns costs as much as 0.6 k^3 (factorizing) + 260 k^2 (cutting out)
 # multiplications of a large matrix product.
 _FACTORIZING = 0.6
 _CUTTING = 260.0
+# What takes about a tenth of a second is factorized in any case, which is exact.
+_QUICK = 3e9
 # Submatrices factorized at a time; few, so that little is lost by filling up to the largest.
 _BATCH = 64
 
@@ -38,10 +40,12 @@ def least_squares(system: System, rows: Tensor, support: Tensor | None, workspac
             return system.solve(rows)
         return conjugate_gradients(system.apply, rows, system.diagonal(), None)
     patterns = Patterns.of(support)
-    if patterns.cost() <= SWEEPS * rows.numel() * rows.shape[2] and fits(system, 1, workspace // 2):
-        if patterns.bytes(system.dtype) <= workspace // 2:
-            return _direct(system, rows, patterns, workspace // 2)
+    cheaper = patterns.cost() <= max(_QUICK, SWEEPS * rows.numel() * rows.shape[2])
+    half = workspace // 2
+    if cheaper and fits(system, 1, half) and patterns.bytes(system.dtype) <= half:
+        return _direct(system, rows, patterns, half)
     if fits(system, 1, workspace):
+        # Products are faster with a copy of A in its units.
         _ = system.matrix
     return conjugate_gradients(system.apply, rows, system.diagonal(), support)
 
@@ -129,7 +133,8 @@ def _equal_rows(flat: Tensor, group: Tensor) -> Tensor:
     columns = flat.shape[1]
     bits = torch.nn.functional.pad(flat, (0, -columns % 8)).view(len(flat), -1, 8).to(torch.uint8)
     packed = (bits << torch.arange(8, dtype=torch.uint8, device=flat.device)).sum(2, dtype=torch.int64)
-    return torch.unique(torch.cat([group[:, None], packed], 1), dim=0, return_inverse=True)[1]
+    inverse: Tensor = torch.unique(torch.cat([group[:, None], packed], 1), dim=0, return_inverse=True)[1]
+    return inverse
 
 
 def _direct(system: System, rows: Tensor, patterns: Patterns, workspace: int) -> Tensor:
@@ -144,9 +149,7 @@ def _direct(system: System, rows: Tensor, patterns: Patterns, workspace: int) ->
         matrix.mul_(valid[:, :, None]).mul_(valid[:, None])
         matrix.diagonal(dim1=1, dim2=2).add_(~valid)
         right = flat[members.clamp_min(0)[:, :, None], chosen[:, None]] * valid[:, None]
-        factor = cholesky(matrix)
-        half = torch.linalg.solve_triangular(factor, right.mT, upper=False)
-        solved = torch.linalg.solve_triangular(factor.mT, half, upper=True).mT
+        solved = solve_factored(cholesky(matrix), right)
         wanted = ((members >= 0)[:, :, None] & valid[:, None]).expand_as(solved)
         target = (members[:, :, None] * columns + chosen[:, None]).expand_as(solved)
         result.view(-1)[target[wanted]] = solved[wanted]

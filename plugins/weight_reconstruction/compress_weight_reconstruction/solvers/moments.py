@@ -4,8 +4,8 @@ They can be pooled over batches, calls of a layer and processes. Each batch is c
 squared, and pairs of parts are combined as in Chan, Golub & LeVeque 1979, so that no large numbers cancel. Every
 column is kept in units of a power of two, which makes float32 enough for inputs of any magnitude.
 
-Memory: the accumulators hold `groups * (columns^2 + rows * columns)` float32 numbers (float64 if the inputs are);
-`finalize` makes one copy of them. An update needs two copies of at most 2^24 numbers.
+Memory: the accumulators hold `groups * (columns^2 + rows * columns)` numbers, float32 above 1024 columns and else
+float64; `finalize` makes one copy of them. An update needs some copies of at most 2^24 numbers.
 """
 
 from __future__ import annotations
@@ -21,6 +21,12 @@ from compress_weight_reconstruction.solvers.numerics import full_precision, powe
 
 # Numbers of one side that are converted and multiplied at a time.
 _PIECE = 1 << 24
+# Sums of at most so many columns are kept in float64: they are small, and many small updates round nothing.
+_NARROW = 1024
+# Products of at most so many columns are in float64: libraries add these one position after the other.
+_TINY = 64
+# Columns of a Gram matrix that are summed together; half of the others' products are not needed.
+_COLUMNS = 512
 # Between 2^-40 and 2^40, products of two columns and their sums are normal float32 numbers.
 _FLOAT32_EXPONENT = 40
 
@@ -87,8 +93,10 @@ class Moments:
         # Sums of squares are in units of these powers of two; 0 for a column that has not varied so far.
         self._input_unit = self._zeros(groups, columns)
         self._target_unit = self._zeros(groups, rows)
-        self._gram = torch.zeros(groups, columns, columns, dtype=torch.float32, device=self.device)
-        self._cross = torch.zeros(groups, rows, columns, dtype=torch.float32, device=self.device)
+        dtype = self._wide if columns <= _NARROW else torch.float32
+        self._gram = torch.zeros(groups, columns, columns, dtype=dtype, device=self.device)
+        self._cross = torch.zeros(groups, rows, columns, dtype=dtype, device=self.device)
+        self._rounding = 0.0
         self._power = self._zeros(groups, rows)
 
     def _zeros(self, *shape: int) -> Tensor:
@@ -115,7 +123,7 @@ class Moments:
             if inputs.shape[1] <= pieces:
                 self._add(inputs, targets, *means)
                 return
-            for u, t in zip(inputs.split(pieces, 1), targets.split(pieces, 1), strict=True):
+            for u, t in zip(torch.split(inputs, pieces, 1), torch.split(targets, pieces, 1), strict=True):
                 self._add(u, t, u.mean(1, dtype=self._wide), t.mean(1, dtype=self._wide))
 
     def _check(self, inputs: Tensor, targets: Tensor) -> None:
@@ -133,13 +141,14 @@ class Moments:
             )
 
     def _add(self, inputs: Tensor, targets: Tensor, input_mean: Tensor, target_mean: Tensor) -> None:
-        u, u_rest = _centred(inputs, input_mean)
-        t, t_rest = _centred(targets, target_mean)
+        dtype = work_dtype(torch.promote_types(inputs.dtype, targets.dtype))
+        u, u_rest = _centred(inputs.to(dtype), input_mean)
+        t, t_rest = _centred(targets.to(dtype), target_mean)
         count, total = inputs.shape[1], self.count + inputs.shape[1]
         u_step = input_mean - self.input_mean if self.count else torch.zeros_like(input_mean)
         t_step = target_mean - self.target_mean if self.count else torch.zeros_like(target_mean)
         u_largest, t_largest = _largest(u, u_step), _largest(t, t_step)
-        self._widen(u.dtype)
+        self._see(torch.finfo(u.dtype).eps, u.dtype)
         self._rescale(u_largest, t_largest)
         u, u_rest, u_step = (self._in_units(x, self._input_unit) for x in (u, u_rest, u_step))
         t, t_rest, t_step = (self._in_units(x, self._target_unit) for x in (t, t_rest, t_step))
@@ -148,21 +157,27 @@ class Moments:
         left = torch.stack([u_step * between, u_rest * -count], 1)
         right = torch.stack([u_step, u_rest], 1)
         targets_right = torch.stack([t_step, t_rest], 1)
-        for first, second in ((u, u), (left, right)):
-            self._gram.baddbmm_(first.mT.to(self._gram.dtype), second.to(self._gram.dtype))
-        for first, second in ((t, u), (targets_right, left)):
-            self._cross.baddbmm_(first.mT.to(self._cross.dtype), second.to(self._cross.dtype))
+        self._add_products(u, u, t)
+        self._add_products(left, right, targets_right)
         self._power += t.square().sum(1, dtype=self._wide)
         self._power += between * t_step.square() - count * t_rest.square()
         self.input_mean = self.input_mean + (input_mean - self.input_mean) * (count / total)
         self.target_mean = self.target_mean + (target_mean - self.target_mean) * (count / total)
         self.count = total
 
+    def _add_products(self, left: Tensor, right: Tensor, targets: Tensor) -> None:
+        # The Gram matrix is symmetric: blocks below the diagonal are mirrored when all are summed.
+        for start in range(0, left.shape[2], _COLUMNS):
+            block = slice(start, start + _COLUMNS)
+            _add_product(self._gram[:, block, start:], left[:, :, block], right[:, :, start:])
+        _add_product(self._cross, targets, left)
+
     def _in_units(self, values: Tensor, unit: Tensor) -> Tensor:
         divisor = torch.where(unit > 0, unit, torch.ones_like(unit)).to(values.dtype)
         return values.div_(divisor if values.ndim == 2 else divisor[:, None])
 
-    def _widen(self, dtype: torch.dtype) -> None:
+    def _see(self, rounding: float, dtype: torch.dtype) -> None:
+        self._rounding = max(self._rounding, rounding)
         if dtype == torch.float64 and self._gram.dtype != dtype:
             self._gram, self._cross = self._gram.to(dtype), self._cross.to(dtype)
 
@@ -200,18 +215,15 @@ class Moments:
         u_step = u_mean - self.input_mean if self.count else torch.zeros_like(u_mean)
         t_step = t_mean - self.target_mean if self.count else torch.zeros_like(t_mean)
         u_unit, t_unit = other._input_unit.to(self.device), other._target_unit.to(self.device)
-        self._widen(other._gram.dtype)
+        self._see(other._rounding, other._gram.dtype)
         self._rescale(torch.maximum(u_unit, power_of_two(u_step)), torch.maximum(t_unit, power_of_two(t_step)))
         u_ratio, t_ratio = _ratio(u_unit, self._input_unit), _ratio(t_unit, self._target_unit)
+        same = bool((u_ratio == 1).all() and (t_ratio == 1).all())
         for mine, theirs, rows in ((self._gram, other._gram, u_ratio), (self._cross, other._cross, t_ratio)):
-            theirs = theirs.to(mine)
-            if not bool((rows == 1).all() and (u_ratio == 1).all()):
-                theirs = _scale(theirs.clone(), rows, u_ratio)
-            mine += theirs
+            mine.add_(theirs.to(mine) if same else _scale(theirs.to(mine, copy=True), rows, u_ratio))
         u_step, t_step = self._in_units(u_step, self._input_unit), self._in_units(t_step, self._target_unit)
         weighted = u_step[:, None] * (self.count / total * other.count)
-        self._gram.baddbmm_(u_step[:, :, None].to(self._gram.dtype), weighted.to(self._gram.dtype))
-        self._cross.baddbmm_(t_step[:, :, None].to(self._cross.dtype), weighted.to(self._cross.dtype))
+        self._add_products(weighted, u_step[:, None], t_step[:, None])
         self._power += other._power.to(self.device) * t_ratio.square()
         self._power += (self.count / total * other.count) * t_step.square()
         self.input_mean = self.input_mean + (u_mean - self.input_mean) * (other.count / total)
@@ -227,7 +239,7 @@ class Moments:
         if self.count == 0:
             raise DataError("There are no moments to solve with: this layer has seen no position of any sample.")
         u_mean, t_mean = self.input_mean, self.target_mean
-        dtype = self._gram.dtype
+        dtype = self._wide if self._rounding < torch.finfo(torch.float32).eps else torch.float32
         sizes = [self._input_unit, self._target_unit]
         if not self.centred:
             sizes = [torch.maximum(x, power_of_two(m)) for x, m in zip(sizes, (u_mean, t_mean), strict=True)]
@@ -238,6 +250,7 @@ class Moments:
             for sums, rows in ((self._gram, self._input_unit), (self._cross, self._target_unit))
         )
         power = self._power / self.count * self._target_unit.square()
+        _mirror(gram)
         if not self.centred:
             gram.baddbmm_(u_mean[:, :, None].to(dtype), u_mean[:, None].to(dtype))
             cross.baddbmm_(t_mean[:, :, None].to(dtype), u_mean[:, None].to(dtype))
@@ -252,7 +265,7 @@ class Moments:
             cross=cross,
             target_power=power.clamp_min(0.0),
             centred=self.centred,
-            rounding=torch.finfo(self._gram.dtype).eps,
+            rounding=self._rounding,
         )
 
 
@@ -270,11 +283,20 @@ def _finite_mean(values: Tensor, name: str, dtype: torch.dtype) -> Tensor:
     return mean
 
 
+def _add_product(sums: Tensor, left: Tensor, right: Tensor) -> None:
+    """Adds left' right in place."""
+    if right.shape[2] <= _TINY and sums.dtype == torch.float64:
+        left, right = left.double(), right.double()
+    if sums.dtype == left.dtype == right.dtype:
+        sums.baddbmm_(left.mT, right)
+    else:
+        sums.add_(left.to(right.dtype).mT @ right)
+
+
 def _centred(values: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
     """Returns values less their mean as rounded to their precision, and the rest of the mean."""
-    dtype = work_dtype(values.dtype)
-    rounded = mean.to(dtype)
-    return values.to(dtype) - rounded[:, None], mean - rounded.to(mean.dtype)
+    rounded = mean.to(values.dtype)
+    return values - rounded[:, None], mean - rounded.to(mean.dtype)
 
 
 def _largest(values: Tensor, step: Tensor) -> Tensor:
@@ -296,3 +318,11 @@ def _scale(matrix: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 def _in_float32(values: Tensor) -> bool:
     exponent = torch.frexp(values[values != 0]).exponent.abs()
     return not exponent.numel() or int(exponent.max()) <= _FLOAT32_EXPONENT
+
+
+def _mirror(gram: Tensor) -> None:
+    for start in range(0, gram.shape[1], _COLUMNS):
+        block = slice(start, start + _COLUMNS)
+        # Products of a block with itself are not symmetric to the last digit.
+        gram[:, block, block] = gram[:, block, block].triu() + gram[:, block, block].triu(1).mT
+        gram[:, start + _COLUMNS :, block] = gram[:, block, start + _COLUMNS :].mT

@@ -29,6 +29,7 @@ class GridRounder:
         self._support = None if support is None else support.transpose(1, 2).to(dtype).contiguous()
 
     def column(self, index: int, values: Tensor) -> Tensor:
+        """Rounds to the nearest level, as `Rounder` says."""
         step = self._step[:, index]
         levels = torch.clamp(values.div_(step).round_(), self._low, self._high).mul_(step)
         return levels if self._support is None else levels.mul_(self._support[:, index])
@@ -41,6 +42,7 @@ class ProjectRounder:
         self._freedom, self._weight, self._unit = freedom, weight.clone(), unit
 
     def column(self, index: int, values: Tensor) -> Tensor:
+        """Rounds to what the projection returns, as `Rounder` says."""
         unit = self._unit[:, :, index]
         wanted = (values / unit).to(self._weight.dtype)
         support = self._freedom.support

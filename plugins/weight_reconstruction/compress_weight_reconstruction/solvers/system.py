@@ -107,8 +107,7 @@ class System:
 
     def solve(self, residual: Tensor) -> Tensor:
         """Returns residual A^-1, all in units."""
-        half = torch.linalg.solve_triangular(self.factor, residual.mT, upper=False)
-        return torch.linalg.solve_triangular(self.factor.mT, half, upper=True).mT
+        return solve_factored(self.factor, residual)
 
 
 def cholesky(matrices: Tensor) -> Tensor:
@@ -116,6 +115,7 @@ def cholesky(matrices: Tensor) -> Tensor:
 
     Where a factorization fails, a multiple of the identity is added to that matrix, the smallest of powers of ten.
     """
+    factor: Tensor
     factor, info = torch.linalg.cholesky_ex(matrices)
     jitter = 8 * torch.finfo(matrices.dtype).eps
     while bool(info.any()):
@@ -124,3 +124,10 @@ def cholesky(matrices: Tensor) -> Tensor:
         factor[failed], info[failed] = torch.linalg.cholesky_ex(matrices[failed] + jitter * eye)
         jitter *= 10
     return factor
+
+
+def solve_factored(factor: Tensor, rows: Tensor) -> Tensor:
+    """Returns rows A^-1 for the lower Cholesky factors of A, shape (matrices, rows, columns)."""
+    half: Tensor = torch.linalg.solve_triangular(factor, rows.mT, upper=False)
+    solved: Tensor = torch.linalg.solve_triangular(factor.mT, half, upper=True)
+    return solved.mT
