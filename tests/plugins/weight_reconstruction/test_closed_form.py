@@ -9,6 +9,8 @@ from compress_core.transforms import get_weight_transform, raw_parameter
 from tests.plugins.weight_reconstruction.helpers import batches, copied, create, section, seeded
 
 TINY = 1e-7  # as good as no damping
+# Where conjugate gradients stop, weights are this near and errors much nearer.
+NEAR = {"rtol": 5e-3, "atol": 1e-3}
 
 
 def least_squares(x, targets, support, *, centred):
@@ -31,10 +33,10 @@ def test_masked_linear_layer_is_lstsq_on_its_support(bias):
     mask = get_weight_transform(model, "0.weight", "magnitude_sparsity").mask
     x = torch.cat(data[:4])
     expected = least_squares(x, x @ original[0].weight.T, mask, centred=bias)
-    torch.testing.assert_close(model[0].weight.detach().double(), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model[0].weight.detach().double(), expected, **NEAR)
     if bias:
         with torch.no_grad():
-            torch.testing.assert_close(model(x).mean(0), original(x).mean(0), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(model(x).mean(0), original(x).mean(0), **NEAR)
     # What is masked keeps its stored value, so that it can come back.
     stored = raw_parameter(model, "0.weight")
     assert torch.equal(stored[~mask], original[0].weight[~mask])
@@ -71,7 +73,7 @@ def test_masked_convolution_is_lstsq_on_unfolded_patches():
     mask = get_weight_transform(model, "0.weight", "magnitude_sparsity").mask
     x = conv_of(torch.cat(data[:4]), original[0])
     expected = least_squares(x, x @ original[0].weight.flatten(1).T, mask.flatten(1), centred=True)
-    torch.testing.assert_close(model[0].weight.detach().flatten(1).double(), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model[0].weight.detach().flatten(1).double(), expected, **NEAR)
 
 
 def test_grouped_convolution_solves_each_group_for_itself():
@@ -88,7 +90,7 @@ def test_grouped_convolution_solves_each_group_for_itself():
         x = conv_of(torch.cat(data[:4])[:, channels], half[0])
         expected = least_squares(x, x @ half[0].weight.flatten(1).T, mask[rows].flatten(1), centred=True)
         found = whole[0].weight.detach()[rows].flatten(1).double()
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found, expected, **NEAR)
 
 
 @pytest.mark.parametrize(
