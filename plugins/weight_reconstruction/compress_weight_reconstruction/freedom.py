@@ -26,6 +26,20 @@ class Allowed:
     gridded: ProjectingTransform | None
     project: Callable[[torch.Tensor], torch.Tensor]
 
+    def of_rows(self, rows: slice, parameter: torch.Tensor) -> Allowed:
+        """Returns what is allowed in some rows of the parameter; the grid of a part is not adjusted."""
+        grid, whole = self.grid, parameter.detach()
+        if grid is not None:
+            scale, zero = (v.detach().expand(whole.shape)[rows] for v in (grid.scale, grid.zero_point))
+            grid = WeightGrid(scale, zero, grid.low, grid.high)
+
+        def project(values: torch.Tensor) -> torch.Tensor:
+            padded = whole.clone()
+            padded[rows] = values
+            return self.project(padded)[rows]
+
+        return Allowed(self.support[rows], grid, self.gridded, project)
+
 
 def allowed(weight: TransformedWeight) -> Allowed | str:
     """Returns what the transforms of a weight allow, or why that is not known."""

@@ -29,12 +29,14 @@ class Use:
         groups: Number of groups.
         columns_first: Whether the parameter as it is stored is (columns, rows).
         bias: Dotted name of the parameter that is added; empty if there is none, or if it is not a parameter.
+        rows: First and last row + 1 of the part of the parameter (and of the bias) that enters; None for the whole.
     """
 
     kind: Kind
     groups: int
     columns_first: bool
     bias: str
+    rows: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class WeightCall:
     """A product as a forward reaches it.
 
     Attributes:
-        name: Dotted name of the weight.
+        name: Dotted name of the weight, with the rows in brackets if only a part of it enters.
         use: How the weight enters.
         product: The call with its arguments.
         output: What the call returned; None before the call.
@@ -68,6 +70,10 @@ class Seen:
     others: dict[str, str] = field(default_factory=dict)
     readers: dict[str, int] = field(default_factory=dict)
 
+    def parts(self, name: str) -> list[str]:
+        """Returns the names with which a weight occurs in `calls`: its own, or those of its parts."""
+        return [part for part in self.calls if part == name or part.startswith(f"{name}[")]
+
 
 class Weights:
     """Tells which tensors in a forward are weights of the model.
@@ -88,16 +94,19 @@ class Weights:
             if name and name not in self._chains:
                 self._note(parameter, name)
 
-    def computed(self, name: str, like: torch.Tensor) -> torch.Tensor:
+    def computed(self, name: str, like: torch.Tensor, rows: tuple[int, int] | None) -> torch.Tensor:
         """Returns a weight as the forward would read it now, transposed if `like` is.
 
         Args:
             name: Its name.
             like: What the forward has read before; returned itself if the weight has no transforms.
+            rows: See `Use`.
         """
         if name not in self._chains:
             return like
         value: torch.Tensor = self._chains[name].chain(self._chains[name].parameter)
+        if rows is not None:
+            return value[slice(*rows)]
         return value if value.shape == like.shape and value.stride() == like.stride() else value.t()
 
     def found(self, tensor: Any) -> tuple[str, torch.Tensor] | None:
@@ -185,16 +194,24 @@ class Interceptor(TorchFunctionMode):
         (tensor, name, whole), product = used[0], product_of(func, args, kwargs)
         if product is None or product.arguments.get(product.weight_argument) is not tensor:
             return None
-        is_same = tensor.shape == whole.shape and tensor.stride() == whole.stride()
-        if not is_same and not (product.kind == "linear" and _is_transposed(tensor, whole)):
-            return None
         if product.kind == "linear" and tensor.ndim != 2:
             return None
+        is_same = tensor.shape == whole.shape and tensor.stride() == whole.stride()
+        is_turned = product.kind == "linear" and _is_transposed(tensor, whole)
+        rows = None if is_same or is_turned or product.kind != "linear" else _rows(tensor, whole)
+        if not is_same and not is_turned and rows is None:
+            return None
+        columns_first = product.takes_columns_first != is_turned
+        use = Use(product.kind, product.groups, columns_first, self._bias(product, rows), rows)
+        return WeightCall(name if rows is None else f"{name}[{rows[0]}:{rows[1]}]", use, product)
+
+    def _bias(self, product: Product, rows: tuple[int, int] | None) -> str:
         bias = product.arguments.get("bias")
-        added, stored = self._weights.found(bias) or ("", None)
-        is_whole = stored is not None and bias is not None and stored.shape == bias.shape
-        use = Use(product.kind, product.groups, product.takes_columns_first == is_same, added if is_whole else "")
-        return WeightCall(name, use, product)
+        name, stored = self._weights.found(bias) or ("", None)
+        if bias is None or stored is None or bias.ndim != 1 or stored.ndim != 1:
+            return ""
+        part = None if bias.shape == stored.shape else _rows(bias, stored)
+        return name if part == rows else ""
 
     def _at_product(self, call: WeightCall, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         self.seen.calls.setdefault(call.name, []).append(call.use)
@@ -214,9 +231,10 @@ class Interceptor(TorchFunctionMode):
     def _renewed(self, call: WeightCall, args: Any, kwargs: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
         arguments = call.product.arguments
         old = arguments[call.product.weight_argument]
-        new = {id(old): self._weights.computed(call.name, old)}
+        rows = call.use.rows
+        new = {id(old): self._weights.computed(call.name.partition("[")[0], old, rows)}
         if call.use.bias:
-            new[id(arguments["bias"])] = self._weights.computed(call.use.bias, arguments["bias"])
+            new[id(arguments["bias"])] = self._weights.computed(call.use.bias, arguments["bias"], rows)
         return [new.get(id(arg), arg) for arg in args], {name: new.get(id(arg), arg) for name, arg in kwargs.items()}
 
     def _note_readers(self, tensors: list[torch.Tensor]) -> None:
@@ -245,6 +263,16 @@ def _shares_memory(tensor: torch.Tensor, whole: torch.Tensor) -> bool:
 
 def _is_transposed(tensor: torch.Tensor, whole: torch.Tensor) -> bool:
     return whole.ndim == 2 and tensor.shape == whole.t().shape and tensor.stride() == whole.t().stride()
+
+
+def _rows(tensor: torch.Tensor, whole: torch.Tensor) -> tuple[int, int] | None:
+    """Returns the first and the last row + 1 of a part of a tensor; None if it is no block of whole rows."""
+    is_block = tensor.shape[1:] == whole.shape[1:] and tensor.stride() == whole.stride() and whole.is_contiguous()
+    offset = tensor.storage_offset() - whole.storage_offset()
+    if not is_block or whole.stride(0) == 0 or offset % whole.stride(0):
+        return None
+    start = offset // whole.stride(0)
+    return start, start + len(tensor)
 
 
 def _part(tensor: torch.Tensor, whole: torch.Tensor) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from compress_core import DataError
 from compress_core.data.forwards import writing
@@ -17,16 +16,19 @@ from compress_weight_reconstruction.report import LayerError
 from compress_weight_reconstruction.solvers import Freedom, Grid, Moments, Normal, Solution, solve
 
 
+_DAMPING, _DAMPING_OF_GRIDS = 0.1, 0.03
+
+
 @dataclass(frozen=True)
 class Bias:
     """The bias of a layer, which takes up the mean of the error.
 
     Attributes:
-        parameter: The stored parameter.
+        parameter: The stored parameter, or a part of it.
         support: Which elements may be changed; boolean, of its shape.
     """
 
-    parameter: nn.Parameter
+    parameter: torch.Tensor
     support: torch.Tensor
 
 
@@ -34,8 +36,8 @@ class Layer:
     """A weight and what the forwards have shown of it so far.
 
     Args:
-        name: Dotted name of the weight.
-        parameter: The stored parameter.
+        name: Dotted name of the weight, with the rows in brackets if it is a part of one.
+        parameter: The stored parameter, or a part of it.
         use: How it enters its products.
         allowed: What its transforms allow.
         bias: The bias, if the mean of the error goes there.
@@ -43,7 +45,7 @@ class Layer:
     """
 
     def __init__(
-        self, name: str, parameter: nn.Parameter, use: Use, allowed: Allowed, bias: Bias | None, *, has_norm: bool
+        self, name: str, parameter: torch.Tensor, use: Use, allowed: Allowed, bias: Bias | None, *, has_norm: bool
     ) -> None:
         self.name, self._parameter, self._use = name, parameter, use
         self._allowed, self._bias = allowed, bias
@@ -51,6 +53,11 @@ class Layer:
         self._shape = self._as_matrices(parameter.detach()).shape
         # Made when it is needed, and dropped when it is solved: Gram matrices of all layers together would be large.
         self._moments: Moments | None = None
+
+    @property
+    def weight_name(self) -> str:
+        """Dotted name of the parameter, without the rows of a part."""
+        return self.name.partition("[")[0]
 
     def observe(self, reference: WeightCall, compressed: WeightCall, positions: Positions) -> None:
         """Adds one call: the inputs of the compressed model, and the outputs of the uncompressed one.
@@ -82,8 +89,11 @@ class Layer:
         except DataError as error:
             raise DataError(f"the layer of '{self.name}', on the calibration data: {error}") from error
 
-    def solve(self, damping: float) -> LayerError | str:
+    def solve(self, damping: float | None) -> LayerError | str:
         """Solves for the weight and writes it to the parameter.
+
+        Args:
+            damping: See the config; None for the default.
 
         Returns:
             The errors before and after, or why the weight was left alone.
@@ -93,6 +103,8 @@ class Layer:
         normal, self._moments = self._moments.finalize(), None
         support = self._as_matrices(self._allowed.support)
         grid = self._grid()
+        if damping is None:
+            damping = _DAMPING if self._allowed.grid is None else _DAMPING_OF_GRIDS
         project = self._project if self._allowed.grid is not None and grid is None else None
         solution = solve(self._weight(), normal, Freedom(support.contiguous(), grid, project), damping=damping)
         self._write(solution)

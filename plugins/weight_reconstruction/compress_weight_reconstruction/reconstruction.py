@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,7 +39,7 @@ class Settings:
     """What the config says; see `WeightReconstructionConfig`."""
 
     num_samples: int = 0
-    damping: float = 0.1
+    damping: float | None = None
     positions: int = 16
     memory: float = 4.0
     path: str = ""
@@ -148,12 +148,12 @@ class Reconstruction:
         positions, norms = self._positions(batches), self._paired_norms()
         if repeated:
             # Their later calls depend on their earlier ones, so they are solved after a pass in which they are fixed.
-            gather = Pass(self._sources, frozenset(repeated), self._paired_norms(), positions, repeated, survey.order)
+            gather = Pass(self._sources, _names(repeated), self._paired_norms(), positions, repeated, survey.order)
             with running(self._model):
                 gather.run(batches.solving, lambda pair: None)
             for layer in repeated.values():
                 self._solve(layer)
-        main = Pass(self._sources, frozenset(once), norms, positions, once, survey.order, self._solve)
+        main = Pass(self._sources, _names(once), norms, positions, once, survey.order, self._solve)
         with running(self._model):
             main.run(batches.solving, lambda pair: None)
         for name in once.keys() - self._found.errors.keys() - self._found.left_alone.keys():
@@ -170,8 +170,9 @@ class Reconstruction:
             if reason is not None:
                 self._found.left_alone[name] = reason
                 continue
-            layer = layer_of(name, candidate, survey, self._model)
-            (once if len(survey.compressed.calls[name]) == 1 else repeated)[name] = layer
+            for part in survey.compressed.parts(name):
+                layer = layer_of(part, candidate, survey, self._model)
+                (once if len(survey.compressed.calls[part]) == 1 else repeated)[part] = layer
         return once, repeated
 
     def _solve(self, layer: Layer) -> None:
@@ -214,3 +215,7 @@ class Reconstruction:
 
     def _positions(self, batches: Batches) -> Positions:
         return Positions(self._settings.positions, batches.samples)
+
+
+def _names(layers: Mapping[str, Layer]) -> frozenset[str]:
+    return frozenset(layer.weight_name for layer in layers.values())

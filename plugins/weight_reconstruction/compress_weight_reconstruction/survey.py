@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -97,28 +99,36 @@ class Survey:
         for seen, which in ((self.compressed, "compressed"), (self.reference, "uncompressed")):
             if name in seen.others:
                 return f"the {which} model uses it in {seen.others[name]}, which is no product with an input"
-            if name not in seen.calls:
+            if not seen.parts(name):
                 return f"no product with it was seen in the {which} model"
-        ours, theirs = self.compressed.calls[name], self.reference.calls[name]
-        if len(ours) != len(theirs) or {*_plain(ours)} != {*_plain(theirs)}:
+        parts = self.compressed.parts(name)
+        if set(parts) != set(self.reference.parts(name)):
+            return "the two models do not use the same parts of it"
+        if _overlap([self.compressed.calls[part][0].rows for part in parts]):
+            return "its products use parts of it that overlap"
+        return next((reason for part in parts if (reason := self._why_not_part(part))), None)
+
+    def _why_not_part(self, part: str) -> str | None:
+        ours, theirs = _plain(self.compressed.calls[part]), _plain(self.reference.calls[part])
+        if len(ours) != len(theirs) or set(ours) != set(theirs):
             return "the two models do not use it in the same way"
-        return None if len(set(_plain(ours))) == 1 else "its products are of different kinds"
+        return None if len(set(ours)) == 1 else "its products are of different kinds"
 
-    def norm_of(self, name: str) -> str:
+    def norm_of(self, part: str) -> str:
         """Returns the batch norm that alone takes the output of a weight's only product; empty if there is none."""
-        is_alone = self.reference.readers.get(name, 0) == 1 and len(self.compressed.calls[name]) == 1
-        return self.follows.get(name, "") if is_alone else ""
+        is_alone = self.reference.readers.get(part, 0) == 1 and len(self.compressed.calls[part]) == 1
+        return self.follows.get(part, "") if is_alone else ""
 
-    def bias_of(self, name: str, model: nn.Module) -> Bias | None:
+    def bias_of(self, part: str, model: nn.Module) -> Bias | None:
         """Returns the bias of a weight, if it belongs to its products alone and may be changed."""
-        used = Counter(use.bias for calls in self.compressed.calls.values() for use in calls)
-        ours, theirs = self.compressed.calls[name], self.reference.calls[name]
-        bias = ours[0].bias
-        if not bias or {use.bias for use in (*ours, *theirs)} != {bias} or used[bias] != len(ours):
-            return None
-        if bias in self.compressed.others:
+        used = Counter((use.bias, use.rows) for calls in self.compressed.calls.values() for use in calls)
+        ours, theirs = self.compressed.calls[part], self.reference.calls[part]
+        bias, rows = ours[0].bias, ours[0].rows
+        if not bias or {use.bias for use in (*ours, *theirs)} != {bias} or used[bias, rows] != len(ours):
             return None
         parameter = dict(model.named_parameters(remove_duplicate=False))[bias]
+        if len(parameter_places(model)[id(parameter)]) > 1:
+            return None
         support = torch.ones_like(parameter, dtype=torch.bool)
         for weight in transformed_weights(model):
             if weight.parameter is parameter:
@@ -126,16 +136,35 @@ class Survey:
                 if isinstance(open_, str) or open_.grid is not None:
                     return None
                 support = open_.support
-        return Bias(parameter, support)
+        index = slice(None) if rows is None else slice(*rows)
+        return Bias(parameter.detach()[index], support[index])
+
+
+def _overlap(parts: list[tuple[int, int] | None]) -> bool:
+    if len(parts) == 1:
+        return False
+    ordered = sorted((0, sys.maxsize) if rows is None else rows for rows in parts)
+    return any(left[1] > right[0] for left, right in itertools.pairwise(ordered))
 
 
 def _plain(uses: list[Use]) -> list[tuple[str, int, bool]]:
     return [(use.kind, use.groups, use.columns_first) for use in uses]
 
 
-def layer_of(name: str, candidate: Candidate, survey: Survey, model: nn.Module) -> Layer:
-    """Returns the layer to gather moments for."""
-    has_norm = bool(survey.norm_of(name))
-    bias = None if has_norm else survey.bias_of(name, model)
-    use = survey.compressed.calls[name][0]
-    return Layer(name, candidate.weight.parameter, use, candidate.allowed, bias, has_norm=has_norm)
+def layer_of(part: str, candidate: Candidate, survey: Survey, model: nn.Module) -> Layer:
+    """Returns the layer to gather moments for.
+
+    Args:
+        part: Name of the weight, or of a part of it.
+        candidate: The weight.
+        survey: What was seen of it.
+        model: The compressed model.
+    """
+    has_norm = bool(survey.norm_of(part))
+    bias = None if has_norm else survey.bias_of(part, model)
+    use = survey.compressed.calls[part][0]
+    parameter, open_ = candidate.weight.parameter, candidate.allowed
+    if use.rows is None:
+        return Layer(part, parameter, use, open_, bias, has_norm=has_norm)
+    rows = slice(*use.rows)
+    return Layer(part, parameter.detach()[rows], use, open_.of_rows(rows, parameter), bias, has_norm=has_norm)

@@ -110,7 +110,7 @@ def test_every_kind_of_layer_gets_closer_to_its_old_output(build):
     model = seeded(lambda: nn.Sequential(build()))
     dims = model[0].weight.ndim - 2
     data = batches(4, *(7, 7, 7)[: max(dims, 1)])
-    controller, report = create(model, data)
+    _, report = create(model, data)
     assert not report.left_alone
     assert report.layers[0].after < 0.9 * report.layers[0].before
     assert report.output_error[1] < 0.9 * report.output_error[0]

@@ -245,3 +245,52 @@ def test_a_loader_with_fewer_samples_than_asked_for_says_so(caplog):
     _, report = create(seeded(Twice), batches(8, count=2), section(num_samples=512))
     assert report.samples == 32
     assert "512 samples were asked for, 32 are used" in caplog.text
+
+
+class Attention(nn.Module):
+    def __init__(self, cross):
+        super().__init__()
+        self.attention, self.head, self.cross = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 3), cross
+
+    def forward(self, x):
+        other = x.flip(1) if self.cross else x
+        return self.head(x + self.attention(x, other, other, need_weights=False)[0])
+
+
+@pytest.mark.parametrize("cross", [False, True])
+def test_projections_of_attention_are_solved_each_for_itself(cross):
+    model, data = seeded(lambda: Attention(cross)), batches(5, 8)
+    original = copied(model)
+    _, report = create(model, data, section(level=0.5))
+    assert not report.left_alone
+    names = {layer.name for layer in report.layers}
+    parts = {f"attention.in_proj_weight[{rows}]" for rows in ("0:8", "8:16", "16:24")}
+    assert names == {*parts, "attention.out_proj.weight", "head.weight"}
+    assert all(layer.after < layer.before for layer in report.layers)
+    assert output_error(model, original, batches(5, 8, seed=8)) < report.output_error[0]
+    assert not torch.equal(model.attention.in_proj_bias, original.attention.in_proj_bias)
+    mask = get_weight_transform(model, "attention.in_proj_weight", "magnitude_sparsity").mask
+    assert not torch.equal(
+        raw_parameter(model, "attention.in_proj_weight")[mask], original.attention.in_proj_weight[mask]
+    )
+
+
+class Chunks(nn.Module):
+    def __init__(self, overlap):
+        super().__init__()
+        self.weight, self.overlap = nn.Parameter(torch.randn(8, 6)), overlap
+
+    def forward(self, x):
+        second = self.weight[2 if self.overlap else 4 :]
+        return torch.cat([F.linear(x, self.weight[:4]), F.linear(x, second)], -1)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_parts_of_a_weight_are_solved_unless_they_overlap(overlap):
+    model = seeded(lambda: nn.Sequential(Chunks(overlap)))
+    _, report = create(model, batches(6))
+    if overlap:
+        assert report.left_alone == {"0.weight": "its products use parts of it that overlap"}
+    else:
+        assert [layer.name for layer in report.layers] == ["0.weight[0:4]", "0.weight[4:8]"]
+        assert all(layer.after < layer.before for layer in report.layers)
