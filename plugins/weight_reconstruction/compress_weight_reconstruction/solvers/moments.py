@@ -294,8 +294,8 @@ def _finite_mean(values: Tensor, name: str, dtype: torch.dtype) -> Tensor:
 
 def _add_product(sums: Tensor, left: Tensor, right: Tensor) -> None:
     """Adds left' right in place."""
-    if right.shape[2] <= _TINY and sums.dtype == torch.float64:
-        left, right = left.double(), right.double()
+    if right.shape[2] <= _TINY or sums.dtype == torch.float32:
+        left, right = left.to(sums.dtype), right.to(sums.dtype)
     if sums.dtype == left.dtype == right.dtype:
         sums.baddbmm_(left.mT, right)
     else:
