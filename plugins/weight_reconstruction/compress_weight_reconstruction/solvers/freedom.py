@@ -42,6 +42,10 @@ class Grid:
             torch.as_tensor(self.high).to(self.step).expand_as(self.step),
         )
 
+    def by_row(self, weight: Tensor) -> bool:
+        """Returns whether each row of the weight has a step of its own."""
+        return self.step.shape[:2] == weight.shape[:2]
+
     def rows(self, rows: slice) -> Grid:
         """Returns the grid of some rows."""
         if self.step.shape[1] == 1:

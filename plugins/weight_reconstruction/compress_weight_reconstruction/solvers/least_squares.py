@@ -33,26 +33,20 @@ def least_squares(system: System, rows: Tensor, support: Tensor | None, workspac
         system: The equations.
         rows: Right-hand sides in units, shape (groups, rows, columns).
         support: Elements that may be non-zero, shape of `rows`; None for all.
-        workspace: Bytes that may be taken beside the weights.
+        workspace: Bytes that a copy of A may take, and half of it again for submatrices.
     """
     if support is None or bool(support.all()):
-        if fits(system, 2, workspace):
+        if system.fits(1, workspace):
             return system.solve(rows)
         return conjugate_gradients(system.apply, rows, system.diagonal(), None)
     patterns = Patterns.of(support)
     cheaper = patterns.cost() <= max(_QUICK, SWEEPS * rows.numel() * rows.shape[2])
-    half = workspace // 2
-    if cheaper and fits(system, 1, half) and patterns.bytes(system.dtype) <= half:
-        return _direct(system, rows, patterns, half)
-    if fits(system, 1, workspace):
+    if cheaper and system.fits(1, workspace) and patterns.bytes(system.dtype) <= workspace // 2:
+        return _direct(system, rows, patterns, workspace // 2)
+    if system.fits(1, workspace):
         # Products are faster with a copy of A in its units.
-        _ = system.matrix
+        system.matrix()
     return conjugate_gradients(system.apply, rows, system.diagonal(), support)
-
-
-def fits(system: System, copies: int, workspace: int) -> bool:
-    """Returns whether so many more copies of A are within a number of bytes."""
-    return system.normal.gram.numel() * system.dtype.itemsize * copies <= workspace
 
 
 @dataclass(frozen=True)
@@ -145,7 +139,7 @@ def _direct(system: System, rows: Tensor, patterns: Patterns, workspace: int) ->
         width = int(patterns.size[part][-1])
         chosen = torch.argsort(patterns.support[part], dim=1, descending=True, stable=True)[:, :width]
         valid = torch.arange(width, device=rows.device) < patterns.size[part][:, None]
-        matrix = system.matrix[patterns.group[part][:, None, None], chosen[:, :, None], chosen[:, None]]
+        matrix = system.matrix()[patterns.group[part][:, None, None], chosen[:, :, None], chosen[:, None]]
         matrix.mul_(valid[:, :, None]).mul_(valid[:, None])
         matrix.diagonal(dim1=1, dim2=2).add_(~valid)
         right = flat[members.clamp_min(0)[:, :, None], chosen[:, None]] * valid[:, None]

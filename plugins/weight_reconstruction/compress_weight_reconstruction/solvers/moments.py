@@ -10,7 +10,7 @@ float64; `finalize` makes one copy of them. An update needs some copies of at mo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
@@ -62,6 +62,15 @@ class Normal:
     def diagonal(self) -> Tensor:
         """Returns the power of each input column, float64, shape (groups, columns)."""
         return self.gram.diagonal(dim1=-2, dim2=-1).to(wide_dtype(self.gram.device)).clamp_min(0.0)
+
+    def rows(self, rows: slice) -> Normal:
+        """Returns what is known of some rows, without copying it."""
+        return replace(
+            self,
+            target_mean=self.target_mean[:, rows],
+            cross=self.cross[:, rows],
+            target_power=self.target_power[:, rows],
+        )
 
 
 class Moments:
@@ -285,8 +294,8 @@ def _finite_mean(values: Tensor, name: str, dtype: torch.dtype) -> Tensor:
 
 def _add_product(sums: Tensor, left: Tensor, right: Tensor) -> None:
     """Adds left' right in place."""
-    if right.shape[2] <= _TINY and sums.dtype == torch.float64:
-        left, right = left.double(), right.double()
+    if right.shape[2] <= _TINY or sums.dtype == torch.float32:
+        left, right = left.to(sums.dtype), right.to(sums.dtype)
     if sums.dtype == left.dtype == right.dtype:
         sums.baddbmm_(left.mT, right)
     else:

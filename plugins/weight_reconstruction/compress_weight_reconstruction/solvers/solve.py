@@ -10,7 +10,7 @@ from torch import Tensor
 
 from compress_core import UsageError
 from compress_weight_reconstruction.solvers.freedom import Freedom, Grid, Solution
-from compress_weight_reconstruction.solvers.least_squares import fits, least_squares
+from compress_weight_reconstruction.solvers.least_squares import least_squares
 from compress_weight_reconstruction.solvers.moments import Normal
 from compress_weight_reconstruction.solvers.numerics import full_precision, unit_of
 from compress_weight_reconstruction.solvers.rounders import rounder_of
@@ -18,8 +18,10 @@ from compress_weight_reconstruction.solvers.rounding import descend, round_succe
 from compress_weight_reconstruction.solvers.steps import choose_step
 from compress_weight_reconstruction.solvers.system import System
 
-WORKSPACE = 1 << 30
+WORKSPACE = 1 << 31
 _SWEEPS = 3
+# Copies of a block of rows, in float64, that are alive at a time.
+_COPIES = 10
 
 
 def solve(
@@ -42,8 +44,10 @@ def solve(
         freedom: What the weight may be; None for anything.
         damping: Relative to the power of each input column; 0.1 for masks, 0.03 for grids. With few positions, more.
         sweeps: Largest number of coordinate descent sweeps over a weight on a grid.
-        workspace: Bytes that may be taken for factorizations beside about eight float64 copies of the weight. Layers
-            that do not fit are solved by conjugate gradients and coordinate descent, which take no more.
+        workspace: Bytes that may be taken beside arguments and results, and some 2000 float64 columns of the Gram
+            matrix. Rows are solved in blocks that fit; a layer whose Gram matrix takes more than half of it is solved
+            by conjugate gradients and coordinate descent, which are slower. A projection, and a step that is chosen
+            for the whole layer, need all rows at once: ten float64 copies of the weight, whatever they take.
 
     Raises:
         UsageError: Shapes do not fit, numbers are not finite, or the freedom contradicts itself.
@@ -52,36 +56,67 @@ def solve(
     weight = weight.detach()
     _check(weight, normal, freedom, damping)
     with full_precision(weight.device):
-        problem = _Problem(weight, System.of(normal, damping), workspace)
-        start = freedom.nearest(weight)
-        before = problem.measure(start)
-        if freedom.rounds:
-            candidate, grid = problem.rounded(freedom, start, sweeps)
-        else:
-            candidate, grid = problem.supported(start, before.residual, freedom.support).to(weight.dtype), None
-        return problem.better(before, problem.measure(candidate), freedom.grid, grid)
+        system = System(normal, damping)
+        solutions = []
+        for rows in _row_blocks(weight, freedom, workspace // 4):
+            problem = _Problem(weight[:, rows], normal.rows(rows), system, workspace // 2)
+            solutions.append(problem.solved(freedom.rows(rows), sweeps))
+        return solutions[0] if len(solutions) == 1 else _joined(solutions)
+
+
+def _row_blocks(weight: Tensor, freedom: Freedom, limit: int) -> list[slice]:
+    groups, rows, columns = weight.shape
+    grid = freedom.grid
+    together = freedom.project is not None or (grid is not None and grid.adjustable and not grid.by_row(weight))
+    size = rows if together else max(1, limit // (_COPIES * groups * columns * 8))
+    return [slice(start, min(rows, start + size)) for start in range(0, rows, size)]
+
+
+def _joined(solutions: list[Solution]) -> Solution:
+    steps = [solution.step for solution in solutions if solution.step is not None]
+    return Solution(
+        torch.cat([solution.weight for solution in solutions], 1),
+        torch.cat([solution.bias for solution in solutions], 1),
+        torch.cat([solution.error_before for solution in solutions], 1),
+        torch.cat([solution.error_after for solution in solutions], 1),
+        torch.cat(steps, 1) if steps else None,
+    )
 
 
 @dataclass(frozen=True)
 class _Measured:
-    """A weight, `cross - weight gram`, and the error of each row before it is cut off at zero."""
+    """A weight, and the error of each row before it is cut off at zero."""
 
     weight: Tensor
-    residual: Tensor
     error: Tensor
 
 
 @dataclass(frozen=True)
 class _Problem:
+    """Some rows of a layer, and the system that they share with the others."""
+
     weight: Tensor
+    normal: Normal
     system: System
     workspace: int
 
-    def measure(self, weight: Tensor) -> _Measured:
-        residual = self.system.residual(weight)
-        both = residual + self.system.normal.cross
-        error = self.system.normal.target_power - (weight.to(residual.dtype) * both).sum(2)
-        return _Measured(weight, residual, error)
+    def solved(self, freedom: Freedom, sweeps: int) -> Solution:
+        start = freedom.nearest(self.weight)
+        residual = self.system.residual(start, self.normal.cross)
+        before = self.measured(start, residual)
+        if freedom.rounds:
+            del residual
+            candidate, grid = self.rounded(freedom, start, sweeps)
+        else:
+            candidate, grid = self.supported(start, residual, freedom.support).to(start.dtype), None
+            del residual
+        after = self.measured(candidate, self.system.residual(candidate, self.normal.cross))
+        return self.better(before, after, freedom.grid, grid)
+
+    def measured(self, weight: Tensor, residual: Tensor) -> _Measured:
+        # power - 2 w . cross + w gram w', where the residual is cross - w gram.
+        both = (residual + self.normal.cross).mul_(weight)
+        return _Measured(weight, self.normal.target_power - both.sum(2))
 
     def supported(self, start: Tensor, residual: Tensor, support: Tensor | None) -> Tensor:
         """Returns the least-squares weight on a support, in float64, from an allowed one and its residual."""
@@ -92,15 +127,14 @@ class _Problem:
     def rounded(self, freedom: Freedom, start: Tensor, sweeps: int) -> tuple[Tensor, Grid | None]:
         """Returns a weight on the grid, and the grid with the step that was chosen."""
         masked = replace(freedom, grid=None, project=None, round_columns=None).nearest(self.weight)
-        best = self.supported(masked, self.system.residual(masked), freedom.support)
+        best = self.supported(masked, self.system.residual(masked, self.normal.cross), freedom.support)
         if freedom.grid is not None and freedom.grid.adjustable:
-            power = (self.system.normal.diagonal() + self.system.ridge)[:, None]
-            freedom = replace(freedom, grid=choose_step(freedom.grid, best, power))
+            freedom = replace(freedom, grid=choose_step(freedom.grid, best, self.system.power()[:, None]))
         unit = self._units(best)
         target = (best * unit).to(self.system.dtype).mT.contiguous()
         rounder = rounder_of(freedom, start, unit, self.system.dtype)
-        if fits(self.system, 2, self.workspace):
-            levels = round_successively(self.system.factor, target, rounder)
+        if self.system.fits(1, self.workspace):
+            levels = round_successively(self.system.factor(), target, rounder)
         else:
             levels = (freedom.nearest(best.to(start.dtype)) * unit).to(self.system.dtype).mT.contiguous()
         levels = descend(self.system, levels, self._descent(levels.mT / unit, unit), rounder, sweeps)
@@ -115,7 +149,7 @@ class _Problem:
     def _descent(self, weight: Tensor, unit: Tensor) -> Tensor:
         """Returns the negative gradient of half the damped error in units, columns first."""
         pull = (self.weight - weight).mul_(self.system.ridge[:, None])
-        gradient = self.system.residual(weight).add_(pull)
+        gradient = self.system.residual(weight, self.normal.cross).add_(pull)
         # A row of the residual in units of the columns is divided by what rows of weights are divided by.
         gradient.mul_(unit / self.system.unit[:, None].square())
         return gradient.to(self.system.dtype).mT.contiguous()
@@ -129,13 +163,13 @@ class _Problem:
         worse = ~(after.error <= before.error)
         step = None
         if old is not None and new is not None and old.adjustable:
-            by_row = old.step.shape[:2] == worse.shape
+            by_row = old.by_row(self.weight)
             if not by_row:
                 # Rows that share a step cannot go back to the old one each for itself.
                 worse = (~(after.error.sum() <= before.error.sum())).expand_as(worse)
             step = torch.where(worse[:, :, None] if by_row else worse.all(), old.step, new.step)
         weight = torch.where(worse[:, :, None], before.weight, after.weight)
-        normal = self.system.normal
+        normal = self.normal
         bias = torch.zeros_like(normal.target_mean)
         if normal.centred:
             bias = normal.target_mean - torch.einsum("grc,gc->gr", weight.to(bias.dtype), normal.input_mean)

@@ -25,7 +25,7 @@ def choose_step(grid: Grid, weight: Tensor, power: Tensor) -> Grid:
     """
     low, high = (bound.to(weight) for bound in grid.bounds())
     largest, smallest = weight.amax(2, keepdim=True), weight.amin(2, keepdim=True)
-    if grid.step.shape[1] != weight.shape[1] or grid.step.shape[0] != weight.shape[0]:
+    if not grid.by_row(weight):
         largest, smallest = largest.amax().view(1, 1, 1), smallest.amin().view(1, 1, 1)
     reach = torch.maximum(_reach(largest, high), _reach(smallest, low))
     best = grid.step.to(weight)

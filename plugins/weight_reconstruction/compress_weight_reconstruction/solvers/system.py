@@ -7,8 +7,7 @@ so float32 is enough, whatever the magnitudes of inputs, and factorizations need
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -20,86 +19,100 @@ from compress_weight_reconstruction.solvers.numerics import unit_of, wide_dtype
 _SHARED = 0.1
 # Below this many rounding errors of the moments, directions are noise.
 _NOISE = 8.0
+# Rounding errors that are first added to a diagonal where a factorization fails.
+_JITTER = 8.0
 # Columns that are converted to float64 at a time.
 _COLUMNS = 512
 
 
-@dataclass(frozen=True)
 class System:
     """A = gram + diag(ridge), in units of `unit`: what every solver works with.
 
+    Damping is relative to the diagonal of the Gram matrix, and to a tenth of that to its mean. Directions whose inputs
+    are within rounding error of nothing are damped in any case. Dead inputs, of which the moments say nothing, have the
+    mean diagonal, so that their weights stay.
+
     Attributes:
-        normal: The moments.
+        gram: Second moments of the inputs, shape (groups, columns, columns).
         ridge: Damping of each column, float64, shape (groups, columns).
         unit: A power of two for each column, about the square root of A's diagonal; same shape.
         dtype: What to compute in: float32, or float64 if the moments are that exact.
     """
 
-    normal: Normal
-    ridge: Tensor
-    unit: Tensor
-    dtype: torch.dtype
+    def __init__(self, normal: Normal, damping: float) -> None:
+        self.gram = normal.gram
+        self._power = normal.diagonal()
+        mean = self._power.mean(1, keepdim=True)
+        ridge = damping * (self._power + _SHARED * mean) + _NOISE * normal.rounding * self._power
+        nothing = (self._power + ridge) == 0
+        self.ridge = torch.where(nothing, torch.where(mean > 0, mean, torch.ones_like(mean)), ridge)
+        self.unit = unit_of((self._power + self.ridge).sqrt())
+        exact = self.gram.dtype == torch.float64 and normal.rounding <= torch.finfo(torch.float64).eps
+        self.dtype = torch.float64 if exact else torch.float32
+        self._matrix: Tensor | None = None
+        self._factor: Tensor | None = None
 
-    @classmethod
-    def of(cls, normal: Normal, damping: float) -> System:
-        """Returns the system with a damping relative to the diagonal, and to a tenth of that to its mean.
+    def fits(self, copies: float, limit: int) -> bool:
+        """Returns whether so many copies of A are within a number of bytes."""
+        return self.gram.numel() * self.dtype.itemsize * copies <= limit
 
-        A direction whose inputs are within rounding error of nothing is damped in any case. Dead inputs, for which
-        the moments say nothing, have the mean diagonal, so that their weights stay.
-        """
-        diagonal = normal.diagonal()
-        mean = diagonal.mean(1, keepdim=True)
-        ridge = damping * (diagonal + _SHARED * mean) + _NOISE * normal.rounding * diagonal
-        nothing = (diagonal + ridge) == 0
-        ridge = torch.where(nothing, torch.where(mean > 0, mean, torch.ones_like(mean)), ridge)
-        exact = normal.gram.dtype == torch.float64 and normal.rounding <= torch.finfo(torch.float64).eps
-        return cls(normal, ridge, unit_of((diagonal + ridge).sqrt()), torch.float64 if exact else torch.float32)
+    def power(self) -> Tensor:
+        """Returns the diagonal of A in the moments' units, float64, shape (groups, columns)."""
+        return self._power + self.ridge
 
     def diagonal(self) -> Tensor:
         """Returns the diagonal of A in its units, shape (groups, columns)."""
-        return ((self.normal.diagonal() + self.ridge) / self.unit.square()).to(self.dtype)
+        return (self.power() / self.unit.square()).to(self.dtype)
 
-    def columns(self, columns: slice | Tensor) -> Tensor:
+    def columns(self, columns: slice) -> Tensor:
         """Returns some columns of A, shape (groups, all columns, some columns), in a new tensor."""
-        unit, gram = self.unit.to(self.normal.gram.dtype), self.normal.gram[:, :, columns]
+        unit, gram = self.unit.to(self.gram.dtype), self.gram[:, :, columns]
         part = (gram / unit[:, :, None]).div_(unit[:, None, columns]).to(self.dtype)
-        index = torch.arange(self.unit.shape[1], device=part.device)[columns]
-        part[:, index, torch.arange(len(index), device=part.device)] = self.diagonal()[:, columns]
+        part[:, columns].diagonal(dim1=1, dim2=2).copy_(self.diagonal()[:, columns])
         return part
 
-    @cached_property
-    def matrix(self) -> Tensor:
-        """A as one matrix, kept once it was made."""
-        return self.columns(slice(None))
+    def _whole(self) -> Tensor:
+        columns = self.gram.shape[2]
+        whole = torch.empty(self.gram.shape, dtype=self.dtype, device=self.gram.device)
+        for start in range(0, columns, _COLUMNS):
+            part = slice(start, start + _COLUMNS)
+            whole[:, :, part] = self.columns(part)
+        return whole
 
-    @cached_property
+    def matrix(self) -> Tensor:
+        """Returns A as one matrix, which is kept."""
+        if self._matrix is None:
+            self._matrix = self._whole()
+        return self._matrix
+
     def factor(self) -> Tensor:
-        """The lower Cholesky factor of A, kept once it was made."""
-        return cholesky(self.matrix)
+        """Returns the lower Cholesky factor of A, which is kept; takes no memory but its own."""
+        if self._factor is None:
+            self._factor = _factorized_in_place(self._whole)
+        return self._factor
 
     def apply(self, rows: Tensor) -> Tensor:
         """Returns rows times A, shape (groups, rows, columns); without a copy of A where there is none yet."""
-        if "matrix" in self.__dict__:
-            return rows @ self.matrix
-        unit, gram = self.unit[:, None].to(self.normal.gram.dtype), self.normal.gram
-        product = ((rows.to(gram.dtype) / unit) @ gram).div_(unit).to(self.dtype)
+        if self._matrix is not None:
+            return rows @ self._matrix
+        unit = self.unit[:, None].to(self.gram.dtype)
+        product = ((rows.to(self.gram.dtype) / unit) @ self.gram).div_(unit).to(self.dtype)
         return product.addcmul_(rows, (self.ridge / self.unit.square())[:, None].to(self.dtype))
 
-    def residual(self, weight: Tensor) -> Tensor:
+    def residual(self, weight: Tensor, cross: Tensor) -> Tensor:
         """Returns `cross - weight gram`, the negative gradient of half the error; float64, in the moments' units."""
         wide = wide_dtype(weight.device)
-        rest = self.normal.cross.to(wide, copy=True)
-        weight = weight.to(wide)
+        rest = cross.to(wide, copy=True)
         for start in range(0, weight.shape[2], _COLUMNS):
             part = slice(start, start + _COLUMNS)
-            rest.baddbmm_(weight[:, :, part], self.normal.gram[:, part].to(wide), alpha=-1)
+            rest.baddbmm_(weight[:, :, part].to(wide), self.gram[:, part].to(wide), alpha=-1)
         return rest
 
     def in_units(self, residual: Tensor) -> tuple[Tensor, Tensor]:
         """Returns a residual in units of the columns and of its own rows, and the latter, shape (groups, rows, 1)."""
         scaled = residual / self.unit[:, None]
         size = unit_of(scaled.abs().amax(2, keepdim=True))
-        return (scaled / size).to(self.dtype), size
+        return scaled.div_(size).to(self.dtype), size
 
     def from_units(self, update: Tensor, size: Tensor) -> Tensor:
         """Returns what is to be added to the weight, float64, from an update in units."""
@@ -107,21 +120,35 @@ class System:
 
     def solve(self, residual: Tensor) -> Tensor:
         """Returns residual A^-1, all in units."""
-        return solve_factored(self.factor, residual)
+        return solve_factored(self.factor(), residual)
+
+
+def _factorized_in_place(make: Callable[[], Tensor]) -> Tensor:
+    """Returns lower Cholesky factors, as `cholesky` does, in the memory of the matrices, which are made anew for it."""
+    jitter = 0.0
+    while True:
+        # Column by column in memory, which for a symmetric matrix is the same, and what the library works in.
+        matrices = make().mT
+        matrices.diagonal(dim1=1, dim2=2).add_(jitter)
+        info = torch.empty(len(matrices), dtype=torch.int32, device=matrices.device)
+        torch.linalg.cholesky_ex(matrices, out=(matrices, info))
+        if not bool(info.any()):
+            return matrices
+        jitter = max(10 * jitter, _JITTER * torch.finfo(matrices.dtype).eps)
 
 
 def cholesky(matrices: Tensor) -> Tensor:
     """Returns lower Cholesky factors of matrices that are positive definite but for rounding, with diagonals near 1.
 
     Where a factorization fails, a multiple of the identity is added to that matrix, the smallest of powers of ten.
+    The matrices may be overwritten.
     """
     factor: Tensor
     factor, info = torch.linalg.cholesky_ex(matrices)
-    jitter = 8 * torch.finfo(matrices.dtype).eps
+    jitter = _JITTER * torch.finfo(matrices.dtype).eps
     while bool(info.any()):
-        failed = info != 0
-        eye = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
-        factor[failed], info[failed] = torch.linalg.cholesky_ex(matrices[failed] + jitter * eye)
+        matrices.diagonal(dim1=1, dim2=2).add_((info != 0)[:, None] * jitter)
+        factor, info = torch.linalg.cholesky_ex(matrices)
         jitter *= 10
     return factor
 

@@ -326,5 +326,5 @@ def test_what_does_not_fit_is_named():
     with pytest.raises(UsageError, match=r"shape \(1, 3, 4\)"):
         solve(weight, normal, Freedom(support=torch.ones(1, 3, 4, dtype=torch.bool)), damping=0.1)
     normal.cross[0, 0, 0] = float("nan")
-    with pytest.raises(UsageError, match="not finite .* in cross"):
+    with pytest.raises(UsageError, match=r"not finite .* in cross"):
         solve(weight, normal, damping=0.1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import numpy as np
 import pytest
@@ -127,7 +128,7 @@ def test_constant_inputs_have_no_power():
 
 def split_at(total, cuts):
     edges = [0, *sorted(cuts), total]
-    return [slice(a, b) for a, b in zip(edges, edges[1:], strict=False)]
+    return [slice(a, b) for a, b in itertools.pairwise(edges)]
 
 
 @given(
