@@ -15,7 +15,6 @@ from compress_weight_reconstruction.products import as_matrices, as_weight, inpu
 from compress_weight_reconstruction.report import LayerError
 from compress_weight_reconstruction.solvers import Freedom, Grid, Moments, Normal, Solution, solve
 
-
 _DAMPING, _DAMPING_OF_GRIDS = 0.1, 0.03
 
 
