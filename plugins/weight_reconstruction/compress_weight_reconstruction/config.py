@@ -31,7 +31,7 @@ class WeightReconstructionConfig(InitializerConfig):
     damping: float | None = Field(
         None,
         gt=0,
-        description="how strongly weights are held at their old values, relative to the power of the inputs; by default "
+        description="how strongly weights are held at their old values, relative to the inputs' power; by default "
         "0.1, and 0.03 for weights on a grid",
     )
     positions: Count = Field(
