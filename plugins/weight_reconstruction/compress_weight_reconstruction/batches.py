@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import sys
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -68,27 +70,40 @@ class Batches:
         note = "the loader has no samples besides those solved with, so outputs were compared on some of these"
         return cls(solving, sizes, solving[-1:], sizes[-1], 0, notes=[note])
 
-    def within(self, gibibytes: float, bytes_of_sample: float, notes: list[str]) -> Batches:
-        """Returns as many of the batches as can wait in the middle of a forward at once, at least one.
+    def within(self, gibibytes: float, held: Sequence[float]) -> list[tuple[Any, int]]:
+        """Returns the batches to solve with, and the position from which on each can take part.
+
+        Forwards of images hold most at the beginning. A batch for which there is no room then joins later.
 
         Args:
             gibibytes: Memory for what the forwards hold.
-            bytes_of_sample: What the two forwards of one sample hold at most.
-            notes: Gets a note if there are fewer.
+            held: What the two forwards of one sample hold at each position, in bytes.
         """
-        fitting, total = 0, 0
-        for size in self.sizes:
+        room = gibibytes * _GIBIBYTE
+        # What is held at most from a position on.
+        later = list(itertools.accumulate(reversed(held), max))[::-1] or [0.0]
+        joining: list[tuple[Any, int]] = []
+        total = 0
+        for batch, size in zip(self.solving, self.sizes, strict=True):
             total += size
-            if fitting and total * bytes_of_sample > gibibytes * _GIBIBYTE:
+            # A batch that joins later passes the first layers alone, while the others wait.
+            fits = (p for p, most in enumerate(later) if total * most + (size * later[0] if p else 0) <= room)
+            position = next(fits, None) if joining else 0
+            if position is None:
                 break
-            fitting += 1
-        if fitting == len(self.sizes):
-            return self
-        kept = replace(self, solving=self.solving[:fitting], sizes=self.sizes[:fitting])
+            joining.append((batch, position))
+        self._note(gibibytes, joining, later[0])
+        return joining
+
+    def _note(self, gibibytes: float, joining: list[tuple[Any, int]], most: float) -> None:
+        used = sum(self.sizes[: len(joining)])
+        at_first = sum(size for size, (_, position) in zip(self.sizes, joining, strict=False) if not position)
+        if at_first == self.samples:
+            return
+        late = f", {used - at_first} more in later layers" if used > at_first else ""
         note = (
-            f"{kept.samples} instead of {self.samples} samples are used: the forwards of one sample hold "
-            f"{bytes_of_sample / 2**20:.0f} MiB, and memory is set to {gibibytes:g} GiB"
+            f"{at_first} instead of {self.samples} samples are used in the first layers{late}: the forwards of one "
+            f"sample hold {most / 2**20:.3g} MiB there, and memory is set to {gibibytes:g} GiB"
         )
         logger.warning("weight reconstruction: %s", note)
-        notes.append(note)
-        return kept
+        self.notes.append(note)

@@ -14,11 +14,11 @@ class HeldMemory:
     """The memory of the tensors that a forward has made and not freed yet.
 
     Attributes:
-        peak: The most that was held at a stop, in bytes.
+        at: Key of a stop -> the most that was held there, in bytes.
     """
 
     def __init__(self) -> None:
-        self.peak = 0
+        self.at: dict[str, int] = {}
         # Identity of a storage -> its size, and the tensors that use it.
         self._storages: dict[int, tuple[int, list[weakref.ref[torch.Tensor]]]] = {}
 
@@ -33,8 +33,8 @@ class HeldMemory:
             users = [] if known is None or known[0] != size else known[1]
             self._storages[identity] = size, [*(user for user in users if user() is not None), weakref.ref(tensor)]
 
-    def measure(self) -> None:
-        """Looks at what is held now."""
+    def measure(self, key: str) -> None:
+        """Notes what is held now, at a stop."""
         alive = {key: entry for key, entry in self._storages.items() if any(user() is not None for user in entry[1])}
         self._storages = alive
-        self.peak = max(self.peak, sum(size for size, _ in alive.values()))
+        self.at[key] = max(self.at.get(key, 0), sum(size for size, _ in alive.values()))

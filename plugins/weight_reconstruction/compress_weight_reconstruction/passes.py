@@ -53,6 +53,7 @@ class Forward:
     ) -> None:
         self._sources, self._batch = sources, batch
         self._model = twin_of(sources.compressed if is_compressed else sources.reference)
+        self.keeps_output = True
         self._outputs: list[Any] = []
         self._interceptor = Interceptor(Weights(self._model), wanted, self._at_product, before=is_compressed)
         self._model.register_forward_hook(self._keep)
@@ -68,22 +69,23 @@ class Forward:
         return self._interceptor.seen
 
     @property
-    def held_bytes(self) -> int:
-        """The most memory that the forward has held at a stop."""
-        return self._interceptor.held.peak
+    def held(self) -> Mapping[str, int]:
+        """Key of a stop -> the most memory that the forward has held there, in bytes."""
+        return self._interceptor.held.at
 
     def _pause(self, key: str, value: Any) -> None:
-        self._interceptor.held.measure()
+        self._interceptor.held.measure(key)
         self.runner.pause(key, value)
 
     def _run(self, runner: Runner) -> Any:
         with self._interceptor:
             result = self._sources.data.call_copy(self._model, self._batch)
         outputs, self._outputs, self._batch = self._outputs, [], None
-        return outputs or result
+        return (outputs or result) if self.keeps_output else None
 
     def _keep(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._outputs.append(output)
+        if self.keeps_output:
+            self._outputs.append(output)
 
     def _at_product(self, call: WeightCall) -> None:
         self._pause(call.name, call)
@@ -151,34 +153,58 @@ class Pass:
     arrived: Callable[[Layer], None] = lambda layer: None
     visited: list[str] = field(default_factory=list)
 
-    def run(self, batches: Sequence[Any], finished: Callable[[Pair], None]) -> None:
+    def run(self, batches: Sequence[tuple[Any, int]], finished: Callable[[Pair], None] | None = None) -> None:
         """Runs all batches to their end.
 
         Args:
-            batches: The batches.
-            finished: Called with the finished forwards of each batch.
+            batches: The batches, and the position in `order` from which on each takes part; the first is 0 for one.
+                Until then there is no forward of it: it catches up alone, with the weights that have been written.
+            finished: Called with the finished forwards of each batch; without it, outputs are not kept.
         """
         runners: list[Runner] = []
         with closing(runners):
-            pairs = [self._pair(batch, runners) for batch in batches]
-            for pair in pairs:
-                pair.compressed.runner.advance()
-            while waiting := {id(pair): pair for pair in pairs if pair.compressed.runner.stop is not None}:
-                keys = {number: _key(pair) for number, pair in waiting.items()}
-                key = min(keys.values(), key=lambda name: self.order.get(name, len(self.order)))
-                here = [pair for number, pair in waiting.items() if keys[number] == key]
+            pairs: list[Pair] = []
+            pending = list(batches)
+            next_position = 0
+            while True:
+                while pending and pending[0][1] <= next_position:
+                    pairs.append(self._pair(pending.pop(0)[0], runners, keep_output=finished is not None))
+                    self._catch_up(pairs[-1], next_position)
+                waiting = [pair for pair in pairs if pair.compressed.runner.stop is not None]
+                if not waiting and not pending:
+                    break
+                if not waiting:
+                    next_position = pending[0][1]
+                    continue
+                key = min((_key(pair) for pair in waiting), key=self._position)
+                if pending and next_position < self._position(key):
+                    next_position = self._position(key)
+                    continue
+                here = [pair for pair in waiting if _key(pair) == key]
                 self._visit(key, here)
                 for pair in here:
                     pair.compressed.runner.advance()
             for pair in pairs:
                 pair.finish()
-                finished(pair)
+                if finished is not None:
+                    finished(pair)
 
-    def _pair(self, batch: Any, runners: list[Runner]) -> Pair:
+    def _position(self, key: str) -> int:
+        return self.order.get(key, len(self.order))
+
+    def _catch_up(self, pair: Pair, position: int) -> None:
+        """Starts a forward, and lets it pass the stops before a position."""
+        stop = pair.compressed.runner.advance()
+        while stop is not None and self._position(stop.key) < position:
+            stop = pair.compressed.runner.advance()
+
+    def _pair(self, batch: Any, runners: list[Runner], *, keep_output: bool) -> Pair:
         made = []
         for is_compressed in (True, False):
-            made.append(Forward(self.sources, batch, self.wanted, list(self.norms), is_compressed=is_compressed))
-            runners.append(made[-1].runner)
+            forward = Forward(self.sources, batch, self.wanted, list(self.norms), is_compressed=is_compressed)
+            forward.keeps_output = keep_output
+            made.append(forward)
+            runners.append(forward.runner)
         return Pair(*made)
 
     def _visit(self, key: str, here: Sequence[Pair]) -> None:

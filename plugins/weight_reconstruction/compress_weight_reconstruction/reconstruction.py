@@ -112,7 +112,6 @@ class Reconstruction:
             # What the user would have without reconstruction: the old weights, with adapted batch norms.
             guard = MetricGuard(self._metric, self._model, f"{self._settings.path}.guard")
         self._saved.restore()
-        batches = batches.within(self._settings.memory, survey.bytes_of_sample, self._found.notes)
         self._solve_all(batches, survey)
         after = self._output_error(batches, expected)
         report = self._report(batches, None if before is None or after is None else (before, after))
@@ -139,23 +138,24 @@ class Reconstruction:
         scout = Pass(self._sources, frozenset(self._candidates), self._paired_norms(), self._positions(batches))
         pairs: list[Pair] = []
         with running(self._model):
-            scout.run(batches.compared, pairs.append)
+            scout.run([(batch, 0) for batch in batches.compared], pairs.append)
         outputs = [pair.reference.runner.result for pair in pairs]
         return Survey.of(pairs, scout.visited, batches.compared_samples), outputs
 
     def _solve_all(self, batches: Batches, survey: Survey) -> None:
         once, repeated = self._layers(survey)
         positions, norms = self._positions(batches), self._paired_norms()
+        joining = batches.within(self._settings.memory, survey.held)
         if repeated:
             # Their later calls depend on their earlier ones, so they are solved after a pass in which they are fixed.
             gather = Pass(self._sources, _names(repeated), self._paired_norms(), positions, repeated, survey.order)
             with running(self._model):
-                gather.run(batches.solving, lambda pair: None)
+                gather.run(joining)
             for layer in repeated.values():
                 self._solve(layer)
         main = Pass(self._sources, _names(once), norms, positions, once, survey.order, self._solve)
         with running(self._model):
-            main.run(batches.solving, lambda pair: None)
+            main.run(joining)
         for name in once.keys() - self._found.errors.keys() - self._found.left_alone.keys():
             self._found.left_alone[name] = "no batch has reached it"
         for norm in norms.values():

@@ -71,14 +71,14 @@ class Survey:
         reference: What the uncompressed model does with them.
         follows: Name of a weight -> the batch norm that takes the output of its product.
         order: Name of a weight or batch norm -> its position in the forward.
-        bytes_of_sample: What both forwards hold of one sample at most, in bytes.
+        held: What both forwards hold of one sample at each position, in bytes.
     """
 
     compressed: Seen
     reference: Seen
     follows: Mapping[str, str]
     order: Mapping[str, int]
-    bytes_of_sample: float
+    held: Sequence[float]
 
     @classmethod
     def of(cls, pairs: Sequence[Pair], visited: Sequence[str], samples: int) -> Survey:
@@ -91,8 +91,9 @@ class Survey:
         """
         first = pairs[0]
         order = {key: number for number, key in enumerate(dict.fromkeys(visited))}
-        held = sum(pair.compressed.held_bytes + pair.reference.held_bytes for pair in pairs)
-        return cls(first.compressed.seen, first.reference.seen, first.reference.follows, order, held / samples)
+        forwards = [forward for pair in pairs for forward in (pair.compressed, pair.reference)]
+        held = [sum(forward.held.get(key, 0) for forward in forwards) / samples for key in order]
+        return cls(first.compressed.seen, first.reference.seen, first.reference.follows, order, held)
 
     def why_not(self, name: str) -> str | None:
         """Returns why a weight cannot be reconstructed, or None."""

@@ -209,9 +209,22 @@ def test_state_is_restored_and_running_again_needs_the_uncompressed_model():
 
 def test_fewer_samples_where_memory_is_not_enough_and_it_is_said(caplog):
     _, report = create(trained_convnet(), batches(3, 8, 8), section(memory=1e-6))
-    assert report.samples == 16
-    assert "16 instead of 64 samples are used" in report.notes[0]
-    assert "16 instead of 64 samples are used" in caplog.text
+    assert {layer.positions for layer in report.layers} == {16 * 16, 16}
+    assert "16 instead of 64 samples are used in the first layers: the forwards of one sample hold" in report.notes[0]
+    assert report.notes[0] in caplog.text
+    assert report.kept
+
+
+def test_batches_for_which_there_is_no_room_at_first_join_later():
+    """Most is held in the first layers; the last one sees one number of each channel."""
+    model = trained_convnet()
+    _, report = create(model, batches(3, 8, 8), section(memory=0.0007))
+    layers = {layer.name: layer.positions for layer in report.layers}
+    assert layers["stem.weight"] < 64 * 16
+    assert layers["fc.weight"] == 64
+    assert "more in later layers" in report.notes[0]
+    everything = create(trained_convnet(), batches(3, 8, 8))[1]
+    assert report.output_error[1] == pytest.approx(everything.output_error[1], rel=0.5)
 
 
 def test_a_loader_that_fills_the_same_tensor_again_gives_different_batches():
