@@ -40,6 +40,6 @@ class WeightReconstructionConfig(InitializerConfig):
     memory: float = Field(
         4.0,
         gt=0,
-        description="GiB for what the forwards hold of all samples at once; if that is not enough, the first layers are "
-        "solved with fewer samples",
+        description="GiB for what the forwards hold of all samples at once; if that is not enough, the first layers "
+        "are solved with fewer samples",
     )

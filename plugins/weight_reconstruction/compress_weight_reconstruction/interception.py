@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Set
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Set
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from compress_core.transforms.user_hooks import hook_is_running
 from compress_core.transforms.weight import parameter_places
 from compress_weight_reconstruction.held_memory import HeldMemory
 from compress_weight_reconstruction.products import Kind, Product, product_of
+from compress_weight_reconstruction.sums import Sums
 
 
 @dataclass(frozen=True)
@@ -48,12 +49,14 @@ class WeightCall:
         use: How the weight enters.
         product: The call with its arguments.
         output: What the call returned; None before the call.
+        shortcut: What will be added to the output, directly or behind a batch norm, if that is known already.
     """
 
     name: str
     use: Use
     product: Product
     output: torch.Tensor | None = None
+    shortcut: torch.Tensor | None = None
 
 
 @dataclass
@@ -145,12 +148,20 @@ class Interceptor(TorchFunctionMode):
         reached: Called with each product of these.
         before: Whether it is called before the product; the weight and the bias are then read again, as they may have
             been changed. Otherwise it is called after it.
+        shortcuts: See `Sums`.
     """
 
     def __init__(
-        self, weights: Weights, wanted: Set[str], reached: Callable[[WeightCall], None], *, before: bool
+        self,
+        weights: Weights,
+        wanted: Set[str],
+        reached: Callable[[WeightCall], None],
+        *,
+        before: bool,
+        shortcuts: Mapping[str, int],
     ) -> None:
         super().__init__()
+        self.sums = Sums(shortcuts)
         self._weights, self._wanted, self._reached, self._before = weights, wanted, reached, before
         self.seen = Seen()
         self.held = HeldMemory()
@@ -175,6 +186,7 @@ class Interceptor(TorchFunctionMode):
         made = list(_tensors(result))
         if made:
             self._note_readers(tensors)
+        self.sums.call(func, args, result)
         self.held.note(tensor for tensor in made if self._weights.found(tensor) is None)
         for tensor, name, whole in used:
             if made and not any(_shares_memory(item, whole) for item in made):
@@ -216,16 +228,19 @@ class Interceptor(TorchFunctionMode):
     def _at_product(self, call: WeightCall, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         self.seen.calls.setdefault(call.name, []).append(call.use)
         if self._before:
-            self._reached(call)
+            self._reached(replace(call, shortcut=self.sums.take(call.name)))
             args, kwargs = self._renewed(call, args, kwargs)
             result = func(*args, **kwargs)
             self.held.note([result])
+            self.sums.product(call.name, result)
             return result
         result = func(*args, **kwargs)
         self.held.note([result])
         self._outputs[id(result)] = weakref.ref(result), call.name
         self._note_readers([t for t in _tensors((args, kwargs)) if t is call.product.arguments["input"]])
-        self._reached(WeightCall(call.name, call.use, call.product, result))
+        shortcut = self.sums.take(call.name)
+        self.sums.product(call.name, result)
+        self._reached(replace(call, output=result, shortcut=shortcut))
         return result
 
     def _renewed(self, call: WeightCall, args: Any, kwargs: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:

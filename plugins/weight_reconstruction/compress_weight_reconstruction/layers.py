@@ -16,6 +16,9 @@ from compress_weight_reconstruction.report import LayerError
 from compress_weight_reconstruction.solvers import Freedom, Grid, Moments, Normal, Solution, solve
 
 _DAMPING, _DAMPING_OF_GRIDS = 0.1, 0.03
+# The share of the shortcut's error that the last layer before a residual sum makes up for.
+_SHORTCUT = 0.5
+_SMALLEST_SCALE = 0.1
 
 
 @dataclass(frozen=True)
@@ -41,14 +44,24 @@ class Layer:
         allowed: What its transforms allow.
         bias: The bias, if the mean of the error goes there.
         has_norm: Whether the mean of the error goes to a batch norm.
+        scale: By what that batch norm multiplies each output.
     """
 
     def __init__(
-        self, name: str, parameter: torch.Tensor, use: Use, allowed: Allowed, bias: Bias | None, *, has_norm: bool
+        self,
+        name: str,
+        parameter: torch.Tensor,
+        use: Use,
+        allowed: Allowed,
+        bias: Bias | None,
+        *,
+        has_norm: bool,
+        scale: torch.Tensor | None,
     ) -> None:
         self.name, self._parameter, self._use = name, parameter, use
         self._allowed, self._bias = allowed, bias
         self._centred = has_norm or bias is not None
+        self._scale = scale
         self._shape = self._as_matrices(parameter.detach()).shape
         # Made when it is needed, and dropped when it is solved: Gram matrices of all layers together would be large.
         self._moments: Moments | None = None
@@ -80,6 +93,9 @@ class Layer:
         bias = reference.product.arguments.get("bias")
         if bias is not None:
             targets = targets - wide(bias.detach()).reshape(self._shape[0], 1, -1)
+        missing = self._missing(reference, compressed)
+        if missing is not None:
+            targets = targets + output_rows(missing, kind, dims, groups, chosen)
         if self._moments is None:
             groups, rows, columns = self._shape
             self._moments = Moments(groups, columns, rows, device=output.device, centred=self._centred)
@@ -87,6 +103,21 @@ class Layer:
             self._moments.update(input_rows(compressed.product, chosen, sizes), targets)
         except DataError as error:
             raise DataError(f"the layer of '{self.name}', on the calibration data: {error}") from error
+
+    def _missing(self, reference: WeightCall, compressed: WeightCall) -> torch.Tensor | None:
+        """Returns what the layer should add for the shortcut of a residual sum, in the shape of its output."""
+        wanted, found, output = reference.shortcut, compressed.shortcut, reference.output
+        if wanted is None or found is None or output is None or not wanted.shape == found.shape == output.shape:
+            return None
+        missing = _SHORTCUT * (wide(wanted) - wide(found))
+        if self._scale is None:
+            return missing
+        # A channel that the batch norm makes small would have to become very large.
+        scale = wide(self._scale)
+        counts = scale.abs() > _SMALLEST_SCALE * scale.abs().mean()
+        factor = torch.where(counts, 1 / scale, 0.0)
+        channel = -1 if self._use.kind == "linear" else output.ndim - self._parameter.ndim + 1
+        return missing * factor.view([-1 if dim == channel % output.ndim else 1 for dim in range(output.ndim)])
 
     def solve(self, damping: float | None) -> LayerError | str:
         """Solves for the weight and writes it to the parameter.

@@ -46,16 +46,26 @@ class Forward:
         norms: Names of the batch norms at which it pauses.
         is_compressed: Whether it is the compressed model, which pauses before its products, or the uncompressed one,
             which pauses after them.
+        shortcuts: Name of a weight -> number of the call that makes its shortcut, see `Sums`.
     """
 
     def __init__(
-        self, sources: Sources, batch: Any, wanted: frozenset[str], norms: Sequence[str], *, is_compressed: bool
+        self,
+        sources: Sources,
+        batch: Any,
+        wanted: frozenset[str],
+        norms: Sequence[str],
+        *,
+        is_compressed: bool,
+        shortcuts: Mapping[str, int],
     ) -> None:
         self._sources, self._batch = sources, batch
         self._model = twin_of(sources.compressed if is_compressed else sources.reference)
         self.keeps_output = True
         self._outputs: list[Any] = []
-        self._interceptor = Interceptor(Weights(self._model), wanted, self._at_product, before=is_compressed)
+        self._interceptor = Interceptor(
+            Weights(self._model), wanted, self._at_product, before=is_compressed, shortcuts=shortcuts
+        )
         self._model.register_forward_hook(self._keep)
         for name in norms:
             self._model.get_submodule(name).register_forward_pre_hook(self._at_norm(name), with_kwargs=True)
@@ -67,6 +77,11 @@ class Forward:
     def seen(self) -> Seen:
         """What the forward has done with weights so far."""
         return self._interceptor.seen
+
+    @property
+    def shortcuts(self) -> Mapping[str, int]:
+        """Name of a weight -> number of the call that makes its shortcut, as this forward has shown it."""
+        return self._interceptor.sums.shortcuts
 
     @property
     def held(self) -> Mapping[str, int]:
@@ -140,6 +155,8 @@ class Pass:
         layers: Name of a weight -> what is gathered for it.
         order: Name of a weight or batch norm -> its position in the forward; unknown ones come last.
         positions: Chooses positions.
+        shortcuts: Name of a weight -> numbers of the calls that make its shortcut in the compressed and in the
+            uncompressed model.
         arrived: Called when all batches have arrived at a product of a layer; it may write to the model.
         visited: The keys of all stops, in order.
     """
@@ -151,6 +168,7 @@ class Pass:
     layers: Mapping[str, Layer] = field(default_factory=dict)
     order: Mapping[str, int] = field(default_factory=dict)
     arrived: Callable[[Layer], None] = lambda layer: None
+    shortcuts: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     visited: list[str] = field(default_factory=list)
 
     def run(self, batches: Sequence[tuple[Any, int]], finished: Callable[[Pair], None] | None = None) -> None:
@@ -200,8 +218,16 @@ class Pass:
 
     def _pair(self, batch: Any, runners: list[Runner], *, keep_output: bool) -> Pair:
         made = []
-        for is_compressed in (True, False):
-            forward = Forward(self.sources, batch, self.wanted, list(self.norms), is_compressed=is_compressed)
+        for side, is_compressed in enumerate((True, False)):
+            shortcuts = {name: numbers[side] for name, numbers in self.shortcuts.items()}
+            forward = Forward(
+                self.sources,
+                batch,
+                self.wanted,
+                list(self.norms),
+                is_compressed=is_compressed,
+                shortcuts=shortcuts,
+            )
             forward.keeps_output = keep_output
             made.append(forward)
             runners.append(forward.runner)
@@ -234,7 +260,7 @@ def _key(pair: Pair) -> str:
 
 def plain_output(sources: Sources, batch: Any) -> Any:
     """Returns the output of the compressed model as it is now, without stops."""
-    forward = Forward(sources, batch, frozenset(), [], is_compressed=True)
+    forward = Forward(sources, batch, frozenset(), [], is_compressed=True, shortcuts={})
     with closing([forward.runner]):
         while forward.runner.advance() is not None:
             pass

@@ -153,7 +153,7 @@ class Reconstruction:
                 gather.run(joining)
             for layer in repeated.values():
                 self._solve(layer)
-        main = Pass(self._sources, _names(once), norms, positions, once, survey.order, self._solve)
+        main = Pass(self._sources, _names(once), norms, positions, once, survey.order, self._solve, survey.shortcuts)
         with running(self._model):
             main.run(joining)
         for name in once.keys() - self._found.errors.keys() - self._found.left_alone.keys():
@@ -171,7 +171,7 @@ class Reconstruction:
                 self._found.left_alone[name] = reason
                 continue
             for part in survey.compressed.parts(name):
-                layer = layer_of(part, candidate, survey, self._model)
+                layer = layer_of(part, candidate, survey, self._model, self._sources.reference)
                 (once if len(survey.compressed.calls[part]) == 1 else repeated)[part] = layer
         return once, repeated
 

@@ -7,11 +7,13 @@ import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import nn
 
 from compress_core.config.scopes import ScopeFilter
+from compress_core.torch_internals import AnyBatchNorm
 from compress_core.transforms.model_wide import TransformedWeight, transformed_weights
 from compress_core.transforms.weight import parameter_places
 from compress_weight_reconstruction.freedom import Allowed, allowed
@@ -72,6 +74,8 @@ class Survey:
         follows: Name of a weight -> the batch norm that takes the output of its product.
         order: Name of a weight or batch norm -> its position in the forward.
         held: What both forwards hold of one sample at each position, in bytes.
+        shortcuts: Name of a weight -> numbers of the calls that make its shortcut in the compressed and in the
+            uncompressed model, of weights that are used once.
     """
 
     compressed: Seen
@@ -79,6 +83,7 @@ class Survey:
     follows: Mapping[str, str]
     order: Mapping[str, int]
     held: Sequence[float]
+    shortcuts: Mapping[str, tuple[int, int]]
 
     @classmethod
     def of(cls, pairs: Sequence[Pair], visited: Sequence[str], samples: int) -> Survey:
@@ -93,7 +98,13 @@ class Survey:
         order = {key: number for number, key in enumerate(dict.fromkeys(visited))}
         forwards = [forward for pair in pairs for forward in (pair.compressed, pair.reference)]
         held = [sum(forward.held.get(key, 0) for forward in forwards) / samples for key in order]
-        return cls(first.compressed.seen, first.reference.seen, first.reference.follows, order, held)
+        ours, theirs = first.compressed.shortcuts, first.reference.shortcuts
+        shortcuts = {
+            name: (number, theirs[name])
+            for name, number in ours.items()
+            if name in theirs and len(first.compressed.seen.calls[name]) == 1
+        }
+        return cls(first.compressed.seen, first.reference.seen, first.reference.follows, order, held, shortcuts)
 
     def why_not(self, name: str) -> str | None:
         """Returns why a weight cannot be reconstructed, or None."""
@@ -152,7 +163,7 @@ def _plain(uses: list[Use]) -> list[tuple[str, int, bool]]:
     return [(use.kind, use.groups, use.columns_first) for use in uses]
 
 
-def layer_of(part: str, candidate: Candidate, survey: Survey, model: nn.Module) -> Layer:
+def layer_of(part: str, candidate: Candidate, survey: Survey, model: nn.Module, reference: nn.Module) -> Layer:
     """Returns the layer to gather moments for.
 
     Args:
@@ -160,12 +171,23 @@ def layer_of(part: str, candidate: Candidate, survey: Survey, model: nn.Module) 
         candidate: The weight.
         survey: What was seen of it.
         model: The compressed model.
+        reference: The uncompressed model.
     """
-    has_norm = bool(survey.norm_of(part))
-    bias = None if has_norm else survey.bias_of(part, model)
+    norm = survey.norm_of(part)
+    bias = None if norm else survey.bias_of(part, model)
+    scale = _scale_of(cast("AnyBatchNorm", reference.get_submodule(norm))) if norm else None
     use = survey.compressed.calls[part][0]
     parameter, open_ = candidate.weight.parameter, candidate.allowed
     if use.rows is None:
-        return Layer(part, parameter, use, open_, bias, has_norm=has_norm)
+        return Layer(part, parameter, use, open_, bias, has_norm=bool(norm), scale=scale)
     rows = slice(*use.rows)
-    return Layer(part, parameter.detach()[rows], use, open_.of_rows(rows, parameter), bias, has_norm=has_norm)
+    return Layer(
+        part, parameter.detach()[rows], use, open_.of_rows(rows, parameter), bias, has_norm=bool(norm), scale=scale
+    )
+
+
+def _scale_of(norm: AnyBatchNorm) -> torch.Tensor:
+    """Returns by what a batch norm multiplies each channel."""
+    assert norm.running_var is not None
+    scale = (norm.running_var + norm.eps).rsqrt()
+    return scale if norm.weight is None else scale * norm.weight.detach()
