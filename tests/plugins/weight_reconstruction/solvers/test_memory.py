@@ -56,7 +56,7 @@ def test_live_bytes_are_those_of_tensors_that_live():
     assert c.sum() == 4000
 
 
-ROWS, COLUMNS = 48, 320
+ROWS, COLUMNS = 16, 320
 GRAM = COLUMNS * COLUMNS * 4
 # The Gram matrix is read in pieces of some columns in float64, of which up to three live at a time.
 PIECE = 64
