@@ -13,15 +13,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compress_weight_reconstruction.solvers.conjugate import SWEEPS, conjugate_gradients
+from compress_weight_reconstruction.solvers.conjugate import conjugate_gradients
 from compress_weight_reconstruction.solvers.system import System, cholesky, solve_factored
 
 # Measured on a CPU: a submatrix of k columns costs as much as 0.6 k^3 (factorizing) + 260 k^2 (cutting out)
 # multiplications of a large matrix product.
 _FACTORIZING = 0.6
 _CUTTING = 260.0
-# What takes about a tenth of a second is factorized in any case, which is exact.
-_QUICK = 3e9
+# Products with A that conjugate gradients take, for features of convolutions with a damping of 0.1.
+_SWEEPS = 30
+# What takes some hundredths of a second is factorized in any case, which is exact.
+_QUICK = 5e8
 # Submatrices factorized at a time; few, so that little is lost by filling up to the largest.
 _BATCH = 64
 
@@ -40,7 +42,7 @@ def least_squares(system: System, rows: Tensor, support: Tensor | None, workspac
             return system.solve(rows)
         return conjugate_gradients(system.apply, rows, system.diagonal(), None)
     patterns = Patterns.of(support)
-    cheaper = patterns.cost() <= max(_QUICK, SWEEPS * rows.numel() * rows.shape[2])
+    cheaper = patterns.cost() <= max(_QUICK, _SWEEPS * rows.numel() * rows.shape[2])
     if cheaper and system.fits(1, workspace) and patterns.bytes(system.dtype) <= workspace // 2:
         return _direct(system, rows, patterns, workspace // 2)
     if system.fits(1, workspace):

@@ -29,18 +29,20 @@ def round_successively(factor: Tensor, target: Tensor, rounder: Rounder) -> Tens
     error = torch.zeros_like(target)
     columns = target.shape[1]
     pivots = factor.diagonal(dim1=1, dim2=2)
+    wanted, errors = torch.split(target, 1, 1), torch.split(error, 1, 1)
     for stop in range(columns, 0, -_BLOCK):
         start = max(0, stop - _BLOCK)
         # By how much the best value of a column has moved, given the errors of those behind it.
         ratios = factor[:, start:, start:stop] / pivots[:, None, start:stop]
         moved = ratios[:, stop - start :].mT @ error[:, stop:]
-        inner = ratios[:, : stop - start]
+        inner = torch.split(ratios[:, : stop - start].mT.contiguous(), 1, 2)
+        moves = torch.split(moved, 1, 1)
         for column in range(stop - 1, start - 1, -1):
             at = column - start
-            wanted = target[:, column]
-            rounded = rounder.column(column, wanted - moved[:, at])
-            torch.sub(rounded, wanted, out=error[:, column])
-            moved[:, :at].baddbmm_(inner[:, at, :at, None], error[:, column, None])
+            rounded = rounder.column(column, wanted[column] - moves[at])
+            torch.sub(rounded, wanted[column], out=errors[column])
+            # Columns behind this one are moved too, which nobody looks at.
+            moved.baddbmm_(inner[at], errors[column])
     return error.add_(target)
 
 
@@ -55,22 +57,22 @@ def descend(system: System, weight: Tensor, residual: Tensor, rounder: Rounder, 
         sweeps: Largest number of times that every column is visited.
     """
     columns = weight.shape[1]
-    diagonal = system.diagonal()
+    pivots, values = torch.split(system.diagonal()[:, :, None], 1, 1), torch.split(weight, 1, 1)
     for _ in range(sweeps):
         changed = False
         for start in range(0, columns, _BLOCK):
             stop = min(columns, start + _BLOCK)
             part = system.columns(slice(start, stop))
-            inner = part[:, start:stop]
             local = residual[:, start:stop].clone()
             steps = torch.zeros_like(local)
+            rest, step = torch.split(local, 1, 1), torch.split(steps, 1, 1)
+            inner = torch.split(part[:, start:stop], 1, 2)
             for column in range(start, stop):
-                at = column - start
-                old = weight[:, column]
-                wanted = torch.addcdiv(old, local[:, at], diagonal[:, column, None])
-                torch.sub(rounder.column(column, wanted), old, out=steps[:, at])
-                local.baddbmm_(inner[:, :, at, None], steps[:, at, None], alpha=-1)
-                old.add_(steps[:, at])
+                at, old = column - start, values[column]
+                wanted = torch.addcdiv(old, rest[at], pivots[column])
+                torch.sub(rounder.column(column, wanted), old, out=step[at])
+                local.baddbmm_(inner[at], step[at], alpha=-1)
+                old.add_(step[at])
             if bool(steps.any()):
                 changed = True
                 residual.baddbmm_(part, steps, alpha=-1)

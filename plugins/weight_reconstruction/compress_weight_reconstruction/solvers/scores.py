@@ -93,8 +93,8 @@ def _check(weight: Tensor, normal: Normal, channels: Tensor) -> None:
         raise UsageError(f"The weight has shape {tuple(weight.shape)}, the moments are of {tuple(normal.cross.shape)}.")
     if channels.shape != weight.shape[2:] or channels.dtype != torch.int64 or bool((channels < 0).any()):
         raise UsageError(
-            f"The channels of {weight.shape[2]} columns are {channels.dtype} of shape {tuple(channels.shape)}; expected "
-            "is one int64, 0 or above, for each column."
+            f"The channels of {weight.shape[2]} columns are {channels.dtype} of shape {tuple(channels.shape)}; each "
+            "column needs one int64, 0 or above."
         )
 
 
@@ -117,12 +117,12 @@ def _refitted(system: System, best: Tensor, channels: Tensor, weights: Tensor) -
     result = torch.zeros(best.shape[0], number, dtype=best.dtype, device=best.device)
     scaled = best * system.unit[:, None]
     # Channels of equal size are taken together; in nearly all layers that is all of them.
-    for size in counts[counts > 0].unique().tolist():
+    for size in sorted(set(counts[counts > 0].tolist())):
         chosen = (counts == size).nonzero().flatten()
         columns = order[(counts == size)[channels[order]]]
         for part, roots in _inverse_roots(system, columns, size):
             some = columns[part].view(-1, size)
-            blocks = roots.unflatten(2, some.shape).permute(0, 2, 3, 1)
+            blocks = roots.reshape(*roots.shape[:2], *some.shape).permute(0, 2, 3, 1)
             factor = cholesky((blocks @ blocks.mT).to(best.dtype))
             rows = scaled[:, :, some].permute(0, 2, 3, 1)
             rise = torch.linalg.solve_triangular(factor, rows, upper=False).square().sum(2)

@@ -52,7 +52,7 @@ def select_in_steps(
     """Returns the elements to keep of each layer, bool.
 
     The density falls geometrically. After each step but the last, the weights are solved for on what is left, and
-    their scores `|w| sqrt(importance) / scale`, over all layers, decide the next. Each layer keeps at least one element.
+    their scores `|w| sqrt(importance) / scale`, over all layers, decide the next. Each layer keeps at least one.
 
     Args:
         layers: One layer, or several that share the density.
@@ -64,6 +64,9 @@ def select_in_steps(
     """
     if not 0 < density <= 1:
         raise UsageError(f"density is {density}; it is the part of elements that is kept, above 0 and at most 1.")
+    for index, layer in enumerate(layers):
+        if not 0 < layer.scale < float("inf"):
+            raise UsageError(f"scale of layer {index} is {layer.scale}; it divides scores: positive and finite.")
     if steps < 1:
         raise UsageError(f"steps is {steps}; at least one decision has to be taken.")
     factors = [column_importance(layer.normal, score, damping=damping).sqrt() / layer.scale for layer in layers]
@@ -95,7 +98,7 @@ def _scores(weight: Tensor, factor: Tensor, support: Tensor) -> Tensor:
 
 
 def largest(scores: Sequence[Tensor], number: int) -> list[Tensor]:
-    """Returns a mask of the so many largest scores over all tensors, and of the largest one of each in any case.
+    """Returns a mask of the so many largest scores over all tensors, the largest of each among them unless it is 0.
 
     Of equal scores, those that come first are kept. The scores are never concatenated nor sorted: for positive floats
     the order of values is that of their bits, and the smallest score that is kept is found bit by bit.
@@ -104,10 +107,10 @@ def largest(scores: Sequence[Tensor], number: int) -> list[Tensor]:
         scores: float32, 0 or above.
         number: How many to keep, at least one for each tensor.
     """
-    firsts = [int(x.argmax()) for x in scores]
     bits = [x.contiguous().view(torch.int32).flatten().clone() for x in scores]
-    for x, first in zip(bits, firsts, strict=True):
-        x[first] = torch.iinfo(torch.int32).max
+    for x in bits:
+        first = x.argmax()
+        x[first] = torch.where(x[first] > 0, torch.iinfo(torch.int32).max, 0)
     threshold = 0
     for bit in range(30, -1, -1):
         higher = threshold | (1 << bit)

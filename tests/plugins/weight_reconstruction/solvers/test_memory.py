@@ -56,7 +56,7 @@ def test_live_bytes_are_those_of_tensors_that_live():
     assert c.sum() == 4000
 
 
-ROWS, COLUMNS = 48, 320
+ROWS, COLUMNS = 16, 320
 GRAM = COLUMNS * COLUMNS * 4
 # The Gram matrix is read in pieces of some columns in float64, of which up to three live at a time.
 PIECE = 64
@@ -96,7 +96,7 @@ def test_solving_stays_within_its_workspace(wide_layer, kind, monkeypatch):
         with LiveBytes() as memory:
             solution = solve(weight, normal, freedom, damping=0.1, sweeps=1, workspace=workspace)
         assert memory.peak <= workspace + results + PIECES
-        assert float(solution.error_after.sum() / exact) == pytest.approx(1.0, abs=0.1)
+        assert float(solution.error_after.sum() / exact) == pytest.approx(1.0, abs=0.2)
 
 
 @pytest.mark.parametrize("columns", [640, 1100])
