@@ -137,6 +137,8 @@ class Layer:
             damping = _DAMPING if self._allowed.grid is None else _DAMPING_OF_GRIDS
         project = self._project if self._allowed.grid is not None and grid is None else None
         solution = solve(self._weight(), normal, Freedom(support.contiguous(), grid, project), damping=damping)
+        if not bool(torch.isfinite(solution.weight.to(self._parameter.dtype)).all()):
+            return f"the solution is out of the range of {self._parameter.dtype}"
         self._write(solution)
         return _error(self.name, normal, solution, support.any(2))
 

@@ -8,6 +8,7 @@ each batch and model, where running up to each layer again would cost as many fo
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -103,6 +104,7 @@ class Runner:
         self._forward, self._surroundings = forward, surroundings
         self._go, self._waits = threading.Semaphore(0), threading.Semaphore(0)
         self._generators = _Generators()
+        self._context = contextvars.copy_context()
         self._error: BaseException | None = None
         self._is_abandoned = False
         self._thread: threading.Thread | None = None
@@ -118,7 +120,9 @@ class Runner:
         self.stop = None
         with self._generators.current():
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="weight reconstruction", daemon=True)
+                self._thread = threading.Thread(
+                    target=self._context.run, args=(self._run,), name="weight reconstruction", daemon=True
+                )
                 self._thread.start()
             else:
                 self._go.release()

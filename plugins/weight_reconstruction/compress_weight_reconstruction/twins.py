@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 
 import torch
@@ -10,6 +9,7 @@ from torch import nn
 
 from compress_core.torch_internals import AnyBatchNorm
 from compress_core.transforms.chain import TransformContainer
+from compress_core.transforms.python_state import copied
 
 
 def twin_of(model: nn.Module) -> nn.Module:
@@ -18,7 +18,7 @@ def twin_of(model: nn.Module) -> nn.Module:
     What is written to these is seen by every twin. Everything else (attributes, other buffers) is the twin's own, so
     that a model that keeps something in its forward does not mix up the batches.
     """
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in _shared(model)})
+    return copied(model, _shared(model))
 
 
 def _shared(model: nn.Module) -> Iterator[torch.Tensor]:

@@ -108,3 +108,13 @@ def test_each_runner_draws_its_own_random_numbers_and_the_global_generator_stays
     assert torch.equal(runners[0].result, runners[1].result)
     assert torch.equal(runners[0].result, torch.rand(4))
     torch.set_rng_state(before)
+
+
+def test_context_variables_hold_in_the_thread():
+    import contextvars
+
+    variable = contextvars.ContextVar("variable", default=0)
+    variable.set(7)
+    runners = [Runner(lambda runner: variable.get(), Surroundings()) for _ in range(2)]
+    with closing(runners):
+        assert [runner.advance() or runner.result for runner in runners] == [7, 7]

@@ -294,3 +294,20 @@ def test_parts_of_a_weight_are_solved_unless_they_overlap(overlap):
     else:
         assert [layer.name for layer in report.layers] == ["0.weight[0:4]", "0.weight[4:8]"]
         assert all(layer.after < layer.before for layer in report.layers)
+
+
+class Caching(Hooked):
+    """Keeps a result with its graph, which torch refuses to copy."""
+
+    def forward(self, x):
+        self.features = super().forward(x)
+        return self.features
+
+
+def test_a_model_that_keeps_a_result_with_its_graph():
+    model = seeded(Caching)
+    model(torch.randn(2, 8))
+    kept = model.features
+    assert kept.grad_fn is not None
+    create(model, batches(8))
+    assert model.features is kept
