@@ -239,7 +239,7 @@ class PythonState:
 def copied(model: nn.Module, shared: Iterable[torch.Tensor] = ()) -> nn.Module:
     """Returns a deep copy of a model, which may keep results of a forward.
 
-    torch refuses to copy results that have a graph; the copy has them without it, and has the tensors `shared` in common.
+    torch refuses to copy results that have a graph; the copy has them without it. The tensors `shared` are in both.
     """
     same = {id(tensor): tensor for tensor in shared}
     try:

@@ -16,7 +16,7 @@ from compress_weight_reconstruction.layers import Layer
 from compress_weight_reconstruction.norms import PairedNorm
 from compress_weight_reconstruction.positions import Positions
 from compress_weight_reconstruction.runners import Runner, Surroundings, closing
-from compress_weight_reconstruction.twins import twin_of
+from compress_weight_reconstruction.twins import Writes, twin_of
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,15 @@ class Sources:
         reference: The uncompressed model.
         data: Calls a model with a batch.
         surroundings: What torch keeps for each thread.
+        private: Names of the buffers that forwards of the compressed and of the uncompressed model write to; None if
+            that is not known yet.
     """
 
     compressed: nn.Module
     reference: nn.Module
     data: CalibrationData
     surroundings: Surroundings
+    private: tuple[frozenset[str], frozenset[str]] | None = None
 
 
 class Forward:
@@ -60,7 +63,9 @@ class Forward:
         shortcuts: Mapping[str, int],
     ) -> None:
         self._sources, self._batch = sources, batch
-        self._model = twin_of(sources.compressed if is_compressed else sources.reference)
+        original = sources.compressed if is_compressed else sources.reference
+        self._model = twin_of(original, None if sources.private is None else sources.private[not is_compressed])
+        self.writes = Writes(self._model, original)
         self.keeps_output = True
         self._outputs: list[Any] = []
         self._interceptor = Interceptor(

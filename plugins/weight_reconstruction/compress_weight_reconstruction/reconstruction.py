@@ -139,6 +139,10 @@ class Reconstruction:
         pairs: list[Pair] = []
         with running(self._model):
             scout.run([(batch, 0) for batch in batches.compared], pairs.append)
+        # From here on the twins share the buffers that no forward writes to.
+        sides = ([pair.compressed for pair in pairs], [pair.reference for pair in pairs])
+        ours, theirs = (frozenset().union(*(forward.writes.found() for forward in side)) for side in sides)
+        self._sources = dataclasses.replace(self._sources, private=(ours, theirs))
         outputs = [pair.reference.runner.result for pair in pairs]
         return Survey.of(pairs, scout.visited, batches.compared_samples), outputs
 

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from compress_core.transforms import get_weight_transform, raw_parameter
+from compress_weight_reconstruction.twins import Writes, twin_of
 from tests.plugins.weight_reconstruction.helpers import batches, copied, create, output_error, section, seeded
 
 
@@ -311,3 +312,32 @@ def test_a_model_that_keeps_a_result_with_its_graph():
     assert kept.grad_fn is not None
     create(model, batches(8))
     assert model.features is kept
+
+
+class Masked(nn.Module):
+    """Buffers that are read, written to in place, and written to through `.data`."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(8, 4)
+        for name in ("table", "written", "quietly"):
+            self.register_buffer(name, torch.ones(8))
+
+    def forward(self, x):
+        self.written.add_(1)
+        self.quietly.data.mul_(2)
+        return self.fc(x * self.table)
+
+
+def test_twins_share_the_buffers_that_no_forward_writes_to():
+    model = Masked().eval()
+    twin = twin_of(model)
+    writes = Writes(twin, model)
+    assert all(getattr(twin, name) is not getattr(model, name) for name in ("table", "written", "quietly"))
+    twin(torch.ones(2, 8))
+    assert writes.found() == {"written", "quietly"}
+    later = twin_of(model, writes.found())
+    assert later.table is model.table and later.fc.weight is model.fc.weight
+    assert later.written is not model.written and later.quietly is not model.quietly
+    create(model, batches(8))
+    assert bool((torch.cat([model.table, model.written, model.quietly]) == 1).all())
