@@ -65,6 +65,7 @@ class Layer:
         self._shape = self._as_matrices(parameter.detach()).shape
         # Made when it is needed, and dropped when it is solved: Gram matrices of all layers together would be large.
         self._moments: Moments | None = None
+        self._reason = ""
 
     @property
     def weight_name(self) -> str:
@@ -84,6 +85,9 @@ class Layer:
         """
         output, kind, groups = reference.output, self._use.kind, self._use.groups
         assert output is not None
+        if reference.product.arguments["input"].shape != compressed.product.arguments["input"].shape:
+            self._reason = "its inputs have other shapes in the two models, so their positions cannot be paired"
+            return
         if not output.numel():
             return
         dims = self._parameter.ndim - 2 if kind != "linear" else 1
@@ -128,8 +132,9 @@ class Layer:
         Returns:
             The errors before and after, or why the weight was left alone.
         """
-        if self._moments is None or not self._moments.count:
-            return "no batch has reached it"
+        if self._reason or self._moments is None or not self._moments.count:
+            self._moments = None
+            return self._reason or "no batch has reached it"
         normal, self._moments = self._moments.finalize(), None
         support = self._as_matrices(self._allowed.support)
         grid = self._grid()

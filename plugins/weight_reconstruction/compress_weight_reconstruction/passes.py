@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -87,6 +87,11 @@ class Forward:
     def shortcuts(self) -> Mapping[str, int]:
         """Name of a weight -> number of the call that makes its shortcut, as this forward has shown it."""
         return self._interceptor.sums.shortcuts
+
+    @property
+    def through_norm(self) -> Set[str]:
+        """Names of the weights whose shortcut is added behind a batch norm."""
+        return self._interceptor.sums.through_norm
 
     @property
     def held(self) -> Mapping[str, int]:

@@ -16,7 +16,8 @@ class LayerError:
     Attributes:
         name: Dotted name of the weight.
         positions: Number of outputs behind the estimate, for each channel.
-        before: Mean squared error with the old weight, divided by the variance of the uncompressed model's output.
+        before: Mean squared error with the old weight, divided by the variance of what the output should be: that of
+            the uncompressed model, and a part of the error of a residual sum's shortcut.
         after: The same with the new weight.
     """
 

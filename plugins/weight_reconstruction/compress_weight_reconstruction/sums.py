@@ -42,6 +42,7 @@ class Sums:
     Attributes:
         shortcuts: Name of a weight -> number of the call that makes the other summand of the sum that its output goes
             to, directly or through a batch norm; only where that comes before the product.
+        through_norm: Names of the weights whose output goes to the sum through a batch norm.
     """
 
     def __init__(self, wanted: Mapping[str, int]) -> None:
@@ -51,14 +52,16 @@ class Sums:
         self._kept: dict[str, torch.Tensor] = {}
         self._number = 0
         self._made_at = _Marks()
-        # Outputs of products, or of the batch norms behind them -> (name of the weight, number of the product).
+        # Outputs of products, or of the batch norms behind them -> (name of the weight, number of the product, whether
+        # a batch norm is between).
         self._summands = _Marks()
         self.shortcuts: dict[str, int] = {}
+        self.through_norm: set[str] = set()
 
     def product(self, name: str, result: torch.Tensor) -> None:
         """Notes the result of a product."""
         self._note(result)
-        self._summands.set(result, (name, self._number))
+        self._summands.set(result, (name, self._number, False))
 
     def call(self, func: Any, args: Any, result: Any) -> None:
         """Notes another call and its result."""
@@ -70,7 +73,7 @@ class Sums:
         summand = self._summands.get(args[0]) if func in _NORMS and args else None
         self._note(result)
         if summand is not None:
-            self._summands.set(result, summand)
+            self._summands.set(result, (*summand[:2], True))
 
     def take(self, name: str) -> torch.Tensor | None:
         """Returns the shortcut that was kept for a weight's product, and forgets it."""
@@ -85,6 +88,7 @@ class Sums:
     def _find_shortcut(self, summand: torch.Tensor, other: torch.Tensor) -> None:
         found, made_at = self._summands.get(summand), self._made_at.get(other)
         if found is not None and made_at is not None and summand.shape == other.shape:
-            name, number = found
+            name, number, is_normed = found
             if made_at < number:
                 self.shortcuts[name] = made_at
+                self.through_norm |= {name} if is_normed else set()

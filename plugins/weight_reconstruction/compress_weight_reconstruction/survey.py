@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import sys
 from collections import Counter
@@ -98,13 +99,17 @@ class Survey:
         order = {key: number for number, key in enumerate(dict.fromkeys(visited))}
         forwards = [forward for pair in pairs for forward in (pair.compressed, pair.reference)]
         held = [sum(forward.held.get(key, 0) for forward in forwards) / samples for key in order]
-        ours, theirs = first.compressed.shortcuts, first.reference.shortcuts
+        found = cls(first.compressed.seen, first.reference.seen, first.reference.follows, order, held, {})
+        theirs, normed = first.reference.shortcuts, first.reference.through_norm
         shortcuts = {
             name: (number, theirs[name])
-            for name, number in ours.items()
-            if name in theirs and len(first.compressed.seen.calls[name]) == 1
+            for name, number in first.compressed.shortcuts.items()
+            if name in theirs
+            and len(first.compressed.seen.calls[name]) == 1
+            # A batch norm between that stays as it is is not known to the layer, so its scale is not either.
+            and (name in normed) == bool(found.norm_of(name))
         }
-        return cls(first.compressed.seen, first.reference.seen, first.reference.follows, order, held, shortcuts)
+        return dataclasses.replace(found, shortcuts=shortcuts)
 
     def why_not(self, name: str) -> str | None:
         """Returns why a weight cannot be reconstructed, or None."""

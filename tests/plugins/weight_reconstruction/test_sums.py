@@ -83,3 +83,14 @@ def test_a_sum_of_other_shapes_is_no_residual_sum():
     sums.product("w", y := torch.ones(2, 4))
     sums.call(torch.add, (y, row), y + row)
     assert not sums.shortcuts
+
+
+def test_a_norm_between_that_is_left_alone_ends_the_search(monkeypatch):
+    """Its scale is not known to the layer, so nothing may be added to what the layer should make."""
+    found = []
+    for share in (0.0, 0.5):
+        monkeypatch.setattr(layers, "_SHORTCUT", share)
+        model = seeded(ResidualConv)
+        create(model, batches(3, 8, 8), section(ignored_scopes=["behind"]))
+        found.append(model.conv.weight.detach().clone())
+    assert torch.equal(*found)

@@ -341,3 +341,23 @@ def test_twins_share_the_buffers_that_no_forward_writes_to():
     assert later.written is not model.written and later.quietly is not model.quietly
     create(model, batches(8))
     assert bool((torch.cat([model.table, model.written, model.quietly]) == 1).all())
+
+
+class Routing(nn.Module):
+    """Sends rows to a layer by what the first layer makes of them, so compression changes which."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = self.first(x)
+        return self.second(x[x[:, 0] > 0])
+
+
+def test_positions_that_cannot_be_paired_leave_the_layer_alone():
+    model = seeded(Routing)
+    before = model.second.weight.detach().clone()
+    _, report = create(model, batches(8), section(level=0.8, ignored_scopes=["first"]))
+    assert report.left_alone["second.weight"].startswith("its inputs have other shapes in the two models")
+    assert torch.equal(raw_parameter(model, "second.weight"), before)
