@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from compress_core.torch_internals import AnyBatchNorm, version_of
-from compress_core.transforms.chain import TransformContainer
+from compress_core.transforms import activation_transforms, transformed_weights
 from compress_core.transforms.python_state import copied
 
 
@@ -56,8 +56,12 @@ def _version(buffer: torch.Tensor) -> int:
 
 def _shared(model: nn.Module, private: Set[str] | None) -> Iterator[torch.Tensor]:
     yield from model.parameters()
+    for weight in transformed_weights(model):
+        yield from weight.chain.buffers()
+    for activation in activation_transforms(model):
+        yield from activation.transform.buffers()
     for module in model.modules():
-        if isinstance(module, (TransformContainer, AnyBatchNorm)):
+        if isinstance(module, AnyBatchNorm):
             yield from module.buffers()
     if private is not None:
         yield from (buffer for name, buffer in model.named_buffers() if name not in private)
