@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compress_core import UsageError
@@ -101,6 +101,7 @@ GRIDS = {
 }
 
 
+@settings(deadline=None)
 @given(
     seed=st.integers(0, 10_000),
     bits=st.sampled_from([2, 3, 4, 8]),
@@ -218,6 +219,7 @@ def test_columns_are_rounded_by_their_own_levels():
     assert torch.equal(freedom.project(solution.weight), solution.weight)
 
 
+@settings(deadline=None)
 @given(
     inputs_scale=st.sampled_from([1e-20, 1e-7, 1e3, 1e18]),
     weight_scale=st.sampled_from([1e-17, 1e-3, 1e6, 1e17]),

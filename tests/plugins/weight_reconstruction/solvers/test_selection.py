@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compress_core import UsageError
@@ -166,6 +166,7 @@ def test_only_elements_of_the_support_are_kept():
     assert torch.equal(kept[0], allowed)
 
 
+@settings(deadline=None)
 @given(
     values=st.lists(
         st.lists(st.sampled_from([0.0, 1e-38, 0.5, 0.5, 1.0, 2.0, 3e38]), min_size=1, max_size=9),
