@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from compress_core import UsageError
+from compress_weight_reconstruction.solvers.numerics import is_finite
 
 Project = Callable[[Tensor], Tensor]
 RoundColumns = Callable[[Tensor, Tensor], Tensor]
@@ -95,7 +96,7 @@ class Freedom:
                 f"A projection took a weight of shape {tuple(weight.shape)} and returned {tuple(rounded.shape)}; it "
                 "has to return the nearest allowed weight, in the same shape."
             )
-        if not bool(torch.isfinite(rounded).all()):
+        if not is_finite(rounded):
             raise UsageError("A projection returned weights that are not finite (NaN or infinity).")
         if self.support is not None and bool((rounded[~self.support.expand_as(rounded)] != 0).any()):
             raise UsageError(

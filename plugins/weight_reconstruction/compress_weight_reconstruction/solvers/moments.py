@@ -4,8 +4,8 @@ They can be pooled over batches, calls of a layer and processes. Each batch is c
 squared, and pairs of parts are combined as in Chan, Golub & LeVeque 1979, so that no large numbers cancel. Every
 column is kept in units of a power of two, which makes float32 enough for inputs of any magnitude.
 
-Memory: the accumulators hold `groups * (columns^2 + rows * columns)` numbers, float32 above 1024 columns and else
-float64; `finalize` makes one copy of them. An update needs some copies of at most 2^24 numbers.
+Memory: the accumulators hold `groups * (columns^2 + rows * columns)` numbers, in float64 up to 2^20 for each group and
+above that in float32; `finalize` makes one copy of them. An update needs some copies of at most 2^24 numbers.
 """
 
 from __future__ import annotations
@@ -17,13 +17,19 @@ import torch
 from torch import Tensor
 
 from compress_core import DataError, UsageError
-from compress_weight_reconstruction.solvers.numerics import full_precision, power_of_two, wide_dtype, work_dtype
+from compress_weight_reconstruction.solvers.numerics import (
+    full_precision,
+    is_finite,
+    power_of_two,
+    wide_dtype,
+    work_dtype,
+)
 
 # Numbers of one side that are converted and multiplied at a time.
 _PIECE = 1 << 24
-# Sums of at most so many columns are kept in float64: they are small, and many small updates round nothing.
-_NARROW = 1024
-# Products of at most so many columns are in float64: libraries add these one position after the other.
+# Sums of at most so many products are kept in float64: that takes little, and many small updates round nothing.
+_SMALL = 1 << 20
+# Layers of at most so many columns are multiplied in float64: libraries add these one position after the other.
 _TINY = 64
 # Columns of a Gram matrix that are summed together; half of the others' products are not needed.
 _COLUMNS = 512
@@ -97,19 +103,23 @@ class Moments:
         self.centred = centred
         self.count = 0
         self._wide = wide_dtype(self.device)
-        self.input_mean = self._zeros(groups, columns)
-        self.target_mean = self._zeros(groups, rows)
-        # Sums of squares are in units of these powers of two; 0 for a column that has not varied so far.
-        self._input_unit = self._zeros(groups, columns)
-        self._target_unit = self._zeros(groups, rows)
-        dtype = self._wide if columns <= _NARROW else torch.float32
-        self._gram = torch.zeros(groups, columns, columns, dtype=dtype, device=self.device)
-        self._cross = torch.zeros(groups, rows, columns, dtype=dtype, device=self.device)
+        with full_precision(self.device):
+            self.input_mean = self._zeros(groups, columns)
+            self.target_mean = self._zeros(groups, rows)
+            # Sums of squares are in units of these powers of two; 0 for a column that has not varied so far.
+            self._input_unit = self._zeros(groups, columns)
+            self._target_unit = self._zeros(groups, rows)
+            self._gram = self._sums(groups, columns, columns)
+            self._cross = self._sums(groups, rows, columns)
+            self._power = self._zeros(groups, rows)
         self._rounding = 0.0
-        self._power = self._zeros(groups, rows)
 
     def _zeros(self, *shape: int) -> Tensor:
         return torch.zeros(*shape, dtype=self._wide, device=self.device)
+
+    def _sums(self, groups: int, rows: int, columns: int) -> Tensor:
+        dtype = self._wide if rows * columns <= _SMALL else torch.float32
+        return torch.zeros(groups, rows, columns, dtype=dtype, device=self.device)
 
     def update(self, inputs: Tensor, targets: Tensor) -> None:
         """Adds positions.
@@ -150,14 +160,15 @@ class Moments:
             )
 
     def _add(self, inputs: Tensor, targets: Tensor, input_mean: Tensor, target_mean: Tensor) -> None:
-        dtype = work_dtype(torch.promote_types(inputs.dtype, targets.dtype))
+        given = work_dtype(torch.promote_types(inputs.dtype, targets.dtype))
+        dtype = self._wide if inputs.shape[2] <= _TINY else given
         u, u_rest = _centred(inputs.to(dtype), input_mean)
         t, t_rest = _centred(targets.to(dtype), target_mean)
         count, total = inputs.shape[1], self.count + inputs.shape[1]
         u_step = input_mean - self.input_mean if self.count else torch.zeros_like(input_mean)
         t_step = target_mean - self.target_mean if self.count else torch.zeros_like(target_mean)
         u_largest, t_largest = _largest(u, u_step), _largest(t, t_step)
-        self._see(torch.finfo(u.dtype).eps, u.dtype)
+        self._see(torch.finfo(given).eps, given)
         self._rescale(u_largest, t_largest)
         u, u_rest, u_step = (self._in_units(x, self._input_unit) for x in (u, u_rest, u_step))
         t, t_rest, t_step = (self._in_units(x, self._target_unit) for x in (t, t_rest, t_step))
@@ -187,7 +198,7 @@ class Moments:
 
     def _see(self, rounding: float, dtype: torch.dtype) -> None:
         self._rounding = max(self._rounding, rounding)
-        if dtype == torch.float64 and self._gram.dtype != dtype:
+        if dtype == torch.float64:
             self._gram, self._cross = self._gram.to(dtype), self._cross.to(dtype)
 
     def _rescale(self, inputs: Tensor, targets: Tensor) -> None:
@@ -224,7 +235,8 @@ class Moments:
         u_step = u_mean - self.input_mean if self.count else torch.zeros_like(u_mean)
         t_step = t_mean - self.target_mean if self.count else torch.zeros_like(t_mean)
         u_unit, t_unit = other._input_unit.to(self.device), other._target_unit.to(self.device)
-        self._see(other._rounding, other._gram.dtype)
+        exact = other._rounding < torch.finfo(torch.float32).eps
+        self._see(other._rounding, torch.float64 if exact else torch.float32)
         self._rescale(torch.maximum(u_unit, power_of_two(u_step)), torch.maximum(t_unit, power_of_two(t_step)))
         u_ratio, t_ratio = _ratio(u_unit, self._input_unit), _ratio(t_unit, self._target_unit)
         same = bool((u_ratio == 1).all() and (t_ratio == 1).all())
@@ -247,6 +259,10 @@ class Moments:
         """
         if self.count == 0:
             raise DataError("There are no moments to solve with: this layer has seen no position of any sample.")
+        with full_precision(self.device):
+            return self._finalize()
+
+    def _finalize(self) -> Normal:
         u_mean, t_mean = self.input_mean, self.target_mean
         dtype = self._wide if self._rounding < torch.finfo(torch.float32).eps else torch.float32
         sizes = [self._input_unit, self._target_unit]
@@ -264,7 +280,7 @@ class Moments:
             gram.baddbmm_(u_mean[:, :, None].to(dtype), u_mean[:, None].to(dtype))
             cross.baddbmm_(t_mean[:, :, None].to(dtype), u_mean[:, None].to(dtype))
             power = power + t_mean.square()
-        if not bool(torch.isfinite(gram.diagonal(dim1=1, dim2=2)).all() and torch.isfinite(power).all()):
+        if not (is_finite(gram.diagonal(dim1=1, dim2=2)) and is_finite(power)):
             raise DataError("Inputs or targets of this layer are so large that their squares are not finite.")
         return Normal(
             count=self.count,
@@ -294,7 +310,7 @@ def _finite_mean(values: Tensor, name: str, dtype: torch.dtype) -> Tensor:
 
 def _add_product(sums: Tensor, left: Tensor, right: Tensor) -> None:
     """Adds left' right in place."""
-    if right.shape[2] <= _TINY or sums.dtype == torch.float32:
+    if sums.dtype == torch.float32:
         left, right = left.to(sums.dtype), right.to(sums.dtype)
     if sums.dtype == left.dtype == right.dtype:
         sums.baddbmm_(left.mT, right)

@@ -14,11 +14,12 @@ def full_precision(device: torch.device) -> Iterator[None]:
     """Switches off everything that makes matrix products inexact: autocast, TF32 and bfloat16 passes; and gradients.
 
     A Gram matrix of bfloat16 products is wrong in the third digit, and then so is every weight that is solved with it.
+    Tensors that are made inside are ordinary ones, which can be changed later, even if all is within inference mode.
     """
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
             yield
     finally:
         torch.set_float32_matmul_precision(precision)
@@ -46,3 +47,10 @@ def power_of_two(values: Tensor) -> Tensor:
 def unit_of(values: Tensor) -> Tensor:
     """Returns `power_of_two`, with 1 for 0: a divisor that makes values small and cannot be zero."""
     return power_of_two(values).masked_fill_(values == 0, 1.0)
+
+
+def is_finite(values: Tensor) -> bool:
+    """Returns whether no value is infinite or NaN, without a copy of them."""
+    if values.numel() == 0:
+        return True
+    return all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(values))

@@ -12,7 +12,7 @@ from compress_core import UsageError
 from compress_weight_reconstruction.solvers.freedom import Freedom, Grid, Solution
 from compress_weight_reconstruction.solvers.least_squares import least_squares
 from compress_weight_reconstruction.solvers.moments import Normal
-from compress_weight_reconstruction.solvers.numerics import full_precision, unit_of
+from compress_weight_reconstruction.solvers.numerics import full_precision, is_finite, unit_of
 from compress_weight_reconstruction.solvers.rounders import rounder_of
 from compress_weight_reconstruction.solvers.rounding import descend, round_successively
 from compress_weight_reconstruction.solvers.steps import choose_step
@@ -181,11 +181,11 @@ def _check(weight: Tensor, normal: Normal, freedom: Freedom, damping: float) -> 
     shape, expected = tuple(weight.shape), tuple(normal.cross.shape)
     if shape != expected:
         raise UsageError(f"The weight has shape {shape}, but the moments are of {expected}: (groups, rows, columns).")
-    if not weight.dtype.is_floating_point or not bool(torch.isfinite(weight).all()):
+    if not weight.dtype.is_floating_point or not is_finite(weight):
         raise UsageError(f"A weight to solve for must be finite floating-point numbers; this one is {weight.dtype}.")
     if not (math.isfinite(damping) and damping >= 0):
         raise UsageError(f"damping is {damping}; it is a finite number, 0 or above.")
     for name in ("gram", "cross", "target_power", "input_mean", "target_mean"):
-        if not bool(torch.isfinite(getattr(normal, name)).all()):
+        if not is_finite(getattr(normal, name)):
             raise UsageError(f"The moments hold numbers that are not finite (NaN or infinity) in {name}.")
     freedom.check(weight)

@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compress_core import UsageError
@@ -101,6 +101,7 @@ GRIDS = {
 }
 
 
+@settings(deadline=None)
 @given(
     seed=st.integers(0, 10_000),
     bits=st.sampled_from([2, 3, 4, 8]),
@@ -201,6 +202,30 @@ def test_any_projection_is_a_grid(by_columns, density, dtype):
     assert (solution.error_after <= solution.error_before).all()
 
 
+@pytest.mark.parametrize("density", [None, 0.5])
+def test_a_grid_given_as_a_projection_is_the_same_grid(density):
+    inputs, weight, targets = layer(2, rows=8, columns=20, positions=200)
+    normal, grid = normal_of(inputs, targets), grid_for(weight)
+    support = None if density is None else random_support(weight, density)
+    as_grid = solve(weight, normal, Freedom(support=support, grid=grid), damping=0.03)
+    as_projection = solve(weight, normal, Freedom(support=support, project=grid.project), damping=0.03)
+    assert torch.equal(as_grid.weight, as_projection.weight)
+
+
+@pytest.mark.parametrize("adjustable", [True, False])
+@pytest.mark.parametrize("workspace", [1 << 30, 0])
+def test_levels_can_differ_between_rows(adjustable, workspace):
+    """As zero points by channel make them."""
+    inputs, weight, targets = layer(2, rows=4, columns=20, positions=200)
+    low = torch.tensor([-7, -4, -1, 0])[:, None].expand(2, 4, 1)
+    grid = Grid(torch.full((2, 4, 1), 0.3), low, low + 7, adjustable)
+    solution = solve(weight, normal_of(inputs, targets), Freedom(grid=grid), damping=0.03, workspace=workspace)
+    levels = solution.weight / (grid.step if solution.step is None else solution.step)
+    assert ((levels >= low - 1e-6) & (levels <= low + 7 + 1e-6)).all()
+    np.testing.assert_allclose(levels, levels.round(), atol=1e-6)
+    assert (solution.error_after < solution.error_before).all()
+
+
 def test_columns_are_rounded_by_their_own_levels():
     inputs, weight, targets = layer(1, rows=4, columns=6, positions=100)
     steps = torch.tensor([0.5, 0.25, 1.0, 0.125, 0.5, 2.0], dtype=torch.float64)
@@ -218,6 +243,7 @@ def test_columns_are_rounded_by_their_own_levels():
     assert torch.equal(freedom.project(solution.weight), solution.weight)
 
 
+@settings(deadline=None)
 @given(
     inputs_scale=st.sampled_from([1e-20, 1e-7, 1e3, 1e18]),
     weight_scale=st.sampled_from([1e-17, 1e-3, 1e6, 1e17]),

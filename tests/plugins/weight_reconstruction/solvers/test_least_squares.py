@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compress_core import UsageError
@@ -225,6 +225,7 @@ def test_nothing_known_changes_nothing():
     np.testing.assert_allclose(solution.bias, targets.mean(1))
 
 
+@settings(deadline=None)
 @given(
     inputs_scale=st.sampled_from([1e-20, 1e-7, 1e-2, 1e3, 1e20]),
     weight_scale=st.sampled_from([1e-20, 1e-3, 1.0, 1e6, 1e17]),
@@ -276,6 +277,7 @@ def test_groups_are_solved_as_each_alone(kind):
         torch.testing.assert_close(together.error_after[part], alone.error_after, rtol=1e-9, atol=1e-9)
 
 
+@settings(deadline=None)
 @given(
     seed=st.integers(0, 10_000),
     positions=st.integers(1, 40),

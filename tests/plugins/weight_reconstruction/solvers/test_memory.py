@@ -103,7 +103,7 @@ def test_solving_stays_within_its_workspace(wide_layer, kind, monkeypatch):
 def test_moments_keep_what_they_document(columns):
     inputs, _, targets = layer(1, 8, columns, 50, dtype=torch.float32)
     item = 8 if columns <= 1024 else 4
-    sums = columns * (columns + 8) * item
+    sums = columns * columns * item + columns * 8 * FLOAT64
     with LiveBytes() as memory:
         moments = Moments(1, columns, 8, device="cpu")
         for _ in range(3):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import itertools
+import pickle
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compress_core import DataError, UsageError
@@ -131,6 +132,7 @@ def split_at(total, cuts):
     return [slice(a, b) for a, b in itertools.pairwise(edges)]
 
 
+@settings(deadline=None)
 @given(
     cuts=st.lists(st.integers(0, 60), min_size=2, max_size=2),
     order=st.permutations(range(3)),
@@ -185,7 +187,7 @@ def test_values_that_are_not_finite_are_refused_and_change_nothing(value, side):
 
 
 def test_values_beyond_the_number_format_are_refused_and_change_nothing():
-    inputs, _, targets = layer(dtype=torch.float32)
+    inputs, _, targets = layer(columns=70, dtype=torch.float32)
     running = moments(inputs, targets)
     bad = inputs.clone()
     bad[0, :, 0] = -3.3e38
@@ -193,6 +195,8 @@ def test_values_beyond_the_number_format_are_refused_and_change_nothing():
     with pytest.raises(DataError, match=r"largest number of torch\.float32"):
         running.update(bad, targets)
     assert_normal(running.finalize(), inputs, targets, 1e-6)
+    # Narrow layers are summed in float64.
+    assert_normal(normal_of(bad[:, :, :5], targets), bad[:, :, :5], targets, 1e-6)
     with pytest.raises(DataError, match="squares are not finite"):
         normal_of(inputs.double() * 1e200, targets)
 
@@ -214,3 +218,30 @@ def test_shapes_that_do_not_fit_are_named():
         running.merge(Moments(1, 5, 3, device="cpu", centred=False))
     with pytest.raises(UsageError, match="at least one"):
         Moments(1, 0, 3, device="cpu")
+
+
+def test_the_caller_keeps_its_tensors():
+    inputs, _, targets = layer(dtype=torch.float32)
+    copies = inputs.clone(), targets.clone()
+    normal_of(inputs, targets)
+    assert torch.equal(inputs, copies[0]) and torch.equal(targets, copies[1])
+
+
+def test_moments_of_inference_mode_can_be_used_outside_and_without_gradients():
+    inputs, _, targets = layer(positions=60)
+    with torch.inference_mode():
+        inside = moments(inputs[:, :20] + 0.0, targets[:, :20] + 0.0)
+    inside.update(inputs[:, 20:40].requires_grad_(), targets[:, 20:40])
+    other = moments(inputs[:, 40:], targets[:, 40:])
+    with torch.inference_mode():
+        inside.merge(other)
+        normal = inside.finalize()
+    inside.update(inputs[:, :0], targets[:, :0])
+    assert not normal.gram.requires_grad and not normal.gram.is_inference()
+    assert_normal(normal, inputs.detach(), targets, 1e-13)
+
+
+def test_moments_can_be_sent_to_another_process():
+    inputs, _, targets = layer(positions=60)
+    sent = pickle.loads(pickle.dumps(moments(inputs[:, 20:], targets[:, 20:])))
+    assert_normal(moments(inputs[:, :20], targets[:, :20]).merge(sent).finalize(), inputs, targets, 1e-13)
