@@ -88,6 +88,7 @@ class WeightReconstruction(Initializer):
             StateError: The state is not the report of a reconstruction.
         """
         if not state:
+            self._frozen = _frozen(model)
             return
         try:
             self.report = TypeAdapter(ReconstructionReport).validate_python(dict(state))
@@ -95,12 +96,13 @@ class WeightReconstruction(Initializer):
             raise StateError(
                 f"compression_state.initializers.{self.name} is not the report of a reconstruction: {error}"
             ) from error
+        # Training may have changed the modes of layers since.
+        self._frozen = frozenset(_norms(model)) - set(self.report.norms)
 
     @hookimpl
     def compress_observe(self, model: nn.Module, context: Context) -> None:
         """Notes which batch norms the user has frozen, and checks the scopes."""
-        norms = {name: module for name, module in model.named_modules() if isinstance(module, AnyBatchNorm)}
-        self._frozen = frozenset(name for name, norm in norms.items() if model.training and not norm.training)
+        self._frozen = _frozen(model)
         names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
         ScopeFilter(model, self.ignored).check([*names, *(name.rpartition(".")[0] for name in names)])
         effect = f"reconstructs weights with {self.settings.num_samples} samples"
@@ -165,6 +167,15 @@ class WeightReconstruction(Initializer):
                 "..., model_eval_fn=...), register ModelEvaluationArgs(eval_fn), or give the function itself"
             )
         return registered.eval_fn
+
+
+def _norms(model: nn.Module) -> dict[str, AnyBatchNorm]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, AnyBatchNorm)}
+
+
+def _frozen(model: nn.Module) -> frozenset[str]:
+    """Returns the batch norms that the user keeps in eval mode while the model trains."""
+    return frozenset(name for name, norm in _norms(model).items() if model.training and not norm.training)
 
 
 def _agreed(configs: Mapping[str, WeightReconstructionConfig], name: str) -> Any:

@@ -211,6 +211,7 @@ class Reconstruction:
             dict(self._found.left_alone),
             output_error,
             notes=tuple(self._found.notes + batches.notes),
+            norms=tuple(self._norms),
         )
 
     def _paired_norms(self) -> dict[str, PairedNorm]:

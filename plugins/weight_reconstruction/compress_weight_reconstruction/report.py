@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from compress_core import Statistics, Table
@@ -43,6 +43,7 @@ class ReconstructionReport:
         reason: Why not; empty if they were kept.
         metric: The user's metric before and after; None without a guard.
         notes: What else the user should know.
+        norms: Names of the batch norms that may be corrected; the user has frozen or ignored the others.
     """
 
     samples: int
@@ -54,7 +55,8 @@ class ReconstructionReport:
     kept: bool = True
     reason: str = ""
     metric: tuple[float, float] | None = None
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
+    norms: tuple[str, ...] = ()
 
 
 class WeightReconstructionStatistics(Statistics):

@@ -238,3 +238,19 @@ def test_a_loader_that_fills_the_same_tensor_again_gives_different_batches():
     create(models[0], Refilling())
     create(models[1], batches(3, 8, 8))
     assert same(tensors(models[0]), tensors(models[1]))
+
+
+def test_frozen_batch_norms_stay_also_after_a_resume():
+    model, data = trained_convnet(), batches(3, 8, 8)
+    original = copied(model)
+    model.train()
+    model.norm1.eval()
+    controller, report = create(model, data)
+    assert report.norms == ("norm",)
+    assert torch.equal(model.norm1.running_mean, original.norm1.running_mean)
+    assert not torch.equal(model.norm.running_mean, original.norm.running_mean)
+    state = json.loads(json.dumps(controller.get_compression_state()))
+    resumed_controller, resumed = create_compressed_model(copied(original).eval(), {"compression": section()}, state)
+    resumed.load_state_dict(model.state_dict())
+    resumed_controller.initialize("weight_reconstruction", loader=data, uncompressed_model=original)
+    assert torch.equal(resumed.norm1.running_mean, original.norm1.running_mean)
