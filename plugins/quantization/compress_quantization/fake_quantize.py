@@ -139,21 +139,15 @@ class FakeQuantize(ProjectingTransform, ActivationTransform):
         """Returns the grid, or None while the quantizer is off."""
         if not self._is_active(weight):
             return None
-        grid = self.grid()
-        scale, zero_point = (values.reshape(self.shape) for values in (grid.scale, grid.zero_point))
-        return WeightGrid(scale, zero_point, grid.quant_min, grid.quant_max, adjustable=True)
+        g = self.grid()
+        scale, zero_point = g.scale.reshape(self.shape), g.zero_point.reshape(self.shape)
+        return WeightGrid(scale, zero_point, g.quant_min, g.quant_max, adjustable=True)
 
     def set_scale(self, scale: torch.Tensor) -> None:
-        """Sets the step of the grid; the zero point stays.
-
-        Args:
-            scale: Steps in the shape of the range.
-        """
+        """Sets the step of the grid, a tensor in the shape of the range; the zero point stays."""
         ratio = scale.double() / self.grid().scale.reshape(self.shape).double()
-        for name in type(self).follows or ():
-            parameter = self.get_parameter(name)
-            is_logarithm = self.logarithm_scale and name == self._logarithmic
-            values = parameter.detach().double()
+        for name, parameter in self.named_parameters(recurse=False):
+            values, is_logarithm = parameter.detach().double(), self.logarithm_scale and name == self._logarithmic
             self._store(parameter, values + ratio.log() if is_logarithm else values * ratio)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

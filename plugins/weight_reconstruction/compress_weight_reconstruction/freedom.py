@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -25,6 +25,10 @@ class Allowed:
     grid: WeightGrid | None
     gridded: ProjectingTransform | None
     project: Callable[[torch.Tensor], torch.Tensor]
+
+    def fixed(self) -> Allowed:
+        """Returns the same without leave to adjust the grid."""
+        return self if self.grid is None else replace(self, grid=replace(self.grid, adjustable=False))
 
     def of_rows(self, rows: slice, parameter: torch.Tensor) -> Allowed:
         """Returns what is allowed in some rows of the parameter; the grid of a part is not adjusted."""

@@ -15,7 +15,7 @@ from torch import nn
 
 from compress_core.config.scopes import ScopeFilter
 from compress_core.torch_internals import AnyBatchNorm
-from compress_core.transforms.model_wide import TransformedWeight, transformed_weights
+from compress_core.transforms import TransformedWeight, activation_transforms, transformed_weights
 from compress_core.transforms.weight import parameter_places
 from compress_weight_reconstruction.freedom import Allowed, allowed
 from compress_weight_reconstruction.interception import Seen, Use
@@ -44,7 +44,10 @@ def candidates(
     places = parameter_places(model)
     trained = dict(reference.named_parameters(remove_duplicate=False))
     found, left = {}, {}
-    for weight in transformed_weights(model):
+    weights = transformed_weights(model)
+    uses = Counter(id(transform) for weight in weights for transform in weight.chain.children())
+    uses.update(id(handle.transform) for handle in activation_transforms(model))
+    for weight in weights:
         owners = places[id(weight.parameter)]
         names = [f"{owner}.{name}" if owner else name for owner, _, name in owners]
         if weight.parameter.ndim < 2:
@@ -61,7 +64,9 @@ def candidates(
         if reason is not None or isinstance(open_, str):
             left[names[0]] = reason or ""
         else:
-            found[names[0]] = Candidate(weight, open_)
+            # A grid that others have as well is not this weight's to adjust.
+            is_shared = open_.gridded is not None and uses[id(open_.gridded)] > 1
+            found[names[0]] = Candidate(weight, open_.fixed() if is_shared else open_)
     return found, left
 
 

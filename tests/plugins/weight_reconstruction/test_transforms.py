@@ -17,6 +17,7 @@ from compress_core.transforms import (
     raw_parameter,
     transformed_weight,
 )
+from compress_quantization.fake_quantize import AsymmetricFakeQuantize, SymmetricFakeQuantize
 from tests.contract.algorithms import fresh
 from tests.plugins.weight_reconstruction.helpers import (
     batches,
@@ -203,3 +204,45 @@ def test_no_transform_is_a_model_without_anything_to_do():
     model = seeded(lambda: nn.Sequential(nn.Linear(4, 4)))
     report = run(model, making(), batches(4))
     assert report.notes[-1] == "there is no weight to reconstruct" and not report.layers
+
+
+@pytest.mark.parametrize("logarithm", [False, True])
+@pytest.mark.parametrize("kind", [SymmetricFakeQuantize, AsymmetricFakeQuantize])
+def test_a_quantizer_takes_another_step_and_keeps_its_zero_point(kind, logarithm):
+    weight = torch.randn(4, 6)
+    quantizer = kind((4, 1), bits=3, logarithm_scale=logarithm)
+    quantizer.signed = True
+    quantizer.set_range(weight.amin(1, keepdim=True), weight.amax(1, keepdim=True))
+    before = quantizer.allowed_values(weight)
+    wanted = before.scale * torch.tensor([[0.5], [0.8], [1.0], [1.3]])
+    quantizer.set_scale(wanted)
+    after = quantizer.allowed_values(weight)
+    torch.testing.assert_close(after.scale, wanted)
+    assert torch.equal(after.zero_point, before.zero_point)
+    quantizer.enabled = False
+    assert quantizer.allowed_values(weight) is None
+
+
+def test_a_grid_that_two_weights_share_is_not_adjusted():
+    class Shared(Thirds):
+        def __init__(self):
+            super().__init__()
+            self.calls = 0
+
+        def allowed_values(self, weight):
+            return WeightGrid(torch.tensor(self.step), torch.tensor(0), -9, 9, adjustable=True)
+
+        def set_scale(self, scale):
+            self.calls += 1
+
+    for shared in (True, False):
+        one = Shared()
+        made = [one] if shared else []
+
+        def make(weight, made=made, shared=shared):
+            if not shared:
+                made.append(Shared())
+            return made[-1]
+
+        run(trained_convnet(), making(make), batches(3, 8, 8))
+        assert any(transform.calls for transform in made) != shared
