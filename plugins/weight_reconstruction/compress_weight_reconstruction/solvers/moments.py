@@ -31,6 +31,8 @@ _PIECE = 1 << 24
 _SMALL = 1 << 20
 # Layers of at most so many columns are multiplied in float64: libraries add these one position after the other.
 _TINY = 64
+# Positions whose products are added in float32 before they are added to float64 sums.
+_POSITIONS = 256
 # Columns of a Gram matrix that are summed together; half of the others' products are not needed.
 _COLUMNS = 512
 # Between 2^-40 and 2^40, products of two columns and their sums are normal float32 numbers.
@@ -315,7 +317,8 @@ def _add_product(sums: Tensor, left: Tensor, right: Tensor) -> None:
     if sums.dtype == left.dtype == right.dtype:
         sums.baddbmm_(left.mT, right)
     else:
-        sums.add_(left.to(right.dtype).mT @ right)
+        for some, others in zip(torch.split(left, _POSITIONS, 1), torch.split(right, _POSITIONS, 1), strict=True):
+            sums.add_(some.to(others.dtype).mT @ others)
 
 
 def _centred(values: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from compress_core import UsageError
 from compress_weight_reconstruction.solvers.moments import Normal
 from compress_weight_reconstruction.solvers.numerics import unit_of, wide_dtype
 
@@ -134,7 +135,7 @@ def _factorized_in_place(make: Callable[[], Tensor]) -> Tensor:
         torch.linalg.cholesky_ex(matrices, out=(matrices, info))
         if not bool(info.any()):
             return matrices
-        jitter = max(10 * jitter, _JITTER * torch.finfo(matrices.dtype).eps)
+        jitter = _larger(jitter, matrices)
 
 
 def cholesky(matrices: Tensor) -> Tensor:
@@ -145,12 +146,19 @@ def cholesky(matrices: Tensor) -> Tensor:
     """
     factor: Tensor
     factor, info = torch.linalg.cholesky_ex(matrices)
-    jitter = _JITTER * torch.finfo(matrices.dtype).eps
+    jitter = 0.0
     while bool(info.any()):
+        jitter = _larger(jitter, matrices)
         matrices.diagonal(dim1=1, dim2=2).add_((info != 0)[:, None] * jitter)
         factor, info = torch.linalg.cholesky_ex(matrices)
-        jitter *= 10
     return factor
+
+
+def _larger(jitter: float, matrices: Tensor) -> float:
+    if jitter > matrices.shape[-1]:
+        # Elements of a Gram matrix in its units are at most about 1, so this much is always enough.
+        raise UsageError("The moments of this layer's inputs are no second moments: their matrix is not positive.")
+    return max(10 * jitter, _JITTER * torch.finfo(matrices.dtype).eps)
 
 
 def solve_factored(factor: Tensor, rows: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -324,6 +325,10 @@ def test_what_does_not_fit_is_named():
         solve(weight, normal, Freedom(support=torch.ones_like(weight)), damping=0.1)
     with pytest.raises(UsageError, match=r"shape \(1, 3, 4\)"):
         solve(weight, normal, Freedom(support=torch.ones(1, 3, 4, dtype=torch.bool)), damping=0.1)
+    impossible = dataclasses.replace(normal, gram=normal.gram + 1e30 * (1 - torch.eye(5, dtype=torch.float64)))
+    for support in (None, torch.ones_like(weight).tril() > 0):
+        with pytest.raises(UsageError, match="no second moments"):
+            solve(weight, impossible, Freedom(support=support), damping=0.1)
     normal.cross[0, 0, 0] = float("nan")
     with pytest.raises(UsageError, match=r"not finite .* in cross"):
         solve(weight, normal, damping=0.1)
