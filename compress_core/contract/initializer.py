@@ -39,6 +39,8 @@ class Initializer:
         struct: Type of the object of `register_extra_structs` that carries its data; None if it needs no data.
         phase: When it runs; within a phase the order is that of the names.
         needs_uncompressed: Whether it needs the uncompressed model: see `Algorithm`.
+        changes_in_place: Whether it writes to the model's own parameters, instead of running statistics only. The model
+            without its transforms is then no longer the uncompressed model, and whoever needs that gets a copy.
     """
 
     name: ClassVar[str]
@@ -46,6 +48,7 @@ class Initializer:
     struct: ClassVar[type[InitArgs] | None] = None
     phase: ClassVar[Phase] = Phase.WEIGHTS
     needs_uncompressed: ClassVar[NeedsUncompressed] = "no"
+    changes_in_place: ClassVar[bool] = False
 
     def __init__(self, config: InitializerConfig, paths: tuple[str, ...]) -> None:
         self.config = config

@@ -125,12 +125,22 @@ class CalibrationData:
         Raises:
             DataError: It is not clear how to call the model with this batch, or the call fails.
         """
+        with running(model):
+            self.call_copy(model, batch)
+
+    def call_copy(self, model: nn.Module, batch: Any) -> Any:
+        """Runs the forward on a batch and returns its result, for a copy of the model that is thrown away afterwards.
+
+        What the forward leaves behind in the model stays there.
+
+        Raises:
+            DataError: It is not clear how to call the model with this batch, or the call fails.
+        """
         device = self._args.device or _device_of(model)
         try:
             # A copy, because a model may write to its inputs, and a loader may return the same tensors again.
             moved = tree_map(lambda leaf: leaf.to(device, copy=True) if isinstance(leaf, torch.Tensor) else leaf, batch)
-            with running(model):
-                self._forward(model, moved)
+            return self._forward(model, moved)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
@@ -142,13 +152,12 @@ class CalibrationData:
                 f"register_default_init_args(config, loader, {suggestion(batch)})"
             ) from error
 
-    def _forward(self, model: nn.Module, batch: Any) -> None:
+    def _forward(self, model: nn.Module, batch: Any) -> Any:
         if self._args.forward_fn is not None:
-            self._args.forward_fn(model, batch)
-            return
+            return self._args.forward_fn(model, batch)
         get_inputs = getattr(self._args.data_loader, "get_inputs", None)  # NNCF's PTInitializingDataLoader
         args, kwargs = get_inputs(batch) if callable(get_inputs) else self._arguments(model, batch)
-        model(*args, **kwargs)
+        return model(*args, **kwargs)
 
     def _size(self, batch: Any) -> int:
         size = samples_in(batch)

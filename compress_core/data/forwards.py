@@ -61,16 +61,24 @@ class _Writes:
     @contextlib.contextmanager
     def forward(self) -> Iterator[None]:
         """Context manager for one forward."""
-        self._compare(self.by_others)
+        self.start_of_forward()
         sums = [_checksum(tensor) for tensor in self._tensors] if self._first else []
         self._first = False
         try:
             yield
         finally:
-            self._compare(self.by_forwards)
+            self.end_of_forward()
             for tensor, before in zip(self._tensors, sums, strict=False):
                 if _checksum(tensor) != before:
                     self.by_forwards.add(id(tensor))
+
+    def start_of_forward(self) -> None:
+        """Notes what was written since the last look: that was not a forward."""
+        self._compare(self.by_others)
+
+    def end_of_forward(self) -> None:
+        """Notes what was written since the last look: that was a forward."""
+        self._compare(self.by_forwards)
 
     def forget(self) -> None:
         """Takes the present values as given, after some have been restored."""
@@ -196,6 +204,19 @@ def running(model: nn.Module) -> Iterator[None]:
         for scope in _open.get():
             stack.enter_context(scope.forward())
         yield
+
+
+@contextlib.contextmanager
+def writing() -> Iterator[None]:
+    """Context manager for writes to the model's tensors by an algorithm while a forward is waiting; they stay."""
+    scopes = _open.get()
+    for scope in scopes:
+        scope.writes.end_of_forward()
+    try:
+        yield
+    finally:
+        for scope in scopes:
+            scope.writes.start_of_forward()
 
 
 def _is_foreign(module: nn.Module) -> bool:

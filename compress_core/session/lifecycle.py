@@ -46,7 +46,10 @@ class Lifecycle(HookCalls):
         self.algorithms = sorted(self._instances(registry), key=_position)
         found = sorted(self._shared_initializers(registry), key=lambda item: (item[1].phase, item[0]))
         self.initializers = dict(found)
-        self.context.bypassable = not any(a.changes_in_place or a.replaces_modules for a in self.algorithms)
+        self.context.bypassable = not (
+            any(a.changes_in_place or a.replaces_modules for a in self.algorithms)
+            or any(initializer.changes_in_place for initializer in self.initializers.values())
+        )
         self.context.announce_shrinkage = self.shrunk
 
     def _instances(self, registry: Registry) -> Iterator[Algorithm]:

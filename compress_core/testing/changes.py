@@ -17,6 +17,7 @@ from compress_core.transforms.chain import TransformChain, TransformContainer
 # What names of targets end with: `conv1|WEIGHT`, `model/relu#0|OUTPUT`, `lstm 0|OUTPUT`, `bn1: output`.
 _BEHIND_THE_NAME = re.compile(r"[|/: ]")
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+OTHER_VALUES = "has other values"
 
 
 def transform_prefixes(model: nn.Module) -> tuple[str, ...]:
@@ -45,6 +46,11 @@ def own_modules(model: nn.Module) -> dict[str, nn.Module]:
 def plans_of(controller: CompressionController) -> dict[str, Plan]:
     """Returns the plans by algorithm."""
     return controller._lifecycle.plans
+
+
+def initializers_change_in_place(controller: CompressionController) -> bool:
+    """Returns whether a shared initializer of the model declares that it writes to the model's own parameters."""
+    return any(initializer.changes_in_place for initializer in controller._lifecycle.initializers.values())
 
 
 class Changes:
@@ -87,7 +93,7 @@ class Changes:
             elif now[name] is not self._tensors[name][0]:
                 yield name, "is another tensor"
             elif not same_bits(now[name], self._tensors[name][1]):
-                yield name, "has other values"
+                yield name, OTHER_VALUES
 
     def aliases(self) -> dict[str, set[str]]:
         """Returns, for each name of a tensor, all names of that tensor."""

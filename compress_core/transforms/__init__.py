@@ -15,7 +15,13 @@ from compress_core.transforms.activation import (
     strip_activation_transforms,
 )
 from compress_core.transforms.activation_functions import ACTIVATION_FUNCTIONS
-from compress_core.transforms.base import ActivationTransform, Transform, WeightTransform
+from compress_core.transforms.base import (
+    ActivationTransform,
+    ProjectingTransform,
+    Transform,
+    WeightGrid,
+    WeightTransform,
+)
 from compress_core.transforms.mask import WeightMask, mask_weight
 from compress_core.transforms.model_wide import (
     TransformedWeight,
@@ -52,8 +58,10 @@ __all__ = [
     "CallPattern",
     "ModuleInput",
     "ModuleOutput",
+    "ProjectingTransform",
     "Transform",
     "TransformedWeight",
+    "WeightGrid",
     "WeightMask",
     "WeightTransform",
     "WeightTransformHandle",

@@ -9,6 +9,7 @@ capabilities.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -83,6 +84,69 @@ class WeightTransform(Transform):
             NotImplementedError: The transform cannot do this; then channels of its weight are not removed.
         """
         raise NotImplementedError(f"{type(self).__name__} has no freeze_decision(weight)")
+
+
+@dataclass(frozen=True)
+class WeightGrid:
+    """The values that the elements of a weight may have: `scale * (integer - zero_point)`.
+
+    Attributes:
+        scale: Distance between neighbouring values, positive; broadcasts to the weight.
+        zero_point: The integer that represents 0; broadcasts to the weight.
+        low: The smallest integer.
+        high: The largest integer.
+        adjustable: Whether `set_scale` of the transform may be called.
+    """
+
+    scale: torch.Tensor
+    zero_point: torch.Tensor
+    low: int
+    high: int
+    adjustable: bool = False
+
+
+class ProjectingTransform(WeightTransform):
+    """Base class of weight transforms that say which weights they allow: masks, grids.
+
+    `forward` maps a weight to the nearest allowed one, and an allowed one to itself. What computes better weights for a
+    compressed model can then search among the allowed ones, without knowing the transform. Several of them in a chain
+    compose: the supports are intersected, and the chain as a whole is the projection. A transform for which this does
+    not hold (it adds something, mixes elements, is random) must not derive from this class; its weights are left alone.
+    """
+
+    def support(self, weight: torch.Tensor) -> torch.Tensor | None:
+        """Returns which elements may differ from zero: boolean, broadcasts to the weight; None if all may.
+
+        Args:
+            weight: The stored weight after earlier transforms, detached.
+        """
+        return None
+
+    def allowed_values(self, weight: torch.Tensor) -> WeightGrid | None:
+        """Returns the values that elements may have; None if any.
+
+        Args:
+            weight: The stored weight after earlier transforms, detached.
+        """
+        return None
+
+    def set_scale(self, scale: torch.Tensor) -> None:
+        """Sets the distance of the grid's values, if `allowed_values` says that it is adjustable.
+
+        Args:
+            scale: Positive values in the shape of `WeightGrid.scale`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no set_scale(scale)")
+
+    def project(self, weight: torch.Tensor) -> torch.Tensor:
+        """Returns the nearest allowed weight, detached; this implementation calls `forward`.
+
+        Args:
+            weight: Any values in the shape of the weight.
+        """
+        with torch.no_grad():
+            allowed: torch.Tensor = self(weight.detach())
+            return allowed
 
 
 class ActivationTransform(Transform):

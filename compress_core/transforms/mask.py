@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from compress_core.errors import TransformError
-from compress_core.transforms.base import WeightTransform
+from compress_core.transforms.base import ProjectingTransform
 from compress_core.transforms.stage import Stage
 from compress_core.transforms.weight import add_weight_transform, get_weight_transform, raw_parameter
 
@@ -55,7 +55,7 @@ class _Masked(torch.autograd.Function):
         return weights * masks, 0
 
 
-class WeightMask(WeightTransform):
+class WeightMask(ProjectingTransform):
     """Multiplies a weight by a mask of zeros and ones.
 
     The gradient of the stored parameter is masked as well. The stored value is kept, so a masked weight can come back
@@ -84,6 +84,10 @@ class WeightMask(WeightTransform):
             return weight * _numbers(self.mask, weight.dtype)
         masked: torch.Tensor = _Masked.apply(weight, self.mask)  # type: ignore[no-untyped-call]
         return masked
+
+    def support(self, weight: torch.Tensor) -> torch.Tensor:
+        """Returns the mask."""
+        return self.mask
 
     def _load_from_state_dict(
         self,

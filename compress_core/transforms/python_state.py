@@ -241,16 +241,17 @@ class PythonState:
                 self._visit(value, f"the global variable '{name}'", 0)
 
 
-def copied(model: nn.Module) -> nn.Module:
+def copied(model: nn.Module, shared: Iterable[torch.Tensor] = ()) -> nn.Module:
     """Returns a deep copy of a model, which may keep results of a forward.
 
-    torch refuses to copy results that have a graph; the copy has them without it.
+    torch refuses to copy results that have a graph; the copy has them without it. The tensors `shared` are in both.
     """
+    same = {id(tensor): tensor for tensor in shared}
     try:
-        return copy.deepcopy(model)
+        return copy.deepcopy(model, dict(same))
     except RuntimeError:
         kept = [*(tensor for _, tensor in PythonState(model).tensors), *model.buffers()]
-        return copy.deepcopy(model, {id(t): t.detach().clone() for t in kept if not t.is_leaf})
+        return copy.deepcopy(model, {id(t): t.detach().clone() for t in kept if not t.is_leaf} | same)
 
 
 @functools.lru_cache(maxsize=1 << 13)

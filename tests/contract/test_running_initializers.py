@@ -113,3 +113,59 @@ def test_plan_without_a_target_tells_why():
         pytest.raises(ConfigError, match=r"picky: finds nothing to compress.*1 left alone: '0\.weight' is no matrix"),
     ):
         create_compressed_model(net(), sections("picky"))
+
+
+class Doubling(Counting):
+    """A third party's initializer that writes to the model's own weights, and says so."""
+
+    name = "doubling"
+    phase = Phase.WEIGHTS
+    changes_in_place = True
+
+    @hookimpl
+    def compress_initialize(self, model):
+        with torch.no_grad():
+            raw_parameter(model, "0.weight").mul_(2)
+
+
+class Comparing(Counting):
+    name = "comparing"
+    phase = Phase.STATISTICS
+    needs_uncompressed = "creation"
+    seen: tuple = ()
+
+    @hookimpl
+    def compress_initialize(self, model, context):
+        with context.uncompressed() as uncompressed:
+            Comparing.seen = (uncompressed is model, uncompressed[0].weight.detach().clone())
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_initializers_that_change_weights_in_place_leave_the_uncompressed_model_as_it_was(in_place):
+    doubling = Doubling if in_place else type("Idle", (Counting,), {"name": "doubling"})
+    model = net()
+    before = model[0].weight.detach().clone()
+    config = {"compression": {"algorithm": "magnitude_sparsity", "initializer": {"doubling": {}, "comparing": {}}}}
+    with use_registry(fresh(compress_initializers=lambda self: [doubling, Comparing])):
+        create_compressed_model(model, config, init_loader=[images()])
+    is_the_model, weight = Comparing.seen
+    assert is_the_model == (not in_place)
+    assert torch.equal(weight, before)
+    assert torch.equal(raw_parameter(model, "0.weight"), 2 * before if in_place else before)
+
+
+def test_batch_norm_is_paired_with_the_uncompressed_model_although_weights_were_changed_in_place():
+    """What the pairing finds is the change of the weight: doubled weights, doubled means and fourfold variances."""
+    model = net()
+    with torch.no_grad():
+        model[0].bias.zero_()
+        model[1].running_mean.normal_()
+        model[1].running_var.uniform_(0.5, 2)
+    mean, variance = model[1].running_mean.clone(), model[1].running_var.clone()
+    initializer = {"doubling": {}, "batchnorm_adaptation": {"num_bn_adaptation_samples": 64}}
+    params = {"sparsity_target": 0.5}
+    section = {"algorithm": "magnitude_sparsity", "sparsity_init": 0.0, "params": params, "initializer": initializer}
+    with use_registry(fresh(compress_initializers=lambda self: [Doubling])):
+        create_compressed_model(model.eval(), {"compression": section}, init_loader=[images(64)])
+    torch.testing.assert_close(model[1].running_mean, 2 * mean, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(model[1].running_var, 4 * variance, rtol=1e-2, atol=1e-3)

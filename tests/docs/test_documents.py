@@ -5,6 +5,7 @@ import json
 import re
 import sys
 import types
+import typing
 import unittest
 
 import pytest
@@ -149,7 +150,21 @@ def test_keys_of_quantization_are_all_documented(registry):
                 yield f"{prefix}{name}"
 
     documented = set(re.findall(r"`([\w.]+)`", text[text.index("## Keys") : text.index("## Ranges")]))
-    assert set(leaves(config)) - documented - {"initializer.batchnorm_adaptation"} == set()
+    assert set(leaves(config)) - documented - {f"initializer.{name}" for name in SHARED} == set()
+
+
+# Shared initializers and their pages.
+SHARED = {"batchnorm_adaptation": "adaptation.md", "weight_reconstruction": "reconstruction.md"}
+
+
+def test_keys_of_shared_initializers_are_documented_on_their_pages(registry):
+    section = registry.section_class("quantization").model_fields["initializer"].annotation
+    found = {name for name in section.model_fields if name in SHARED}
+    assert found == set(SHARED)
+    for name, page in SHARED.items():
+        (config,) = (c for c in typing.get_args(section.model_fields[name].annotation) if c is not type(None))
+        documented = set(re.findall(r"^\| `(\w+)` \|", (ROOT / "docs" / page).read_text(), re.MULTILINE))
+        assert set(config.model_fields) <= documented, page
 
 
 def test_every_hook_has_an_example_that_parses():

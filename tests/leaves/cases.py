@@ -68,6 +68,7 @@ BASES: dict[str, dict[str, Any]] = {
 }
 
 ADAPTED = {"initializer": {"batchnorm_adaptation": {"num_bn_adaptation_samples": 16}}}
+RECONSTRUCTED = {"initializer": {"weight_reconstruction": {"num_samples": 24}}}
 NOWHERE = {"ignored_scopes": ["nowhere"]}
 TRIAL = {"target_device": "TRIAL"}
 FOUR_BITS = {"initializer": {"precision": {"bitwidth_per_scope": [[4, "conv1|WEIGHT"]]}}}
@@ -130,6 +131,12 @@ SHARED = {
     ),
     "initializer.batchnorm_adaptation.method": Case(context=ADAPTED),
     "initializer.batchnorm_adaptation.ignored_scopes": Case(([], ["bn1"]), context=ADAPTED),
+    "initializer.weight_reconstruction.num_samples": Case((0, 8, 24)),
+    "initializer.weight_reconstruction.guard": Case(
+        (False, better_when_untouched, True), context=RECONSTRUCTED, refused=(True,)
+    ),
+    "initializer.weight_reconstruction.ignored_scopes": Case(([], ["conv2"], ["bn1"]), context=RECONSTRUCTED),
+    "initializer.weight_reconstruction.memory": Case((4.0, 1e-6), context=RECONSTRUCTED),
     "validate_scopes": Case((False, True), context=NOWHERE, refused=(True,), refused_at="ignored_scopes.0"),
 }
 

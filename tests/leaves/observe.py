@@ -215,4 +215,9 @@ def _warnings() -> Iterator[list[str]]:
             logger.removeHandler(handler)
 
 
-_PLUGINS = ("compress_filter_pruning", "compress_magnitude_sparsity", "compress_quantization")
+_PLUGINS = (
+    "compress_filter_pruning",
+    "compress_magnitude_sparsity",
+    "compress_quantization",
+    "compress_weight_reconstruction",
+)

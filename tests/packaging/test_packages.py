@@ -43,7 +43,7 @@ def environment(tmp_path, wheel):
     return python
 
 
-BUILT_IN = ("filter_pruning", "magnitude_sparsity", "quantization")
+BUILT_IN = ("filter_pruning", "magnitude_sparsity", "quantization", "weight_reconstruction")
 PACKAGES = ("compress_core", *(f"compress_{name}" for name in BUILT_IN))
 
 

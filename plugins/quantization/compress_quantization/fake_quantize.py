@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from compress_core.errors import DataError, UsageError
-from compress_core.transforms import ACTIVATION_FUNCTIONS, ActivationTransform, WeightTransform
+from compress_core.transforms import ACTIVATION_FUNCTIONS, ActivationTransform, ProjectingTransform, WeightGrid
 from compress_quantization import kernels
 from compress_quantization.grid import Grid
 from compress_quantization.kernels import Source, Task, fake_quantize
@@ -20,7 +20,7 @@ _LARGEST = 2.0**126  # ranges are moved and added to, which must not overflow fl
 _SCALE_OF_ZEROS = 0.1
 
 
-class FakeQuantize(WeightTransform, ActivationTransform):
+class FakeQuantize(ProjectingTransform, ActivationTransform):
     """Base class of the fake-quantizers: rounds a tensor to a grid whose range is learned.
 
     Values are computed in float32 (in float64 for float64 tensors) and returned in the dtype and the memory format of
@@ -134,6 +134,21 @@ class FakeQuantize(WeightTransform, ActivationTransform):
         shape = () if self._channel_dim is None else (-1,)
         zero_point = (smallest - torch.round(low / step)).to(torch.int32)
         return Grid(step.reshape(shape), zero_point.reshape(shape), smallest, largest, self._channel_dim)
+
+    def allowed_values(self, weight: torch.Tensor) -> WeightGrid | None:
+        """Returns the grid, or None while the quantizer is off."""
+        if not self._is_active(weight):
+            return None
+        g = self.grid()
+        scale, zero_point = g.scale.reshape(self.shape), g.zero_point.reshape(self.shape)
+        return WeightGrid(scale, zero_point, g.quant_min, g.quant_max, adjustable=True)
+
+    def set_scale(self, scale: torch.Tensor) -> None:
+        """Sets the step of the grid, a tensor in the shape of the range; the zero point stays."""
+        ratio = scale.double() / self.grid().scale.reshape(self.shape).double()
+        for name, parameter in self.named_parameters(recurse=False):
+            values, is_logarithm = parameter.detach().double(), self.logarithm_scale and name == self._logarithmic
+            self._store(parameter, values + ratio.log() if is_logarithm else values * ratio)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Returns `x` on the grid.

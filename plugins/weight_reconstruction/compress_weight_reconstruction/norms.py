@@ -1,0 +1,70 @@
+"""Batch norms that are corrected while the forwards pass them."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from compress_core.batchnorm.estimators import PairedEstimator
+from compress_core.config.scopes import ScopeFilter
+from compress_core.data.forwards import writing
+from compress_core.torch_internals import AnyBatchNorm
+
+
+class PairedNorm:
+    """Running statistics of one batch norm, by the estimator `paired` of batch-norm adaptation.
+
+    Args:
+        name: Its dotted name.
+        layer: The batch norm of the compressed model, which is written to.
+        reference: That of the uncompressed model, with the trained statistics.
+    """
+
+    def __init__(self, name: str, layer: AnyBatchNorm, reference: AnyBatchNorm) -> None:
+        self._estimator = PairedEstimator(name, reference)
+        self._estimator.layer = layer
+        self._was_seen = False
+
+    def observe(self, reference: torch.Tensor, compressed: torch.Tensor) -> None:
+        """Adds the inputs of one call in both models."""
+        if not compressed.numel():
+            return
+        self._was_seen = True
+        self._estimator.in_reference = True
+        self._estimator.observe(reference)
+        self._estimator.in_reference = False
+        self._estimator.observe(compressed)
+
+    def write(self) -> None:
+        """Writes the estimate from all that was seen so far."""
+        if self._was_seen:
+            with writing():
+                self._estimator.write(*self._estimator.estimate())
+
+    def check(self, path: str) -> None:
+        """Raises DataError if the inputs were not finite."""
+        if self._was_seen:
+            self._estimator.finish(1, path)
+
+
+def norms_of(
+    model: nn.Module, reference: nn.Module, scopes: ScopeFilter, frozen: frozenset[str]
+) -> dict[str, AnyBatchNorm]:
+    """Returns the batch norms of a model that are corrected, by name.
+
+    Args:
+        model: The compressed model.
+        reference: The uncompressed model.
+        scopes: What the user wants left alone.
+        frozen: Names of layers that the user has frozen.
+    """
+    others = dict(reference.named_modules())
+    found = {}
+    for name, layer in model.named_modules():
+        if not isinstance(layer, AnyBatchNorm) or layer.running_mean is None or layer.running_var is None:
+            continue
+        other = others.get(name)
+        is_pair = isinstance(other, AnyBatchNorm) and other.num_features == layer.num_features
+        if is_pair and name not in frozen and layer.momentum != 0.0 and scopes.reason_to_skip([name]) is None:
+            found[name] = layer
+    return found

@@ -1,0 +1,12 @@
+"""The hooks with which this package registers itself with compress-core."""
+
+from __future__ import annotations
+
+from compress_core import Initializer, hookimpl
+from compress_weight_reconstruction.initializer import WeightReconstruction
+
+
+@hookimpl
+def compress_initializers() -> list[type[Initializer]]:
+    """Returns weight reconstruction."""
+    return [WeightReconstruction]
