@@ -173,6 +173,19 @@ def test_sweeps_only_lower_the_error_of_rounding():
     assert errors[0] > errors[1] >= errors[2] >= errors[3]
 
 
+def test_sweeps_lower_the_damped_error_of_each_row():
+    inputs, weight, targets = layer(1, rows=32, columns=40, positions=400, noise=20.0)
+    normal, freedom = normal_of(inputs, targets), Freedom(grid=grid_for(weight))
+
+    def damped(sweeps):
+        solution = solve(weight, normal, freedom, damping=1.0, sweeps=sweeps)
+        pull = (solution.weight - weight).square().numpy() * damping_of(inputs, 1.0)[:, None]
+        return solution.error_after.numpy() + pull.sum(2)
+
+    assert (damped(5) <= damped(0) * (1 + 1e-12)).all()
+    assert damped(5).sum() < damped(0).sum()
+
+
 def powers_of_two(weight):
     """A third party's grid: signed powers of two from 1/8 to 2, and zero."""
     exponent = torch.log2(weight.abs().clamp_min(1e-30)).round().clamp(-3, 1)
