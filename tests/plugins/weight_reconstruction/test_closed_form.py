@@ -10,7 +10,7 @@ from tests.plugins.weight_reconstruction.helpers import batches, copied, create,
 
 TINY = 1e-7  # as good as no damping
 # Where conjugate gradients stop, weights are this near and errors much nearer.
-NEAR = {"rtol": 5e-3, "atol": 1e-3}
+NEAR = {"rtol": 1e-4, "atol": 1e-5}
 
 
 def least_squares(x, targets, support, *, centred):
