@@ -206,7 +206,7 @@ class ForwardTrace:
         operators: The ATen operators, in order.
         module_calls: Runs of modules, in the order in which they began.
         sequences: (module, invocation) -> function -> numbers of its calls while the module ran, including calls by
-            submodules. Calls without a tensor result are not counted.
+            submodules. Calls without a tensor result are not counted, nor those on integers alone (`has_floats`).
         real: Whether the forward needed values, so that it ran on real tensors.
     """
 

@@ -217,8 +217,10 @@ class Recorder:
             self._discard(call)
             return
         call.location = location_below(self._stack[-1].position, caller)
-        for running in self._stack:
-            running.counts.setdefault(call.function, []).append(call.index)
+        values = (self.trace.values[value].dtype for _, value in [*call.inputs, *call.outputs])
+        if any(dtype.is_floating_point or dtype.is_complex for dtype in values):  # see `has_floats`
+            for running in self._stack:
+                running.counts.setdefault(call.function, []).append(call.index)
 
     def _note_writes(self, call: Call, taken: list[Taken]) -> None:
         known = {value for _, value in [*call.inputs, *call.outputs]}

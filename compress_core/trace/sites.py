@@ -190,7 +190,9 @@ class Sites:
         numbers: dict[SiteKey, int] = {}
         for key in (key for sequence in [*evaluation, *training] for key in sequence):
             numbers.setdefault(key, len(numbers))
-        site = numbers[self._key(where, module)]
+        site = numbers.get(self._key(where, module))
+        if site is None:  # a call on integers alone
+            return None
         sites, counts = _longest(evaluation, numbers), _shorter(evaluation)
         pattern = CallPattern(site, sites, counts=counts, training_counts=counts)
         if training:

@@ -160,6 +160,33 @@ def can_be_transformed(function: str) -> bool:
         return False
 
 
+def has_floats(*structure: Any) -> bool:
+    """Returns whether there is a floating or complex tensor in nested tuples, lists and mappings.
+
+    Calls that neither take nor return one are not counted. They make positions and masks, which libraries do in another
+    way on fake tensors, while torch exports a model, or when a cache is given.
+    """
+    for item in structure:
+        if isinstance(item, torch.Tensor):
+            if item.is_floating_point() or item.is_complex():
+                return True
+        elif isinstance(item, (tuple, list)):
+            if has_floats(*item):
+                return True
+        elif isinstance(item, dict) and has_floats(*item.values()):
+            return True
+    return False
+
+
+def _returning(result: Any) -> Callable[..., Any]:
+    """Returns a function that returns a result, whatever its arguments."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return result
+
+    return run
+
+
 class CallSiteMode(TorchFunctionMode):
     """Applies the transforms of a module's call sites during one forward.
 
@@ -245,6 +272,11 @@ class CallSiteMode(TorchFunctionMode):
             func = torch.unflatten  # dynamo cannot trace the method while a mode is active
         if index < 0 or self.is_called_by_hook():
             return func(*args, **kwargs)
+        if not has_floats(args, kwargs):
+            result = func(*args, **kwargs)
+            if not has_floats(result):
+                return result
+            return self.apply(self.functions[index], self.count(index), self.training, _returning(result), args, kwargs)
         return self.apply(self.functions[index], self.count(index), self.training, func, args, kwargs)
 
 

@@ -10,6 +10,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_packed_s
 from torch.utils.checkpoint import checkpoint
 
 from compress_core import create_compressed_model, register_default_init_args
+from compress_core.torch_internals import FakeTensor
 
 RANGES = {"initializer": {"range": {"num_init_samples": 4}}}
 
@@ -104,6 +105,38 @@ def test_quantizers_that_learn_nothing_are_named(only_in_training, caplog):
     model.train()(DATA[0][0]).square().sum().backward()
     assert not caplog.records
     assert idle(controller) == []
+
+
+def positions(length, fake):
+    """Positions as libraries make them: in another number of steps while something traces or exports the model."""
+    found = torch.arange(length)
+    for step in (1, 1, 1) if fake or torch.compiler.is_compiling() else (3,):
+        found = found + step
+    return found % length
+
+
+@pytest.mark.parametrize("fraction", [False, True], ids=["integers", "integers to floats"])
+def test_calls_on_integers_alone_do_not_count(fraction, caplog, tmp_path):
+    def forward(net, x):
+        found = positions(6, isinstance(x, FakeTensor))
+        y = net.a(x) + net.table(found)
+        if fraction:
+            y = F.layer_norm(y, (6,)) * ((found + 1) / 6)  # takes integers and returns floats
+        return net.b(F.layer_norm(y + 1, (6,)))
+
+    net = Net(forward)
+    net.table = nn.Embedding(6, 6)
+    with caplog.at_level(logging.WARNING):
+        controller, model = compressed(net, DATA)
+        model.eval()(DATA[0][0])
+    assert not [record for record in caplog.records if "samples" not in record.getMessage()]
+    assert any("add#" in name for name in controller.non_weight_quantizers)
+    model.train()(DATA[0][0]).square().sum().backward()
+    assert idle(controller) == []
+    report = controller.export_onnx(tmp_path / "model.onnx", DATA[0][0], dynamic_batch=False)
+    assert report.worst().relative_mean < 0.05 and not report.notes
+    again = torch.compile(model.eval(), fullgraph=True, backend="eager")
+    assert torch.equal(again(DATA[0][0]), model(DATA[0][0]))
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
