@@ -272,9 +272,9 @@ class CallSiteMode(TorchFunctionMode):
             func = torch.unflatten  # dynamo cannot trace the method while a mode is active
         if index < 0 or self.is_called_by_hook():
             return func(*args, **kwargs)
-        if not has_floats(args, kwargs):
+        if not run_quietly(has_floats, args, kwargs):
             result = func(*args, **kwargs)
-            if not has_floats(result):
+            if not run_quietly(has_floats, result):
                 return result
             return self.apply(self.functions[index], self.count(index), self.training, _returning(result), args, kwargs)
         return self.apply(self.functions[index], self.count(index), self.training, func, args, kwargs)
