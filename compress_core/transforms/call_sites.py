@@ -178,6 +178,12 @@ def has_floats(*structure: Any) -> bool:
     return False
 
 
+def _has_floats_out_of_sight(*structure: Any) -> bool:
+    """Returns the same as `has_floats`; the user's function modes see nothing of it."""
+    with TorchFunctionDisabled():
+        return has_floats(*structure)
+
+
 def _returning(result: Any) -> Callable[..., Any]:
     """Returns a function that returns a result, whatever its arguments."""
 
@@ -272,9 +278,9 @@ class CallSiteMode(TorchFunctionMode):
             func = torch.unflatten  # dynamo cannot trace the method while a mode is active
         if index < 0 or self.is_called_by_hook():
             return func(*args, **kwargs)
-        if not run_quietly(has_floats, args, kwargs):
+        if not _has_floats_out_of_sight(args, kwargs):
             result = func(*args, **kwargs)
-            if not run_quietly(has_floats, result):
+            if not _has_floats_out_of_sight(result):
                 return result
             return self.apply(self.functions[index], self.count(index), self.training, _returning(result), args, kwargs)
         return self.apply(self.functions[index], self.count(index), self.training, func, args, kwargs)
