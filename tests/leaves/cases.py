@@ -131,7 +131,7 @@ SHARED = {
     ),
     "initializer.batchnorm_adaptation.method": Case(context=ADAPTED),
     "initializer.batchnorm_adaptation.ignored_scopes": Case(([], ["bn1"]), context=ADAPTED),
-    "initializer.weight_reconstruction.num_samples": Case((0, 8, 24)),
+    "initializer.weight_reconstruction.num_samples": Case((0, 16, 24)),
     "initializer.weight_reconstruction.guard": Case(
         (False, better_when_untouched, True), context=RECONSTRUCTED, refused=(True,)
     ),
