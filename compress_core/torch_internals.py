@@ -31,6 +31,9 @@ from torch._higher_order_ops import wrap
 from torch._subclasses import fake_tensor
 from torch.autograd import forward_ad
 from torch.nn.modules import batchnorm, conv
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils import _python_dispatch, _pytree, checkpoint
 
 __all__ = [
@@ -55,6 +58,7 @@ __all__ = [
     "add_own_forward_pre_hook",
     "checkpoint_of",
     "compile_graph",
+    "computing_hooks",
     "dynamo_callback",
     "frames_dynamo_traces",
     "function_mode_at",
@@ -353,6 +357,25 @@ Why: a model that is rolled back has the same hooks in the same order; the confo
 Public way: hooks can be registered, and removed by who has the handle; not listed.
 Without it: the conformance kit does not see hooks of this kind that were left behind.
 """
+
+
+def computing_hooks(module: nn.Module) -> list[tuple[str, type[Any]]]:
+    """Returns the hooks of a module that compute one of its tensors: name of the tensor, class of the hook.
+
+    Classes are `WeightNorm` and `SpectralNorm` of `torch.nn.utils`, and those derived from `BasePruningMethod`.
+
+    Why: `fold_computed_weights` replaces what they compute by plain parameters.
+    Public way: none lists the hooks of a module; `prune` keeps the name of its tensor in a private attribute.
+    Without it: weights under the old style of `weight_norm` and `spectral_norm` and under `prune` are not folded.
+    """
+    found: list[tuple[str, type[Any]]] = []
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, (WeightNorm, SpectralNorm)):
+            found.append((hook.name, type(hook)))
+        elif isinstance(hook, BasePruningMethod):
+            found.append((hook._tensor_name, type(hook)))
+    return found
+
 
 TENSOR_HOOK_ATTRIBUTES = ("_backward_hooks", "_post_accumulate_grad_hooks")
 """The attributes of a tensor that hold its hooks, each a dict or None.

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import nn
 from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weight_norm
-from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from compress_core.errors import ModelError
+from compress_core.torch_internals import computing_hooks
 from compress_core.transforms.model_wide import has_transforms
 from compress_core.transforms.snapshot import ModelSnapshot
 
@@ -58,16 +58,14 @@ def _fold(module: nn.Module) -> list[str]:
             for name in list(module.parametrizations):  # type: ignore[arg-type]
                 parametrize.remove_parametrizations(module, name, leave_parametrized=True)
                 folded.append(name)
-        for hook in list(module._forward_pre_hooks.values()):
-            if isinstance(hook, WeightNorm):
-                remove_weight_norm(module, hook.name)
-                folded.append(hook.name)
-            elif isinstance(hook, SpectralNorm):
-                remove_spectral_norm(module, hook.name)
-                folded.append(hook.name)
-            elif isinstance(hook, BasePruningMethod):
-                prune.remove(module, hook._tensor_name)  # type: ignore[no-untyped-call]
-                folded.append(hook._tensor_name)
+        for name, kind in computing_hooks(module):
+            if issubclass(kind, WeightNorm):
+                remove_weight_norm(module, name)
+            elif issubclass(kind, SpectralNorm):
+                remove_spectral_norm(module, name)
+            else:
+                prune.remove(module, name)  # type: ignore[no-untyped-call]
+            folded.append(name)
     finally:
         for part, mode in modes:
             part.training = mode

@@ -27,6 +27,7 @@ sections = [{"algorithm": name, "initializer": adapt} for name in %s]
 controller, model = create_compressed_model(model, {"compression": sections}, init_loader=loader)
 print(json.dumps({
     "plugins": {name: str(found[0].plugin) for name, found in default_registry().algorithms().items()},
+    "initializers": sorted(default_registry().initializers()),
     "failures": [str(failure.error) for failure in default_registry().failures],
     "sections": list(controller.algorithms),
     "samples": controller.statistics().batchnorm_adaptation.report.samples,
@@ -43,8 +44,8 @@ def environment(tmp_path, wheel):
     return python
 
 
-BUILT_IN = ("filter_pruning", "magnitude_sparsity", "quantization", "weight_reconstruction")
-PACKAGES = ("compress_core", *(f"compress_{name}" for name in BUILT_IN))
+ALGORITHMS = ("filter_pruning", "magnitude_sparsity", "quantization")
+PACKAGES = ("compress_core", *(f"compress_{name}" for name in ALGORITHMS), "compress_weight_reconstruction")
 
 
 def test_wheel_holds_what_is_ours_and_nothing_else(wheel):
@@ -58,7 +59,8 @@ def test_wheel_holds_what_is_ours_and_nothing_else(wheel):
 
 def test_wheel_alone_finds_the_built_in_plugins(environment, tmp_path):
     found = json.loads(run(environment, "-c", JOB % '["magnitude_sparsity"]', cwd=tmp_path))
-    assert found["plugins"] == {name: f"plugin '{name}' (compress-core 0.1.0)" for name in BUILT_IN}
+    assert found["plugins"] == {name: f"plugin '{name}' (compress-core 0.1.0)" for name in ALGORITHMS}
+    assert found["initializers"] == ["batchnorm_adaptation", "weight_reconstruction"]
     assert found["failures"] == []
     assert found["samples"] == 32
     assert run(environment, "-c", "import compress_core; print(compress_core.__file__)", cwd=tmp_path).startswith(

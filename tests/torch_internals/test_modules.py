@@ -5,11 +5,13 @@ import pickle
 import shutil
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
 import torch._dynamo
 from torch import nn
+from torch.nn.utils import prune
 
 from compress_core import torch_internals as internals
 from tests.conftest import ROOT
@@ -89,6 +91,21 @@ HOOKS = {
 def test_all_kinds_of_hooks_are_known():
     stores = {name for name, value in vars(nn.Module()).items() if name.endswith("_hooks") and isinstance(value, dict)}
     assert set(internals.HOOK_ATTRIBUTES) == stores == set(HOOKS)
+
+
+@canary("computing_hooks", breaks="folding weights that old-style hooks compute")
+def test_hooks_that_compute_a_tensor_are_known():
+    layer = nn.Linear(3, 3)
+    assert internals.computing_hooks(layer) == []
+    layer.register_forward_pre_hook(lambda module, args: None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        nn.utils.weight_norm(layer)
+        spectral = nn.utils.spectral_norm(nn.Linear(3, 3))
+    prune.l1_unstructured(layer, "bias", amount=1)
+    names = [(name, kind.__name__) for name, kind in internals.computing_hooks(layer)]
+    assert names == [("weight", "WeightNorm"), ("bias", "L1Unstructured")]
+    assert [(name, kind.__name__) for name, kind in internals.computing_hooks(spectral)] == [("weight", "SpectralNorm")]
 
 
 @canary("TENSOR_HOOK_ATTRIBUTES", breaks="putting back the hooks of tensors when a model is rolled back")
