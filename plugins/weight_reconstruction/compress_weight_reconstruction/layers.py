@@ -11,7 +11,15 @@ from compress_core.data.forwards import writing
 from compress_weight_reconstruction.freedom import Allowed
 from compress_weight_reconstruction.interception import Use, WeightCall
 from compress_weight_reconstruction.positions import Positions
-from compress_weight_reconstruction.products import as_matrices, as_weight, input_rows, output_rows, output_sizes, wide
+from compress_weight_reconstruction.products import (
+    as_matrices,
+    as_weight,
+    input_rows,
+    output_rows,
+    output_sizes,
+    targets_without_bias,
+    wide,
+)
 from compress_weight_reconstruction.report import LayerError
 from compress_weight_reconstruction.solvers import Freedom, Grid, Moments, Normal, Solution, solve
 
@@ -93,10 +101,7 @@ class Layer:
         dims = self._parameter.ndim - 2 if kind != "linear" else 1
         samples, sizes = output_sizes(output, kind, dims)
         chosen = positions.choose(samples, sizes, self._shape[2]).to(output.device)
-        targets = output_rows(output, kind, dims, groups, chosen)
-        bias = reference.product.arguments.get("bias")
-        if bias is not None:
-            targets = targets - wide(bias.detach()).reshape(self._shape[0], 1, -1)
+        targets = targets_without_bias(reference.product, output, dims, chosen)
         missing = self._missing(reference, compressed)
         if missing is not None:
             targets = targets + output_rows(missing, kind, dims, groups, chosen)

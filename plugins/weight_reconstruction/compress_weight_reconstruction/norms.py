@@ -68,3 +68,10 @@ def norms_of(
         if is_pair and name not in frozen and layer.momentum != 0.0 and scopes.reason_to_skip([name]) is None:
             found[name] = layer
     return found
+
+
+def scale_of(norm: AnyBatchNorm) -> torch.Tensor:
+    """Returns by what a batch norm multiplies each channel."""
+    assert norm.running_var is not None
+    scale = (norm.running_var + norm.eps).rsqrt()
+    return scale if norm.weight is None else scale * norm.weight.detach()

@@ -144,6 +144,17 @@ def output_rows(output: torch.Tensor, kind: Kind, dims: int, groups: int, chosen
     return by_group.reshape(groups, chosen.numel(), -1)
 
 
+def targets_without_bias(product: Product, output: torch.Tensor, dims: int, chosen: torch.Tensor) -> torch.Tensor:
+    """Returns what the weight alone has added to some of a call's outputs, in the shape of `output_rows`."""
+    bias = product.arguments.get("bias")
+    if product.kind == "linear":
+        # The first argument of addmm may have any shape.
+        plain = output if bias is None else wide(output) - wide(bias.detach())
+        return output_rows(plain, product.kind, dims, 1, chosen)
+    targets = output_rows(output, product.kind, dims, product.groups, chosen)
+    return targets if bias is None else targets - wide(bias.detach()).reshape(product.groups, 1, -1)
+
+
 def output_sizes(output: torch.Tensor, kind: Kind, dims: int) -> tuple[int, tuple[int, ...]]:
     """Returns the number of samples of an output and the sizes of the positions of each sample."""
     if kind == "linear":

@@ -20,6 +20,7 @@ from compress_core.transforms.weight import parameter_places
 from compress_weight_reconstruction.freedom import Allowed, allowed
 from compress_weight_reconstruction.interception import Seen, Use
 from compress_weight_reconstruction.layers import Bias, Layer
+from compress_weight_reconstruction.norms import scale_of
 from compress_weight_reconstruction.passes import Pair
 
 
@@ -126,7 +127,7 @@ class Survey:
         parts = self.compressed.parts(name)
         if set(parts) != set(self.reference.parts(name)):
             return "the two models do not use the same parts of it"
-        if _overlap([self.compressed.calls[part][0].rows for part in parts]):
+        if overlap([self.compressed.calls[part][0].rows for part in parts]):
             return "its products use parts of it that overlap"
         return next((reason for part in parts if (reason := self._why_not_part(part))), None)
 
@@ -162,7 +163,8 @@ class Survey:
         return Bias(parameter.detach()[index], support[index])
 
 
-def _overlap(parts: list[tuple[int, int] | None]) -> bool:
+def overlap(parts: list[tuple[int, int] | None]) -> bool:
+    """Returns whether blocks of rows of one parameter overlap; None is the whole parameter."""
     if len(parts) == 1:
         return False
     ordered = sorted((0, sys.maxsize) if rows is None else rows for rows in parts)
@@ -185,7 +187,7 @@ def layer_of(part: str, candidate: Candidate, survey: Survey, model: nn.Module, 
     """
     norm = survey.norm_of(part)
     bias = None if norm else survey.bias_of(part, model)
-    scale = _scale_of(cast("AnyBatchNorm", reference.get_submodule(norm))) if norm else None
+    scale = scale_of(cast("AnyBatchNorm", reference.get_submodule(norm))) if norm else None
     use = survey.compressed.calls[part][0]
     parameter, open_ = candidate.weight.parameter, candidate.allowed
     if use.rows is None:
@@ -194,10 +196,3 @@ def layer_of(part: str, candidate: Candidate, survey: Survey, model: nn.Module, 
     return Layer(
         part, parameter.detach()[rows], use, open_.of_rows(rows, parameter), bias, has_norm=bool(norm), scale=scale
     )
-
-
-def _scale_of(norm: AnyBatchNorm) -> torch.Tensor:
-    """Returns by what a batch norm multiplies each channel."""
-    assert norm.running_var is not None
-    scale = (norm.running_var + norm.eps).rsqrt()
-    return scale if norm.weight is None else scale * norm.weight.detach()
