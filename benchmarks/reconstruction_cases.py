@@ -55,14 +55,19 @@ def filters(level: float, *, of_operations: bool) -> Callable[[bool], list[Secti
     return sections
 
 
-def bits(number: int) -> Callable[[bool], list[Section]]:
-    """Returns what makes the section of quantization: weights of so many bits, activations of 8."""
-    return lambda chosen: [{"algorithm": "quantization", "weights": {"bits": number}, "activations": {"bits": 8}}]
+def bits(number: int, *, activations: bool) -> Callable[[bool], list[Section]]:
+    """Returns what makes the section of quantization: weights of so many bits, and activations of 8 or unquantized."""
+    quantized: Section = {"bits": 8} if activations else {"ignored_scopes": ["{re}.*"]}
+    return lambda chosen: [{"algorithm": "quantization", "weights": {"bits": number}, "activations": quantized}]
 
 
 def combined(chosen: bool) -> list[Section]:
     """Returns 2.1 times fewer operations, 80 % sparsity and 8 bits in one config."""
-    return [*filters(1 - 1 / 2.1, of_operations=True)(chosen), *sparsity(0.8)(chosen), *bits(8)(chosen)]
+    return [
+        *filters(1 - 1 / 2.1, of_operations=True)(chosen),
+        *sparsity(0.8)(chosen),
+        *bits(8, activations=True)(chosen),
+    ]
 
 
 @dataclass(frozen=True)
@@ -107,7 +112,8 @@ CASES: Mapping[str, Case] = {
         Case("2:4 sparse", two_of_four, can_choose=False),
         *_RATIOS,
         Case("40 % of filters", filters(0.4, of_operations=False)),
-        *(Case(f"{number}-bit weights", bits(number), can_choose=False) for number in (8, 4, 3, 2)),
+        *(Case(f"{n}-bit weights", bits(n, activations=False), can_choose=False) for n in (8, 4, 3, 2)),
+        *(Case(f"{n}-bit weights, 8-bit activations", bits(n, activations=True), can_choose=False) for n in (8, 4)),
         Case("2.1x, 80 % sparse, 8 bits", combined),
     )
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import reprlib
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
@@ -240,7 +241,7 @@ class Quantization(Algorithm):
             UsageError: There is no such group.
         """
         if group not in (None, "weights", "activations"):
-            raise UsageError(f"init_range takes 'weights' or 'activations', got {group!r}")
+            raise UsageError(f"init_range takes 'weights' or 'activations', got {reprlib.repr(group)}")
         self._calibrate(("weights", "activations") if group is None else (group,))
 
     def enable_weight_quantization(self) -> None:
