@@ -28,11 +28,8 @@ class WeightReconstructionConfig(InitializerConfig):
         "If the metric gets worse, weights and statistics are rolled back",
     )
     ignored_scopes: Scopes = Field(default_factory=list, description="layers and batch norms to leave unchanged")
-    damping: float | None = Field(
-        None,
-        gt=0,
-        description="how strongly weights are held at their old values, relative to the inputs' power; by default "
-        "0.1, and 0.03 for weights on a grid",
+    damping: float = Field(
+        0.1, gt=0, description="how strongly weights are held at their old values, relative to the inputs' power"
     )
     positions: Count = Field(
         16, ge=1, description="positions of each sample's output that count, of convolutions and of sequences"

@@ -23,7 +23,6 @@ from compress_weight_reconstruction.products import (
 from compress_weight_reconstruction.report import LayerError
 from compress_weight_reconstruction.solvers import Freedom, Grid, Moments, Normal, Solution, solve
 
-_DAMPING, _DAMPING_OF_GRIDS = 0.1, 0.03
 # The share of the shortcut's error that the last layer before a residual sum makes up for.
 _SHORTCUT = 0.5
 _SMALLEST_SCALE = 0.1
@@ -128,11 +127,11 @@ class Layer:
         channel = -1 if self._use.kind == "linear" else output.ndim - self._parameter.ndim + 1
         return missing * factor.view([-1 if dim == channel % output.ndim else 1 for dim in range(output.ndim)])
 
-    def solve(self, damping: float | None) -> LayerError | str:
+    def solve(self, damping: float) -> LayerError | str:
         """Solves for the weight and writes it to the parameter.
 
         Args:
-            damping: See the config; None for the default.
+            damping: See the config.
 
         Returns:
             The errors before and after, or why the weight was left alone.
@@ -143,8 +142,6 @@ class Layer:
         normal, self._moments = self._moments.finalize(), None
         support = self._as_matrices(self._allowed.support)
         grid = self._grid()
-        if damping is None:
-            damping = _DAMPING if self._allowed.grid is None else _DAMPING_OF_GRIDS
         project = self._project if self._allowed.grid is not None and grid is None else None
         solution = solve(self._weight(), normal, Freedom(support.contiguous(), grid, project), damping=damping)
         if not bool(torch.isfinite(solution.weight.to(self._parameter.dtype)).all()):

@@ -39,7 +39,7 @@ class Settings:
     """What the config says; see `WeightReconstructionConfig`."""
 
     num_samples: int = 0
-    damping: float | None = None
+    damping: float = 0.1
     positions: int = 16
     memory: float = 4.0
     path: str = ""

@@ -42,7 +42,7 @@ def solve(
         weight: The weight before compression, floating, shape (groups, rows, columns).
         normal: Moments of the inputs and targets.
         freedom: What the weight may be; None for anything.
-        damping: Relative to the power of each input column; 0.1 for masks, 0.03 for grids. With few positions, more.
+        damping: Relative to the power of each input column; 0.1 is a good value.
         sweeps: Largest number of coordinate descent sweeps over a weight on a grid.
         workspace: Bytes that may be taken beside arguments and results, and some 2000 float64 columns of the Gram
             matrix. Rows are solved in blocks that fit; a layer whose Gram matrix takes more than half of it is solved
