@@ -154,7 +154,11 @@ def test_keys_of_quantization_are_all_documented(registry):
 
 
 # Shared initializers and their pages.
-SHARED = {"batchnorm_adaptation": "adaptation.md", "weight_reconstruction": "reconstruction.md"}
+SHARED = {
+    "batchnorm_adaptation": "adaptation.md",
+    "weight_reconstruction": "reconstruction.md",
+    "data_free_correction": "reconstruction.md",
+}
 
 
 def test_keys_of_shared_initializers_are_documented_on_their_pages(registry):

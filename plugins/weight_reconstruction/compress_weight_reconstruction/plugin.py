@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from compress_core import Initializer, hookimpl
+from compress_weight_reconstruction.data_free.initializer import DataFreeCorrection
 from compress_weight_reconstruction.initializer import WeightReconstruction
 
 
 @hookimpl
 def compress_initializers() -> list[type[Initializer]]:
-    """Returns weight reconstruction."""
-    return [WeightReconstruction]
+    """Returns weight reconstruction, and the correction that needs no data."""
+    return [WeightReconstruction, DataFreeCorrection]
