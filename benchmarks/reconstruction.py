@@ -3,8 +3,8 @@
 Usage: python -m benchmarks.reconstruction [--nets resnet56 ...] [--cases "90 % sparse" ...] [--samples 256]
        [--draws 3] [--test-images 10000] [--variants ...] [--held-back] [--render]
 
-For each network and compression, accuracy of the compressed network as it is, with batch norm adapted, with weights
-reconstructed, with both, and with both where data has also chosen what goes. No labels, no training. All variants of a
+For each network and compression, accuracy of the compressed network as it is, corrected without data, with batch norm
+adapted, with weights reconstructed, with both, and with both where data has also chosen what goes. No labels, no training. All variants of a
 draw use the same samples. Cost is the CPU time of the reconstruction in units of one plain forward over the same
 samples, measured just before. Results are added to
 those of earlier runs, so that hours need not be spent at once. `--held-back` measures on the last 5,000 training images
@@ -38,6 +38,7 @@ from examples.common.training import accuracy
 
 BATCH = 64
 HELD_BACK = 5000
+WITHOUT_DATA = ("none", "data-free")
 # Other images, on which reconstruction compares the model's outputs before and after.
 _COMPARED = 0.25
 
@@ -110,8 +111,8 @@ class Run:
                         self._cell(CASES[case], variant, samples, draw)
 
     def _cell(self, case: Case, variant: str, samples: int, draw: int) -> None:
-        if variant == "none":
-            # No samples are used, but those of ranges.
+        if variant in WITHOUT_DATA:
+            # No samples are used, but for ranges of activations.
             samples, draw = 256, 0
         key = {"case": case.name, "variant": variant, "samples": samples, "draw": draw, "images": len(self.test[1])}
         if any(all(row[name] == value for name, value in key.items()) for row in self.content["rows"]):
@@ -152,7 +153,8 @@ def table(net: str, content: dict[str, Any], samples: int) -> Table:
             found = [
                 row
                 for row in content["rows"]
-                if (row["case"], row["variant"]) == (case, variant) and (row["samples"] == samples or variant == "none")
+                if (row["case"], row["variant"]) == (case, variant)
+                and (row["samples"] == samples or variant in WITHOUT_DATA)
             ]
             images = max((row["images"] for row in found), default=0)
             values = [row["accuracy"] for row in found if row["images"] == images]

@@ -17,8 +17,9 @@ Section = dict[str, Any]
 
 NETWORKS: Mapping[str, Network] = {**CONVOLUTIONAL, "vit": Network("fashion-mnist", vit_fashion)}
 
-# What is done to a compressed network: nothing, one of the two, both, and both with weights chosen by data as well.
-VARIANTS = ("none", "adaptation", "reconstruction", "both", "chosen")
+# What is done to a compressed network: nothing, correction without data, adaptation or reconstruction, both, and both
+# with data choosing what goes as well.
+VARIANTS = ("none", "data-free", "adaptation", "reconstruction", "both", "chosen")
 
 
 def sparsity(level: float) -> Callable[[bool], list[Section]]:
@@ -92,10 +93,12 @@ class Case:
             samples: Number of samples of every initializer.
             size: Shape of one sample.
         """
-        adapts, solves = variant not in ("none", "reconstruction"), variant in ("reconstruction", "both", "chosen")
+        adapts, solves = variant in ("adaptation", "both", "chosen"), variant in ("reconstruction", "both", "chosen")
         initializer: Section = {"batchnorm_adaptation": {"num_bn_adaptation_samples": samples if adapts else 0}}
         if solves:
             initializer["weight_reconstruction"] = {"num_samples": samples}
+        if variant == "data-free":
+            initializer["data_free_correction"] = {}
         made = [{**section, "initializer": dict(initializer)} for section in self.sections(variant == "chosen")]
         for section in made:
             if section["algorithm"] == "quantization":
