@@ -3,8 +3,8 @@
 Usage: python -m benchmarks.reconstruction [--nets resnet56 ...] [--cases "90 % sparse" ...] [--samples 256]
        [--draws 3] [--test-images 10000] [--variants ...] [--held-back] [--render]
 
-For each network and compression, accuracy of the compressed network as it is, corrected without data, with batch norm
-adapted, with weights reconstructed, with both, and with both where data has also chosen what goes. No labels, no training. All variants of a
+For each network and compression: accuracy as it is, corrected without data, with batch norm adapted, with weights
+reconstructed, with both, and with both where data has also chosen what goes. No labels, no training. All variants of a
 draw use the same samples. Cost is the CPU time of the reconstruction in units of one plain forward over the same
 samples, measured just before. Results are added to
 those of earlier runs, so that hours need not be spent at once. `--held-back` measures on the last 5,000 training images

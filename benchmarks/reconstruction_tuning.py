@@ -4,8 +4,8 @@ Usage: python -m benchmarks.reconstruction_tuning [--ratios 2.1 2.6] [--epochs 1
 
 Accuracy on the 10,000 test images after so many epochs over all 50,000 training images, each number of epochs with a
 learning rate of its own that rises and falls once. The network is shrunk before, so it trains as the small one that it
-is. `adaptation` is filter pruning with its defaults and batch-norm adaptation, `both` has weights reconstructed as well,
-and in `chosen` data also chooses the filters. A run that was stopped goes on at its last epoch. Published results at
+is. `adaptation` is filter pruning with its defaults and batch-norm adaptation, `both` also reconstructs weights, and in
+`chosen` data chooses the filters as well. A run that was stopped goes on at its last epoch. Published results at
 2.1 times fewer operations, 93.5 to 93.8 %, come from hundreds of epochs. Needs `make bench-data`.
 """
 
