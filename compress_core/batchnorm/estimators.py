@@ -100,10 +100,12 @@ class Estimator:
             DataError: The inputs of the layer held NaN or infinity, or only one value, which has no variance.
         """
         if not (self.reference.is_finite() and self.compressed.is_finite()):
-            raise DataError(
-                f"{path}: the inputs of the batch norm '{self.name}' hold NaN or infinity on the calibration data; "
-                "check the data and the model. The statistics were not changed"
-            )
+            what = f"the inputs of the batch norm '{self.name}' hold NaN or infinity on the calibration data"
+            blame = "check the data and the model"
+            if self.reference.count and self.reference.is_finite():
+                what += " in the compressed model, and are finite in the uncompressed one"
+                blame = "name the layers in front of it, such as one that makes a denominator, in ignored_scopes"
+            raise DataError(f"{path}: {what}; {blame}. The statistics were not changed")
         if self.compressed.count == 1 and not self.keeps_variance_of_one_value():
             raise DataError(
                 f"{path}: the batch norm '{self.name}' has seen one value for each channel, which has no variance; use "

@@ -183,3 +183,23 @@ def test_unusable_loaders(loader, message):
     with pytest.raises(DataError, match=message) as caught:
         create_compressed_model(OneNorm(), config(), init_loader=loader)
     assert "compression.magnitude_sparsity.initializer.batchnorm_adaptation" in str(caught.value)
+
+
+class Quotient(nn.Module):
+    """Divides by numbers that 8 bits round to zero."""
+
+    def __init__(self):
+        super().__init__()
+        self.numerator, self.denominator = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1)
+        self.norm = nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        small = (10 * self.denominator(x)).exp()
+        return self.norm(self.numerator(x) / small)
+
+
+def test_numbers_that_compression_made_infinite_are_not_blamed_on_the_data():
+    model = Quotient().eval()
+    section = {"algorithm": "quantization", "initializer": {"batchnorm_adaptation": {"num_bn_adaptation_samples": 32}}}
+    with pytest.raises(DataError, match="'norm' hold NaN or infinity .* in the compressed model.*a denominator"):
+        create_compressed_model(model, {"compression": section}, init_loader=data(32, 8))
