@@ -1,6 +1,6 @@
 """Peak memory and time of weight reconstruction on ResNet-50 at 224x224 pixels.
 
-Usage: python -m benchmarks.reconstruction_memory [--samples 512] [--memory 4.0] [--threads 2]
+Usage: python -m benchmarks.reconstruction_memory [--samples 512] [--memory 1.5] [--threads 2]
 
 80 % sparse, random weights and images: neither matters here. Memory is the largest resident set of the process less
 what it holds with two copies of the model and the images, just before one is compressed. `--memory` is the bound of the
@@ -42,7 +42,7 @@ def main() -> None:
     """Measures, prints, and writes results/reconstruction_memory.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=512)
-    parser.add_argument("--memory", type=float, default=4.0)
+    parser.add_argument("--memory", type=float, default=1.5)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

@@ -31,6 +31,8 @@ from examples.demo_quantization import export, quantize
 
 CONFIGS = Path(__file__).parent / "configs"
 SEED = 0
+# Samples of training data, without labels, with which weights are reconstructed.
+RECONSTRUCTION = 256
 # data set -> (epochs of training, epochs of fine-tuning, mirror images)
 RECIPES = {"digits": (20, 10, False), "fashion-mnist": (3, 2, True)}
 
@@ -88,7 +90,6 @@ def run(data: Dataset, folder: Path) -> tuple[Steps, CompressionController, list
     with steps.step("compressed, no adaptation") as row:
         _, row["model"] = create_compressed_model(copy.deepcopy(fp32), unadapted)
 
-    controller: CompressionController | None = None
     for samples in (32, 2048):
         config["compression"]["initializer"]["batchnorm_adaptation"]["num_bn_adaptation_samples"] = samples
         with steps.step("") as row:
@@ -97,7 +98,9 @@ def run(data: Dataset, folder: Path) -> tuple[Steps, CompressionController, list
             row["step"] = f"compressed and adapted, {samples} samples" + (
                 f" ({used} there are)" if used < samples else ""
             )
-    assert controller is not None
+    config["compression"]["initializer"]["weight_reconstruction"] = {"num_samples": RECONSTRUCTION}
+    with steps.step(f"the same, weights reconstructed with {RECONSTRUCTION} samples") as row:
+        controller, row["model"] = create_compressed_model(copy.deepcopy(fp32), config, init_loader=loader)
 
     torch.manual_seed(SEED)  # the same fine-tuning, whether the network was trained or loaded
     with steps.step(f"fine-tuned, {tuning_epochs} epochs with the schedule") as row:
@@ -109,6 +112,7 @@ def run(data: Dataset, folder: Path) -> tuple[Steps, CompressionController, list
         row["model"] = controller.strip()
         torch.save(row["model"].state_dict(), folder / "stripped.pt")
 
+    del config["compression"]["initializer"]["weight_reconstruction"]
     quantized = quantize(steps.step, fp32, data, config["compression"], flip=flip)
     small = prune(steps.step, fp32, data, flip=flip)
     return steps, controller, [small, export(quantized, fp32, data, folder)]
@@ -139,6 +143,7 @@ def plot(path: Path, steps: Steps, controller: CompressionController) -> None:
     values = [row["accuracy"] for row in steps.rows]
     # By what was done last: trained, damaged, adapted, trained again.
     kinds = {"FP32": "#4c72b0", "no adaptation": "#c44e52", "calibrated": "#dd8452", "adapted": "#dd8452"}
+    kinds["reconstructed"] = "#937860"
     colors = [next((color for kind, color in kinds.items() if kind in row["step"]), "#55a868") for row in steps.rows]
     bars = left.barh(names, values, color=colors)
     left.bar_label(bars, [f"{value:.1f}" for value in values], padding=3)

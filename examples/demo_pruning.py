@@ -20,7 +20,7 @@ EPOCHS = {"digits": 10, "fashion-mnist": 2}
 
 
 def prune(step: Step, fp32: nn.Module, data: Dataset, *, flip: bool) -> Table:
-    """Prunes a trained network by half of its filters, adapts and trains it, and makes it smaller.
+    """Prunes a trained network by half of its filters, repairs and trains it, and makes it smaller.
 
     Args:
         step: Opens a row of the demo's table.
@@ -42,6 +42,9 @@ def prune(step: Step, fp32: nn.Module, data: Dataset, *, flip: bool) -> Table:
         _, row["model"] = create_compressed_model(copy.deepcopy(fp32), document)
     section["initializer"] = {"batchnorm_adaptation": {"num_bn_adaptation_samples": 2048}}
     with step("half of the filters, adapted") as row:
+        _, row["model"] = create_compressed_model(copy.deepcopy(fp32), document, init_loader=loader)
+    section["initializer"]["weight_reconstruction"] = {"num_samples": 256}
+    with step("half of the filters, weights reconstructed") as row:
         controller, row["model"] = create_compressed_model(copy.deepcopy(fp32), document, init_loader=loader)
     torch.manual_seed(1)
     epochs = EPOCHS[data.name]

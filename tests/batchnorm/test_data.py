@@ -201,5 +201,5 @@ class Quotient(nn.Module):
 def test_numbers_that_compression_made_infinite_are_not_blamed_on_the_data():
     model = Quotient().eval()
     section = {"algorithm": "quantization", "initializer": {"batchnorm_adaptation": {"num_bn_adaptation_samples": 32}}}
-    with pytest.raises(DataError, match="'norm' hold NaN or infinity .* in the compressed model.*a denominator"):
+    with pytest.raises(DataError, match=r"'norm' hold NaN or infinity .* in the compressed model.*a denominator"):
         create_compressed_model(model, {"compression": section}, init_loader=data(32, 8))

@@ -35,7 +35,7 @@ class WeightReconstructionConfig(InitializerConfig):
         16, ge=1, description="positions of each sample's output that count, of convolutions and of sequences"
     )
     memory: float = Field(
-        4.0,
+        1.5,
         gt=0,
         description="GiB for what the forwards hold of all samples at once; if that is not enough, the first layers "
         "are solved with fewer samples",

@@ -182,9 +182,13 @@ class Layer:
         return self._as_matrices(self._allowed.project(self._as_weight(matrices).to(self._parameter.dtype)))
 
     def _write(self, solution: Solution) -> None:
-        new = self._as_weight(solution.weight).to(self._parameter.dtype)
+        solved = self._as_weight(solution.weight).to(self._parameter.dtype)
+        # What is masked becomes zero: the others have made up for it, so its old value must not come back. Where
+        # nothing is left of a row nothing was solved, and a channel that comes back has its filter.
+        rows = self._as_matrices(self._allowed.support).any(2, keepdim=True)
+        is_solved = self._as_weight(rows.expand(self._shape))
         with writing(), torch.no_grad():
-            self._parameter.copy_(torch.where(self._allowed.support, new, self._parameter))
+            self._parameter.copy_(torch.where(is_solved, solved.mul_(self._allowed.support), self._parameter))
             if self._bias is not None:
                 bias = self._bias.parameter
                 moved = bias + solution.bias.reshape(bias.shape).to(bias.dtype)

@@ -41,7 +41,7 @@ class Settings:
     num_samples: int = 0
     damping: float = 0.1
     positions: int = 16
-    memory: float = 4.0
+    memory: float = 1.5
     path: str = ""
 
 
