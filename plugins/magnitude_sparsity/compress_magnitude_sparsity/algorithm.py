@@ -50,7 +50,7 @@ class SavedSparsity(BaseModel):
     level: float = Field(ge=0, lt=1)
     frozen: bool
     schedule: dict[str, float]
-    trained_steps: int | None = None
+    time: tuple[int, int] | None = None
 
 
 class MagnitudeSparsity(LevelAlgorithm):
@@ -82,8 +82,8 @@ class MagnitudeSparsity(LevelAlgorithm):
         self._targets: tuple[str, ...] = ()
         self._skipped: Mapping[str, str] = {}
         self._requested = 0.0
-        # Optimizer steps before the masks were computed; None if they are not those of the level.
-        self._trained_steps: int | None = None
+        # Epoch and finished optimizer steps when the schedule's masks were computed; None if they are others.
+        self._time: tuple[int, int] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # Schedules are functions, which pickle cannot store; they are made again from the config.
@@ -143,7 +143,7 @@ class MagnitudeSparsity(LevelAlgorithm):
                 self._mask(name).factor = compact(found[name]) if name in found else None
             found = None
         self._ranking(self._present).set_level(self.config.sparsity_init, together=self._is_global, chosen=found)
-        self._requested, self._trained_steps = self.config.sparsity_init, 0
+        self._requested, self._time = self.config.sparsity_init, (0, 0)
 
     @hookimpl
     def compress_epoch_step(self, clock: Clock) -> None:
@@ -152,14 +152,14 @@ class MagnitudeSparsity(LevelAlgorithm):
             self._frozen = True
         level = self._active_schedule.at_epoch(clock, self.sparsity_level)
         if level is not None and not self._frozen:
-            self._follow_schedule(level, clock.step + 1)
+            self._follow_schedule(level, (clock.epoch, clock.step + 1))
 
     @hookimpl
     def compress_step(self, clock: Clock) -> None:
         """Sets the level of the optimizer step that begins, with `update_per_optimizer_step`."""
         level = None if self._frozen else self._active_schedule.at_step(clock)
         if level is not None:
-            self._follow_schedule(level, clock.step)
+            self._follow_schedule(level, (clock.epoch, clock.step))
 
     @hookimpl
     def compress_stage(self) -> CompressionStage:
@@ -194,7 +194,7 @@ class MagnitudeSparsity(LevelAlgorithm):
             "level": self._requested,
             "frozen": self._frozen,
             "schedule": self._active_schedule.get_state(),
-            "trained_steps": self._trained_steps,
+            "time": self._time,
         }
 
     @hookimpl
@@ -206,7 +206,7 @@ class MagnitudeSparsity(LevelAlgorithm):
         except (ValidationError, KeyError, TypeError, ValueError) as error:
             raise StateError(f"compression_state.algorithms.{self.name}.state is not one of ours: {error}") from error
         self._ranking(self._present).set_level(saved.level, together=self._is_global)
-        self._requested, self._trained_steps = saved.level, saved.trained_steps
+        self._requested, self._time = saved.level, saved.time
         mark_awaiting(self._mask(name) for name in self._present)
         self._frozen = saved.frozen
 
@@ -256,7 +256,7 @@ class MagnitudeSparsity(LevelAlgorithm):
         with self.context.batch_norm.adapted(run_batchnorm_adaptation):
             self._ranking(names).set_level(level, together=module_info is not None or self._is_global)
         # The next level of the schedule holds for all, and is computed again.
-        self._trained_steps = None
+        self._time = None
         if module_info is None:
             self._requested = level
 
@@ -278,13 +278,13 @@ class MagnitudeSparsity(LevelAlgorithm):
     def _ranking(self, names: tuple[str, ...]) -> Ranking:
         return Ranking(self.model, {name: self._mask(name) for name in names}, self._importance)
 
-    def _follow_schedule(self, level: float, trained_steps: int) -> None:
+    def _follow_schedule(self, level: float, time: tuple[int, int]) -> None:
         """Computes the masks for a level, unless they are those of this level and nothing was trained since."""
         masks = [self._mask(name) for name in self._present]
-        if (level, trained_steps) == (self._requested, self._trained_steps) and not any(m.is_outdated for m in masks):
+        if (level, time) == (self._requested, self._time) and not any(m.is_outdated for m in masks):
             return
         self._ranking(self._present).set_level(level, together=self._is_global)
-        self._requested, self._trained_steps = level, trained_steps
+        self._requested, self._time = level, time
 
     def _check_measuring(self, importance: DataImportance) -> None:
         name, initial = self.config.params.weight_importance, self.config.sparsity_init
@@ -292,8 +292,8 @@ class MagnitudeSparsity(LevelAlgorithm):
             _ = self.config.params.importance_steps
         if importance.returns == "masks" and not initial:
             raise ConfigError(
-                f"is 0, and '{name}' chooses at the creation only, what goes at this level; raise it, or choose another "
-                "params.weight_importance",
+                f"is 0, and '{name}' chooses once, at the creation, what goes at this level; raise it, or choose "
+                "another params.weight_importance",
                 path="sparsity_init",
             )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, Protocol, TypeGuard, cast
 
 import torch
@@ -113,10 +114,11 @@ def needs_data(importance: Importance) -> TypeGuard[DataImportance]:
     return hasattr(importance, "measure")
 
 
-def ranked(name: str, weight: torch.Tensor, importance: Callable[[torch.Tensor], torch.Tensor]) -> RankedTensor:
+def ranked(name: str, weight: torch.Tensor, importance: Importance) -> RankedTensor:
     """Returns a weight with the importances of a function; those built in are computed while they are ranked.
 
     Raises:
+        ModelError: The weight is NaN or infinite.
         PluginError: The function returns another shape, or importances that are negative or not finite.
     """
     if importance in (absolute, normed_absolute):
@@ -124,8 +126,8 @@ def ranked(name: str, weight: torch.Tensor, importance: Callable[[torch.Tensor],
     if not bool(torch.isfinite(weight).all()):
         raise ModelError(f"the weight '{name}' holds NaN or infinity; repair it before compression")
     # A copy, so that a function that works in place does not change the weight.
-    found = importance(weight.clone())
-    refuse_wrong(name, found, lambda shape: shape == weight.shape, "importances of its shape")
+    found = cast("Callable[[torch.Tensor], torch.Tensor]", importance)(weight.clone())
+    _refuse_wrong(name, found, lambda shape: shape == weight.shape, "importances of its shape")
     return RankedTensor(name, found.detach().to(weight.device))
 
 
@@ -145,11 +147,11 @@ def measured(importance: DataImportance, request: ImportanceRequest) -> dict[str
             if not isinstance(tensor, torch.Tensor) or (tensor.dtype, tensor.shape) != (torch.bool, support.shape):
                 raise PluginError(f"the mask of '{name}' has to be a bool tensor of shape {tuple(support.shape)}")
         else:
-            refuse_wrong(name, tensor, lambda shape, to=support.shape: _broadcasts(shape, to), "factors that broadcast")
+            _refuse_wrong(name, tensor, partial(_broadcasts, to=support.shape), "factors that broadcast to the weight")
     return {name: tensor.detach().to(request.supports[name].device) for name, tensor in found.items()}
 
 
-def refuse_wrong(name: str, found: Any, fits: Callable[[torch.Size], bool], what: str) -> None:
+def _refuse_wrong(name: str, found: Any, fits: Callable[[torch.Size], bool], what: str) -> None:
     """Raises a PluginError unless something is a tensor that fits, with finite floats that are not negative."""
     if not isinstance(found, torch.Tensor) or not found.is_floating_point() or not fits(found.shape):
         seen = f"{found.dtype} of shape {tuple(found.shape)}" if isinstance(found, torch.Tensor) else type(found)

@@ -132,5 +132,3 @@ def supports(model: nn.Module, names: Sequence[str]) -> dict[str, torch.Tensor]:
         left = transformed_weight(model, name, Stage.SPARSITY)
         found[name] = (left != 0) | (raw_parameter(model, name).detach() == 0)
     return found
-
-

@@ -75,10 +75,7 @@ class ColumnFactors:
         for name, parts in _evidence(request).items():
             factor = _whole(
                 raw_parameter(request.model, name),
-                (
-                    (part, column_importance(part.normal, self.score, damping=damping).sqrt()[:, None])
-                    for part in parts
-                ),
+                ((part, column_importance(part.normal, self.score, damping=damping).sqrt()[:, None]) for part in parts),
             )
             if request.mode == "global":
                 factor = factor / _norm(raw_parameter(request.model, name).detach() * factor)
