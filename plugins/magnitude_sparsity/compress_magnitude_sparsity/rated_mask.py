@@ -10,6 +10,7 @@ from torch import nn
 
 from compress_core import Stage
 from compress_core.transforms import add_weight_transform, get_weight_transform, raw_parameter
+from compress_core.transforms.checkpoints import loading_of
 from compress_core.transforms.mask import WeightMask
 
 
@@ -29,15 +30,24 @@ class RatedMask(WeightMask):
         self.register_buffer("factor", None)
         self.is_outdated = False
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        self.is_outdated = f"{prefix}mask" not in state_dict
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        *lists: list[str],
+    ) -> None:
+        # Of a checkpoint without masks the chain makes one with those that are here.
+        self.is_outdated = id(self) not in loading_of(missing_keys).found
         found = state_dict.get(f"{prefix}factor")
         # What is resumed has no factors yet, and their shape is known only now.
         if isinstance(found, torch.Tensor) and found.ndim == self.mask.ndim:
             sizes = zip(found.shape, self.mask.shape, strict=True)
             if all(size in (1, wanted) for size, wanted in sizes):
                 self.factor = torch.empty_like(found, device=self.mask.device)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *lists)
 
 
 def add_mask(model: nn.Module, name: str, key: str) -> None:
