@@ -19,8 +19,8 @@ from compress_weight_reconstruction.solvers import RankedLayer, Score, column_im
 
 logger = logging.getLogger(__name__)
 
-# Chosen on held-back training images, ResNet-56 at 80, 90 and 95 %.
-_DAMPING = 0.3
+# As in reconstruction; 0.03 to 0.3 make no difference to ResNet-56 at 90 %.
+_DAMPING = 0.1
 _POINT = "magnitude_sparsity.weight_importance"
 
 
@@ -93,12 +93,11 @@ class InSteps:
     def measure(self, request: Request) -> dict[str, torch.Tensor]:
         """Returns the masks."""
         evidence = _evidence(request)
-        is_global = request.mode == "global"
-        groups = [list(evidence)] if is_global else [[name] for name in evidence]
+        groups = [list(evidence)] if request.mode == "global" else [[name] for name in evidence]
         masks = {}
         for names in groups:
             parts = [(name, part) for name in names for part in evidence[name]]
-            layers = [self._layer(request, part, is_normed=is_global) for _, part in parts]
+            layers = [self._layer(request, part) for _, part in parts]
             damping = _settings(request).damping or _DAMPING
             kept = select_in_steps(layers, 1 - request.level, request.steps, damping=damping) if layers else []
             for name in names:
@@ -106,11 +105,11 @@ class InSteps:
                 masks[name] = _whole(raw_parameter(request.model, name), mine).bool()
         return masks
 
-    def _layer(self, request: Request, part: Evidence, *, is_normed: bool) -> RankedLayer:
-        scale = _norm(raw_parameter(request.model, part.name)) if is_normed else 1.0
+    def _layer(self, request: Request, part: Evidence) -> RankedLayer:
         support = request.supports[part.name]
         rows = support if part.rows is None else support[slice(*part.rows)]
-        return RankedLayer(part.weight, part.normal, scale, part.as_matrices(rows).contiguous())
+        # Not divided by the layer's norm: on held-back training images (ResNet-56, 90 %) that is 2 to 3 points worse.
+        return RankedLayer(part.weight, part.normal, support=part.as_matrices(rows).contiguous())
 
 
 CHOICES = [
