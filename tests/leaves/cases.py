@@ -163,6 +163,7 @@ MAGNITUDE = {
     "params.patience": Case(context=ADAPTIVE, without=("params",)),
     "params.step": Case((0.05, 0.1), context=ADAPTIVE, without=("params",)),
     "params.eps": Case((0.03, 0.0), context=ADAPTIVE, without=("params",)),
+    "params.importance_steps": Case((1, 4), context={"params": {"weight_importance": "reconstruction"}}),
 }
 
 PRUNING = {

@@ -20,16 +20,25 @@ from compress_core import (
     StateError,
     UsageError,
     hookimpl,
-    mask_weight,
 )
 from compress_core.contract.clock import Clock
 from compress_core.contract.context import Context
+from compress_core.data.calibration import CalibrationData
 from compress_core.transforms import get_weight_transform, raw_parameter
-from compress_core.transforms.checkpoints import mark_awaiting, mark_filled
-from compress_core.transforms.mask import WeightMask
+from compress_core.transforms.checkpoints import mark_awaiting
 from compress_magnitude_sparsity.config import MagnitudeSparsityConfig
+from compress_magnitude_sparsity.importance import (
+    DataImportance,
+    Importance,
+    ImportanceRequest,
+    compact,
+    importance_named,
+    measured,
+    needs_data,
+)
+from compress_magnitude_sparsity.ranking import Ranking, supports
+from compress_magnitude_sparsity.rated_mask import RatedMask, add_mask
 from compress_magnitude_sparsity.schedules import Schedule, make_schedule
-from compress_magnitude_sparsity.selection import RankedTensor, layer_scale, select
 from compress_magnitude_sparsity.statistics import LayerSparsity, MagnitudeSparsityStatistics
 
 _RANKED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -41,13 +50,15 @@ class SavedSparsity(BaseModel):
     level: float = Field(ge=0, lt=1)
     frozen: bool
     schedule: dict[str, float]
+    time: tuple[int, int] | None = None
 
 
 class MagnitudeSparsity(LevelAlgorithm):
     """Unstructured sparsity by magnitude (Han et al. 2015; schedules after Zhu & Gupta 2017).
 
     The masks are computed from the stored weights whenever the schedule sets a level, so a weight that was masked can
-    come back until the masks are frozen. Levels are exact: of n weights, round(level * n) are zero.
+    come back until the masks are frozen. With an importance that needs data, they are computed at the creation, and
+    later levels add zeros or take some away. Levels are exact: of n weights, round(level * n) are zero.
     """
 
     name = "magnitude_sparsity"
@@ -71,6 +82,8 @@ class MagnitudeSparsity(LevelAlgorithm):
         self._targets: tuple[str, ...] = ()
         self._skipped: Mapping[str, str] = {}
         self._requested = 0.0
+        # Epoch and finished optimizer steps when the schedule's masks were computed; None if they are others.
+        self._time: tuple[int, int] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # Schedules are functions, which pickle cannot store; they are made again from the config.
@@ -90,7 +103,10 @@ class MagnitudeSparsity(LevelAlgorithm):
         _check(self.config.unread())
         # At this point every value that takes effect has been read.
         self._schedule = make_schedule(self.config)
-        _ = (self._is_global, self.config.params.weight_importance, self.config.sparsity_init)
+        _ = (self._is_global, self.config.sparsity_init)
+        importance = self._importance
+        if needs_data(importance):
+            self._check_measuring(importance)
         context.refuse_unread(self)
 
     @hookimpl
@@ -108,15 +124,26 @@ class MagnitudeSparsity(LevelAlgorithm):
                     f"the weight '{name}' has the dtype {dtype}; magnitude sparsity ranks float16, bfloat16, float32 "
                     "and float64: convert the model, or name the layer in ignored_scopes"
                 )
+        if needs_data(self._importance) and not context.resuming:
+            self._data(context)
         return plan
 
     @hookimpl
     def compress_commit(self, model: nn.Module, plan: Plan) -> None:
         """Adds the masks, at the initial level."""
         self._targets, self._skipped = plan.targets, plan.skipped
+        importance = self._importance
+        found = None
+        if needs_data(importance) and not self.context.resuming:
+            found = self._measured(model, importance)
         for name in self._targets:
-            mask_weight(model, name, key=self.name)
-        self._apply_level(self.config.sparsity_init)
+            add_mask(model, name, self.name)
+        if found is not None and needs_data(importance) and importance.returns == "factors":
+            for name in self._present:
+                self._mask(name).factor = compact(found[name]) if name in found else None
+            found = None
+        self._ranking(self._present).set_level(self.config.sparsity_init, together=self._is_global, chosen=found)
+        self._requested, self._time = self.config.sparsity_init, (0, 0)
 
     @hookimpl
     def compress_epoch_step(self, clock: Clock) -> None:
@@ -125,14 +152,14 @@ class MagnitudeSparsity(LevelAlgorithm):
             self._frozen = True
         level = self._active_schedule.at_epoch(clock, self.sparsity_level)
         if level is not None and not self._frozen:
-            self._apply_level(level)
+            self._follow_schedule(level, (clock.epoch, clock.step + 1))
 
     @hookimpl
     def compress_step(self, clock: Clock) -> None:
         """Sets the level of the optimizer step that begins, with `update_per_optimizer_step`."""
         level = None if self._frozen else self._active_schedule.at_step(clock)
         if level is not None:
-            self._apply_level(level)
+            self._follow_schedule(level, (clock.epoch, clock.step))
 
     @hookimpl
     def compress_stage(self) -> CompressionStage:
@@ -163,7 +190,12 @@ class MagnitudeSparsity(LevelAlgorithm):
     @hookimpl
     def compress_state(self) -> dict[str, Any]:
         """Returns the level, whether masks are frozen, and the schedule; masks are in the model's `state_dict`."""
-        return {"level": self._requested, "frozen": self._frozen, "schedule": self._active_schedule.get_state()}
+        return {
+            "level": self._requested,
+            "frozen": self._frozen,
+            "schedule": self._active_schedule.get_state(),
+            "time": self._time,
+        }
 
     @hookimpl
     def compress_load_state(self, state: Mapping[str, Any]) -> None:
@@ -173,7 +205,8 @@ class MagnitudeSparsity(LevelAlgorithm):
             self._active_schedule.load_state(saved.schedule)
         except (ValidationError, KeyError, TypeError, ValueError) as error:
             raise StateError(f"compression_state.algorithms.{self.name}.state is not one of ours: {error}") from error
-        self._apply_level(saved.level)
+        self._ranking(self._present).set_level(saved.level, together=self._is_global)
+        self._requested, self._time = saved.level, saved.time
         mark_awaiting(self._mask(name) for name in self._present)
         self._frozen = saved.frozen
 
@@ -221,7 +254,9 @@ class MagnitudeSparsity(LevelAlgorithm):
         self._check_level("sparsity level", level)
         names = self._present if module_info is None else self._targets_below(module_info)
         with self.context.batch_norm.adapted(run_batchnorm_adaptation):
-            self._set_masks(names, level, together=module_info is not None or self._is_global)
+            self._ranking(names).set_level(level, together=module_info is not None or self._is_global)
+        # The next level of the schedule holds for all, and is computed again.
+        self._time = None
         if module_info is None:
             self._requested = level
 
@@ -236,25 +271,48 @@ class MagnitudeSparsity(LevelAlgorithm):
     def _is_global(self) -> bool:
         return self.config.params.sparsity_level_setting_mode == "global"
 
-    def _apply_level(self, level: float) -> None:
-        self._set_masks(self._present, level, together=self._is_global)
-        self._requested = level
+    @property
+    def _importance(self) -> Importance:
+        return importance_named(self.config.params.weight_importance)
 
-    def _set_masks(self, names: tuple[str, ...], level: float, *, together: bool) -> None:
-        # Everything that can fail happens before the first mask is changed.
-        selections = []
-        for group in [names] if together else [(name,) for name in names]:
-            ranked = [self._ranked(name) for name in group]
-            count = round(level * sum(tensor.values.numel() for tensor in ranked))
-            selections.append((select(ranked, count), [self._mask(name).mask for name in group]))
-        for selection, masks in selections:
-            selection.write(masks)
-        mark_filled(self._mask(name) for name in names)
+    def _ranking(self, names: tuple[str, ...]) -> Ranking:
+        return Ranking(self.model, {name: self._mask(name) for name in names}, self._importance)
 
-    def _ranked(self, name: str) -> RankedTensor:
-        values = raw_parameter(self.model, name).detach()
-        normed = self.config.params.weight_importance == "normed_abs"
-        return RankedTensor(name, values, layer_scale(values) if normed else 1.0)
+    def _follow_schedule(self, level: float, time: tuple[int, int]) -> None:
+        """Computes the masks for a level, unless they are those of this level and nothing was trained since."""
+        masks = [self._mask(name) for name in self._present]
+        if (level, time) == (self._requested, self._time) and not any(m.is_outdated for m in masks):
+            return
+        self._ranking(self._present).set_level(level, together=self._is_global)
+        self._requested, self._time = level, time
+
+    def _check_measuring(self, importance: DataImportance) -> None:
+        name, initial = self.config.params.weight_importance, self.config.sparsity_init
+        if importance.uses_steps:
+            _ = self.config.params.importance_steps
+        if importance.returns == "masks" and not initial:
+            raise ConfigError(
+                f"is 0, and '{name}' chooses once, at the creation, what goes at this level; raise it, or choose "
+                "another params.weight_importance",
+                path="sparsity_init",
+            )
+
+    def _data(self, context: Context) -> CalibrationData:
+        path, _ = context.section(self)
+        return context.calibration_data(f"{path}.params.weight_importance")
+
+    def _measured(self, model: nn.Module, importance: DataImportance) -> dict[str, torch.Tensor]:
+        request = ImportanceRequest(
+            model=model,
+            weights=self._targets,
+            supports=supports(model, self._targets),
+            level=self.config.sparsity_init,
+            mode=self.config.params.sparsity_level_setting_mode,
+            steps=self.config.params.importance_steps if importance.uses_steps else 1,
+            data=self._data(self.context),
+            config=self.config,
+        )
+        return measured(importance, request)
 
     def _attainable(self, level: float) -> int:
         """Returns the number of zeros at a level; at least one weight of each layer stays."""
@@ -275,8 +333,8 @@ class MagnitudeSparsity(LevelAlgorithm):
         first = {id(mask): name for name, mask in reversed(masks.items())}
         return tuple(name for name, mask in masks.items() if mask is not None and first[id(mask)] == name)
 
-    def _mask(self, name: str) -> WeightMask:
-        return cast("WeightMask", get_weight_transform(self.model, name, self.name))
+    def _mask(self, name: str) -> RatedMask:
+        return cast("RatedMask", get_weight_transform(self.model, name, self.name))
 
     def _targets_below(self, module_info: str) -> tuple[str, ...]:
         names = tuple(n for n in self._present if n == module_info or n.rpartition(".")[0] == module_info)

@@ -14,6 +14,8 @@ Level = Annotated[float, Field(ge=0, lt=1)]
 
 # Choice points that plugins can add to: schedules of this algorithm (`schedules.py`), and pure functions of the time.
 SCHEDULES = ("magnitude_sparsity.schedule", "level_schedule")
+# `importance.py` describes its values.
+IMPORTANCE = "magnitude_sparsity.weight_importance"
 
 
 class MagnitudeSparsityParams(Section):
@@ -57,8 +59,11 @@ class MagnitudeSparsityParams(Section):
     sparsity_level_setting_mode: Literal["global", "local"] = Field(
         "global", description="global: one ranking over all layers; local: the same level in each layer"
     )
-    weight_importance: Literal["abs", "normed_abs"] = Field(
-        "normed_abs", description="|w|, or |w| divided by the L2 norm of its layer"
+    weight_importance: Annotated[str, ChoiceOf(IMPORTANCE)] = Field(
+        "normed_abs", description="|w|, |w| divided by the L2 norm of its layer, or one that needs data"
+    )
+    importance_steps: Count = Field(
+        16, ge=1, description="reconstruction: number of steps in which the initial level is reached"
     )
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from compress_core import Initializer, hookimpl
+from compress_core import Choice, Initializer, hookimpl
+from compress_weight_reconstruction import importance
 from compress_weight_reconstruction.data_free.initializer import DataFreeCorrection
 from compress_weight_reconstruction.initializer import WeightReconstruction
 
@@ -11,3 +12,9 @@ from compress_weight_reconstruction.initializer import WeightReconstruction
 def compress_initializers() -> list[type[Initializer]]:
     """Returns weight reconstruction, and the correction that needs no data."""
     return [WeightReconstruction, DataFreeCorrection]
+
+
+@hookimpl
+def compress_choices() -> list[Choice]:
+    """Returns importances of weights that are measured with data."""
+    return list(importance.CHOICES)
