@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from compress_core import Choice, ModelError
-from compress_core.channels import ChannelGroup, Member, Role
+from compress_core.channels import ChannelGroup, Role
 from compress_weight_reconstruction.config import WeightReconstructionConfig
 from compress_weight_reconstruction.evidence import Evidence, Findings, observe
 from compress_weight_reconstruction.solvers import channel_errors
 
 # The choice point of filter pruning; by name, because that plugin need not be installed.
 POINT = "filter_pruning.importance"
-# To compare groups, importances are divided by their group's total to this power: 0 compares errors, 1 shares of errors.
+# To compare groups, importances are divided by their group's total to this power. 0 compares errors, 1 shares of them.
 POWER = 0.5
 # Of A, if the section of the algorithm gives none; that of weights without a grid.
 _DAMPING = 0.1
@@ -70,7 +70,7 @@ def group_errors(group: ChannelGroup, findings: Findings, *, damping: float) -> 
     """
     for role, error in ((Role.READS, _errors_of_readers), (Role.MAKES, _power_of_rows)):
         total, is_seen = torch.zeros(group.size, dtype=torch.float64), False
-        for member, part, channels in _parts(group, findings.evidence, role):
+        for part, channels in _parts(group, findings.evidence, role):
             values, owners = error(part, channels, damping)
             wanted = owners >= 0
             is_seen |= bool(wanted.any())
@@ -87,7 +87,7 @@ def group_errors(group: ChannelGroup, findings: Findings, *, damping: float) -> 
 
 def _parts(
     group: ChannelGroup, evidence: Mapping[str, list[Evidence]], role: Role
-) -> Iterator[tuple[Member, Evidence, Tensor]]:
+) -> Iterator[tuple[Evidence, Tensor]]:
     """Yields what was seen of the weights with a role, with the channel of each element as (groups, rows, columns)."""
     for member in group.members:
         for part in evidence.get(member.parameter, []) if member.role == role else []:
@@ -95,7 +95,7 @@ def _parts(
             if part.rows is not None and member.dim == 0:
                 channels = channels[slice(*part.rows)]
             shape = [-1 if dim == member.dim else 1 for dim in range(len(part.shape))]
-            yield member, part, part.as_matrices(channels.view(shape).expand(part.shape))
+            yield part, part.as_matrices(channels.view(shape).expand(part.shape))
 
 
 def _errors_of_readers(part: Evidence, channels: Tensor, damping: float) -> tuple[Tensor, Tensor]:
