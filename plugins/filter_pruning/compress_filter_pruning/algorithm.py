@@ -18,16 +18,18 @@ from compress_core import (
     Stage,
     StateError,
     UsageError,
+    choice,
     hookimpl,
 )
 from compress_core.channels import Certificate, Shrinkage
 from compress_core.contract.clock import Clock
 from compress_core.contract.context import Context
 from compress_core.data.forwards import without_traces
-from compress_filter_pruning.config import FilterPruningConfig
+from compress_filter_pruning.config import IMPORTANCE, FilterPruningConfig
 from compress_filter_pruning.config_checks import check_config
 from compress_filter_pruning.groups import PruningGroup
 from compress_filter_pruning.latency import measured_latency
+from compress_filter_pruning.measured import DataImportance, ImportanceRequest, measured_importances
 from compress_filter_pruning.planning import RANKED_DTYPES, PruningPlan, make_plan
 from compress_filter_pruning.pruner import Pruner
 from compress_filter_pruning.saved import SavedPruning, saved_plan
@@ -67,6 +69,7 @@ class FilterPruning(LevelAlgorithm):
         self._schedule: Schedule | None = None
         self._plan: PruningPlan | None = None
         self._pruner: Pruner | None = None
+        self._measured: list[torch.Tensor] | None = None
         self._requested = 0.0
         self._latency: Latency | None = None
 
@@ -107,6 +110,7 @@ class FilterPruning(LevelAlgorithm):
             raise ConfigError(f"finds no channels that can be pruned ({reasons}); remove this section")
         self._check_attainable(found, path)
         self._plan = found
+        self._measured = self._measure(model, context, path)
         weights = [member.parameter for group in found.groups for member in group.makers]
         return Plan(tuple(weights), found.skipped, found.to_dict())
 
@@ -114,7 +118,7 @@ class FilterPruning(LevelAlgorithm):
     def compress_commit(self, model: nn.Module, context: Context) -> None:
         """Adds the masks, at the initial level."""
         assert self._plan is not None
-        self._pruner = Pruner(model, self._plan, self.config.params, self.name, self.context.shrunk)
+        self._pruner = Pruner(model, self._plan, self.config.params, self.name, self.context.shrunk, self._measured)
         if not context.resuming:
             self._apply(self.config.pruning_init)
 
@@ -176,6 +180,7 @@ class FilterPruning(LevelAlgorithm):
             shrunk=pruner.shrunk.to_dict(),
             groups=[group.to_dict() for group in pruner.groups] if pruner.shrunk else [],
             certificate=None if pruner.certificate is None else pruner.certificate.to_dict(),
+            measured=None if pruner.measured is None else [values.tolist() for values in pruner.measured],
         ).model_dump()
 
     @hookimpl
@@ -186,6 +191,7 @@ class FilterPruning(LevelAlgorithm):
         pruner.restore(Shrinkage.from_dict(saved.shrunk), groups)
         if len(pruner.groups) != len(saved.gone):
             raise StateError(f"compression_state.algorithms.{self.name}.state is of another number of groups")
+        pruner.measured = self._saved_measured(saved, pruner)
         self._requested, self._frozen = saved.level, saved.frozen
         pruner.certificate = None if saved.certificate is None else Certificate.from_dict(saved.certificate)
         pruner.mask(saved.gone)
@@ -306,6 +312,29 @@ class FilterPruning(LevelAlgorithm):
         assert self._pruner is not None, "the algorithm has not been committed"
         self._pruner.check_makers()
         return self._pruner
+
+    def _measure(self, model: nn.Module, context: Context, path: str) -> list[torch.Tensor] | None:
+        """Returns importances that need data; measured here, before anything is changed."""
+        assert self._plan is not None
+        params = self.config.params
+        value = choice(params.filter_importance, IMPORTANCE)
+        if not isinstance(value, DataImportance):
+            return None
+        data = context.calibration_data(f"{path}.params.filter_importance")
+        groups = [group.channels for group in self._plan.groups]
+        request = ImportanceRequest(model, groups, data, self.config, params.all_weights)
+        return measured_importances(value, params.filter_importance, request)
+
+    def _saved_measured(self, saved: SavedPruning, pruner: Pruner) -> list[torch.Tensor] | None:
+        kind = self.config.params.filter_importance
+        where = f"compression_state.algorithms.{self.name}.state"
+        if not isinstance(choice(kind, IMPORTANCE), DataImportance):
+            return None
+        if saved.measured is None:
+            raise StateError(f"{where} holds no measured importances, which filter_importance '{kind}' needs")
+        if [len(values) for values in saved.measured] != [group.size for group in pruner.groups]:
+            raise StateError(f"{where} holds importances of other groups of channels")
+        return [torch.tensor(values, dtype=torch.float64) for values in saved.measured]
 
     def _apply(self, level: float) -> None:
         self._active.apply(level)

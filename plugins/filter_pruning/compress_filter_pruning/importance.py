@@ -8,6 +8,7 @@ import torch
 
 from compress_core import Choice, ChoicePoint, ModelError, PluginError, callable_choice, choice
 from compress_filter_pruning.config import IMPORTANCE
+from compress_filter_pruning.measured import DataImportance
 
 # Number of rows of the distance matrix that are computed at a time.
 _ROWS = 256
@@ -38,8 +39,9 @@ def geometric_median(filters: torch.Tensor) -> torch.Tensor:
 POINT = ChoicePoint(
     IMPORTANCE,
     "a function of the filters of a weight, a tensor of shape (filters, elements of a filter) and any floating dtype, "
-    "that returns the importance of each, shape (filters,), larger for what should stay",
-    callable_choice,
+    "that returns the importance of each, shape (filters,), larger for what should stay; or, if that takes data, an "
+    "object with the method `measure(request)`, see `compress_filter_pruning.measured`",
+    lambda value: None if isinstance(value, DataImportance) else callable_choice(value),
 )
 
 CHOICES = [

@@ -41,6 +41,8 @@ class Pruner:
         params: The settings.
         key: Name of the masks.
         announce: Called with a model after its tensors have become smaller.
+        measured: Importances of the channels of each group that were measured on data; by default they follow from the
+            weights.
 
     Attributes:
         model: The model.
@@ -50,6 +52,7 @@ class Pruner:
         shrunk: What has been removed from the model permanently.
         stripped: What the last `strip` or `shrink` removed.
         certificate: How well the result of the last `strip` or `shrink` agreed with the masked model.
+        measured: Measured importances of the present channels of each group, or None.
     """
 
     def __init__(
@@ -59,11 +62,13 @@ class Pruner:
         params: FilterPruningParams,
         key: str,
         announce: Callable[[nn.Module, Shrinkage], None],
+        measured: Sequence[torch.Tensor] | None = None,
     ) -> None:
         self.model, self.groups, self.inputs = model, list(plan.groups), plan.inputs
         self.gone: list[list[int]] = [[] for _ in self.groups]
         self.shrunk = self.stripped = Shrinkage()
         self.certificate: Certificate | None = None
+        self.measured = None if measured is None else list(measured)
         self._operations, self._parameters = plan.operations, plan.parameters
         self._params, self._key, self._announce = params, key, announce
         add_masks(model, self._masked(), key)
@@ -198,6 +203,8 @@ class Pruner:
         if optimizer is not None:
             shrink_optimizer(optimizer, self.model, removed)
         self.groups = [g.shrunk(removed, gone) for g, (_, gone) in zip(self.groups, pairs, strict=True)]
+        if self.measured is not None:
+            self.measured = [_without(v, gone) for v, (_, gone) in zip(self.measured, pairs, strict=True)]
         self.gone = [[] for _ in self.groups]
         self.shrunk = self.stripped = self.shrunk.then(removed)
         self.certificate = certificate
@@ -243,7 +250,7 @@ class Pruner:
 
     def _importances(self) -> list[torch.Tensor]:
         """Returns the importance of the channels of each group; comparable between groups for a global ranking."""
-        return [self._importance(group) for group in self.groups]
+        return self.measured or [self._importance(group) for group in self.groups]
 
     def _importance(self, group: PruningGroup) -> torch.Tensor:
         weights = [
@@ -252,3 +259,7 @@ class Pruner:
         ]
         kind, normalized = self._params.filter_importance, self._params.all_weights
         return channel_importance(weights, group.size, kind, normalized=normalized)
+
+
+def _without(values: torch.Tensor, gone: set[int]) -> torch.Tensor:
+    return values[[channel for channel in range(len(values)) if channel not in gone]]

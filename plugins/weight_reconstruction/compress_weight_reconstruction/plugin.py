@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from compress_core import Choice, Initializer, hookimpl
-from compress_weight_reconstruction import importance
+from compress_weight_reconstruction import filter_importance, importance
 from compress_weight_reconstruction.data_free.initializer import DataFreeCorrection
 from compress_weight_reconstruction.initializer import WeightReconstruction
 
@@ -16,5 +16,5 @@ def compress_initializers() -> list[type[Initializer]]:
 
 @hookimpl
 def compress_choices() -> list[Choice]:
-    """Returns importances of weights that are measured with data."""
-    return list(importance.CHOICES)
+    """Returns importances of weights and of filters that are measured with data."""
+    return [*importance.CHOICES, *filter_importance.CHOICES]

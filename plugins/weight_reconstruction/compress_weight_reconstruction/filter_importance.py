@@ -1,0 +1,128 @@
+"""The filter importance `reconstruction`: what it costs the layers that read a channel to do without it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compress_core import Choice, ModelError
+from compress_core.channels import ChannelGroup, Role
+from compress_weight_reconstruction.config import WeightReconstructionConfig
+from compress_weight_reconstruction.evidence import Evidence, Findings, observe
+from compress_weight_reconstruction.solvers import channel_errors
+
+# The choice point of filter pruning; by name, because that plugin need not be installed.
+POINT = "filter_pruning.importance"
+# To compare groups, importances are divided by their group's total to this power. 0 compares errors, 1 shares of them.
+POWER = 0.5
+# Of A, if the section of the algorithm gives none; that of weights without a grid.
+_DAMPING = 0.1
+
+
+class ReconstructionImportance:
+    """Measures by how much the squared errors of a channel's readers rise if all other channels make up for it."""
+
+    def measure(self, request: Any) -> Sequence[Tensor]:
+        """Returns the importance of each channel; see `compress_filter_pruning.measured.DataImportance`.
+
+        Args:
+            request: The `ImportanceRequest` of filter pruning.
+
+        Raises:
+            ModelError: Nothing that makes or reads the channels of a group was seen on the data.
+        """
+        groups: Sequence[ChannelGroup] = request.groups
+        config = request.section.initializer.shared("weight_reconstruction")
+        config = config if isinstance(config, WeightReconstructionConfig) else WeightReconstructionConfig()
+        parameters = dict(request.model.named_parameters(remove_duplicate=False))
+        members = [member for group in groups for member in group.members]
+        names = dict.fromkeys(m.parameter for m in members if m.role in (Role.READS, Role.MAKES))
+        findings = observe(
+            request.model,
+            [name for name in names if name in parameters and parameters[name].ndim > 1],
+            request.data,
+            num_samples=config.num_samples or WeightReconstructionConfig().num_samples,
+            positions=config.positions,
+        )
+        damping = config.damping or _DAMPING
+        found = [group_errors(group, findings, damping=damping) for group in groups]
+        return [_comparable(values) for values in found] if request.comparable else found
+
+
+def group_errors(group: ChannelGroup, findings: Findings, *, damping: float) -> Tensor:
+    """Returns the error that removing each channel of a group causes, summed over the weights that read it.
+
+    If no product reads the channels, it is the power of the outputs that are lost.
+
+    Args:
+        group: The group.
+        findings: What was seen of its weights.
+        damping: As in `channel_errors`.
+
+    Returns:
+        float64 on the CPU, shape (channels,).
+
+    Raises:
+        ModelError: No weight of the group was seen.
+    """
+    for role, error in ((Role.READS, _errors_of_readers), (Role.MAKES, _power_of_rows)):
+        total, is_seen = torch.zeros(group.size, dtype=torch.float64), False
+        for part, channels in _parts(group, findings.evidence, role):
+            values, owners = error(part, channels, damping)
+            wanted = owners >= 0
+            is_seen |= bool(wanted.any())
+            total.index_add_(0, owners[wanted], values[wanted])
+        if is_seen:
+            return total.clamp_(min=0)
+    names = sorted({member.parameter for member in group.members} & set(findings.missing))
+    reasons = "; ".join(f"'{name}': {findings.missing[name]}" for name in names[:3])
+    raise ModelError(
+        f"filter_importance 'reconstruction' knows nothing about the channels of '{group.members[0].parameter}' "
+        f"({reasons}). Give data that reaches these layers, or list them in ignored_scopes"
+    )
+
+
+def _parts(
+    group: ChannelGroup, evidence: Mapping[str, list[Evidence]], role: Role
+) -> Iterator[tuple[Evidence, Tensor]]:
+    """Yields what was seen of the weights with a role, with the channel of each element as (groups, rows, columns)."""
+    for member in group.members:
+        for part in evidence.get(member.parameter, []) if member.role == role else []:
+            channels = torch.from_numpy(member.channels)
+            if part.rows is not None and member.dim == 0:
+                channels = channels[slice(*part.rows)]
+            shape = [-1 if dim == member.dim else 1 for dim in range(len(part.shape))]
+            yield part, part.as_matrices(channels.view(shape).expand(part.shape))
+
+
+def _errors_of_readers(part: Evidence, channels: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """Returns errors and their channels (-1: of none); of columns, each of which has to be read by all rows."""
+    columns = channels[:, 0]
+    if bool((channels != columns[:, None]).any()):
+        return torch.empty(0, dtype=torch.float64), torch.empty(0, dtype=torch.int64)
+    owners, labels = torch.unique(columns, dim=1, return_inverse=True)
+    weights = None if part.scale is None else part.scale.double().square().view(part.weight.shape[:2])
+    errors = channel_errors(
+        part.weight, part.normal, labels.to(part.weight.device), damping=damping, row_weights=weights
+    )
+    return errors.double().cpu().flatten(), owners.flatten()
+
+
+def _power_of_rows(part: Evidence, channels: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    rows = channels[:, :, 0]
+    if bool((channels != rows[:, :, None]).any()):
+        return torch.empty(0, dtype=torch.float64), torch.empty(0, dtype=torch.int64)
+    power = part.normal.target_power.double().cpu()
+    scale = 1.0 if part.scale is None else part.scale.double().cpu().square().view(power.shape)
+    return (power * scale).flatten(), rows.flatten()
+
+
+def _comparable(values: Tensor) -> Tensor:
+    total = float(values.sum())
+    return values / total**POWER if total > 0 else values
+
+
+CHOICES = [Choice(POINT, "reconstruction", ReconstructionImportance())]

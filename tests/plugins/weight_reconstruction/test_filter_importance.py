@@ -1,0 +1,78 @@
+"""The filter importance `reconstruction`, and its life after the model has been created."""
+
+import copy
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from compress_core import DataError, create_compressed_model
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 5, bias=False)).eval()
+
+
+def batches():
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(32, 4, generator=generator) + 1 for _ in range(8)]
+
+
+def compressed(model, data, level=0.4, **kwargs):
+    params = {"filter_importance": "reconstruction", "multiple_of": 1, "schedule": "baseline"}
+    config = {
+        "target_device": "TRIAL",
+        "input_info": {"sample_size": [1, 4]},
+        "compression": {"algorithm": "filter_pruning", "pruning_init": level, "params": params},
+    }
+    return create_compressed_model(model, config, init_loader=data, **kwargs)
+
+
+def test_importance_is_the_rise_of_the_readers_error_when_the_others_make_up_for_a_channel():
+    model = network().double()
+    model[0] = nn.Sequential(nn.Linear(4, 6).double(), nn.ReLU())
+    data = [batch.double() for batch in batches()]
+    controller, _ = compressed(copy.deepcopy(model), data)
+    with torch.no_grad():
+        inputs = model[0](torch.cat(data))
+    weight, gram = model[1].weight.detach(), inputs.T @ inputs / len(inputs)
+    diagonal = gram.diagonal()
+    damped = gram + torch.diag(0.1 * (diagonal + diagonal.mean() / 10))
+    expected = []
+    for channel in range(6):
+        others = [index for index in range(6) if index != channel]
+        # Least squares of what is lost, held at the old weights: minimizes d A d' with d = -w in the removed column.
+        root = torch.linalg.cholesky(damped).T
+        made_up = torch.linalg.lstsq(root[:, others], root[:, [channel]] @ weight[:, [channel]].T).solution
+        lost = root[:, [channel]] @ weight[:, [channel]].T - root[:, others] @ made_up
+        expected.append(float(lost.square().sum()))
+    (measured,) = controller.get_compression_state()["algorithms"]["filter_pruning"]["state"]["measured"]
+    assert measured == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_resumed_model_masks_the_same_channels_without_data():
+    controller, model = compressed(network(), batches())
+    state = json.loads(json.dumps(controller.get_compression_state()))
+    again, other = compressed(network(), None, compression_state=state)
+    other.load_state_dict(model.state_dict())
+    controller.set_pruning_level(0.7)
+    again.set_pruning_level(0.7)
+    for left, right in zip(model.state_dict().values(), other.state_dict().values(), strict=True):
+        assert torch.equal(left, right)
+
+
+def test_weights_that_change_do_not_change_the_masks():
+    controller, model = compressed(network(), batches())
+    before = controller.get_compression_state()["algorithms"]["filter_pruning"]["state"]["gone"]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+    controller.set_pruning_level(0.4)
+    assert controller.get_compression_state()["algorithms"]["filter_pruning"]["state"]["gone"] == before
+
+
+def test_without_data_it_is_refused_with_the_path():
+    with pytest.raises(DataError, match=r"compression\.filter_pruning\.params\.filter_importance: needs calibration"):
+        compressed(network(), None)
