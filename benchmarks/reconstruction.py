@@ -31,6 +31,7 @@ from benchmarks import report
 from benchmarks.reconstruction_cases import CASES, NETWORKS, VARIANTS, Case, trained
 from compress_core import create_compressed_model
 from compress_core.contract.statistics import Table
+from compress_core.torch_internals import AnyBatchNorm
 from compress_weight_reconstruction.reconstruction import Reconstruction
 from compress_weight_reconstruction.report import ReconstructionReport
 from examples.common.datasets import DATASETS, Dataset
@@ -93,6 +94,7 @@ class Run:
     def __init__(self, net: str, options: argparse.Namespace) -> None:
         self.net, self.options = net, options
         self.base, self.data = trained(net), DATASETS[NETWORKS[net].data]()
+        self.has_norms = any(isinstance(module, AnyBatchNorm) for module in self.base.modules())
         part = self.data.train if options.held_back else self.data.test
         chosen = slice(-HELD_BACK, None) if options.held_back else slice(options.test_images)
         self.test = (part[0][chosen], part[1][chosen])
@@ -119,6 +121,8 @@ class Run:
             return
         if (variant == "chosen" and not case.can_choose) or not _is_installed(case):
             return
+        if not self.has_norms and variant in ("data-free", "adaptation", "reconstruction"):
+            return  # the same as "none" or "both"
         row = {**key, **self._measured(case, variant, samples, draw)}
         self.content["rows"].append(row)
         report.write(self.name, self.content)
@@ -127,7 +131,8 @@ class Run:
     def _measured(self, case: Case, variant: str, samples: int, draw: int) -> dict[str, Any]:
         batches = samples_of(self.data, samples, draw)
         plain = forward_seconds(self.base, batches, samples)
-        document = case.document(variant, samples, list(self.test[0].shape[1:]))
+        size = list(self.test[0].shape[1:])
+        document = case.document(variant, samples, size, has_norms=self.has_norms)
         start = time.process_time()
         with reconstructions_timed() as seconds:
             controller, model = create_compressed_model(copy.deepcopy(self.base), document, init_loader=batches)

@@ -85,16 +85,19 @@ class Case:
     sections: Callable[[bool], list[Section]]
     can_choose: bool = True
 
-    def document(self, variant: str, samples: int, size: list[int]) -> dict[str, Any]:
+    def document(self, variant: str, samples: int, size: list[int], *, has_norms: bool = True) -> dict[str, Any]:
         """Returns the config.
 
         Args:
             variant: One of `VARIANTS`.
             samples: Number of samples of every initializer.
             size: Shape of one sample.
+            has_norms: Whether the network has batch norms, which can be adapted.
         """
         adapts, solves = variant in ("adaptation", "both", "chosen"), variant in ("reconstruction", "both", "chosen")
-        initializer: Section = {"batchnorm_adaptation": {"num_bn_adaptation_samples": samples if adapts else 0}}
+        initializer: Section = {}
+        if has_norms:
+            initializer["batchnorm_adaptation"] = {"num_bn_adaptation_samples": samples if adapts else 0}
         if solves:
             initializer["weight_reconstruction"] = {"num_samples": samples}
         if variant == "data-free":

@@ -16,8 +16,6 @@ from compress_weight_reconstruction.solvers import channel_errors
 
 # The choice point of filter pruning; by name, because that plugin need not be installed.
 POINT = "filter_pruning.importance"
-# To compare groups, importances are divided by their group's total to this power. 0 compares errors, 1 shares of them.
-POWER = 0.5
 # Of A, if the section of the algorithm gives none; that of weights without a grid.
 _DAMPING = 0.1
 
@@ -48,8 +46,9 @@ class ReconstructionImportance:
             positions=config.positions,
         )
         damping = config.damping or _DAMPING
-        found = [group_errors(group, findings, damping=damping) for group in groups]
-        return [_comparable(values) for values in found] if request.comparable else found
+        # Errors of different groups are compared as they are. On held-back training images (ResNet-56) dividing them by
+        # their group's sum, or by a root of it, was worse, and by the operations that a channel costs not better.
+        return [group_errors(group, findings, damping=damping) for group in groups]
 
 
 def group_errors(group: ChannelGroup, findings: Findings, *, damping: float) -> Tensor:
@@ -118,11 +117,6 @@ def _power_of_rows(part: Evidence, channels: Tensor, damping: float) -> tuple[Te
     power = part.normal.target_power.double().cpu()
     scale = 1.0 if part.scale is None else part.scale.double().cpu().square().view(power.shape)
     return (power * scale).flatten(), rows.flatten()
-
-
-def _comparable(values: Tensor) -> Tensor:
-    total = float(values.sum())
-    return values / total**POWER if total > 0 else values
 
 
 CHOICES = [Choice(POINT, "reconstruction", ReconstructionImportance())]
