@@ -71,6 +71,8 @@ class FilterPruning(LevelAlgorithm):
         self._pruner: Pruner | None = None
         self._measured: list[torch.Tensor] | None = None
         self._requested = 0.0
+        # Epoch and finished optimizer steps when the schedule's masks were computed; None if they are others.
+        self._time: tuple[int, int] | None = None
         self._latency: Latency | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -120,15 +122,17 @@ class FilterPruning(LevelAlgorithm):
         assert self._plan is not None
         self._pruner = Pruner(model, self._plan, self.config.params, self.name, self.context.shrunk, self._measured)
         if not context.resuming:
-            self._apply(self.config.pruning_init)
+            self._apply(self.config.pruning_init, (0, 0))
 
     @hookimpl
     def compress_epoch_step(self, clock: Clock) -> None:
         """Sets the level of the epoch that begins."""
         assert self._schedule is not None
         level = self._schedule.level(clock.epoch)
-        if level is not None and not self._frozen:
-            self._apply(level)
+        # Masks of this level stay if nothing was trained since: an initializer may have fitted the weights to them.
+        time = (clock.epoch, clock.step + 1)
+        if level is not None and not self._frozen and (level, time) != (self._requested, self._time):
+            self._apply(level, time)
         if clock.epoch >= self._schedule.freeze_epoch:
             self._frozen = True
 
@@ -175,6 +179,7 @@ class FilterPruning(LevelAlgorithm):
         pruner = self._active
         return SavedPruning(
             level=self._requested,
+            time=self._time,
             frozen=self._frozen,
             gone=pruner.gone,
             shrunk=pruner.shrunk.to_dict(),
@@ -192,7 +197,7 @@ class FilterPruning(LevelAlgorithm):
         if len(pruner.groups) != len(saved.gone):
             raise StateError(f"compression_state.algorithms.{self.name}.state is of another number of groups")
         pruner.measured = self._saved_measured(saved, pruner)
-        self._requested, self._frozen = saved.level, saved.frozen
+        self._requested, self._time, self._frozen = saved.level, saved.time, saved.frozen
         pruner.certificate = None if saved.certificate is None else Certificate.from_dict(saved.certificate)
         pruner.mask(saved.gone)
 
@@ -263,6 +268,7 @@ class FilterPruning(LevelAlgorithm):
         with self.context.batch_norm.adapted(run_batchnorm_adaptation):
             if isinstance(pruning_level, Mapping):
                 self._active.apply_each(pruning_level)
+                self._time = None
             else:
                 self._apply(pruning_level)
 
@@ -336,9 +342,9 @@ class FilterPruning(LevelAlgorithm):
             raise StateError(f"{where} holds importances of other groups of channels")
         return [torch.tensor(values, dtype=torch.float64) for values in saved.measured]
 
-    def _apply(self, level: float) -> None:
+    def _apply(self, level: float, time: tuple[int, int] | None = None) -> None:
         self._active.apply(level)
-        self._requested = level
+        self._requested, self._time = level, time
 
     def _check_attainable(self, plan: PruningPlan, section: str) -> None:
         params = self.config.params

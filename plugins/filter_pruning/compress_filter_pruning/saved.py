@@ -23,6 +23,7 @@ class SavedPruning(BaseModel):
         shrunk: What has been removed permanently, as returned by `Shrinkage.to_dict`.
         groups: The groups after the removal; empty if nothing has been removed.
         certificate: The result of the last comparison with the masked model.
+        time: Epoch and finished optimizer steps when the schedule computed the masks.
         measured: Importances of the present channels of each group, if they were measured on data.
     """
 
@@ -32,6 +33,7 @@ class SavedPruning(BaseModel):
     shrunk: dict[str, Any]
     groups: list[dict[str, Any]]
     certificate: dict[str, Any] | None = None
+    time: tuple[int, int] | None = None
     measured: list[list[float]] | None = None
 
     @classmethod

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,6 +15,8 @@ from compress_core.channels import ChannelGroup, Role
 from compress_weight_reconstruction.config import WeightReconstructionConfig
 from compress_weight_reconstruction.evidence import Evidence, Findings, observe
 from compress_weight_reconstruction.solvers import channel_errors
+
+logger = logging.getLogger(__name__)
 
 # The choice point of filter pruning; by name, because that plugin need not be installed.
 POINT = "filter_pruning.importance"
@@ -45,10 +49,26 @@ class ReconstructionImportance:
             num_samples=config.num_samples or WeightReconstructionConfig().num_samples,
             positions=config.positions,
         )
+        self._warn(groups, findings, request.data.path)
         damping = config.damping or _DAMPING
         # Errors of different groups are compared as they are. On held-back training images (ResNet-56) dividing them by
         # their group's sum, or by a root of it, was worse, and by the operations that a channel costs not better.
         return [group_errors(group, findings, damping=damping) for group in groups]
+
+    def _warn(self, groups: Sequence[ChannelGroup], findings: Findings, path: str) -> None:
+        """Says which weights that read channels do not count: what they lose is not known."""
+        for group in groups:
+            for member in group.members:
+                if member.role != Role.READS:
+                    continue
+                reason = findings.missing.get(member.parameter)
+                parts = list(_parts(replace(group, members=(member,)), findings.evidence, Role.READS))
+                if reason is None and any(_by_column(channels) is None for _, channels in parts):
+                    reason = "its rows read different channels"
+                if reason is not None:
+                    logger.warning(
+                        "%s: what '%s' loses without a channel does not count: %s", path, member.parameter, reason
+                    )
 
 
 def group_errors(group: ChannelGroup, findings: Findings, *, damping: float) -> Tensor:
@@ -99,8 +119,8 @@ def _parts(
 
 def _errors_of_readers(part: Evidence, channels: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     """Returns errors and their channels (-1: of none); of columns, each of which has to be read by all rows."""
-    columns = channels[:, 0]
-    if bool((channels != columns[:, None]).any()):
+    columns = _by_column(channels)
+    if columns is None:
         return torch.empty(0, dtype=torch.float64), torch.empty(0, dtype=torch.int64)
     owners, labels = torch.unique(columns, dim=1, return_inverse=True)
     weights = None if part.scale is None else part.scale.double().square().view(part.weight.shape[:2])
@@ -108,6 +128,12 @@ def _errors_of_readers(part: Evidence, channels: Tensor, damping: float) -> tupl
         part.weight, part.normal, labels.to(part.weight.device), damping=damping, row_weights=weights
     )
     return errors.double().cpu().flatten(), owners.flatten()
+
+
+def _by_column(channels: Tensor) -> Tensor | None:
+    """Returns the channel of each column, shape (groups, columns); None if rows read different ones."""
+    columns = channels[:, 0]
+    return None if bool((channels != columns[:, None]).any()) else columns
 
 
 def _power_of_rows(part: Evidence, channels: Tensor, damping: float) -> tuple[Tensor, Tensor]:

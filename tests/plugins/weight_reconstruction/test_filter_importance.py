@@ -76,3 +76,38 @@ def test_weights_that_change_do_not_change_the_masks():
 def test_without_data_it_is_refused_with_the_path():
     with pytest.raises(DataError, match=r"compression\.filter_pruning\.params\.filter_importance: needs calibration"):
         compressed(network(), None)
+
+
+class TwoReaders(nn.Module):
+    """The channels of a layer are read by a product on the data, and by one that the data does not reach."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.other = nn.Linear(4, 6), nn.Linear(6, 5), nn.Linear(6, 5)
+
+    def forward(self, x):
+        x = self.first(x)
+        return self.second(x) if len(x) > 1 else self.second(x) + self.other(x)
+
+
+def test_a_reader_without_evidence_is_said(caplog):
+    compressed(TwoReaders().eval(), batches())
+    said = [record.getMessage() for record in caplog.records if "does not count" in record.getMessage()]
+    assert said == [
+        "compression.filter_pruning.params.filter_importance: what 'other.weight' loses without a channel does not count: "
+        "no product with it was seen on the data"
+    ]
+
+
+def test_the_first_epoch_keeps_masks_that_reconstruction_has_fitted_the_weights_to():
+    params = {"schedule": "baseline", "num_init_steps": 0, "multiple_of": 1, "pruning_target": 0.5}
+    section = {"algorithm": "filter_pruning", "pruning_init": 0.5, "params": params}
+    section["initializer"] = {"weight_reconstruction": {"num_samples": 128}}
+    config = {"target_device": "TRIAL", "input_info": {"sample_size": [1, 4]}, "compression": section}
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 5)).eval()
+    controller, model = create_compressed_model(model, config, init_loader=batches())
+    x = torch.cat(batches())
+    expected = model(x)
+    controller.scheduler.epoch_step()
+    assert torch.equal(model(x), expected)
