@@ -150,27 +150,26 @@ def _is_installed(case: Case) -> bool:
 
 
 def table(net: str, content: dict[str, Any], samples: int) -> Table:
-    """One row for each compression, with the mean over draws; the largest number of test images counts."""
+    """One row for each compression and number of test images, means over draws; empty columns are left out."""
     rows = []
     for case in CASES:
-        cells, spread, costs = [], 0.0, []
-        for variant in VARIANTS:
+        for images in sorted({row["images"] for row in content["rows"] if row["case"] == case}):
             found = [
                 row
                 for row in content["rows"]
-                if (row["case"], row["variant"]) == (case, variant)
-                and (row["samples"] == samples or variant in WITHOUT_DATA)
+                if (row["case"], row["images"]) == (case, images)
+                and (row["samples"] == samples or row["variant"] in WITHOUT_DATA)
             ]
-            images = max((row["images"] for row in found), default=0)
-            values = [row["accuracy"] for row in found if row["images"] == images]
-            spread = max([spread, *(max(values) - min(values) for _ in values[:1])])
-            costs += [row["forwards"] for row in found if "forwards" in row]
-            cells.append(f"{statistics.fmean(values):.1f}" if values else "")
-        if any(cells):
+            by_variant = {v: [row["accuracy"] for row in found if row["variant"] == v] for v in VARIANTS}
+            cells = [f"{statistics.fmean(values):.1f}" if values else "" for values in by_variant.values()]
+            spread = max((max(values) - min(values) for values in by_variant.values() if values), default=0.0)
+            costs = [row["forwards"] for row in found if "forwards" in row]
             cost = f"{statistics.median(costs):.1f}" if costs else ""
-            rows.append((case, *cells, f"{spread:.1f}", cost))
+            rows.append((case, str(images), *cells, f"{spread:.1f}" if spread else "", cost))
+    headers = ("compression", "test images", *VARIANTS, "largest spread of draws", "cost, plain forwards")
+    used = [column for column in range(len(headers)) if any(row[column] for row in rows)]
     title = f"{net}, {samples} samples: accuracy in %, FP32 {content['fp32']:.2f}"
-    return Table(title, ("compression", *VARIANTS, "largest spread of draws", "cost, plain forwards"), rows)
+    return Table(title, tuple(headers[c] for c in used), [tuple(row[c] for c in used) for row in rows])
 
 
 def render(options: argparse.Namespace) -> None:
