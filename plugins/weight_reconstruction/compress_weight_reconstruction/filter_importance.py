@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,8 +12,10 @@ from torch import Tensor
 from compress_core import Choice, ModelError
 from compress_core.channels import ChannelGroup, Role
 from compress_weight_reconstruction.config import WeightReconstructionConfig
-from compress_weight_reconstruction.evidence import Evidence, Findings, observe
+from compress_weight_reconstruction.evidence import DIFFERENT_KINDS, Evidence, Findings, observe
 from compress_weight_reconstruction.solvers import channel_errors
+
+logger = logging.getLogger(__name__)
 
 # The choice point of filter pruning; by name, because that plugin need not be installed.
 POINT = "filter_pruning.importance"
@@ -49,6 +52,16 @@ class ReconstructionImportance:
         )
         damping = config.damping or _DAMPING
         found = [group_errors(group, findings, damping=damping) for group in groups]
+        left_out: dict[str, str] = {}
+        for group in groups:
+            left_out |= unseen_readers(group, findings, parameters)
+        for name, reason in left_out.items():
+            logger.warning(
+                "%s: what it costs '%s' to do without channels is not counted in full: %s",
+                request.data.path,
+                name,
+                reason,
+            )
         return [_comparable(values) for values in found] if request.comparable else found
 
 
@@ -85,6 +98,40 @@ def group_errors(group: ChannelGroup, findings: Findings, *, damping: float) -> 
     )
 
 
+def unseen_readers(group: ChannelGroup, findings: Findings, parameters: Mapping[str, Tensor]) -> dict[str, str]:
+    """Returns which weights read channels of a group without counting, or only in part -> why.
+
+    Args:
+        group: The group.
+        findings: What was seen of its weights.
+        parameters: All parameters by name, shared ones under each of their names.
+    """
+    reasons: dict[str, str] = {}
+    for member in group.members:
+        name = member.parameter
+        if name not in parameters or parameters[name].ndim < 2:
+            continue
+        missing = findings.missing.get(name, "")
+        if member.role == Role.MAKES:
+            # A weight that only makes channels has no error of its own; one that is shared may read them as well.
+            names = [other for other, value in parameters.items() if value is parameters[name]]
+            if missing and (len(names) > 1 or missing == DIFFERENT_KINDS):
+                reasons[name] = f"{missing}; it may read the channels as well"
+        elif member.role == Role.READS:
+            seen = findings.evidence.get(name, [])
+            if missing:
+                reasons[name] = missing
+            elif sum(part.shape.numel() for part in seen) < parameters[name].numel():
+                reasons[name] = "parts of it were in no product on the data"
+            elif any(not _is_read_alike(channels) for _, channels in _parts(group, {name: seen}, Role.READS)):
+                reasons[name] = "its rows read different channels"
+    return reasons
+
+
+def _is_read_alike(channels: Tensor) -> bool:
+    return bool((channels == channels[:, :1]).all())
+
+
 def _parts(
     group: ChannelGroup, evidence: Mapping[str, list[Evidence]], role: Role
 ) -> Iterator[tuple[Evidence, Tensor]]:
@@ -101,7 +148,7 @@ def _parts(
 def _errors_of_readers(part: Evidence, channels: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     """Returns errors and their channels (-1: of none); of columns, each of which has to be read by all rows."""
     columns = channels[:, 0]
-    if bool((channels != columns[:, None]).any()):
+    if not _is_read_alike(channels):
         return torch.empty(0, dtype=torch.float64), torch.empty(0, dtype=torch.int64)
     owners, labels = torch.unique(columns, dim=1, return_inverse=True)
     weights = None if part.scale is None else part.scale.double().square().view(part.weight.shape[:2])
