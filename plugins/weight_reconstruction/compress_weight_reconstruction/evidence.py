@@ -38,6 +38,9 @@ from compress_weight_reconstruction.solvers import Moments, Normal
 from compress_weight_reconstruction.survey import overlap
 from compress_weight_reconstruction.twins import twin_of
 
+# Why nothing is known about a weight that is used, e.g., as it is and transposed.
+DIFFERENT_KINDS = "its products are of different kinds"
+
 
 @dataclass(frozen=True)
 class Evidence:
@@ -171,7 +174,7 @@ class _Observer:
         assert output is not None
         first = self._interceptor.seen.calls[call.name][0]
         if (use.kind, use.groups, use.columns_first) != (first.kind, first.groups, first.columns_first):
-            self._reasons[call.name.partition("[")[0]] = "its products are of different kinds"
+            self._reasons[call.name.partition("[")[0]] = DIFFERENT_KINDS
             return
         if not output.numel():
             return

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 from compress_core import Choice, ModelError
 from compress_core.channels import ChannelGroup, Role
 from compress_weight_reconstruction.config import WeightReconstructionConfig
-from compress_weight_reconstruction.evidence import Evidence, Findings, observe
+from compress_weight_reconstruction.evidence import DIFFERENT_KINDS, Evidence, Findings, observe
 from compress_weight_reconstruction.solvers import channel_errors
 
 logger = logging.getLogger(__name__)
@@ -49,26 +48,21 @@ class ReconstructionImportance:
             num_samples=config.num_samples or WeightReconstructionConfig().num_samples,
             positions=config.positions,
         )
-        self._warn(groups, findings, request.data.path)
         damping = config.damping or _DAMPING
+        found = [group_errors(group, findings, damping=damping) for group in groups]
+        left_out: dict[str, str] = {}
+        for group in groups:
+            left_out |= unseen_readers(group, findings, parameters)
+        for name, reason in left_out.items():
+            logger.warning(
+                "%s: what it costs '%s' to do without channels is not counted in full: %s",
+                request.data.path,
+                name,
+                reason,
+            )
         # Errors of different groups are compared as they are. On held-back training images (ResNet-56) dividing them by
         # their group's sum, or by a root of it, was worse, and by the operations that a channel costs not better.
-        return [group_errors(group, findings, damping=damping) for group in groups]
-
-    def _warn(self, groups: Sequence[ChannelGroup], findings: Findings, path: str) -> None:
-        """Says which weights that read channels do not count: what they lose is not known."""
-        for group in groups:
-            for member in group.members:
-                if member.role != Role.READS:
-                    continue
-                reason = findings.missing.get(member.parameter)
-                parts = list(_parts(replace(group, members=(member,)), findings.evidence, Role.READS))
-                if reason is None and any(_by_column(channels) is None for _, channels in parts):
-                    reason = "its rows read different channels"
-                if reason is not None:
-                    logger.warning(
-                        "%s: what '%s' loses without a channel does not count: %s", path, member.parameter, reason
-                    )
+        return found
 
 
 def group_errors(group: ChannelGroup, findings: Findings, *, damping: float) -> Tensor:
@@ -104,6 +98,40 @@ def group_errors(group: ChannelGroup, findings: Findings, *, damping: float) -> 
     )
 
 
+def unseen_readers(group: ChannelGroup, findings: Findings, parameters: Mapping[str, Tensor]) -> dict[str, str]:
+    """Returns which weights read channels of a group without counting, or only in part -> why.
+
+    Args:
+        group: The group.
+        findings: What was seen of its weights.
+        parameters: All parameters by name, shared ones under each of their names.
+    """
+    reasons: dict[str, str] = {}
+    for member in group.members:
+        name = member.parameter
+        if name not in parameters or parameters[name].ndim < 2:
+            continue
+        missing = findings.missing.get(name, "")
+        if member.role == Role.MAKES:
+            # A weight that only makes channels has no error of its own; one that is shared may read them as well.
+            names = [other for other, value in parameters.items() if value is parameters[name]]
+            if missing and (len(names) > 1 or missing == DIFFERENT_KINDS):
+                reasons[name] = f"{missing}; it may read the channels as well"
+        elif member.role == Role.READS:
+            seen = findings.evidence.get(name, [])
+            if missing:
+                reasons[name] = missing
+            elif sum(part.shape.numel() for part in seen) < parameters[name].numel():
+                reasons[name] = "parts of it were in no product on the data"
+            elif any(not _is_read_alike(channels) for _, channels in _parts(group, {name: seen}, Role.READS)):
+                reasons[name] = "its rows read different channels"
+    return reasons
+
+
+def _is_read_alike(channels: Tensor) -> bool:
+    return bool((channels == channels[:, :1]).all())
+
+
 def _parts(
     group: ChannelGroup, evidence: Mapping[str, list[Evidence]], role: Role
 ) -> Iterator[tuple[Evidence, Tensor]]:
@@ -119,8 +147,8 @@ def _parts(
 
 def _errors_of_readers(part: Evidence, channels: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     """Returns errors and their channels (-1: of none); of columns, each of which has to be read by all rows."""
-    columns = _by_column(channels)
-    if columns is None:
+    columns = channels[:, 0]
+    if not _is_read_alike(channels):
         return torch.empty(0, dtype=torch.float64), torch.empty(0, dtype=torch.int64)
     owners, labels = torch.unique(columns, dim=1, return_inverse=True)
     weights = None if part.scale is None else part.scale.double().square().view(part.weight.shape[:2])
@@ -128,12 +156,6 @@ def _errors_of_readers(part: Evidence, channels: Tensor, damping: float) -> tupl
         part.weight, part.normal, labels.to(part.weight.device), damping=damping, row_weights=weights
     )
     return errors.double().cpu().flatten(), owners.flatten()
-
-
-def _by_column(channels: Tensor) -> Tensor | None:
-    """Returns the channel of each column, shape (groups, columns); None if rows read different ones."""
-    columns = channels[:, 0]
-    return None if bool((channels != columns[:, None]).any()) else columns
 
 
 def _power_of_rows(part: Evidence, channels: Tensor, damping: float) -> tuple[Tensor, Tensor]:

@@ -78,25 +78,55 @@ def test_without_data_it_is_refused_with_the_path():
         compressed(network(), None)
 
 
-class TwoReaders(nn.Module):
-    """The channels of a layer are read by a product on the data, and by one that the data does not reach."""
+class Readers(nn.Module):
+    """One layer that is measured, and three more readers: one scaled, one never reached by data, one half reached."""
 
     def __init__(self):
         super().__init__()
-        self.first, self.second, self.other = nn.Linear(4, 6), nn.Linear(6, 5), nn.Linear(6, 5)
+        self.makes, self.seen, self.never, self.scaled = (nn.Linear(*size) for size in [(4, 6), (6, 2), (6, 2), (6, 2)])
+        self.rows = nn.Parameter(torch.randn(4, 6))
 
     def forward(self, x):
-        x = self.first(x)
-        return self.second(x) if len(x) > 1 else self.second(x) + self.other(x)
+        x = self.makes(x)
+        y = self.seen(x) + x @ (2 * self.scaled.weight).t() + nn.functional.linear(x, self.rows[:2])
+        return y + self.never(x) + nn.functional.linear(x, self.rows[2:]) if len(x) == 1 else y
 
 
-def test_a_reader_without_evidence_is_said(caplog):
-    compressed(TwoReaders().eval(), batches())
-    said = [record.getMessage() for record in caplog.records if "does not count" in record.getMessage()]
-    assert said == [
-        "compression.filter_pruning.params.filter_importance: what 'other.weight' loses without a channel does not count: "
-        "no product with it was seen on the data"
-    ]
+def test_readers_that_do_not_count_are_named_with_the_reason(caplog):
+    torch.manual_seed(0)
+    compressed(Readers(), batches())
+    found = [record.getMessage() for record in caplog.records if "not counted in full" in record.getMessage()]
+    assert len(found) == 3
+    assert all(line.startswith("compression.filter_pruning.params.filter_importance: ") for line in found)
+    reasons = {line.split("'")[1]: line for line in found}
+    assert "no product with it was seen" in reasons["never.weight"]
+    assert "parts of it were in no product" in reasons["rows"]
+    assert "mul" in reasons["scaled.weight"]
+
+
+class TiedTokens(nn.Module):
+    def __init__(self, tied):
+        super().__init__()
+        self.tokens, self.inner, self.head = nn.Embedding(9, 6), nn.Linear(6, 6), nn.Linear(6, 9, bias=False)
+        if tied:
+            self.head.weight = self.tokens.weight
+
+    def forward(self, x):
+        x = self.tokens(x)
+        return self.head(x + self.inner(x))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_head_that_is_tied_to_an_embedding_is_named(tied, caplog):
+    torch.manual_seed(0)
+    params = {"filter_importance": "reconstruction", "multiple_of": 1, "schedule": "baseline"}
+    config = {
+        "input_info": {"sample_size": [1, 5], "type": "long"},
+        "compression": {"algorithm": "filter_pruning", "pruning_init": 0.4, "params": params},
+    }
+    create_compressed_model(TiedTokens(tied), config, init_loader=[torch.arange(5).repeat(8, 1)])
+    found = [record.getMessage() for record in caplog.records if "not counted in full" in record.getMessage()]
+    assert ["tokens.weight" in line and "embedding" in line for line in found] == [True] * tied
 
 
 def test_the_first_epoch_keeps_masks_that_reconstruction_has_fitted_the_weights_to():
