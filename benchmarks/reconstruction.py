@@ -149,11 +149,19 @@ def _is_installed(case: Case) -> bool:
     return case.name != "2:4 sparse" or importlib.util.find_spec("compress_nm_sparsity") is not None
 
 
-def table(net: str, content: dict[str, Any], samples: int) -> Table:
-    """One row for each compression and number of test images, means over draws; empty columns are left out."""
+def table(net: str, content: dict[str, Any], samples: int, *, all_images: bool = True) -> Table:
+    """One row for each compression and number of test images, means over draws; empty columns are left out.
+
+    Args:
+        net: The network.
+        content: Its results.
+        samples: Number of samples.
+        all_images: Whether smaller numbers of test images have rows, too.
+    """
     rows = []
     for case in CASES:
-        for images in sorted({row["images"] for row in content["rows"] if row["case"] == case}):
+        numbers = sorted({row["images"] for row in content["rows"] if row["case"] == case})
+        for images in numbers if all_images else numbers[-1:]:
             found = [
                 row
                 for row in content["rows"]
@@ -180,7 +188,7 @@ def render(options: argparse.Namespace) -> None:
             continue
         content = json.loads(path.read_text())
         for samples in options.samples:
-            part = table(net, content, samples)
+            part = table(net, content, samples, all_images=False)
             print(f"### {part.title}\n")
             print("| " + " | ".join(part.headers) + " |\n|" + " --- |" * len(part.headers))
             print("\n".join("| " + " | ".join(map(str, row)) + " |" for row in part.rows), end="\n\n")
