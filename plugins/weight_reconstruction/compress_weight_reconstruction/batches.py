@@ -16,8 +16,8 @@ from compress_core.torch_internals import tree_map
 
 logger = logging.getLogger(__name__)
 
-# Samples for comparing outputs, as a share of those that are solved with.
-_HELD_OUT = 0.25
+# Samples for comparing outputs, as a share of those that are solved with, and at most: all of them run at once.
+_HELD_OUT, _MOST_HELD_OUT = 0.25, 64
 _GIBIBYTE = 2**30
 
 
@@ -63,7 +63,7 @@ class Batches:
                 continue
             others.append(batch)
             held_out += size
-            if held_out >= _HELD_OUT * seen:
+            if held_out >= min(_HELD_OUT * seen, _MOST_HELD_OUT):
                 break
         if others:
             return cls(solving, sizes, others, held_out, held_out)
