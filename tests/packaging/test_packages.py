@@ -60,7 +60,7 @@ def test_wheel_holds_what_is_ours_and_nothing_else(wheel):
 def test_wheel_alone_finds_the_built_in_plugins(environment, tmp_path):
     found = json.loads(run(environment, "-c", JOB % '["magnitude_sparsity"]', cwd=tmp_path))
     assert found["plugins"] == {name: f"plugin '{name}' (compress-core 0.1.0)" for name in ALGORITHMS}
-    assert found["initializers"] == ["batchnorm_adaptation", "weight_reconstruction"]
+    assert found["initializers"] == ["batchnorm_adaptation", "data_free_correction", "weight_reconstruction"]
     assert found["failures"] == []
     assert found["samples"] == 32
     assert run(environment, "-c", "import compress_core; print(compress_core.__file__)", cwd=tmp_path).startswith(
