@@ -22,13 +22,11 @@ from compress_core.data.rng import preserved_rng
 from compress_core.torch_internals import AnyBatchNorm
 from compress_core.transforms import bypass_transforms
 from compress_core.transforms.user_hooks import is_in_hook
-from compress_core.transforms.weight import parameter_places
 from compress_weight_reconstruction.interception import Interceptor, Use, WeightCall, Weights
+from compress_weight_reconstruction.marks import first_names
 from compress_weight_reconstruction.norms import scale_of
 from compress_weight_reconstruction.positions import Positions
 from compress_weight_reconstruction.products import (
-    as_matrices,
-    as_weight,
     input_rows,
     output_sizes,
     targets_without_bias,
@@ -68,11 +66,11 @@ class Evidence:
 
     def as_matrices(self, values: torch.Tensor) -> torch.Tensor:
         """Returns values in the shape of the parameter, or of the part, as (groups, rows, columns)."""
-        return as_matrices(values, self.use.kind, self.use.groups, columns_first=self.use.columns_first)
+        return self.use.as_matrices(values)
 
     def as_weight(self, matrices: torch.Tensor) -> torch.Tensor:
         """Returns matrices in the shape of the parameter, or of the part: the inverse of `as_matrices`."""
-        return as_weight(matrices, self.shape, self.use.kind, columns_first=self.use.columns_first)
+        return self.use.as_weight(matrices, self.shape)
 
 
 @dataclass(frozen=True)
@@ -108,9 +106,10 @@ def observe(
     Raises:
         DataError: There are fewer samples than one, or values that are not finite.
     """
-    first_names = _first_names(model, names)
+    known, parameters = first_names(model), dict(model.named_parameters(remove_duplicate=False))
+    firsts = {name: known[id(parameters[name])] for name in names}
     with preserved_rng(data.loader), bypass_transforms(model), without_traces(model), running(model), torch.no_grad():
-        observer = _Observer(model, frozenset(first_names.values()), Positions(positions, num_samples))
+        observer = _Observer(model, frozenset(firsts.values()), Positions(positions, num_samples))
         samples = 0
         for batch, size in data.batches(num_samples):
             observer.run(data, batch)
@@ -118,7 +117,7 @@ def observe(
     found = observer.found()
     evidence: dict[str, list[Evidence]] = {}
     missing: dict[str, str] = {}
-    for name, first in first_names.items():
+    for name, first in firsts.items():
         result = found[first]
         if isinstance(result, str):
             missing[name] = result
@@ -179,7 +178,7 @@ class _Observer:
         if not output.numel():
             return
         parameter = self._part(call.name, use)
-        groups, rows, columns = _matrices(parameter, use).shape
+        groups, rows, columns = use.as_matrices(parameter).shape
         dims = parameter.ndim - 2 if use.kind != "linear" else 1
         samples, sizes = output_sizes(output, use.kind, dims)
         chosen = self._positions.choose(samples, sizes, columns).to(output.device)
@@ -218,18 +217,6 @@ class _Observer:
             moments.centred = bool(norm) or all(use.bias for use in uses)
             scale = scale_of(cast("AnyBatchNorm", self._model.get_submodule(norm))) if norm else None
             values = self._part(part, uses[0])
-            weight = wide(_matrices(values, uses[0])).contiguous()
+            weight = wide(uses[0].as_matrices(values)).contiguous()
             found.append(Evidence(name, uses[0].rows, uses[0], values.shape, weight, moments.finalize(), scale))
         return found
-
-
-def _matrices(values: torch.Tensor, use: Use) -> torch.Tensor:
-    return as_matrices(values, use.kind, use.groups, columns_first=use.columns_first)
-
-
-def _first_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
-    """Returns, for each name of a parameter, the one under which `Interceptor` knows it."""
-    places = parameter_places(model)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    first = {key: f"{owner}.{name}" if owner else name for key, ((owner, _, name), *_) in places.items()}
-    return {name: first[id(parameters[name])] for name in names}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,9 +15,9 @@ from compress_core.torch_internals import storage_identity
 from compress_core.transforms.attention import inside_of
 from compress_core.transforms.model_wide import transformed_weights
 from compress_core.transforms.user_hooks import hook_is_running
-from compress_core.transforms.weight import parameter_places
 from compress_weight_reconstruction.held_memory import HeldMemory
-from compress_weight_reconstruction.products import Kind, Product, product_of
+from compress_weight_reconstruction.marks import Marks, first_names, tensors_in
+from compress_weight_reconstruction.products import Kind, Product, as_matrices, as_weight, product_of
 from compress_weight_reconstruction.sums import Sums
 
 
@@ -38,6 +38,14 @@ class Use:
     columns_first: bool
     bias: str
     rows: tuple[int, int] | None = None
+
+    def as_matrices(self, values: torch.Tensor) -> torch.Tensor:
+        """Returns values in the shape of the parameter, or of the part, as (groups, rows, columns)."""
+        return as_matrices(values, self.kind, self.groups, columns_first=self.columns_first)
+
+    def as_weight(self, matrices: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+        """Returns matrices in the shape of the parameter, or of the part: the inverse of `as_matrices`."""
+        return as_weight(matrices, shape, self.kind, columns_first=self.columns_first)
 
 
 @dataclass(frozen=True)
@@ -87,8 +95,7 @@ class Weights:
 
     def __init__(self, model: nn.Module) -> None:
         self._known: dict[int, list[tuple[weakref.ref[torch.Tensor], str]]] = {}
-        places = parameter_places(model)
-        names = {key: f"{owner}.{name}" if owner else name for key, ((owner, _, name), *_) in places.items()}
+        names = first_names(model)
         self._chains = {names[id(weight.parameter)]: weight for weight in transformed_weights(model)}
         for name, weight in self._chains.items():
             weight.chain.register_forward_hook(self._noting(name))
@@ -165,7 +172,8 @@ class Interceptor(TorchFunctionMode):
         self._weights, self._wanted, self._reached, self._before = weights, wanted, reached, before
         self.seen = Seen()
         self.held = HeldMemory()
-        self._outputs: dict[int, tuple[weakref.ref[torch.Tensor], str]] = {}
+        # The name of the weight whose product has returned a tensor.
+        self._outputs = Marks[str]()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs a call of the model, and notices weights in it."""
@@ -174,7 +182,7 @@ class Interceptor(TorchFunctionMode):
         if inside is not None:
             with self:
                 return inside(*args, **kwargs)
-        tensors = list(_tensors((args, kwargs)))
+        tensors = list(tensors_in((args, kwargs)))
         found = [(tensor, *known) for tensor in tensors if (known := self._weights.found(tensor)) is not None]
         used = [entry for entry in found if entry[1] in self._wanted]
         if used and hook_is_running():
@@ -183,7 +191,7 @@ class Interceptor(TorchFunctionMode):
         if call is not None:
             return self._at_product(call, func, args, kwargs)
         result = func(*args, **kwargs)
-        made = list(_tensors(result))
+        made = list(tensors_in(result))
         if made:
             self._note_readers(tensors)
         self.sums.call(func, args, result)
@@ -195,8 +203,7 @@ class Interceptor(TorchFunctionMode):
 
     def maker(self, tensor: torch.Tensor) -> str:
         """Returns the weight whose product has returned this very tensor; empty if there is none."""
-        reference, name = self._outputs.get(id(tensor), (None, ""))
-        return name if reference is not None and reference() is tensor else ""
+        return self._outputs.get(tensor) or ""
 
     def _call(
         self, func: Any, args: Any, kwargs: dict[str, Any], used: list[tuple[torch.Tensor, str, torch.Tensor]]
@@ -236,8 +243,8 @@ class Interceptor(TorchFunctionMode):
             return result
         result = func(*args, **kwargs)
         self.held.note([result])
-        self._outputs[id(result)] = weakref.ref(result), call.name
-        self._note_readers([t for t in _tensors((args, kwargs)) if t is call.product.arguments["input"]])
+        self._outputs.set(result, call.name)
+        self._note_readers([t for t in tensors_in((args, kwargs)) if t is call.product.arguments["input"]])
         shortcut = self.sums.take(call.name)
         self.sums.product(call.name, result)
         self._reached(replace(call, output=result, shortcut=shortcut))
@@ -257,16 +264,6 @@ class Interceptor(TorchFunctionMode):
             name = self.maker(tensor)
             if name:
                 self.seen.readers[name] = self.seen.readers.get(name, 0) + 1
-
-
-def _tensors(structure: Any) -> Iterator[torch.Tensor]:
-    if isinstance(structure, torch.Tensor):
-        yield structure
-    elif isinstance(structure, (list, tuple)):
-        for item in structure:
-            yield from _tensors(item)
-    elif isinstance(structure, dict):
-        yield from _tensors(list(structure.values()))
 
 
 def _shares_memory(tensor: torch.Tensor, whole: torch.Tensor) -> bool:

@@ -12,8 +12,6 @@ from compress_weight_reconstruction.freedom import Allowed
 from compress_weight_reconstruction.interception import Use, WeightCall
 from compress_weight_reconstruction.positions import Positions
 from compress_weight_reconstruction.products import (
-    as_matrices,
-    as_weight,
     input_rows,
     output_rows,
     output_sizes,
@@ -153,11 +151,10 @@ class Layer:
         return wide(self._as_matrices(self._parameter.detach())).contiguous()
 
     def _as_matrices(self, values: torch.Tensor) -> torch.Tensor:
-        return as_matrices(values, self._use.kind, self._use.groups, columns_first=self._use.columns_first)
+        return self._use.as_matrices(values)
 
     def _as_weight(self, matrices: torch.Tensor) -> torch.Tensor:
-        shape = self._parameter.shape
-        return as_weight(matrices, shape, self._use.kind, columns_first=self._use.columns_first)
+        return self._use.as_weight(matrices, self._parameter.shape)
 
     def _grid(self) -> Grid | None:
         """Returns the grid by row; None if there is none, or if its values differ within a row."""

@@ -6,31 +6,18 @@ this the shortcut has to be known when the layer is reached. It is found again b
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from compress_weight_reconstruction.marks import Marks
+
 _SUMS = frozenset(
     {torch.add, torch.Tensor.add, torch.Tensor.add_, torch.Tensor.__add__, torch.Tensor.__radd__, torch.Tensor.__iadd__}
 )
 _NORMS = frozenset({F.batch_norm, torch.batch_norm})
-
-
-class _Marks:
-    """Notes something about tensors, as long as they live."""
-
-    def __init__(self) -> None:
-        self._entries: dict[int, tuple[weakref.ref[torch.Tensor], Any]] = {}
-
-    def set(self, tensor: torch.Tensor, value: Any) -> None:
-        self._entries[id(tensor)] = weakref.ref(tensor), value
-
-    def get(self, tensor: Any) -> Any:
-        reference, value = self._entries.get(id(tensor), (None, None))
-        return value if reference is not None and reference() is tensor else None
 
 
 class Sums:
@@ -51,10 +38,10 @@ class Sums:
             self._wanted.setdefault(number, []).append(name)
         self._kept: dict[str, torch.Tensor] = {}
         self._number = 0
-        self._made_at = _Marks()
+        self._made_at = Marks[int]()
         # Outputs of products, or of the batch norms behind them -> (name of the weight, number of the product, whether
         # a batch norm is between).
-        self._summands = _Marks()
+        self._summands = Marks[tuple[str, int, bool]]()
         self.shortcuts: dict[str, int] = {}
         self.through_norm: set[str] = set()
 

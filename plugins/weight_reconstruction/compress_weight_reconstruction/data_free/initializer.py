@@ -31,6 +31,7 @@ from compress_core.transforms import TransformedWeight, transformed_weights
 from compress_core.transforms.weight import parameter_places
 from compress_weight_reconstruction.data_free.through import output_moments
 from compress_weight_reconstruction.data_free.walk import Place, Walk
+from compress_weight_reconstruction.marks import first_names
 from compress_weight_reconstruction.twins import twin_of
 
 # The variance of a channel is not taken to fall further than to this: estimates of a nearly dead channel are worthless.
@@ -186,12 +187,8 @@ def _walk(reference: nn.Module, example: Example) -> Mapping[str, Place]:
 def _correct(
     model: nn.Module, reference: nn.Module, places: Mapping[str, Place], scopes: ScopeFilter
 ) -> CorrectionReport:
-    owners = parameter_places(model)
-    weights = {}
-    for weight in transformed_weights(model):
-        owner, _, name = owners[id(weight.parameter)][0]
-        if weight.parameter.ndim > 1:
-            weights[f"{owner}.{name}" if owner else name] = weight
+    names = first_names(model)
+    weights = {names[id(w.parameter)]: w for w in transformed_weights(model) if w.parameter.ndim > 1}
     left = {name: "its product was not seen on the example" for name in weights if name not in places}
     corrections = []
     for name, place in places.items():

@@ -9,7 +9,6 @@ import torch
 
 from compress_weight_reconstruction.data_free.distributions import Distribution
 from compress_weight_reconstruction.interception import Use, WeightCall
-from compress_weight_reconstruction.products import as_matrices
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,7 @@ def _by_output(values: torch.Tensor, geometry: Geometry) -> torch.Tensor:
     """Returns the sums of values in the shape of a weight over all inputs of an output, shape (outputs, phases)."""
     use = geometry.use
     if use.kind != "transposed":
-        return as_matrices(values, use.kind, use.groups, columns_first=use.columns_first).sum(2).reshape(-1, 1)
+        return use.as_matrices(values).sum(2).reshape(-1, 1)
     inputs, outputs = values.shape[:2]
     sums = values.reshape(use.groups, inputs // use.groups, outputs, -1).sum(1).flatten(0, 1)
     phase = torch.zeros(1, dtype=torch.int64, device=values.device)

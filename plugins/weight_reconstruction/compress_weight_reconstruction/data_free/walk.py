@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +17,7 @@ from compress_core.transforms.user_hooks import hook_is_running
 from compress_weight_reconstruction.data_free.distributions import Distribution, after
 from compress_weight_reconstruction.data_free.through import Geometry, output_of
 from compress_weight_reconstruction.interception import Interceptor, WeightCall, Weights
+from compress_weight_reconstruction.marks import Marks, tensors_in
 
 _NORMS = frozenset({F.batch_norm, torch.batch_norm})
 
@@ -49,7 +49,7 @@ class Walk(TorchFunctionMode):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         names = frozenset(name for name, parameter in model.named_parameters() if parameter.ndim > 1)
-        self._known: dict[int, tuple[weakref.ref[torch.Tensor], Distribution]] = {}
+        self._known = Marks[Distribution | None]()
         self._calls: list[tuple[WeightCall, Distribution | None]] = []
         self._norms = {
             id(module.running_mean): (name, module)
@@ -79,8 +79,8 @@ class Walk(TorchFunctionMode):
                 return inside(*args, **kwargs)
         if hook_is_running():
             return func(*args, **kwargs)
-        tensors = list(_tensors((args, kwargs)))
-        given = [self._of(tensor) for tensor in tensors]
+        tensors = list(tensors_in((args, kwargs)))
+        given = [self._known.get(tensor) for tensor in tensors]
         with self._products:
             before = len(self._calls)
             result = func(*args, **kwargs)
@@ -88,27 +88,17 @@ class Walk(TorchFunctionMode):
             return result
         if len(self._calls) > before:
             call, known = self._calls[-1]
-            whole = call.use.rows is None and known is not None
-            made = output_of(call, known, self._parameters[call.name]) if whole and known else None
+            is_whole = call.use.rows is None
+            made = output_of(call, known, self._parameters[call.name]) if known is not None and is_whole else None
         elif func in _NORMS:
             made = self._norm(args, kwargs)
         else:
             made = after(func, args, kwargs, given, result)
-        self._set(result, made)
+        self._known.set(result, made)
         return result
 
-    def _of(self, tensor: Any) -> Distribution | None:
-        reference, value = self._known.get(id(tensor), (None, None))
-        return value if reference is not None and reference() is tensor else None
-
-    def _set(self, tensor: torch.Tensor, value: Distribution | None) -> None:
-        if value is None:
-            self._known.pop(id(tensor), None)
-        else:
-            self._known[id(tensor)] = weakref.ref(tensor), value
-
     def _at_product(self, call: WeightCall) -> None:
-        self._calls.append((call, self._of(call.product.arguments["input"])))
+        self._calls.append((call, self._known.get(call.product.arguments["input"])))
 
     def _norm(self, args: Any, kwargs: dict[str, Any]) -> Distribution | None:
         values = args[0] if args else kwargs["input"]
@@ -124,13 +114,3 @@ class Walk(TorchFunctionMode):
         weight = torch.ones_like(spread) if norm.weight is None else norm.weight.detach().double()
         bias = torch.zeros_like(spread) if norm.bias is None else norm.bias.detach().double()
         return Distribution(bias, weight.square() * spread, 1)
-
-
-def _tensors(structure: Any) -> Iterator[torch.Tensor]:
-    if isinstance(structure, torch.Tensor):
-        yield structure
-    elif isinstance(structure, (list, tuple)):
-        for item in structure:
-            yield from _tensors(item)
-    elif isinstance(structure, dict):
-        yield from _tensors(list(structure.values()))
