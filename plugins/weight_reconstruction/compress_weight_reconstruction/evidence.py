@@ -7,32 +7,27 @@ The same numbers that a reconstruction solves with then say what removing an ele
 from __future__ import annotations
 
 import dataclasses
-import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import nn
 
-from compress_core import DataError
 from compress_core.data.calibration import CalibrationData
 from compress_core.data.forwards import running, without_traces
 from compress_core.data.rng import preserved_rng
 from compress_core.torch_internals import AnyBatchNorm
 from compress_core.transforms import bypass_transforms
-from compress_core.transforms.user_hooks import is_in_hook
+from compress_weight_reconstruction.gathering import Gathering
 from compress_weight_reconstruction.interception import Interceptor, Use, WeightCall, Weights
 from compress_weight_reconstruction.marks import first_names
-from compress_weight_reconstruction.norms import scale_of
+from compress_weight_reconstruction.norms import call_at_norms, scale_of
 from compress_weight_reconstruction.positions import Positions
 from compress_weight_reconstruction.products import (
-    input_rows,
-    output_sizes,
-    targets_without_bias,
     wide,
 )
-from compress_weight_reconstruction.solvers import Moments, Normal
+from compress_weight_reconstruction.solvers import Normal
 from compress_weight_reconstruction.survey import overlap
 from compress_weight_reconstruction.twins import twin_of
 
@@ -138,15 +133,14 @@ class _Observer:
     def __init__(self, model: nn.Module, wanted: frozenset[str], positions: Positions) -> None:
         self._model, self._wanted, self._positions = model, wanted, positions
         self._parameters = dict(model.named_parameters(remove_duplicate=False))
-        self._moments: dict[str, Moments] = {}
+        self._gatherings: dict[str, Gathering] = {}
         self._reasons: dict[str, str] = {}
         self._norms: dict[str, str] = {}
         self._batches = 0
         self._twin = twin_of(model).eval()
         self._interceptor = Interceptor(Weights(self._twin), wanted, self._at_product, before=False, shortcuts={})
-        for name, module in self._twin.named_modules():
-            if isinstance(module, AnyBatchNorm):
-                module.register_forward_pre_hook(self._at_norm(name), with_kwargs=True)
+        norms = [name for name, module in self._twin.named_modules() if isinstance(module, AnyBatchNorm)]
+        call_at_norms(self._twin, norms, self._at_norm)
 
     def run(self, data: CalibrationData, batch: Any) -> None:
         """Runs one batch."""
@@ -158,37 +152,20 @@ class _Observer:
         """Returns for each weight what was seen of its parts, or why that is not enough."""
         return {name: self._why_not(name) or self._evidence(name) for name in sorted(self._wanted)}
 
-    def _at_norm(self, name: str) -> Callable[..., None]:
-        def reached(module: nn.Module, args: Any, kwargs: Any) -> None:
-            # Our own hook is run by the frame that called us.
-            if not is_in_hook(sys._getframe(1).f_back):
-                made_by = self._interceptor.maker(args[0] if args else kwargs["input"])
-                if made_by:
-                    self._norms[made_by] = name
-
-        return reached
+    def _at_norm(self, name: str, values: torch.Tensor) -> None:
+        made_by = self._interceptor.maker(values)
+        if made_by:
+            self._norms[made_by] = name
 
     def _at_product(self, call: WeightCall) -> None:
-        output, use = call.output, call.use
-        assert output is not None
+        use = call.use
         first = self._interceptor.seen.calls[call.name][0]
         if (use.kind, use.groups, use.columns_first) != (first.kind, first.groups, first.columns_first):
             self._reasons[call.name.partition("[")[0]] = DIFFERENT_KINDS
             return
-        if not output.numel():
-            return
-        parameter = self._part(call.name, use)
-        groups, rows, columns = use.as_matrices(parameter).shape
-        dims = parameter.ndim - 2 if use.kind != "linear" else 1
-        samples, sizes = output_sizes(output, use.kind, dims)
-        chosen = self._positions.choose(samples, sizes, columns).to(output.device)
-        if call.name not in self._moments:
-            self._moments[call.name] = Moments(groups, columns, rows, device=output.device)
-        try:
-            inputs = input_rows(call.product, chosen, sizes)
-            self._moments[call.name].update(inputs, targets_without_bias(call.product, output, dims, chosen))
-        except DataError as error:
-            raise DataError(f"the layer of '{call.name}', on the calibration data: {error}") from error
+        if call.name not in self._gatherings:
+            self._gatherings[call.name] = Gathering(call.name, self._part(call.name, use), use)
+        self._gatherings[call.name].add(call.product, call, self._positions)
 
     def _part(self, name: str, use: Use) -> torch.Tensor:
         parameter = self._parameters[name.partition("[")[0]].detach()
@@ -199,7 +176,7 @@ class _Observer:
         if name in seen.others:
             return f"the model uses it in {seen.others[name]}, which is no product with an input"
         parts = seen.parts(name)
-        if not any(part in self._moments for part in parts):
+        if not any(part in self._gatherings and self._gatherings[part].moments for part in parts):
             return "no product with it was seen on the data"
         if overlap([seen.calls[part][0].rows for part in parts]):
             return "its products use parts of it that overlap"
@@ -208,9 +185,10 @@ class _Observer:
     def _evidence(self, name: str) -> list[Evidence]:
         seen, found = self._interceptor.seen, []
         for part in seen.parts(name):
-            moments = self._moments.pop(part, None)
-            if moments is None:
+            gathering = self._gatherings.pop(part, None)
+            if gathering is None or gathering.moments is None:
                 continue
+            moments = gathering.moments
             uses = seen.calls[part]
             is_alone = seen.readers.get(part, 0) == len(uses) == self._batches
             norm = self._norms.get(part, "") if is_alone else ""

@@ -6,20 +6,16 @@ from dataclasses import dataclass
 
 import torch
 
-from compress_core import DataError
 from compress_core.data.forwards import writing
 from compress_weight_reconstruction.freedom import Allowed
+from compress_weight_reconstruction.gathering import Gathering
 from compress_weight_reconstruction.interception import Use, WeightCall
 from compress_weight_reconstruction.positions import Positions
 from compress_weight_reconstruction.products import (
-    input_rows,
-    output_rows,
-    output_sizes,
-    targets_without_bias,
     wide,
 )
 from compress_weight_reconstruction.report import LayerError
-from compress_weight_reconstruction.solvers import Freedom, Grid, Moments, Normal, Solution, solve
+from compress_weight_reconstruction.solvers import Freedom, Grid, Normal, Solution, solve
 
 # The share of the shortcut's error that the last layer before a residual sum makes up for.
 _SHORTCUT = 0.5
@@ -65,11 +61,8 @@ class Layer:
     ) -> None:
         self.name, self._parameter, self._use = name, parameter, use
         self._allowed, self._bias = allowed, bias
-        self._centred = has_norm or bias is not None
         self._scale = scale
-        self._shape = self._as_matrices(parameter.detach()).shape
-        # Made when it is needed, and dropped when it is solved: Gram matrices of all layers together would be large.
-        self._moments: Moments | None = None
+        self._gathering = Gathering(name, parameter, use, centred=has_norm or bias is not None)
         self._reason = ""
 
     @property
@@ -88,27 +81,10 @@ class Layer:
         Raises:
             DataError: There are values that are not finite.
         """
-        output, kind, groups = reference.output, self._use.kind, self._use.groups
-        assert output is not None
         if reference.product.arguments["input"].shape != compressed.product.arguments["input"].shape:
             self._reason = "its inputs have other shapes in the two models, so their positions cannot be paired"
             return
-        if not output.numel():
-            return
-        dims = self._parameter.ndim - 2 if kind != "linear" else 1
-        samples, sizes = output_sizes(output, kind, dims)
-        chosen = positions.choose(samples, sizes, self._shape[2]).to(output.device)
-        targets = targets_without_bias(reference.product, output, dims, chosen)
-        missing = self._missing(reference, compressed)
-        if missing is not None:
-            targets = targets + output_rows(missing, kind, dims, groups, chosen)
-        if self._moments is None:
-            groups, rows, columns = self._shape
-            self._moments = Moments(groups, columns, rows, device=output.device, centred=self._centred)
-        try:
-            self._moments.update(input_rows(compressed.product, chosen, sizes), targets)
-        except DataError as error:
-            raise DataError(f"the layer of '{self.name}', on the calibration data: {error}") from error
+        self._gathering.add(compressed.product, reference, positions, self._missing(reference, compressed))
 
     def _missing(self, reference: WeightCall, compressed: WeightCall) -> torch.Tensor | None:
         """Returns what the layer should add for the shortcut of a residual sum, in the shape of its output."""
@@ -134,10 +110,12 @@ class Layer:
         Returns:
             The errors before and after, or why the weight was left alone.
         """
-        if self._reason or self._moments is None or not self._moments.count:
-            self._moments = None
+        # Dropped when they are solved, as they are large.
+        moments, self._gathering.moments = self._gathering.moments, None
+        if self._reason or moments is None or not moments.count:
             return self._reason or "no batch has reached it"
-        normal, self._moments = self._moments.finalize(), None
+        normal = moments.finalize()
+        del moments
         support = self._as_matrices(self._allowed.support)
         grid = self._grid()
         project = self._project if self._allowed.grid is not None and grid is None else None
@@ -183,7 +161,7 @@ class Layer:
         # What is masked becomes zero: the others have made up for it, so its old value must not come back. Where
         # nothing is left of a row nothing was solved, and a channel that comes back has its filter.
         rows = self._as_matrices(self._allowed.support).any(2, keepdim=True)
-        is_solved = self._as_weight(rows.expand(self._shape))
+        is_solved = self._as_weight(rows.expand(self._gathering.shape))
         with writing(), torch.no_grad():
             self._parameter.copy_(torch.where(is_solved, solved.mul_(self._allowed.support), self._parameter))
             if self._bias is not None:
@@ -196,7 +174,7 @@ class Layer:
     def _set_scale(self, step: torch.Tensor) -> None:
         levels, gridded = self._allowed.grid, self._allowed.gridded
         assert levels is not None and gridded is not None
-        rows = self._as_weight(step.expand(self._shape).to(levels.scale.dtype))
+        rows = self._as_weight(step.expand(self._gathering.shape).to(levels.scale.dtype))
         index = tuple(slice(None) if size > 1 else slice(1) for size in _padded(levels.scale, rows.ndim))
         gridded.set_scale(rows[index].reshape(levels.scale.shape))
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -9,6 +13,7 @@ from compress_core.batchnorm.estimators import PairedEstimator
 from compress_core.config.scopes import ScopeFilter
 from compress_core.data.forwards import writing
 from compress_core.torch_internals import AnyBatchNorm
+from compress_core.transforms.user_hooks import is_in_hook
 
 
 class PairedNorm:
@@ -68,6 +73,27 @@ def norms_of(
         if is_pair and name not in frozen and layer.momentum != 0.0 and scopes.reason_to_skip([name]) is None:
             found[name] = layer
     return found
+
+
+def call_at_norms(model: nn.Module, names: Iterable[str], reached: Callable[[str, torch.Tensor], None]) -> None:
+    """Lets calls of batch norms be announced with their inputs; calls by hooks of the user are not the model's.
+
+    Args:
+        model: A model that is thrown away afterwards: the hooks stay.
+        names: Names of the batch norms.
+        reached: Called with the name and the input.
+    """
+
+    def hook_of(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            # Our own hook is run by the frame that called us.
+            if not is_in_hook(sys._getframe(1).f_back):
+                reached(name, args[0] if args else kwargs["input"])
+
+        return hook
+
+    for name in names:
+        model.get_submodule(name).register_forward_pre_hook(hook_of(name), with_kwargs=True)
 
 
 def scale_of(norm: AnyBatchNorm) -> torch.Tensor:

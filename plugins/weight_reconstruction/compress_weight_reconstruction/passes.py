@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from compress_core.data.calibration import CalibrationData
-from compress_core.transforms.user_hooks import is_in_hook
 from compress_weight_reconstruction.interception import Interceptor, Seen, WeightCall, Weights
 from compress_weight_reconstruction.layers import Layer
-from compress_weight_reconstruction.norms import PairedNorm
+from compress_weight_reconstruction.norms import PairedNorm, call_at_norms
 from compress_weight_reconstruction.positions import Positions
 from compress_weight_reconstruction.runners import Runner, Surroundings, closing
 from compress_weight_reconstruction.twins import Writes, twin_of
@@ -72,8 +71,7 @@ class Forward:
             Weights(self._model), wanted, self._at_product, before=is_compressed, shortcuts=shortcuts
         )
         self._model.register_forward_hook(self._keep)
-        for name in norms:
-            self._model.get_submodule(name).register_forward_pre_hook(self._at_norm(name), with_kwargs=True)
+        call_at_norms(self._model, norms, self._at_norm)
         # Name of a weight -> the batch norm that takes the output of its product.
         self.follows: dict[str, str] = {}
         self.runner = Runner(self._run, sources.surroundings)
@@ -115,17 +113,11 @@ class Forward:
     def _at_product(self, call: WeightCall) -> None:
         self._pause(call.name, call)
 
-    def _at_norm(self, name: str) -> Callable[..., None]:
-        def reached(module: nn.Module, args: Any, kwargs: Any) -> None:
-            # Our own hook is run by the frame that called us.
-            if not is_in_hook(sys._getframe(1).f_back):
-                values = args[0] if args else kwargs["input"]
-                made_by = self._interceptor.maker(values)
-                if made_by:
-                    self.follows[made_by] = name
-                self._pause(name, values)
-
-        return reached
+    def _at_norm(self, name: str, values: torch.Tensor) -> None:
+        made_by = self._interceptor.maker(values)
+        if made_by:
+            self.follows[made_by] = name
+        self._pause(name, values)
 
 
 @dataclass
