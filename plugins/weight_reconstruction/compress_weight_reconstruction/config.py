@@ -9,7 +9,7 @@ from pydantic import Field
 from pydantic.json_schema import SkipJsonSchema
 from torch import nn
 
-from compress_core import Count, InitArgs, InitializerConfig, Scopes
+from compress_core import AlgorithmConfig, Count, InitArgs, InitializerConfig, Scopes
 
 
 class WeightReconstructionInitArgs(InitArgs):
@@ -40,3 +40,16 @@ class WeightReconstructionConfig(InitializerConfig):
         description="GiB for what the forwards hold of all samples at once; if that is not enough, the first layers "
         "are solved with fewer samples",
     )
+
+
+def settings_for_choosing(section: AlgorithmConfig) -> WeightReconstructionConfig:
+    """Returns the settings with which data chooses what goes: those of the section's own reconstruction, or defaults.
+
+    Reconstruction itself may be off (`num_samples` 0); choosing then takes the default number of samples.
+    """
+    given = section.initializer.shared("weight_reconstruction")
+    if not isinstance(given, WeightReconstructionConfig):
+        return WeightReconstructionConfig()
+    if given.num_samples:
+        return given
+    return given.model_copy(update={"num_samples": WeightReconstructionConfig().num_samples})

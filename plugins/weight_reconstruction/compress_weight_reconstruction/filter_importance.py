@@ -11,16 +11,16 @@ from torch import Tensor
 
 from compress_core import Choice, ModelError
 from compress_core.channels import ChannelGroup, Role
-from compress_weight_reconstruction.config import WeightReconstructionConfig
+from compress_weight_reconstruction.config import settings_for_choosing
 from compress_weight_reconstruction.evidence import DIFFERENT_KINDS, Evidence, Findings, observe
 from compress_weight_reconstruction.solvers import channel_errors
 
 logger = logging.getLogger(__name__)
 
-# The choice point of filter pruning; by name, because that plugin need not be installed.
-POINT = "filter_pruning.importance"
-# Of A, if the section of the algorithm gives none; that of weights without a grid.
-_DAMPING = 0.1
+# The choice point of filter pruning; by name, so that neither plugin imports the other.
+_POINT = "filter_pruning.importance"
+# Errors, and the channels that they belong to, of a weight that says nothing.
+_NOTHING = (torch.empty(0, dtype=torch.float64), torch.empty(0, dtype=torch.int64))
 
 
 class ReconstructionImportance:
@@ -36,8 +36,7 @@ class ReconstructionImportance:
             ModelError: Nothing that makes or reads the channels of a group was seen on the data.
         """
         groups: Sequence[ChannelGroup] = request.groups
-        config = request.section.initializer.shared("weight_reconstruction")
-        config = config if isinstance(config, WeightReconstructionConfig) else WeightReconstructionConfig()
+        config = settings_for_choosing(request.section)
         parameters = dict(request.model.named_parameters(remove_duplicate=False))
         members = [member for group in groups for member in group.members]
         names = dict.fromkeys(m.parameter for m in members if m.role in (Role.READS, Role.MAKES))
@@ -45,11 +44,10 @@ class ReconstructionImportance:
             request.model,
             [name for name in names if name in parameters and parameters[name].ndim > 1],
             request.data,
-            num_samples=config.num_samples or WeightReconstructionConfig().num_samples,
+            num_samples=config.num_samples,
             positions=config.positions,
         )
-        damping = config.damping or _DAMPING
-        found = [group_errors(group, findings, damping=damping) for group in groups]
+        found = [group_errors(group, findings, damping=config.damping) for group in groups]
         left_out: dict[str, str] = {}
         for group in groups:
             left_out |= unseen_readers(group, findings, parameters)
@@ -123,12 +121,13 @@ def unseen_readers(group: ChannelGroup, findings: Findings, parameters: Mapping[
                 reasons[name] = missing
             elif sum(part.shape.numel() for part in seen) < parameters[name].numel():
                 reasons[name] = "parts of it were in no product on the data"
-            elif any(not _is_read_alike(channels) for _, channels in _parts(group, {name: seen}, Role.READS)):
+            elif any(not _is_alike(channels) for _, channels in _parts(group, {name: seen}, Role.READS)):
                 reasons[name] = "its rows read different channels"
     return reasons
 
 
-def _is_read_alike(channels: Tensor) -> bool:
+def _is_alike(channels: Tensor) -> bool:
+    """Returns whether all rows have the same channels."""
     return bool((channels == channels[:, :1]).all())
 
 
@@ -148,8 +147,8 @@ def _parts(
 def _errors_of_readers(part: Evidence, channels: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     """Returns errors and their channels (-1: of none); of columns, each of which has to be read by all rows."""
     columns = channels[:, 0]
-    if not _is_read_alike(channels):
-        return torch.empty(0, dtype=torch.float64), torch.empty(0, dtype=torch.int64)
+    if not _is_alike(channels):
+        return _NOTHING
     owners, labels = torch.unique(columns, dim=1, return_inverse=True)
     weights = None if part.scale is None else part.scale.double().square().view(part.weight.shape[:2])
     errors = channel_errors(
@@ -160,11 +159,11 @@ def _errors_of_readers(part: Evidence, channels: Tensor, damping: float) -> tupl
 
 def _power_of_rows(part: Evidence, channels: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     rows = channels[:, :, 0]
-    if bool((channels != rows[:, :, None]).any()):
-        return torch.empty(0, dtype=torch.float64), torch.empty(0, dtype=torch.int64)
+    if not _is_alike(channels.mT):
+        return _NOTHING
     power = part.normal.target_power.double().cpu()
     scale = 1.0 if part.scale is None else part.scale.double().cpu().square().view(power.shape)
     return (power * scale).flatten(), rows.flatten()
 
 
-CHOICES = [Choice(POINT, "reconstruction", ReconstructionImportance())]
+CHOICES = [Choice(_POINT, "reconstruction", ReconstructionImportance())]

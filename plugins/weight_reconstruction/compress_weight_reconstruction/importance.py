@@ -13,14 +13,12 @@ from torch import nn
 from compress_core import AlgorithmConfig, Choice
 from compress_core.data.calibration import CalibrationData
 from compress_core.transforms import raw_parameter
-from compress_weight_reconstruction.config import WeightReconstructionConfig
+from compress_weight_reconstruction.config import settings_for_choosing
 from compress_weight_reconstruction.evidence import Evidence, Findings, observe
 from compress_weight_reconstruction.solvers import RankedLayer, Score, column_importance, select_in_steps
 
 logger = logging.getLogger(__name__)
 
-# As in reconstruction; 0.03 to 0.3 make no difference to ResNet-56 at 90 %.
-_DAMPING = 0.1
 _POINT = "magnitude_sparsity.weight_importance"
 
 
@@ -70,7 +68,7 @@ class ColumnFactors:
 
     def measure(self, request: Request) -> dict[str, torch.Tensor]:
         """Returns the factors, in global mode such that the importances of each layer have the norm 1."""
-        damping = _settings(request).damping or _DAMPING
+        damping = settings_for_choosing(request.config).damping
         factors = {}
         for name, parts in _evidence(request).items():
             factor = _whole(
@@ -98,7 +96,7 @@ class InSteps:
         for names in groups:
             parts = [(name, part) for name in names for part in evidence[name]]
             layers = [self._layer(request, part) for _, part in parts]
-            damping = _settings(request).damping or _DAMPING
+            damping = settings_for_choosing(request.config).damping
             kept = select_in_steps(layers, 1 - request.level, request.steps, damping=damping) if layers else []
             for name in names:
                 mine = ((part, mask) for (owner, part), mask in zip(parts, kept, strict=True) if owner == name)
@@ -121,17 +119,11 @@ CHOICES = [
 ]
 
 
-def _settings(request: Request) -> WeightReconstructionConfig:
-    given = request.config.initializer.shared("weight_reconstruction")
-    return given if isinstance(given, WeightReconstructionConfig) else WeightReconstructionConfig()
-
-
 def _evidence(request: Request) -> dict[str, list[Evidence]]:
     """Returns what data shows about weights; of the others a warning says why they are ranked by themselves."""
-    settings = _settings(request)
-    samples = settings.num_samples or WeightReconstructionConfig().num_samples
+    settings = settings_for_choosing(request.config)
     found: Findings = observe(
-        request.model, request.weights, request.data, num_samples=samples, positions=settings.positions
+        request.model, request.weights, request.data, num_samples=settings.num_samples, positions=settings.positions
     )
     evidence, missing = dict(found.evidence), dict(found.missing)
     for name, parts in found.evidence.items():
