@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Self
 
-from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
 from compress_core import (
@@ -17,19 +16,18 @@ from compress_core import (
     InitializerConfig,
     ModelEvaluationArgs,
     Phase,
-    StateError,
     Statistics,
     UsageError,
     hookimpl,
 )
-from compress_core.config.scopes import ScopeFilter
 from compress_core.contract.algorithm import NeedsUncompressed
 from compress_core.errors import Problem
 from compress_core.torch_internals import AnyBatchNorm
 from compress_core.transforms.python_state import copied
 from compress_weight_reconstruction.config import WeightReconstructionConfig, WeightReconstructionInitArgs
 from compress_weight_reconstruction.reconstruction import Reconstruction, Settings
-from compress_weight_reconstruction.report import ReconstructionReport, WeightReconstructionStatistics
+from compress_weight_reconstruction.report import ReconstructionReport, WeightReconstructionStatistics, loaded
+from compress_weight_reconstruction.scopes import check_scopes, filter_of, own_scopes
 
 # Values that have to be the same in all sections that name them.
 _SHARED = ("damping", "positions", "memory")
@@ -74,7 +72,7 @@ class WeightReconstruction(Initializer):
         made.settings = Settings(num_samples=samples, path=next(iter(configs)), **values)
         made.guard = next(iter(guards.values()), False)
         for path, config in configs.items():
-            made.ignored |= {f"{path}.ignored_scopes.{i}": scope for i, scope in enumerate(config.ignored_scopes)}
+            made.ignored |= own_scopes(path, config.ignored_scopes)
         return made
 
     def check(self, context: Context) -> None:
@@ -90,12 +88,7 @@ class WeightReconstruction(Initializer):
         if not state:
             self._frozen = _frozen(model)
             return
-        try:
-            self.report = TypeAdapter(ReconstructionReport).validate_python(dict(state))
-        except ValidationError as error:
-            raise StateError(
-                f"compression_state.initializers.{self.name} is not the report of a reconstruction: {error}"
-            ) from error
+        self.report = loaded(ReconstructionReport, state, self.name, "a reconstruction")
         # Training may have changed the modes of layers since.
         self._frozen = frozenset(_norms(model)) - set(self.report.norms)
 
@@ -103,8 +96,7 @@ class WeightReconstruction(Initializer):
     def compress_observe(self, model: nn.Module, context: Context) -> None:
         """Notes which batch norms the user has frozen, and checks the scopes."""
         self._frozen = _frozen(model)
-        names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-        ScopeFilter(model, self.ignored).check([*names, *(name.rpartition(".")[0] for name in names)])
+        check_scopes(model, self.ignored)
         effect = f"reconstructs weights with {self.settings.num_samples} samples"
         for path in self.paths:
             for leaf, value, _ in context.request(path).given_leaves(f"{path}."):
@@ -150,8 +142,7 @@ class WeightReconstruction(Initializer):
 
     def _run(self, model: nn.Module, reference: nn.Module, context: Context, settings: Settings, loader: Any) -> None:
         data = context.calibration_data(self.paths[0], WeightReconstructionInitArgs, loader)
-        root = {f"ignored_scopes.{i}": scope for i, scope in enumerate(context.config.root.ignored_scopes)}
-        scopes = ScopeFilter(model, root | self.ignored)
+        scopes = filter_of(model, context, self.ignored)
         metric = self._metric(context)
         self.report = Reconstruction(model, reference, data, settings, scopes, self._frozen, metric).run()
 

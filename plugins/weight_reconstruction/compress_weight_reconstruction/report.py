@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
-from compress_core import Statistics, Table
+from pydantic import TypeAdapter, ValidationError
+
+from compress_core import StateError, Statistics, Table
+
+Report = TypeVar("Report")
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,24 @@ class ReconstructionReport:
     metric: tuple[float, float] | None = None
     notes: tuple[str, ...] = ()
     norms: tuple[str, ...] = ()
+
+
+def loaded(kind: type[Report], state: Mapping[str, Any], name: str, what: str) -> Report:
+    """Returns a report that was saved by `Statistics.to_dict`.
+
+    Args:
+        kind: Its class.
+        state: What was saved.
+        name: Name of the initializer.
+        what: What the report is of, for the message.
+
+    Raises:
+        StateError: The state is no such report.
+    """
+    try:
+        return TypeAdapter(kind).validate_python(dict(state))
+    except ValidationError as error:
+        raise StateError(f"compression_state.initializers.{name} is not the report of {what}: {error}") from error
 
 
 class WeightReconstructionStatistics(Statistics):

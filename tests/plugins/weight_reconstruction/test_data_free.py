@@ -187,6 +187,15 @@ def test_scopes_state_and_repetition():
         controller.initialize("data_free_correction")
 
 
+def test_scopes_of_the_whole_config_may_be_for_others():
+    config = config_of()
+    config["ignored_scopes"] = ["second", "{re}.*add.*"]
+    config["compression"]["validate_scopes"] = False
+    controller = create_compressed_model(seeded(Residual), config)[0]
+    report = controller.statistics().data_free_correction.report
+    assert [correction.target for correction in report.corrections] == ["other.bias"]
+
+
 def test_without_any_example_nothing_is_changed():
     model = seeded(Residual)
     config = {"compression": config_of()["compression"]}

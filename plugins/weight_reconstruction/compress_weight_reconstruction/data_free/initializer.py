@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, cast
 
 import torch
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field
 from torch import nn
 
 from compress_core import (
@@ -16,7 +16,6 @@ from compress_core import (
     InitializerConfig,
     Phase,
     Scopes,
-    StateError,
     Statistics,
     Table,
     UsageError,
@@ -32,6 +31,8 @@ from compress_core.transforms.weight import parameter_places
 from compress_weight_reconstruction.data_free.through import output_moments
 from compress_weight_reconstruction.data_free.walk import Place, Walk
 from compress_weight_reconstruction.marks import first_names
+from compress_weight_reconstruction.report import loaded
+from compress_weight_reconstruction.scopes import check_scopes, filter_of, own_scopes
 from compress_weight_reconstruction.twins import twin_of
 
 # The variance of a channel is not taken to fall further than to this: estimates of a nearly dead channel are worthless.
@@ -112,6 +113,7 @@ class DataFreeCorrection(Initializer):
     def __init__(self, config: InitializerConfig, paths: tuple[str, ...]) -> None:
         super().__init__(config, paths)
         self.report: CorrectionReport | None = None
+        self._ignored = own_scopes(paths[0], self.config.ignored_scopes)
 
     def check(self, context: Context) -> None:
         """Raises DataError if there is neither data nor `input_info` to run the model on."""
@@ -120,8 +122,7 @@ class DataFreeCorrection(Initializer):
     @hookimpl
     def compress_observe(self, model: nn.Module, context: Context) -> None:
         """Checks the scopes."""
-        names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-        self._scopes(model, context).check([*names, *(name.rpartition(".")[0] for name in names)])
+        check_scopes(model, self._ignored)
 
     @hookimpl
     def compress_initialize(self, model: nn.Module, context: Context) -> None:
@@ -130,7 +131,7 @@ class DataFreeCorrection(Initializer):
         example = context.example(self.paths[0], device)
         with context.uncompressed() as reference, torch.no_grad():
             places = _walk(reference, example)
-            self.report = _correct(model, reference, places, self._scopes(model, context))
+            self.report = _correct(model, reference, places, filter_of(model, context, self._ignored))
 
     def run_again(self, model: nn.Module, context: Context, loader: Any = None, **options: Any) -> None:
         """Refuses: corrections are relative to the statistics of the uncompressed model.
@@ -149,23 +150,12 @@ class DataFreeCorrection(Initializer):
         Raises:
             StateError: The state is not the report of a correction.
         """
-        if not state:
-            return
-        try:
-            self.report = TypeAdapter(CorrectionReport).validate_python(dict(state))
-        except ValidationError as error:
-            raise StateError(
-                f"compression_state.initializers.{self.name} is not the report of a correction: {error}"
-            ) from error
+        if state:
+            self.report = loaded(CorrectionReport, state, self.name, "a correction")
 
     def statistics(self) -> Statistics | None:
         """Returns figures about the correction, or None if there was none."""
         return None if self.report is None else CorrectionStatistics(self.report)
-
-    def _scopes(self, model: nn.Module, context: Context) -> ScopeFilter:
-        root = {f"ignored_scopes.{i}": scope for i, scope in enumerate(context.config.root.ignored_scopes)}
-        own = {f"{self.paths[0]}.ignored_scopes.{i}": scope for i, scope in enumerate(self.config.ignored_scopes)}
-        return ScopeFilter(model, root | own)
 
 
 def _walk(reference: nn.Module, example: Example) -> Mapping[str, Place]:
