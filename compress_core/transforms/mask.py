@@ -10,6 +10,7 @@ from torch import nn
 
 from compress_core.errors import TransformError
 from compress_core.transforms.base import ProjectingTransform
+from compress_core.transforms.checkpoints import loading_of
 from compress_core.transforms.stage import Stage
 from compress_core.transforms.weight import add_weight_transform, get_weight_transform, raw_parameter
 
@@ -66,9 +67,12 @@ class WeightMask(ProjectingTransform):
 
     Attributes:
         mask: True for elements that are kept; on the weight's device, of its shape or one that broadcasts to it.
+        is_outdated: Whether weights were loaded from a checkpoint without this mask since then; who computes the mask
+            again resets it.
     """
 
     mask: torch.Tensor
+    is_outdated = False
     recomputable = True
     follows: ClassVar[Mapping[str, str]] = {"mask": "weight"}
 
@@ -99,6 +103,8 @@ class WeightMask(ProjectingTransform):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
+        # Of a checkpoint without masks, the chain makes one with those that are here.
+        self.is_outdated = id(self) not in loading_of(missing_keys).found
         found = state_dict.get(f"{prefix}mask")
         if isinstance(found, torch.Tensor) and found.dtype != torch.bool:
             if not bool(((found == 0) | (found == 1)).all()):

@@ -129,10 +129,8 @@ class FilterPruning(LevelAlgorithm):
         """Sets the level of the epoch that begins."""
         assert self._schedule is not None
         level = self._schedule.level(clock.epoch)
-        # Masks of this level stay if nothing was trained since: an initializer may have fitted the weights to them.
-        time = (clock.epoch, clock.step + 1)
-        if level is not None and not self._frozen and (level, time) != (self._requested, self._time):
-            self._apply(level, time)
+        if level is not None and not self._frozen:
+            self._follow_schedule(level, (clock.epoch, clock.step + 1))
         if clock.epoch >= self._schedule.freeze_epoch:
             self._frozen = True
 
@@ -341,6 +339,14 @@ class FilterPruning(LevelAlgorithm):
         if [len(values) for values in saved.measured] != [group.size for group in pruner.groups]:
             raise StateError(f"{where} holds importances of other groups of channels")
         return [torch.tensor(values, dtype=torch.float64) for values in saved.measured]
+
+    def _follow_schedule(self, level: float, time: tuple[int, int]) -> None:
+        """Computes the masks for a level, unless they are those of this level and nothing was trained since.
+
+        An initializer may have fitted the weights to them.
+        """
+        if (level, time) != (self._requested, self._time) or self._active.is_outdated():
+            self._apply(level, time)
 
     def _apply(self, level: float, time: tuple[int, int] | None = None) -> None:
         self._active.apply(level)

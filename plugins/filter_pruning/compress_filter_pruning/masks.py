@@ -66,4 +66,11 @@ def write_masks(model: nn.Module, entries: _Entries, gone: Sequence[Iterable[int
             if len(lost):
                 mask.index_fill_(member.dim, torch.from_numpy(lost).to(mask.device), 0)
         transform.mask.copy_(mask)
+        transform.is_outdated = False
         mark_filled([transform])
+
+
+def are_outdated(model: nn.Module, entries: _Entries, key: str) -> bool:
+    """Returns whether weights without masks were loaded since `write_masks`; for the arguments see there."""
+    found = (cast("WeightMask | None", get_weight_transform(model, name, key)) for name in entries)
+    return any(mask is not None and mask.is_outdated for mask in found)

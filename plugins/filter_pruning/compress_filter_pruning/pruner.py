@@ -27,7 +27,7 @@ from compress_core.transforms.snapshot import ModelSnapshot
 from compress_filter_pruning.config import FilterPruningParams
 from compress_filter_pruning.groups import PruningGroup
 from compress_filter_pruning.importance import channel_importance
-from compress_filter_pruning.masks import add_masks, masked_parameters, write_masks
+from compress_filter_pruning.masks import add_masks, are_outdated, masked_parameters, write_masks
 from compress_filter_pruning.planning import PruningPlan
 from compress_filter_pruning.selection import Selector, least_important
 
@@ -121,6 +121,10 @@ class Pruner:
         for number, level in levels.items():
             left[number] = min(self.groups[number].left(level), self.groups[number].size)
         self._select(left)
+
+    def is_outdated(self) -> bool:
+        """Returns whether weights without masks were loaded since the masks were computed."""
+        return are_outdated(self.model, self._masked(), self._key)
 
     def mask(self, gone: list[list[int]]) -> None:
         """Masks exactly these channels of each group."""

@@ -10,7 +10,6 @@ from torch import nn
 
 from compress_core import Stage
 from compress_core.transforms import add_weight_transform, get_weight_transform, raw_parameter
-from compress_core.transforms.checkpoints import loading_of
 from compress_core.transforms.mask import WeightMask
 
 
@@ -19,7 +18,6 @@ class RatedMask(WeightMask):
 
     Attributes:
         factor: Importances are |w| * factor; it broadcasts to the weight. None where data has shown nothing.
-        is_outdated: Whether weights without masks were loaded since the mask was computed.
     """
 
     factor: torch.Tensor | None
@@ -28,7 +26,6 @@ class RatedMask(WeightMask):
     def __init__(self, mask: torch.Tensor) -> None:
         super().__init__(mask)
         self.register_buffer("factor", None)
-        self.is_outdated = False
 
     def _load_from_state_dict(
         self,
@@ -36,18 +33,15 @@ class RatedMask(WeightMask):
         prefix: str,
         local_metadata: dict[str, Any],
         strict: bool,
-        missing_keys: list[str],
         *lists: list[str],
     ) -> None:
-        # Of a checkpoint without masks the chain makes one with those that are here.
-        self.is_outdated = id(self) not in loading_of(missing_keys).found
         found = state_dict.get(f"{prefix}factor")
         # What is resumed has no factors yet, and their shape is known only now.
         if isinstance(found, torch.Tensor) and found.ndim == self.mask.ndim:
             sizes = zip(found.shape, self.mask.shape, strict=True)
             if all(size in (1, wanted) for size, wanted in sizes):
                 self.factor = torch.empty_like(found, device=self.mask.device)
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *lists)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
 
 
 def add_mask(model: nn.Module, name: str, key: str) -> None:

@@ -4,6 +4,7 @@ import logging
 
 import numpy as np
 import pytest
+import torch
 from scipy.optimize import fsolve
 
 from compress_core import CompressionStage
@@ -103,3 +104,23 @@ def test_nothing_is_said_where_nothing_is_wrong(caplog):
     with caplog.at_level(logging.WARNING):
         pruned(seen(Chain()), 0.5)
     assert not caplog.text
+
+
+def test_an_unchanged_level_ranks_weights_anew_that_were_loaded_without_masks():
+    options = {"schedule": "baseline", "num_init_steps": 0}
+    controller, model = pruned(level=0.5, **options)
+    before = gone(controller)
+    other = seen(Chain())
+    with torch.no_grad():
+        for layer in (other.conv1, other.conv2, other.conv3):
+            layer.weight.copy_(layer.weight.flip(0))
+    weights = {name: value.clone() for name, value in other.state_dict().items()}
+    expected = gone(pruned(other, level=0.5, **options)[0])
+    model.load_state_dict(weights)
+    controller.scheduler.epoch_step()
+    assert gone(controller) == expected != before
+    # What comes with its masks keeps them.
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    model.load_state_dict(state)
+    controller.scheduler.epoch_step()
+    assert gone(controller) == expected
