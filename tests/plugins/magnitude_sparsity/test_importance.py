@@ -1,10 +1,6 @@
-"""Importances: of other plugins, and measured with data."""
+"""Importances that are measured with data, and those of other plugins."""
 
 import copy
-import io
-import itertools
-import json
-import pickle
 
 import pytest
 import torch
@@ -22,58 +18,22 @@ from compress_core import (
     create_compressed_model,
 )
 from compress_core.registry import use_registry
-from compress_core.transforms import get_weight_transform, raw_parameter
+from compress_core.transforms import raw_parameter
 from compress_core.transforms.weight import transformed_weight
 from tests.contract.algorithms import fresh
+from tests.plugins.magnitude_sparsity.importance_helpers import (
+    DATA_KINDS,
+    POINT,
+    batches,
+    create,
+    document,
+    inputs,
+    masks,
+    net,
+    size,
+    zeros,
+)
 from tests.zoo import ResidualNet, images, trained
-
-POINT = "magnitude_sparsity.weight_importance"
-DATA_KINDS = ("activation", "second_order", "reconstruction")
-
-
-def batches(features=12, count=4, size=64):
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(count * size, features, generator=generator)
-    x = (x + 0.9 * x.roll(1, 1)) * torch.linspace(0.2, 3.0, features)
-    return list(x.split(size))
-
-
-def net(*sizes):
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        layers = [nn.Linear(a, b) for a, b in itertools.pairwise(sizes)]
-    return nn.Sequential(*layers)
-
-
-def document(level=0.5, kind="activation", mode="global", initializer=None, **params):
-    section = {
-        "algorithm": "magnitude_sparsity",
-        "sparsity_init": level,
-        "params": {"weight_importance": kind, "sparsity_level_setting_mode": mode, "sparsity_target": 0.9, **params},
-        "initializer": initializer or {},
-    }
-    return {"compression": section}
-
-
-def create(model, *, data=None, **options):
-    return create_compressed_model(model, document(**options), init_loader=batches() if data is None else data)[0]
-
-
-def masks(model, controller):
-    names = controller.sparsified_module_info
-    return {n: get_weight_transform(model, n, "magnitude_sparsity").mask.clone() for n in names}
-
-
-def zeros(found):
-    return sum(int((~mask).sum()) for mask in found.values())
-
-
-def size(found):
-    return sum(mask.numel() for mask in found.values())
-
-
-def inputs(data, count=256):
-    return torch.cat(data)[:count].double()
 
 
 def test_activation_is_magnitude_times_the_spread_of_the_input():
@@ -228,139 +188,6 @@ def test_a_weight_without_evidence_gets_the_level_by_itself_and_is_named(kind, c
     assert "'embedding.weight' is ranked by its magnitudes alone" in caplog.text
 
 
-# Life after the creation.
-
-
-def run_epochs(controller, model, data, epochs, seen):
-    optimizer = torch.optim.SGD(model.parameters(), 0.01)
-    for _ in range(epochs):
-        controller.scheduler.epoch_step()
-        for batch in data[:2]:
-            controller.scheduler.step()
-            optimizer.zero_grad()
-            model(batch).square().mean().backward()
-            optimizer.step()
-        seen.append(masks(model, controller))
-
-
-@pytest.mark.parametrize("kind", [*DATA_KINDS, "normed_abs", "abs"])
-def test_an_unchanged_level_leaves_the_masks_after_reconstruction(kind):
-    model = net(12, 9, 7)
-    controller = create(
-        model, kind=kind, level=0.6, sparsity_target=0.6, initializer={"weight_reconstruction": {"num_samples": 256}}
-    )
-    chosen = masks(model, controller)
-    controller.scheduler.epoch_step()
-    controller.scheduler.step()
-    assert all(torch.equal(mask, chosen[name]) for name, mask in masks(model, controller).items())
-
-
-def test_without_data_an_unchanged_level_follows_trained_weights():
-    model = net(12, 9)
-    controller = create(model, kind="abs", level=0.5, sparsity_target=0.5)
-    controller.scheduler.epoch_step()
-    controller.scheduler.step()
-    with torch.no_grad():
-        raw_parameter(model, "0.weight").copy_(raw_parameter(model, "0.weight").flip(0, 1))
-    before = masks(model, controller)["0.weight"]
-    controller.scheduler.epoch_step()
-    assert torch.equal(masks(model, controller)["0.weight"], before.flip(0, 1))
-
-
-@pytest.mark.parametrize("kind", ["activation", "abs"])
-def test_weights_loaded_without_masks_are_ranked_anew(kind):
-    model = net(12, 9)
-    other = {name: value.flip(-1) for name, value in model.state_dict().items()}
-    reference = net(12, 9)
-    reference.load_state_dict(other)
-    expected = masks(reference, create(reference, kind=kind, level=0.5, sparsity_target=0.5))
-    controller = create(model, kind=kind, level=0.5, sparsity_target=0.5)
-    model.load_state_dict(other)
-    controller.scheduler.epoch_step()
-    assert all(torch.equal(mask, expected[name]) for name, mask in masks(model, controller).items())
-
-
-def test_a_falling_level_brings_back_what_matters_most():
-    model, data = net(12, 9), batches()
-    controller = create(model, data=data, level=0.8, mode="local")
-    spread = (inputs(data) - inputs(data).mean(0)).square().mean(0).sqrt()
-    importance = (raw_parameter(model, "0.weight").detach() * spread).abs()
-    gone = ~masks(model, controller)["0.weight"]
-    controller.set_sparsity_level(0.5)
-    back = gone & masks(model, controller)["0.weight"]
-    still = gone & ~masks(model, controller)["0.weight"]
-    assert importance[back].min() > importance[still].max()
-
-
-@pytest.mark.parametrize("kind", DATA_KINDS)
-@pytest.mark.parametrize("mode", ["global", "local"])
-def test_resuming_continues_with_the_same_bits(kind, mode):
-    data, options = batches(), {"kind": kind, "mode": mode, "level": 0.3, "sparsity_target_epoch": 4}
-    whole = net(12, 9, 7)
-    controller, expected = create(whole, data=data, **options), []
-    run_epochs(controller, whole, data, 4, expected)
-
-    first, found = net(12, 9, 7), []
-    controller = create(first, data=data, **options)
-    run_epochs(controller, first, data, 2, found)
-    file = io.BytesIO()
-    torch.save(first.state_dict(), file)
-    file.seek(0)
-    saved = json.loads(json.dumps(controller.get_compression_state()))
-    resumed = net(12, 9, 7)
-    controller, _ = create_compressed_model(resumed, document(**options), compression_state=saved)
-    resumed.load_state_dict(torch.load(file))
-    run_epochs(controller, resumed, data, 2, found)
-    for step, (a, b) in enumerate(zip(expected, found, strict=True)):
-        assert all(torch.equal(a[name], b[name]) for name in a), step
-    assert all(
-        torch.equal(a, b) for a, b in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True)
-    )
-
-
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
-def test_copies_go_on_without_data(copied):
-    model = net(12, 9, 7)
-    controller = create(model, level=0.3)
-    other, twin = copied((controller, model))
-    controller.set_sparsity_level(0.7)
-    other.set_sparsity_level(0.7)
-    found = masks(twin, other)
-    assert all(torch.equal(mask, found[name]) for name, mask in masks(model, controller).items())
-
-
-@pytest.mark.parametrize("kind", DATA_KINDS)
-def test_single_layers_and_freezing(kind):
-    model = net(12, 9, 7)
-    controller = create(model, level=0.4, kind=kind)
-    before = masks(model, controller)
-    controller.set_sparsity_level(0.8, module_info="1")
-    after = masks(model, controller)
-    assert torch.equal(after["0.weight"], before["0.weight"])
-    assert int((~after["1.weight"]).sum()) == round(0.8 * 63)
-    controller.freeze(True)
-    controller.scheduler.epoch_step(next_epoch=200)
-    assert all(torch.equal(mask, after[name]) for name, mask in masks(model, controller).items())
-
-
-def test_factors_are_small_and_saved():
-    model = net(12, 9)
-    create(model)
-    factors = {name: value for name, value in model.state_dict().items() if name.endswith("factor")}
-    assert [tuple(value.shape) for value in factors.values()] == [(1, 12)]
-
-
-@pytest.mark.parametrize("kind", DATA_KINDS)
-def test_convolutions_with_groups_and_tied_weights(kind):
-    model = trained(ResidualNet(), (images(),))
-    controller = create(model, data=[images() for _ in range(4)], kind=kind, level=0.5)
-    found = masks(model, controller)
-    assert zeros(found) == round(0.5 * size(found))
-
-
-# Importances of other plugins.
-
-
 class Measured:
     """Data says that the last column matters most."""
 
@@ -434,129 +261,3 @@ def test_what_is_no_importance_is_not_registered():
 
 
 KIND = {"measure": lambda self, request: {}}
-
-
-# With other algorithms, and other layers.
-
-
-@pytest.mark.parametrize("kind", DATA_KINDS)
-def test_factors_shrink_with_the_weight_and_levels_go_on(kind):
-    model = trained(ResidualNet(), (images(),))
-    pruning = {
-        "algorithm": "filter_pruning",
-        "pruning_init": 0.5,
-        "params": {"pruning_target": 0.5, "prune_first_conv": True, "multiple_of": 1},
-    }
-    config = {"compression": [pruning, document(level=0.3, kind=kind)["compression"], {"algorithm": "quantization"}]}
-    controller, _ = create_compressed_model(model, config, init_loader=[images() for _ in range(4)])
-    before = zeros(masks(model, controller))
-    with torch.no_grad():
-        expected = model.eval()(images())
-        controller.shrink()
-        torch.testing.assert_close(model(images()), expected, rtol=1e-4, atol=1e-5)
-    assert zeros(masks(model, controller)) < before
-    controller.set_sparsity_level(0.8)
-    found = masks(model, controller)
-    assert zeros(found) == round(0.8 * size(found))
-
-
-class Attention(nn.Module):
-    """Projections of attention, a layer that is called twice, a product of its own, and a depthwise convolution."""
-
-    def __init__(self):
-        super().__init__()
-        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
-        self.twice = nn.Linear(8, 8)
-        self.own = nn.Parameter(torch.randn(8, 5, generator=torch.Generator().manual_seed(0)))
-        self.depthwise = nn.Conv1d(6, 6, 3, groups=6)
-
-    def forward(self, x):
-        x = x + self.attention(x, x, x, need_weights=False)[0]
-        x = self.depthwise(self.twice(self.twice(x).relu()))
-        return x @ self.own[:6]
-
-
-@pytest.mark.parametrize("mode", ["global", "local"])
-@pytest.mark.parametrize("kind", DATA_KINDS)
-def test_attention_layers_called_twice_and_own_weights(kind, mode):
-    model = Attention()
-    data = list(torch.randn(64, 6, 8, generator=torch.Generator().manual_seed(0)).split(16))
-    controller = create(model, data=data, kind=kind, mode=mode, level=0.4)
-    found = masks(model, controller)
-    assert {"attention.in_proj_weight", "twice.weight", "depthwise.weight"} <= found.keys()
-    wanted = round(0.4 * size(found)) if mode == "global" else sum(round(0.4 * m.numel()) for m in found.values())
-    assert zeros(found) == wanted
-    controller.set_sparsity_level(0.7)
-    assert controller.sparsity_level == pytest.approx(0.7, abs=0.01)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("kind", DATA_KINDS)
-def test_other_dtypes(kind, dtype):
-    model = net(12, 9, 7).to(dtype)
-    controller = create(model, data=[batch.to(dtype) for batch in batches()], kind=kind, level=0.4)
-    for level in (0.4, 0.7, 0.2):
-        controller.set_sparsity_level(level)
-        found = masks(model, controller)
-        assert zeros(found) == round(level * size(found))
-
-
-@pytest.mark.parametrize("kind", DATA_KINDS)
-def test_inputs_that_are_always_zero_and_constant_weights(kind):
-    model, data = net(12, 9, 7), [batch * (torch.arange(12) > 3) for batch in batches()]
-    nn.init.zeros_(model[1].weight)
-    controller = create(model, data=data, kind=kind, level=0.2)
-    found = masks(model, controller)
-    assert zeros(found) == round(0.2 * size(found))
-    controller.set_sparsity_level(0.6)
-    assert zeros(masks(model, controller)) == round(0.6 * size(found))
-
-
-def test_per_step_updates_remove_and_never_swap():
-    model, data = net(12, 9, 7), batches()
-    options = {"sparsity_target_epoch": 3, "update_per_optimizer_step": True, "steps_per_epoch": 2}
-    controller, seen = create(model, data=data, level=0.1, **options), []
-    run_epochs(controller, model, data, 4, seen)
-    for before, after in itertools.pairwise(seen):
-        assert all(bool((after[name] <= before[name]).all()) for name in after)
-    assert zeros(seen[-1]) == round(0.9 * size(seen[-1]))
-
-
-def trained_on_blobs():
-    """A small network and images that it tells apart."""
-    generator = torch.Generator().manual_seed(0)
-    labels = torch.randint(8, (1024,), generator=generator)
-    patterns = torch.randn(8, 3, 8, 8, generator=generator)
-    x = patterns[labels] + 1.2 * torch.randn(1024, 3, 8, 8, generator=generator)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = nn.Sequential(
-            *(nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()),
-            *(nn.Conv2d(16, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(), nn.AvgPool2d(2)),
-            *(nn.Conv2d(16, 16, 3, bias=False), nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten(), nn.Linear(64, 8)),
-        )
-        optimizer = torch.optim.Adam(model.parameters(), 3e-3)
-        for _ in range(4):
-            for batch, target in zip(x[:768].split(64), labels[:768].split(64), strict=True):
-                optimizer.zero_grad()
-                nn.functional.cross_entropy(model(batch), target).backward()
-                optimizer.step()
-    return model.eval(), x, labels
-
-
-def test_reconstruction_in_steps_keeps_accuracy_that_magnitude_loses():
-    plain, x, labels = trained_on_blobs()
-    repair = {
-        "weight_reconstruction": {"num_samples": 256},
-        "batchnorm_adaptation": {"num_bn_adaptation_samples": 256},
-    }
-    found = {}
-    for kind in ("normed_abs", "reconstruction"):
-        model = copy.deepcopy(plain)
-        create(model, data=list(x[:256].split(64)), kind=kind, level=0.95, sparsity_target=0.95, initializer=repair)
-        with torch.no_grad():
-            found[kind] = float((model.eval()(x[768:]).argmax(1) == labels[768:]).float().mean())
-    with torch.no_grad():
-        dense = float((plain(x[768:]).argmax(1) == labels[768:]).float().mean())
-    assert dense > 0.9
-    assert found["reconstruction"] > found["normed_abs"] + 0.05, found
