@@ -7,13 +7,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-_SWEEPS = 60
+MOST_SWEEPS = 60
 # What is left of the squared residual when a row is done: its error is then the least but for about this part.
 _REST = 1e-6
 
 
 def conjugate_gradients(
-    apply: Callable[[Tensor], Tensor], rows: Tensor, diagonal: Tensor, support: Tensor | None, sweeps: int = _SWEEPS
+    apply: Callable[[Tensor], Tensor], rows: Tensor, diagonal: Tensor, support: Tensor | None, sweeps: int = MOST_SWEEPS
 ) -> Tensor:
     """Returns x with x A = rows on the support and x = 0 elsewhere, to a relative residual of 1e-3 if sweeps allow.
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compress_weight_reconstruction.solvers.conjugate import conjugate_gradients
+from compress_weight_reconstruction.solvers.conjugate import MOST_SWEEPS, conjugate_gradients
 from compress_weight_reconstruction.solvers.system import System, cholesky, solve_factored
 
 # Measured on a CPU: a submatrix of k columns costs as much as 0.6 k^3 (factorizing) + 260 k^2 (cutting out)
@@ -28,7 +28,9 @@ _QUICK = 5e8
 _BATCH = 64
 
 
-def least_squares(system: System, rows: Tensor, support: Tensor | None, workspace: int) -> Tensor:
+def least_squares(
+    system: System, rows: Tensor, support: Tensor | None, workspace: int, *, sweeps: int = MOST_SWEEPS
+) -> Tensor:
     """Returns x with x A = rows on the support and 0 elsewhere, in units of the system.
 
     Args:
@@ -36,19 +38,20 @@ def least_squares(system: System, rows: Tensor, support: Tensor | None, workspac
         rows: Right-hand sides in units, shape (groups, rows, columns).
         support: Elements that may be non-zero, shape of `rows`; None for all.
         workspace: Bytes that a copy of A may take, and half of it again for submatrices.
+        sweeps: Largest number of products of conjugate gradients, where these are cheaper than factorizations.
     """
     if support is None or bool(support.all()):
         if system.fits(1, workspace):
             return system.solve(rows)
-        return conjugate_gradients(system.apply, rows, system.diagonal(), None)
+        return conjugate_gradients(system.apply, rows, system.diagonal(), None, sweeps)
     patterns = Patterns.of(support)
-    cheaper = patterns.cost() <= max(_QUICK, _SWEEPS * rows.numel() * rows.shape[2])
+    cheaper = patterns.cost() <= max(_QUICK, min(_SWEEPS, sweeps) * rows.numel() * rows.shape[2])
     if cheaper and system.fits(1, workspace) and patterns.bytes(system.dtype) <= workspace // 2:
         return _direct(system, rows, patterns, workspace // 2)
     if system.fits(1, workspace):
         # Products are faster with a copy of A in its units.
         system.matrix()
-    return conjugate_gradients(system.apply, rows, system.diagonal(), support)
+    return conjugate_gradients(system.apply, rows, system.diagonal(), support, sweeps)
 
 
 @dataclass(frozen=True)

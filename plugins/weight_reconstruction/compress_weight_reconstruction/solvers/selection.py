@@ -3,7 +3,7 @@
 Removing a few elements, letting the others make up for it, and looking at the magnitudes that these then have, tells
 far more than the magnitudes of the beginning.
 
-Memory: one float32 and two bools for each element, and what `solve` takes for one layer.
+Memory: two float32 and two bools for each element, and what `solve` takes for one layer.
 """
 
 from __future__ import annotations
@@ -17,10 +17,16 @@ from torch import Tensor
 
 from compress_core import UsageError
 from compress_weight_reconstruction.solvers.freedom import Freedom
+from compress_weight_reconstruction.solvers.least_squares import least_squares
 from compress_weight_reconstruction.solvers.moments import Normal
 from compress_weight_reconstruction.solvers.numerics import full_precision, is_finite
 from compress_weight_reconstruction.solvers.scores import Score, column_importance
-from compress_weight_reconstruction.solvers.solve import WORKSPACE, solve
+from compress_weight_reconstruction.solvers.solve import WORKSPACE, row_blocks
+from compress_weight_reconstruction.solvers.system import System
+
+# Products with the Gram matrix after each decision, where these are cheaper than an exact solution. Each begins where
+# the last one has ended, so a few bring the magnitudes close enough to rank them.
+_SWEEPS = 8
 
 
 @dataclass(frozen=True)
@@ -86,18 +92,31 @@ def select_in_steps(
     if wanted >= begin:
         return supports
 
-    def solved(layer: RankedLayer, support: Tensor) -> Tensor:
-        freedom = Freedom(support=support)
-        return solve(layer.weight, layer.normal, freedom, damping=damping, workspace=workspace).weight
-
+    fitted = [layer.weight.detach() for layer in layers]
     for step in range(1, steps + 1):
-        # Layer by layer, so that the solved weights of all of them are never there at a time.
-        scores = [
-            _scores(layer.weight.detach() if step == 1 else solved(layer, support), factor, support)
-            for layer, factor, support in zip(layers, factors, supports, strict=True)
-        ]
+        for index, (layer, support) in enumerate(zip(layers, supports, strict=True)):
+            if step > 1:
+                fitted[index] = _refitted(layer, fitted[index], support, damping, workspace)
+        scores = [_scores(*each) for each in zip(fitted, factors, supports, strict=True)]
         supports = largest(scores, round(begin * (wanted / begin) ** (step / steps)))
     return supports
+
+
+def _refitted(layer: RankedLayer, fitted: Tensor, support: Tensor, damping: float, workspace: int) -> Tensor:
+    """Returns nearly the least-squares weight on a support, coming from that on a larger one; float32 or float64."""
+    with full_precision(fitted.device):
+        system = System(layer.normal, damping)
+        result = torch.empty_like(fitted, dtype=system.dtype)
+        for rows in row_blocks(fitted, Freedom(support=support), workspace // 4):
+            kept, cross = support[:, rows], layer.normal.cross[:, rows]
+            start = fitted[:, rows].to(torch.float64) * kept
+            # The damping pulls towards the weight before compression, wherever the last step has led.
+            pull = ((layer.weight[:, rows].detach() * kept).sub_(start)).mul_(system.ridge[:, None])
+            residual = system.residual(start, cross).add_(pull)
+            scaled, size = system.in_units(residual)
+            update = least_squares(system, scaled, kept, workspace // 2, sweeps=_SWEEPS)
+            result[:, rows] = system.from_units(update, size).add_(start)
+    return result
 
 
 def _scores(weight: Tensor, factor: Tensor, support: Tensor) -> Tensor:

@@ -58,13 +58,14 @@ def solve(
     with full_precision(weight.device):
         system = System(normal, damping)
         solutions = []
-        for rows in _row_blocks(weight, freedom, workspace // 4):
+        for rows in row_blocks(weight, freedom, workspace // 4):
             problem = _Problem(weight[:, rows], normal.rows(rows), system, workspace // 2)
             solutions.append(problem.solved(freedom.rows(rows), sweeps))
         return solutions[0] if len(solutions) == 1 else _joined(solutions)
 
 
-def _row_blocks(weight: Tensor, freedom: Freedom, limit: int) -> list[slice]:
+def row_blocks(weight: Tensor, freedom: Freedom, limit: int) -> list[slice]:
+    """Returns the rows that are solved together, so that ten float64 copies of them are within a number of bytes."""
     groups, rows, columns = weight.shape
     grid = freedom.grid
     together = freedom.project is not None or (grid is not None and grid.adjustable and not grid.by_row(weight))

@@ -26,6 +26,11 @@ def expected(inputs, targets, centred=True):
     return means, np.einsum("gni,gnj->gij", u, u) / n, np.einsum("gni,gnj->gij", t, u) / n, (t**2).mean(1)
 
 
+def float32_bound(positions):
+    """Two deviations of the rounding errors of a sum of so many float32 products, in whatever order a machine adds."""
+    return 2 * 2**-24 * positions**0.5
+
+
 def assert_normal(normal, inputs, targets, rtol):
     """Relative to what the powers of rows and columns allow."""
     means, gram, cross, power = expected(inputs, targets, normal.centred)
@@ -63,7 +68,7 @@ def test_inside_autocast_and_with_fast_matrix_products_the_sums_are_exact():
     finally:
         torch.set_float32_matmul_precision(before)
     assert normal.gram.dtype == torch.float32
-    assert_normal(normal, inputs, targets, 1e-6)
+    assert_normal(normal, inputs, targets, float32_bound(500))
 
 
 def test_wide_layers_are_summed_in_blocks_and_are_symmetric():
@@ -87,7 +92,7 @@ def test_many_positions_are_added_in_pieces(monkeypatch):
 def test_a_mean_far_from_zero_costs_no_precision(offset, parts, columns):
     inputs, _, targets = layer(columns=columns, positions=450, dtype=torch.float32)
     inputs, targets = inputs + offset, targets / 20 - offset
-    assert_normal(normal_of(inputs, targets, parts=parts), inputs, targets, 1e-6)
+    assert_normal(normal_of(inputs, targets, parts=parts), inputs, targets, float32_bound(450))
 
 
 def test_a_mean_that_drifts_by_many_deviations_costs_no_precision():

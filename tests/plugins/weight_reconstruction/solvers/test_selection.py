@@ -14,8 +14,10 @@ from compress_weight_reconstruction.solvers import (
     RankedLayer,
     channel_errors,
     column_importance,
+    least_squares,
     scores,
     select_in_steps,
+    selection,
     solve,
 )
 from compress_weight_reconstruction.solvers.selection import largest
@@ -216,3 +218,27 @@ def test_what_does_not_fit_is_named():
         channel_errors(weight, normal, torch.zeros(4, dtype=torch.int64), damping=0.1)
     with pytest.raises(UsageError, match=r"weight has shape \(1, 3, 4\)"):
         channel_errors(weight[:, :, :4], normal, torch.zeros(4, dtype=torch.int64), damping=0.1)
+
+
+@pytest.mark.parametrize("density", [0.5, 0.1])
+def test_few_products_that_begin_where_the_last_have_ended_select_what_exact_solutions_do(monkeypatch, density):
+    inputs, weight, targets = layer(2, rows=16, columns=60, positions=400)
+    normal = normal_of(inputs, targets)
+    exact = select_in_steps([RankedLayer(weight, normal)], density, 8, damping=0.1)[0]
+    # Layers as small as this are otherwise factorized in any case.
+    monkeypatch.setattr(least_squares, "_QUICK", 0.0)
+    found = select_in_steps([RankedLayer(weight, normal)], density, 8, damping=0.1)[0]
+    assert found.sum() == exact.sum()
+    assert (found & exact).sum() > 0.97 * exact.sum()
+    errors = [solved_error(weight, inputs, targets, support).sum() for support in (found, exact)]
+    assert errors[0] < 1.01 * errors[1]
+
+
+def test_the_damping_of_each_step_pulls_towards_the_weight_before_compression():
+    inputs, weight, targets = layer(rows=3, columns=8, positions=80)
+    normal = normal_of(inputs, targets)
+    support = torch.rand(weight.shape, generator=torch.Generator().manual_seed(0)) > 0.4
+    elsewhere = torch.randn(weight.shape, dtype=weight.dtype, generator=torch.Generator().manual_seed(1))
+    found = selection._refitted(RankedLayer(weight, normal), elsewhere, support, 0.5, 1 << 30)
+    expected = solve(weight, normal, Freedom(support=support), damping=0.5).weight
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
