@@ -48,7 +48,9 @@ class Training:
     """
 
     def __init__(self, model: nn.Module, data: Dataset, epochs: int, max_lr: float, checkpoint: Path) -> None:
-        self.model, self.data, self.epochs, self.checkpoint = model, data, epochs, checkpoint
+        # On CPUs, layers as narrow as these train faster with channels last.
+        self.model = model.to(memory_format=torch.channels_last)
+        self.data, self.epochs, self.checkpoint = data, epochs, checkpoint
         self.optimizer = torch.optim.SGD(model.parameters(), max_lr, momentum=0.9, weight_decay=5e-4, nesterov=True)
         steps = epochs * math.ceil(len(data.train[1]) / BATCH)
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, max_lr, steps)
@@ -72,7 +74,8 @@ class Training:
     def _epoch(self) -> None:
         images, labels = self.data.train
         for chosen in torch.randperm(len(labels)).split(BATCH):
-            loss = F.cross_entropy(self.model(augmented(images[chosen], flip=True)), labels[chosen])
+            batch = augmented(images[chosen], flip=True).contiguous(memory_format=torch.channels_last)
+            loss = F.cross_entropy(self.model(batch), labels[chosen])
             self.optimizer.zero_grad()
             loss.backward()
             self.optimizer.step()
