@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from compress_core.torch_internals import refuse_out_of_memory
 from compress_core.trace import Example
 from compress_core.trace.graph import ForwardTrace, tensors_with_paths
 
@@ -102,6 +103,7 @@ def _arguments(model: nn.Module, example: Example) -> dict[tuple[Any, ...], torc
     except _ArgumentsSeenError:
         pass
     except Exception as error:  # the trace was made on another example, input_info
+        refuse_out_of_memory(error)
         logger.debug("the model is compared on random inputs, because %s fails: %s", example.source, error)
     finally:
         handle.remove()

@@ -22,7 +22,7 @@ from compress_core.channels.inputs import InputSpec, example_arguments
 from compress_core.channels.replay import Decisions
 from compress_core.channels.shrinking import Shrinkage
 from compress_core.data.rng import preserved_rng
-from compress_core.torch_internals import tree_map
+from compress_core.torch_internals import refuse_out_of_memory, tree_map
 from compress_core.trace.graph import tensors_with_paths
 from compress_core.transforms.python_state import copied
 
@@ -123,7 +123,8 @@ def _prove(
     inputs = example_arguments(specs, device, dtype, small=True)
     try:
         expected = _run(reference.eval(), inputs)
-    except Exception:  # a batch size that is hard-coded
+    except Exception as error:  # a batch size that is hard-coded
+        refuse_out_of_memory(error)
         inputs, expected = example_arguments(specs, device, dtype, small=False), None
     eval_difference = _compare(reference.eval(), shrunk.eval(), inputs, "eval", expected)
     train_difference: float | None = None
@@ -152,11 +153,13 @@ def _compare(reference: nn.Module, shrunk: nn.Module, inputs: Any, mode: str, gi
     try:
         expected = dict(tensors_with_paths(_run(reference, inputs) if given is None else given))
     except Exception as error:
+        refuse_out_of_memory(error)
         raise _ReferenceError(str(error)) from error
     with _running_modules(shrunk) as running:
         try:
             actual = dict(tensors_with_paths(_run(shrunk, inputs)))
         except Exception as error:
+            refuse_out_of_memory(error)
             module = running.innermost()
             raise ShrinkError(
                 f"a forward with fewer channels fails in '{module or 'the model'}' ({mode} mode): "
@@ -193,6 +196,7 @@ def _difference_after_replay(reference: nn.Module, shrunk: nn.Module, inputs: An
         with replayed:
             actual = dict(tensors_with_paths(_run(shrunk, inputs)))
     except Exception as error:
+        refuse_out_of_memory(error)
         logger.debug("the model with fewer channels does not take the decisions of the masked one: %s", error)
         return math.inf
     return _largest_difference(expected, actual)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from types import FunctionType
+from typing import TYPE_CHECKING, Any, ClassVar, Concatenate, Literal, ParamSpec, TypeVar
 
 from torch import nn
 
@@ -16,6 +19,12 @@ if TYPE_CHECKING:
     from compress_core.contract.context import Context
 
 NeedsUncompressed = Literal["no", "creation", "training"]
+
+A = TypeVar("A", bound="Algorithm")
+P = ParamSpec("P")
+R = TypeVar("R")
+# Attribute of methods that are all or nothing.
+_MARK = "_compress_all_or_nothing"
 
 
 @dataclass(frozen=True)
@@ -35,6 +44,25 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """Returns the plan as a JSON-able dict."""
         return {"targets": list(self.targets), "skipped": dict(self.skipped), "details": dict(self.details)}
+
+
+def all_or_nothing(method: Callable[Concatenate[A, P], R]) -> Callable[Concatenate[A, P], R]:
+    """Returns a method of an algorithm that, if it fails or is interrupted, leaves model and controller as before.
+
+    Models and optimizers among its arguments are put back, too. The methods that an algorithm lists in `controller_api`
+    are such methods without this. In `compress_step`, which is called before each optimizer step, nothing is saved
+    in advance: let it call a method that is marked with this where it changes something.
+    """
+
+    @functools.wraps(method)
+    def run(self: A, /, *args: P.args, **keywords: P.kwargs) -> R:
+        if self._context is None:
+            return method(self, *args, **keywords)
+        others = [*args, *keywords.values()]
+        return self._context.transaction.run(lambda: method(self, *args, **keywords), others)
+
+    run.__dict__[_MARK] = True
+    return run
 
 
 class Algorithm:
@@ -58,7 +86,8 @@ class Algorithm:
             `context.lr_multiplier(self)`. If it adds parameters and does not, a config with a multiplier is refused.
         reads_later: Values of the section (dotted, as `params.rate`) that are first read in training, for example in
             `compress_loss`. They are not reported as unused when the model is created.
-        controller_api: Names of public methods and attributes that the controller offers as its own.
+        controller_api: Names of public methods and attributes that the controller offers as its own. The methods are
+            all or nothing, see `all_or_nothing`.
     """
 
     name: ClassVar[str]
@@ -77,6 +106,13 @@ class Algorithm:
 
     def __init__(self, config: AlgorithmConfig) -> None:
         self.config = config
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        for name in cls.controller_api:
+            method = inspect.getattr_static(cls, name, None)
+            if isinstance(method, FunctionType) and _MARK not in method.__dict__:
+                setattr(cls, name, all_or_nothing(method))
 
     def attach(self, context: Context, model: nn.Module | None = None) -> None:
         """Sets the context and the model; the core calls this before `compress_configure` and `compress_plan`."""

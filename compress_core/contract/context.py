@@ -18,7 +18,7 @@ from compress_core.contract.algorithm import Algorithm, Plan
 from compress_core.contract.kept_trace import KeptTrace
 from compress_core.contract.ledger import Ledger
 from compress_core.contract.own_weights import as_tensors, own_weights, resumed_uses
-from compress_core.contract.services import BatchNormService, UncompressedService
+from compress_core.contract.services import BatchNormService, Directly, TransactionService, UncompressedService
 from compress_core.contract.stages import Stage
 from compress_core.data.calibration import (
     CalibrationData,
@@ -51,6 +51,7 @@ class Context:
         bypassable: Whether the model without its weight transforms is the uncompressed model.
         kept_trace: Keeps the last trace during the creation.
         batch_norm: Adapts the running statistics, for algorithms that change the model or measure activations.
+        transaction: Runs changes of the model after its creation, all or nothing.
         uncompressed_model: Provides `uncompressed` and `teacher`.
         announce_shrinkage: The function that `shrunk` calls.
         saved_plans: The plans in the compression state that is being resumed, by algorithm. They hold what was traced
@@ -58,6 +59,7 @@ class Context:
     """
 
     batch_norm: BatchNormService
+    transaction: TransactionService
     uncompressed_model: UncompressedService
     announce_shrinkage: Callable[[nn.Module, Shrinkage], None]
 
@@ -73,6 +75,7 @@ class Context:
         # The batch that `_example_batch` read last, and its source; kept for the time of the creation.
         self._read: tuple[Any, Example] | None = None
         self._is_creating = not resuming
+        self.transaction = Directly()
         self.kept_trace = KeptTrace(is_closed=resuming)
         self._requests: dict[str, InitializerConfig] = {}
 

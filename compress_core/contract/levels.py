@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from compress_core.config import AlgorithmConfig
-from compress_core.contract.algorithm import Algorithm
+from compress_core.contract.algorithm import Algorithm, all_or_nothing
 from compress_core.errors import UsageError
 
 
@@ -34,12 +34,12 @@ class LevelAlgorithm(Algorithm):
 
     @compression_rate.setter
     def compression_rate(self, rate: float) -> None:
-        was_frozen, self._frozen = self._frozen, False
-        try:
-            self.set_level(rate)
-        except BaseException:
-            self._frozen = was_frozen
-            raise
+        self._set_rate(rate)
+
+    @all_or_nothing
+    def _set_rate(self, rate: float) -> None:
+        self._frozen = False
+        self.set_level(rate)
         self._frozen = True
 
     @property

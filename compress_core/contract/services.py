@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from torch import nn
+
+T = TypeVar("T")
 
 
 class BatchNormService(Protocol):
@@ -27,6 +30,26 @@ class BatchNormService(Protocol):
         For `compress_calibrate` of algorithms that measure activations. If the config does not ask for adaptation, or
         it is not installed, batch norm stays unchanged.
         """
+
+
+class TransactionService(Protocol):
+    """Runs what changes a model, all or nothing; used by methods that are marked with `all_or_nothing`."""
+
+    def run(self, function: Callable[[], T], others: Iterable[object] = ()) -> T:
+        """Returns what the function returns; if it fails, or is interrupted, everything is put back.
+
+        Args:
+            function: Called without arguments.
+            others: Whatever else may change: models and optimizers among these are put back too.
+        """
+
+
+class Directly:
+    """Runs functions as they are: `create_compressed_model` as a whole is all or nothing itself."""
+
+    def run(self, function: Callable[[], T], others: Iterable[object] = ()) -> T:
+        """Returns what the function returns."""
+        return function()
 
 
 class UncompressedService(Protocol):

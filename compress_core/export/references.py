@@ -11,7 +11,7 @@ from torch import nn
 
 from compress_core.errors import ExportError
 from compress_core.export.inputs import Inputs
-from compress_core.torch_internals import tree_flatten_with_path
+from compress_core.torch_internals import refuse_out_of_memory, tree_flatten_with_path
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,7 @@ def references_of(model: nn.Module, inputs: Inputs, *, is_dynamic: bool) -> Refe
         try:
             found_references = _resized(model, replace(inputs, batch_size=size))
         except Exception as error:
+            refuse_out_of_memory(error)
             reason = reason or f"{type(error).__name__}: {_first_line(error)}"
             continue
         if _scales(found_references):
@@ -132,6 +133,7 @@ def _resized(model: nn.Module, inputs: Inputs) -> tuple[Reference, Reference]:
         try:
             return exported, _reference(model, inputs.resized(size))
         except Exception as error:
+            refuse_out_of_memory(error)
             failure = failure or error
     assert failure is not None
     raise failure

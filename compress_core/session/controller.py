@@ -7,7 +7,7 @@ import copy
 import logging
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,10 +37,10 @@ from compress_core.session.replaced import NAME as REPLACED_LAYERS
 from compress_core.session.replaced import ReplacedLayers, TransformPlaces
 from compress_core.session.scheduler import CompressionScheduler
 from compress_core.session.state import dump_state
+from compress_core.session.transaction import Transaction
 from compress_core.session.uncompressed import UncompressedModel
 from compress_core.transforms.model_wide import bake_transforms
 from compress_core.transforms.python_state import copied
-from compress_core.transforms.snapshot import ModelSnapshot
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +63,8 @@ class CompressionController:
         self._lifecycle = lifecycle
         self.algorithms: Mapping[str, Algorithm] = {a.name: a for a in lifecycle.algorithms}
         # Bound methods, so that the scheduler of a copy drives the copy.
-        self.scheduler = CompressionScheduler(self._step, self._epoch_step)
+        self.scheduler = CompressionScheduler(self._step, self._epoch_step, self._begin)
+        self._transaction = Transaction(model, self, lifecycle, self.scheduler)
         self._places: TransformPlaces | None = None
         self._batch_norm = BatchNorm(model, lifecycle)
         lifecycle.context.batch_norm = self._batch_norm
@@ -115,6 +116,10 @@ class CompressionController:
     def created(self) -> None:
         """Notes where the model has transforms; called at the end of creation."""
         self._places = TransformPlaces(self.model)
+        self.context.transaction = self._transaction
+
+    def _begin(self, function: Callable[[], None], lazily: bool) -> None:
+        self._transaction.run(function, lazily=lazily)
 
     def _step(self, clock: Clock) -> None:
         self._active.step(self.model, clock)
@@ -189,7 +194,7 @@ class CompressionController:
             raise CompressionError(
                 f"compression_rate can be set for one algorithm, and {names} would take it; set the level of that one"
             )
-        settable[0].compression_rate = rate  # type: ignore[misc]
+        self._transaction.run(lambda: setattr(settable[0], "compression_rate", rate))
 
     def statistics(self, quickly_collected_only: bool = False) -> CompressionStatistics:
         """Returns figures measured on the current model.
@@ -234,7 +239,13 @@ class CompressionController:
         """
         lifecycle = self._inspected
         source = self.model if model is None else copy_of(self.model, model)
-        stripped = copied(source) if do_copy else source
+        if do_copy:
+            return self._stripped_in_place(lifecycle, source, copied(source))
+        others = [] if source is self.model else [source]
+        return self._transaction.run(lambda: self._stripped_in_place(lifecycle, source, source), others)
+
+    def _stripped_in_place(self, lifecycle: Lifecycle, source: nn.Module, stripped: nn.Module) -> nn.Module:
+        do_copy = stripped is not source
         if source is not self.model:
             take_decisions(stripped, self.model)
         # The copy shares classes, closures and caches with the model.
@@ -328,13 +339,12 @@ class CompressionController:
             DataError: There are no usable batches.
         """
         lifecycle = self._inspected
-        snapshot = ModelSnapshot(self.model)
-        try:
+
+        def run() -> None:
             with preserved_rng():
                 lifecycle.run_again(name, self.model, loader, options)
-        except BaseException:
-            snapshot.restore()
-            raise
+
+        self._transaction.run(run)
         return lifecycle.initializers[name].statistics()
 
     def adapt_batchnorm(
@@ -358,4 +368,4 @@ class CompressionController:
             DataError: There are no usable batches; the statistics are unchanged.
         """
         self._inspected  # noqa: B018 - refuses a model that was stripped in place
-        return self._batch_norm.adapt(loader, num_samples, method)
+        return self._transaction.run(lambda: self._batch_norm.adapt(loader, num_samples, method))

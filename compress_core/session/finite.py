@@ -17,6 +17,7 @@ from torch import nn
 from compress_core.contract.context import Context
 from compress_core.data.examples import Example
 from compress_core.errors import ModelError
+from compress_core.torch_internals import refuse_out_of_memory
 from compress_core.trace.graph import tensors_with_paths
 from compress_core.trace.isolation import Untouched
 from compress_core.transforms.activation import activation_transforms
@@ -44,6 +45,7 @@ def check_finite(model: nn.Module, context: Context) -> None:
     try:
         place = _broken_place(model, example, bypassable=context.bypassable)
     except Exception as error:  # a model of the user's may fail in any way
+        refuse_out_of_memory(error)
         logger.debug("not checked whether outputs are finite: %s", error)
         return
     if place is not None:

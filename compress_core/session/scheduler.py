@@ -21,11 +21,19 @@ class CompressionScheduler:
     Args:
         on_step: Called with the clock at each step.
         on_epoch: Called with the clock at each epoch.
+        run: Runs a function that calls one of these and sets the clock, all or nothing; the second argument says
+            whether that will nearly always change nothing.
     """
 
-    def __init__(self, on_step: Callable[[Clock], None], on_epoch: Callable[[Clock], None]) -> None:
+    def __init__(
+        self,
+        on_step: Callable[[Clock], None],
+        on_epoch: Callable[[Clock], None],
+        run: Callable[[Callable[[], None], bool], None] = lambda function, lazily: function(),
+    ) -> None:
         self._on_step = on_step
         self._on_epoch = on_epoch
+        self._run = run
         self.clock = Clock()
 
     @property
@@ -43,8 +51,7 @@ class CompressionScheduler:
         step = self.clock.step + 1 if next_step is None else _index("step", next_step)
         in_epoch = self.clock.step_in_epoch + (step - self.clock.step)
         clock = Clock(self.clock.epoch, step, max(in_epoch, 0), self.clock.steps_per_epoch)
-        self._on_step(clock)
-        self.clock = clock
+        self._run(lambda: self._begin(self._on_step, clock), True)
 
     def epoch_step(self, next_epoch: int | None = None) -> None:
         """Begins the next epoch, or the one given; the clock moves only if no algorithm raises an error."""
@@ -52,8 +59,11 @@ class CompressionScheduler:
         epoch = clock.epoch + 1 if next_epoch is None else _index("epoch", next_epoch)
         steps = clock.step_in_epoch + 1 if clock.step_in_epoch >= 0 else clock.steps_per_epoch
         begun = Clock(epoch, clock.step, -1, steps)
-        self._on_epoch(begun)
-        self.clock = begun
+        self._run(lambda: self._begin(self._on_epoch, begun), False)
+
+    def _begin(self, tell: Callable[[Clock], None], clock: Clock) -> None:
+        tell(clock)
+        self.clock = clock
 
     def get_state(self) -> dict[str, Any]:
         """Returns the clock, JSON-able."""

@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 
 from compress_core.data.examples import Example, examples_of
 from compress_core.errors import ModelError
-from compress_core.torch_internals import FAKE_TENSOR_LOGGER, FakeTensor, FakeTensorMode, tree_map
+from compress_core.torch_internals import FAKE_TENSOR_LOGGER, FakeTensor, FakeTensorMode, refuse_out_of_memory, tree_map
 from compress_core.trace import render
 from compress_core.trace.fake_results import FakeResults
 from compress_core.trace.graph import Forwards, ForwardTrace
@@ -115,10 +115,12 @@ def _forward(model: nn.Module, example: Example, results: FakeResults, *, traini
     try:
         return _record(model, example, results, training=training)
     except Exception as error:
+        refuse_out_of_memory(error)
         logger.debug("tracing %s with real tensors, because fake ones failed: %s", type(model).__name__, error)
     try:
         return _record(model, example, None, training=training)
     except Exception as error:
+        refuse_out_of_memory(error)
         reason = str(error).strip() or type(error).__name__
         raise TraceError(
             f"{type(model).__name__} cannot be traced: its forward fails{_place(model, error)} on {example.source}: "
@@ -157,6 +159,7 @@ def _record(model: nn.Module, example: Example, results: FakeResults | None, *, 
             try:
                 again = _record_once(model, example, mode, before_write, results, training=training)
             except Exception as error:
+                refuse_out_of_memory(error)
                 logger.debug("the model does not run twice on %s: %s", example.source, error)
                 return found
             if _calls(again) != _calls(found[0]):

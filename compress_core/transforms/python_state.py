@@ -122,10 +122,10 @@ class PythonState:
             self._visit_all(value, where, depth)
             self._save_object(value, where, depth)
         elif isinstance(value, (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)):
-            self._saved.append(_SavedGenerator(value))
+            self._saved.append(SavedGenerator(value))
         elif isinstance(value, np.ndarray):
             if value.nbytes <= _MOST_BYTES and value.dtype != object:
-                self._saved.append(_SavedArray(value))
+                self._saved.append(SavedArray(value))
         elif isinstance(value, type):
             self._add_class(value)
         elif isinstance(value, nn.Module):  # kept out of the children, in a list for example
@@ -350,7 +350,7 @@ class _SavedLruCache:
             self._cache.cache_clear()
 
 
-class _SavedGenerator:
+class SavedGenerator:
     """The state of a random generator that belongs to the model."""
 
     def __init__(self, generator: Any) -> None:
@@ -358,9 +358,11 @@ class _SavedGenerator:
         self._state = self._read()
 
     def is_same(self) -> bool:
+        """Returns whether nothing was drawn from it."""
         return _is_same_state(self._read(), self._state)
 
     def restore(self) -> None:
+        """Sets the state again."""
         self._write(self._state)
 
 
@@ -385,15 +387,17 @@ def _accessors(generator: Any) -> tuple[Callable[[], Any], Callable[[Any], Any]]
     return generator.get_state, generator.set_state
 
 
-class _SavedArray:
+class SavedArray:
     """The values of a NumPy array."""
 
     def __init__(self, array: np.ndarray[Any, Any]) -> None:
         self._array, self._values = array, array.copy()
 
     def is_same(self) -> bool:
+        """Returns whether all bits are the same."""
         return self._array.shape == self._values.shape and self._array.tobytes() == self._values.tobytes()
 
     def restore(self) -> None:
+        """Writes the values into the array again, if they have changed."""
         if not self.is_same() and self._array.shape == self._values.shape:
             self._array[...] = self._values

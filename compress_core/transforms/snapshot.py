@@ -93,6 +93,10 @@ class ModelSnapshot:
             for saved in self._tensors:
                 _attempt(lambda saved=saved: _restore_tensor(saved))  # type: ignore[misc]
 
+    def tensors(self) -> list[torch.Tensor]:
+        """Returns the tensors of which this is a snapshot."""
+        return [saved.tensor for saved in self._tensors]
+
     def saved_tensor(self, tensor: torch.Tensor) -> SavedTensor | None:
         """Returns the copy of a tensor that belonged to the model, or None."""
         return next((saved for saved in self._tensors if saved.tensor is tensor), None)

@@ -23,7 +23,6 @@ from compress_core.channels import (
 )
 from compress_core.data.forwards import without_traces
 from compress_core.transforms import get_weight_transform, raw_parameter
-from compress_core.transforms.snapshot import ModelSnapshot
 from compress_filter_pruning.config import FilterPruningParams
 from compress_filter_pruning.groups import PruningGroup
 from compress_filter_pruning.importance import channel_importance
@@ -194,16 +193,9 @@ class Pruner:
             removed, certificate = planned_shrinkage(self.model, pairs, self.inputs)
         if optimizer is not None:
             check_optimizer(optimizer, self.model, removed)
-        models = [self.model] if ema is None else [self.model, averaged_module(ema, removed)]
-        snapshots = [ModelSnapshot(entry) for entry in models]
-        try:
-            for entry in models:
-                removed.apply(entry)
-            self._announce(self.model, removed)
-        except BaseException:
-            for snapshot in snapshots:
-                snapshot.restore()
-            raise
+        for entry in [self.model] if ema is None else [self.model, averaged_module(ema, removed)]:
+            removed.apply(entry)
+        self._announce(self.model, removed)
         if optimizer is not None:
             shrink_optimizer(optimizer, self.model, removed)
         self.groups = [g.shrunk(removed, gone) for g, (_, gone) in zip(self.groups, pairs, strict=True)]

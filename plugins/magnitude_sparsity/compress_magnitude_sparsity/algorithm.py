@@ -19,6 +19,7 @@ from compress_core import (
     Stage,
     StateError,
     UsageError,
+    all_or_nothing,
     hookimpl,
 )
 from compress_core.contract.clock import Clock
@@ -283,6 +284,10 @@ class MagnitudeSparsity(LevelAlgorithm):
         masks = [self._mask(name) for name in self._present]
         if (level, time) == (self._requested, self._time) and not any(m.is_outdated for m in masks):
             return
+        self._set_masks(level, time)
+
+    @all_or_nothing
+    def _set_masks(self, level: float, time: tuple[int, int]) -> None:
         self._ranking(self._present).set_level(level, together=self._is_global)
         self._requested, self._time = level, time
 

@@ -146,17 +146,10 @@ class Quantization(Algorithm):
         """Turns groups of quantizers on in their epoch, with freshly measured ranges."""
         if self._staging is None:
             return
-        before = self._staging.get_state()
         begun = self._staging.epoch_step(clock)
-        if not begun:
-            return
-        try:
+        if begun:
             self._apply_stage()
             self._calibrate(begun)
-        except BaseException:
-            self._staging.load_state(before)
-            self._apply_stage()
-            raise
 
     @hookimpl
     def compress_stage(self) -> CompressionStage:

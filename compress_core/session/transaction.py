@@ -1,0 +1,170 @@
+"""All or nothing: a method of the controller that fails, or is interrupted, leaves model and controller as before."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from types import FrameType
+from typing import Any, TypeVar
+
+import torch
+from pydantic import BaseModel
+from torch import nn
+
+from compress_core.contract.context import Context
+from compress_core.data.calibration import CalibrationData, InitArgs
+from compress_core.data.rng import RngState
+from compress_core.session.lifecycle import Lifecycle
+from compress_core.transforms.containers import SavedContainer
+from compress_core.transforms.object_state import ObjectState
+from compress_core.transforms.snapshot import ModelSnapshot
+
+T = TypeVar("T")
+
+
+class Transaction:
+    """Runs functions that change a compressed model, or what its algorithms know about it, all or nothing.
+
+    On any error, Ctrl-C included, everything is put back bit for bit: the model, the attributes of controller,
+    scheduler, algorithms and initializers, random generators, and other models and optimizers that are named. A Ctrl-C
+    that comes once the function has returned is delayed until its changes are complete. While a function runs, there is
+    one copy of the model's tensors. A call within another one belongs to the outer one.
+
+    Implements `compress_core.contract.services.TransactionService`.
+
+    Args:
+        model: The model.
+        owner: The controller.
+        lifecycle: The algorithms and initializers.
+        scheduler: The scheduler.
+    """
+
+    def __init__(self, model: nn.Module, owner: object, lifecycle: Lifecycle, scheduler: object) -> None:
+        self._model, self._owner, self._lifecycle, self._scheduler = model, owner, lifecycle, scheduler
+        self._open: _Before | None = None
+
+    def run(self, function: Callable[[], T], others: Iterable[object] = (), *, lazily: bool = False) -> T:
+        """Returns what the function returns.
+
+        Args:
+            function: Called without arguments.
+            others: Whatever else may change: models and optimizers among these are put back too.
+            lazily: Whether to save nothing until a function is run within this one, for calls that nearly always
+                change nothing, such as those before each optimizer step.
+        """
+        if self._open is not None:
+            self._open.include(() if lazily else (self, *others))
+            return function()
+        interrupts, before = _Interrupts(), _Before()
+        try:
+            try:
+                interrupts.begin()
+                self._open = before
+                before.include(() if lazily else (self, *others))
+                result = function()
+                interrupts.delay()
+            except BaseException:
+                interrupts.delay()
+                before.restore()
+                raise
+        except BaseException:
+            # Where a first Ctrl-C has come between an error and the lines above. A second one cannot come any more.
+            interrupts.delay()
+            before.restore()
+            raise
+        finally:
+            self._open = None
+            interrupts.end()
+        return result
+
+    def saved(self) -> Iterator[Callable[[], None]]:
+        """Saves model and controller; yields functions that restore them."""
+        snapshot = ModelSnapshot(self._model)
+        yield snapshot.restore
+        context = self._lifecycle.context
+        members = [*self._lifecycle.algorithms, *self._lifecycle.initializers.values()]
+        packages = {type(member).__module__.partition(".")[0] for member in members} | {"compress_core"}
+
+        def is_followed(value: object) -> bool:
+            return not isinstance(value, _NOT_FOLLOWED) and type(value).__module__.partition(".")[0] in packages
+
+        roots = [self._owner, self._scheduler, self._lifecycle, context.ledger, *members]
+        yield ObjectState(roots, is_followed, snapshot.tensors()).restore
+        yield SavedContainer(context.__dict__).restore
+        yield RngState(context.generators()).restore
+
+
+# The user's config and data, to which algorithms refer, and what leads there.
+_NOT_FOLLOWED = (BaseModel, CalibrationData, InitArgs, Context, Transaction)
+
+
+class _Before:
+    """What was saved before a function was run."""
+
+    def __init__(self) -> None:
+        self._restore: list[Callable[[], None]] = []
+        self._saved: list[object] = []
+
+    def include(self, parts: Iterable[object]) -> None:
+        """Saves those parts that are a transaction, a model or an optimizer, each once."""
+        for part in parts:
+            if any(part is saved for saved in self._saved):
+                continue
+            if isinstance(part, Transaction):
+                self._restore += part.saved()
+            elif isinstance(part, nn.Module):
+                self._restore.append(ModelSnapshot(part).restore)
+            elif isinstance(part, torch.optim.Optimizer):
+                parameters = [p for group in part.param_groups for p in group["params"]]
+                self._restore.append(ObjectState([part], lambda _: False, parameters).restore)
+            self._saved.append(part)
+
+    def restore(self) -> None:
+        """Restores everything; a second call has nothing to do."""
+        while self._restore:
+            # Only then forgotten: an interrupted restoration goes on where it was.
+            self._restore[-1]()
+            self._restore.pop()
+
+
+class _Interrupts:
+    """Lets a first Ctrl-C come through, and delays all that come after it, or after `delay`, until `end`.
+
+    In other threads than the main one, and where SIGINT has no handler in Python, there is nothing to delay.
+    """
+
+    def __init__(self) -> None:
+        self._delays = False
+        self._late: list[tuple[int, FrameType | None]] = []
+        self._handler: Any = None
+
+    def begin(self) -> None:
+        """Begins to handle Ctrl-C."""
+        if threading.current_thread() is threading.main_thread():
+            handler = signal.getsignal(signal.SIGINT)
+            if callable(handler):
+                # First: `end` puts back what is noted here, wherever a Ctrl-C comes.
+                self._handler = handler
+                signal.signal(signal.SIGINT, self._came)
+
+    def _came(self, number: int, frame: FrameType | None) -> None:
+        if self._delays:
+            self._late.append((number, frame))
+            return
+        # Before the exception: what it leads to must not be interrupted again.
+        self._delays = True
+        self._handler(number, frame)
+        self._delays = False  # a handler of the user's that raises nothing
+
+    def delay(self) -> None:
+        """Delays every Ctrl-C from now on."""
+        self._delays = True
+
+    def end(self) -> None:
+        """Handles the next Ctrl-C as before, and one that was delayed now."""
+        if self._handler is None:
+            return
+        signal.signal(signal.SIGINT, self._handler)
+        if self._late:
+            self._handler(*self._late[0])
