@@ -20,8 +20,10 @@ from compress_core.data.calibration import (
     ModelEvaluationArgs,
     QuantizationRangeInitArgs,
 )
+from compress_core.data.ranks import together
 from compress_core.errors import ModelError
 from compress_core.registry import default_registry
+from compress_core.session.agreement import agree, require_same_start
 from compress_core.session.controller import CompressionController
 from compress_core.session.finite import check_finite
 from compress_core.session.guard import ModelGuard, all_or_nothing
@@ -67,6 +69,7 @@ def create_compressed_model(
         DataError: Data is needed but missing or unusable.
         ModelError: The model cannot be compressed as it is.
         PluginError: A plugin breaks the contract.
+        RankError: Another process of a distributed training failed, or processes differ in config, weights or plan.
         StateError: `compression_state` does not fit.
         UsageError: A compression state is resumed, and an algorithm needs `uncompressed_model`, which was not given.
     """
@@ -79,13 +82,15 @@ def create_compressed_model(
         logger.warning("the config names no algorithm in 'compression': the model stays uncompressed")
     lifecycle.configure()
     uncompressed = UncompressedModel(lifecycle, uncompressed_model)
-    if compression_state is not None:
-        state = checked_state(compression_state, lifecycle, registry)
+    with together():
+        require_same_start(model, lifecycle, compression_state)
+        if compression_state is not None:
+            state = checked_state(compression_state, lifecycle, registry)
+            with all_or_nothing(model, lifecycle) as guard:
+                return _resume(model, lifecycle, uncompressed, guard, state), model
+        lifecycle.check_initializers()
         with all_or_nothing(model, lifecycle) as guard:
-            return _resume(model, lifecycle, uncompressed, guard, state), model
-    lifecycle.check_initializers()
-    with all_or_nothing(model, lifecycle) as guard:
-        return _create(model, lifecycle, uncompressed, guard), model
+            return _create(model, lifecycle, uncompressed, guard), model
 
 
 def _create(
@@ -114,6 +119,7 @@ def _create(
     with guard.without_traces():
         lifecycle.initialize(model)
         check_finite(model, lifecycle.context)
+    agree(model, lifecycle)
     uncompressed.end_of_creation()
     controller.created()
     return controller

@@ -82,3 +82,7 @@ class TransformError(CompressionError, RuntimeError):
 
 class ExportError(CompressionError, RuntimeError):
     """A model cannot be exported, or the exported file computes something else; no file is left."""
+
+
+class RankError(CompressionError, RuntimeError):
+    """Another process of a distributed training failed, or the processes differ in what has to be the same."""

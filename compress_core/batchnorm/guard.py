@@ -10,6 +10,7 @@ from torch import nn
 
 from compress_core.batchnorm.report import GuardVerdict
 from compress_core.data.forwards import running
+from compress_core.data.ranks import exchange, number_of_ranks
 from compress_core.data.rng import preserved_rng
 from compress_core.errors import DataError
 from compress_core.transforms.model_wide import evaluating
@@ -42,7 +43,8 @@ class MetricGuard:
         with preserved_rng(), evaluating(self._model), running(self._model):
             metric = self._evaluate(self._model)
         try:
-            return float(metric)
+            # Processes may measure parts of the data; the decision has to be the same.
+            return float(metric if number_of_ranks() == 1 else exchange("metrics", float(metric))[0])
         except (TypeError, ValueError) as error:
             raise DataError(
                 f"{self._path}: the function must return one number, larger is better, got {type(metric).__name__}"

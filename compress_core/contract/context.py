@@ -25,6 +25,7 @@ from compress_core.data.calibration import (
     InitArgs,
     QuantizationRangeInitArgs,
 )
+from compress_core.data.ranks import alone
 from compress_core.data.rng import generators_of, preserved_rng
 from compress_core.errors import ConfigError, DataError, ModelError, Problem
 from compress_core.torch_internals import AnyBatchNorm
@@ -308,7 +309,9 @@ class Context:
         with preserved_rng(data.loader):
             if isinstance(data.loader, Iterator):
                 return None  # an iterator can be read only once, and calibration needs its batches
-            example = Example.from_batch(data, next(iter(data.batches(1)))[0])
+            # After the creation one process may export alone.
+            with contextlib.nullcontext() if self._is_creating else alone():
+                example = Example.from_batch(data, next(iter(data.batches(1)))[0])
         if self._is_creating:
             self._read = source, example
         return example

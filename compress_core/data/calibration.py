@@ -11,6 +11,7 @@ from torch import nn
 
 from compress_core.data.arguments import arguments_of, samples_in, suggestion
 from compress_core.data.forwards import running
+from compress_core.data.ranks import shared_batches
 from compress_core.errors import DataError
 from compress_core.torch_internals import tree_leaves, tree_map
 
@@ -115,7 +116,7 @@ class CalibrationData:
             batches = iter(self._args.data_loader)
         except TypeError as error:
             raise DataError(f"{self._path}: the data loader cannot be iterated over: {error}") from error
-        for batch in batches:
+        for batch in shared_batches(batches):
             # For example BatchEncoding of transformers, a mapping that is not a dict.
             yield dict(batch) if isinstance(batch, Mapping) else batch
 

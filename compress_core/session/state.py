@@ -40,7 +40,7 @@ def dump_state(
             "plugin": origin.name,
             "distribution": origin.distribution,
             "version": origin.version,
-            "config": _plain_config(algorithm.config),
+            "config": plain_config(algorithm.config),
             "plan": lifecycle.plans[algorithm.name].to_dict(),
             "state": _through_json(algorithm.name, states[algorithm.name]),
         }
@@ -48,7 +48,8 @@ def dump_state(
     return plain
 
 
-def _plain_config(config: AlgorithmConfig) -> dict[str, Any]:
+def plain_config(config: AlgorithmConfig) -> dict[str, Any]:
+    """Returns the values of a section that were given, JSON-able."""
     # A function, such as a guard, is saved by name only, to show that there was one.
     return config.model_dump(
         mode="json", exclude_unset=True, fallback=lambda value: getattr(value, "__qualname__", type(value).__name__)
@@ -143,7 +144,7 @@ def _check_installed(algorithms: Any, registry: Registry) -> None:
 
 
 def _report_changes(config: AlgorithmConfig, saved: Mapping[str, Any]) -> None:
-    current = _plain_config(config)
+    current = plain_config(config)
     changed = sorted(key for key in current.keys() | saved.keys() if current.get(key) != saved.get(key))
     if changed:
         logger.warning("%s: resumed with another config than the state's; changed: %s", config.algorithm, changed)

@@ -14,7 +14,9 @@ from torch import nn
 
 from compress_core.contract.context import Context
 from compress_core.data.calibration import CalibrationData, InitArgs
+from compress_core.data.ranks import is_told, together
 from compress_core.data.rng import RngState
+from compress_core.session.agreement import agree
 from compress_core.session.lifecycle import Lifecycle
 from compress_core.transforms.containers import SavedContainer
 from compress_core.transforms.object_state import ObjectState
@@ -56,13 +58,19 @@ class Transaction:
         if self._open is not None:
             self._open.include(() if lazily else (self, *others))
             return function()
+        with together():
+            return self._run(function, () if lazily else (self, *others))
+
+    def _run(self, function: Callable[[], T], parts: Iterable[object]) -> T:
         interrupts, before = _Interrupts(), _Before()
         try:
             try:
                 interrupts.begin()
                 self._open = before
-                before.include(() if lazily else (self, *others))
+                before.include(parts)
                 result = function()
+                if is_told():
+                    agree(self._model, self._lifecycle)
                 interrupts.delay()
             except BaseException:
                 interrupts.delay()

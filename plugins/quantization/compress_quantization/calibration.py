@@ -9,7 +9,6 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from compress_core import CompressionError, DataError
@@ -132,7 +131,7 @@ def _unreached(quantizers: Sequence[Calibrated], data: CalibrationData, *, stric
 
 
 def _set_range(quantizer: Calibrated) -> None:
-    low, high = _from_first_process(*quantizer.statistics.finalize())
+    low, high = quantizer.statistics.finalize()
     module = quantizer.module
     if quantizer.planned.spec.signed is None and quantizer.planned.spec.mode == "symmetric":
         # As in NNCF, the grid is signed if any value is below zero.
@@ -153,15 +152,6 @@ def _set_range(quantizer: Calibrated) -> None:
     except CompressionError as error:
         error.add_note(f"while the range of the quantizer '{quantizer.planned.name}' was set")
         raise
-
-
-def _from_first_process(low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the range that process 0 measured; DDP broadcasts parameters, but not the sign derived from the range."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return low, high
-    bounds = torch.stack([low, high])
-    dist.broadcast(bounds, 0)
-    return bounds[0], bounds[1]
 
 
 @contextlib.contextmanager

@@ -1,0 +1,178 @@
+"""Several processes compress one model: as one process would, whatever part of the data each has, or all fail."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+
+from compress_core import create_compressed_model
+from compress_core.registry import use_registry
+from tests.integration.test_distributed import leave
+
+ADAPTING = {"batchnorm_adaptation": {"num_bn_adaptation_samples": 32}}
+CONFIGS = {
+    "sparsity": {"algorithm": "magnitude_sparsity", "sparsity_init": 0.5, "initializer": ADAPTING},
+    "quantization": {"algorithm": "quantization", "initializer": {**ADAPTING, "range": {"num_init_samples": 32}}},
+    "pruning": {
+        "algorithm": "filter_pruning",
+        "pruning_init": 0.4,
+        "params": {"multiple_of": 1},
+        "initializer": ADAPTING,
+    },
+    "reconstruction": {
+        "algorithm": "magnitude_sparsity",
+        "sparsity_init": 0.6,
+        "params": {"weight_importance": "reconstruction"},
+        "initializer": {**ADAPTING, "weight_reconstruction": {"num_samples": 24}},
+    },
+}
+# Which of eight batches each process reads; with one more process than there are parts, one has none.
+SHARDS = {
+    "halves": [[0, 2, 4, 6], [1, 3, 5, 7]],
+    "one is empty": [[0, 1, 2, 3, 4, 5, 6, 7], []],
+    "unequal": [[0, 3, 5, 6, 7], [1, 4], [2]],
+    "not sharded": [[0, 1, 2, 3, 4, 5, 6, 7]] * 2,
+}
+
+
+def net(seed=0):
+    torch.manual_seed(seed)
+    model = nn.Sequential(
+        nn.Conv2d(2, 6, 3, bias=False), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.Flatten(), nn.Linear(16, 3)
+    )
+    model[1].running_mean.normal_()
+    model[1].running_var.uniform_(0.5, 2)
+    return model
+
+
+def batches():
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randn(4, 2, 6, 6, generator=generator) * (1 + n) for n in range(8)]
+
+
+def document(name):
+    return {"input_info": {"sample_size": [1, 2, 6, 6]}, "compression": [CONFIGS[name]]}
+
+
+def create(name, loader, seed=0):
+    return create_compressed_model(net(seed), document(name), init_loader=loader)
+
+
+def again(controller, name):
+    """What measures again, later."""
+    controller.adapt_batchnorm(num_samples=32)
+    if name == "quantization":
+        controller.init_range()
+    if name == "pruning":
+        controller.set_pruning_level(0.5, run_batchnorm_adaptation=True)
+
+
+def in_group(rank, folder, work, *arguments):
+    """A process of the group: does its work, and writes what came of it."""
+    from compress_core.registry import Registry
+    from tests.conftest import declared_entry_points
+
+    torch.set_num_threads(1)
+    size = arguments[0]
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size)
+    registry = Registry()
+    registry.load_entry_points(declared_entry_points())
+    with use_registry(registry):
+        result = work(rank, *arguments[1:])
+    torch.save(result, f"{folder}/rank{rank}.pt")
+    dist.barrier()
+    leave()
+
+
+def results(tmp_path, work, size, *arguments):
+    mp.spawn(in_group, (str(tmp_path), work, size, *arguments), nprocs=size)
+    return [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(size)]
+
+
+def compress(rank, name, shards):
+    everything = batches()
+    controller, model = create(name, [everything[n] for n in shards[rank]])
+    first = {key: value.clone() for key, value in model.state_dict().items()}
+    state = json.dumps(controller.get_compression_state()["algorithms"])
+    again(controller, name)
+    if rank == 0:
+        controller.strip()  # what one process does alone
+        controller.context.example("export")
+    return first, model.state_dict(), state
+
+
+@pytest.mark.parametrize("shards", [pytest.param(s, marks=[] if s == "unequal" else pytest.mark.slow) for s in SHARDS])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_any_sharding_is_like_one_process(tmp_path, name, shards):
+    parts = SHARDS[shards]
+    found = results(tmp_path, compress, len(parts), name, parts)
+    # One process reads the batches in the order in which processes take turns.
+    turns = [part[n] for n in range(8) for part in parts if n < len(part)]
+    order = list(dict.fromkeys(turns))
+    controller, model = create(name, [batches()[n] for n in order])
+    expected = [{k: v.clone() for k, v in model.state_dict().items()}]
+    state = json.dumps(controller.get_compression_state()["algorithms"])
+    again(controller, name)
+    expected.append(model.state_dict())
+    for rank, (first, last, states) in enumerate(found):
+        for got, wanted, reference in zip((first, last), expected, (found[0][0], found[0][1]), strict=True):
+            for key, value in wanted.items():
+                torch.testing.assert_close(got[key], value, rtol=1e-6, atol=1e-6, msg=f"{rank} {key}")
+                assert torch.equal(got[key], reference[key])
+        assert states == state
+
+
+def failing(rank, kind):
+    """Every process has to end with an error, in seconds."""
+    start = time.monotonic()
+    loader, config, seed = batches()[:2], "sparsity", 0
+    if kind == "loader" and rank == 1:
+
+        def loader_of_rank():
+            yield batches()[0]
+            raise OSError("disk is gone")
+
+        loader = loader_of_rank()
+    elif kind == "interrupt" and rank == 1:
+
+        def loader_of_rank():
+            raise KeyboardInterrupt
+            yield
+
+        loader = loader_of_rank()
+    elif kind == "weights" and rank == 1:
+        seed = 1
+    elif kind == "config" and rank == 1:
+        config = "quantization"
+    model = net(seed)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    message = ""
+    try:
+        create_compressed_model(model, document(config), init_loader=loader)
+    except (Exception, KeyboardInterrupt) as error:
+        message = f"{type(error).__name__}: {error}"
+    same = all(torch.equal(model.state_dict()[key], value) for key, value in before.items())
+    return message, same, time.monotonic() - start
+
+
+EXPECTED = {
+    "loader": ("rank 1 of 2 failed, so all have stopped: OSError: disk is gone", "OSError: disk is gone"),
+    "interrupt": ("rank 1 of 2 failed, so all have stopped: KeyboardInterrupt", "KeyboardInterrupt"),
+    "weights": ("weights differ: '0.weight' of rank 1", "weights differ: '0.weight' of rank 1"),
+    "config": ("configs differ: 'magnitude_sparsity' of rank 1", "configs differ: 'magnitude_sparsity' of rank 1"),
+}
+
+
+@pytest.mark.parametrize("kind", EXPECTED)
+def test_what_fails_on_one_fails_on_all(tmp_path, kind):
+    found = results(tmp_path, failing, 2, kind)
+    for (message, same, seconds), expected in zip(found, EXPECTED[kind], strict=True):
+        assert expected in message
+        assert same
+        assert seconds < 60
