@@ -86,6 +86,7 @@ class Findings:
         products: Name of a weight -> what was seen of each way in which it enters products, also of weights without
             evidence: the errors of products add up, even where no single system of equations holds for the weight.
         uncounted: Name of a weight -> why its products are not all that depends on it.
+        several: Names of weights that are used in several ways: in products, by other functions.
         samples: Number of samples seen.
     """
 
@@ -93,6 +94,7 @@ class Findings:
     missing: Mapping[str, str]
     products: Mapping[str, list[Evidence]]
     uncounted: Mapping[str, str]
+    several: frozenset[str]
     samples: int
 
 
@@ -134,6 +136,7 @@ def observe(
         missing={name: reason for name, reason in reasons.items() if reason is not None},
         products=named,
         uncounted={name: reason for name, reason in uncounted.items() if reason is not None},
+        several=frozenset(name for name, first in firsts.items() if observer.ways(first, seen[name]) > 1),
         samples=observer.samples,
     )
 
@@ -179,7 +182,7 @@ class _Observer:
         """Returns why a weight has no evidence, or None."""
         seen = self._interceptor.seen
         if name in seen.others:
-            return f"the model uses it in {seen.others[name]}, which is no product with an input"
+            return f"the model uses it in {seen.others[name][0]}, which is no product with an input"
         if name in self._constant:
             return _CONSTANT
         if not products:
@@ -189,11 +192,16 @@ class _Observer:
             return "its products are of different kinds"
         return "its products use parts of it that overlap" if overlap(parts) else None
 
+    def ways(self, name: str, products: list[Evidence]) -> int:
+        """Returns in how many ways a weight is used: all its products are one, every other function is another."""
+        return len(self._interceptor.seen.others.get(name, [])) + bool(products)
+
     def why_not_all(self, name: str, products: list[Evidence]) -> str | None:
         """Returns why products are not all that depends on the columns of a weight, or None."""
-        other = self._interceptor.seen.others.get(name)
-        if other is not None and other not in _LOOKUPS:
-            return f"the model uses it in {other}, which is no product with an input"
+        ways = self._interceptor.seen.others.get(name, [])
+        others = [way for way in ways if way.partition(",")[0] not in _LOOKUPS]
+        if others:
+            return f"the model uses it in {others[0]}, which is no product with an input"
         if name in self._constant:
             return _CONSTANT
         if not products:

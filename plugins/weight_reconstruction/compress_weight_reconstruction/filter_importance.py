@@ -114,9 +114,9 @@ def unseen_readers(group: ChannelGroup, findings: Findings, parameters: Mapping[
             continue
         reason = findings.uncounted.get(name)
         if member.role == Role.MAKES:
-            # A weight that only makes channels has no error of its own; one that is shared may read them as well.
+            # A weight that only makes channels has no error of its own; one with other uses may read them as well.
             names = [other for other, value in parameters.items() if value is parameters[name]]
-            if reason is not None and len(names) > 1:
+            if reason is not None and (len(names) > 1 or name in findings.several):
                 reasons[name] = f"{reason}; it may read the channels as well"
         elif member.role == Role.READS:
             read = _parts(group, {name: findings.products.get(name, [])}, Role.READS)

@@ -162,6 +162,18 @@ def test_a_weight_that_makes_and_reads_channels_along_one_dimension_counts_like_
     assert "not counted in full" not in caplog.text
 
 
+class ScaledHead(Tokens):
+    def forward(self, x):
+        return nn.functional.linear(self.tokens(x).relu(), 0.5 * self.tokens.weight) + self.head(self.tokens(x))
+
+
+def test_an_embedding_whose_multiple_is_a_head_is_named(caplog):
+    torch.manual_seed(0)
+    measured(ScaledHead(tied=False).eval(), Tokens.data(), Tokens.sample)
+    (found,) = [r.getMessage() for r in caplog.records if "not counted in full" in r.getMessage()]
+    assert "'tokens.weight'" in found and "mul" in found and "may read the channels as well" in found
+
+
 def test_a_batch_norm_without_running_statistics_scales_by_the_variance_of_its_inputs():
     torch.manual_seed(0)
     norm = nn.BatchNorm2d(5, track_running_stats=False)
