@@ -73,6 +73,9 @@ def _choices() -> int:
     for name, point in registry.points().items():
         rows = [(key, str(found.plugin)) for key, found in registry.choices(name).items()]
         print(f"{Table(name, ('choice', 'from'), rows).to_str()}\nA value is {point.description}.\n")
+    left_out = [(found.choice.name, str(found.plugin), found.reason) for found in registry.unplaced()]
+    if left_out:
+        print(Table("Left out", ("choice", "from", "reason"), left_out).to_str())
     return 0
 
 

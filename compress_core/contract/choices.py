@@ -63,6 +63,9 @@ class ChoiceSource(Protocol):
     def find_choice(self, name: str, points: Sequence[str]) -> Choice | None:
         """Returns the choice with this name at the first of `points` that has it, or None."""
 
+    def left_out(self, name: str) -> list[str]:
+        """Returns what to say about choices with this name that belong to no installed point."""
+
 
 # Only the last one is used.
 _sources: list[ChoiceSource] = []
@@ -97,7 +100,10 @@ def choice(name: str, *points: str) -> Any:
     if found is None:
         known = {key: None for point in points for key in choices_of(point)}
         hint = did_you_mean(name, known)
-        raise ValueError(f"there is no '{name}' among {' and '.join(points)}.{hint} Installed: {', '.join(known)}")
+        left_out = "".join(f". {line}" for line in (_sources[-1].left_out(name) if _sources else ()))
+        raise ValueError(
+            f"there is no '{name}' among {' and '.join(points)}.{hint} Installed: {', '.join(known)}{left_out}"
+        )
     return found.value
 
 

@@ -89,7 +89,8 @@ def compress_choices() -> Iterable[Choice]:  # type: ignore[empty-body]
     """Returns named values that this plugin adds to choice points, such as a filter importance or a level schedule.
 
     `compress-core choices` lists the points and the installed values. Names are unique within a point: a plugin that
-    contributes a name that is taken is not loaded, so it cannot silently override a value.
+    contributes a name that is taken is not loaded, so it cannot silently override a value. A choice for a point that
+    nobody declares waits for it: the plugin works without the one that the point belongs to.
 
     Example:
         ```python

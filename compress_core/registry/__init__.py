@@ -1,6 +1,6 @@
 """The registry: finds installed plugins, checks them against the contract, and collects what they contribute."""
 
-from compress_core.registry.plugins import ContributedChoice, Contribution, LoadFailure, PluginInfo
+from compress_core.registry.plugins import ContributedChoice, Contribution, LoadFailure, PluginInfo, UnplacedChoice
 from compress_core.registry.registry import Registry, default_registry, use_registry
 
 __all__ = [
@@ -9,6 +9,7 @@ __all__ = [
     "LoadFailure",
     "PluginInfo",
     "Registry",
+    "UnplacedChoice",
     "default_registry",
     "use_registry",
 ]

@@ -62,6 +62,26 @@ class ContributedChoice:
 
 
 @dataclass(frozen=True)
+class UnplacedChoice:
+    """A choice that nothing can choose.
+
+    Attributes:
+        choice: The choice.
+        plugin: The plugin that contributes it.
+        reason: Why it is left out.
+        is_suspect: Whether that is likely a mistake; otherwise the plugin that its point belongs to is not installed.
+    """
+
+    choice: Choice
+    plugin: PluginInfo
+    reason: str
+    is_suspect: bool
+
+    def __str__(self) -> str:
+        return f"{self.plugin}: the choice '{self.choice.name}' of '{self.choice.point}' is left out: {self.reason}"
+
+
+@dataclass(frozen=True)
 class LoadFailure:
     """A plugin that is installed but could not be loaded."""
 

@@ -19,7 +19,8 @@ from compress_core.contract.hookspecs import ENTRY_POINT_GROUP
 from compress_core.contract.initializer import Initializer
 from compress_core.errors import PluginError, Problem
 from compress_core.registry.checks import check_algorithm, check_initializer, check_plugin, new_manager
-from compress_core.registry.plugins import ContributedChoice, Contribution, LoadFailure, PluginInfo
+from compress_core.registry.choices import ChoiceTable
+from compress_core.registry.plugins import ContributedChoice, Contribution, LoadFailure, PluginInfo, UnplacedChoice
 from compress_core.registry.sections import SectionClasses, validated_section
 
 logger = logging.getLogger(__name__)
@@ -43,8 +44,9 @@ class Registry:
         self._seen: set[str] = set()
         self._algorithms: dict[str, list[Contribution[Algorithm]]] = {}
         self._initializers: dict[str, Contribution[Initializer]] = {}
-        self._points: dict[str, ChoicePoint] = {}
-        self._choices: dict[str, dict[str, ContributedChoice]] = {}
+        self._table = ChoiceTable()
+        self._registering = 0
+        self._reported: set[tuple[PluginInfo, str, str, bool]] = set()
         self._sections = SectionClasses()
         self.plugins: list[PluginInfo] = []
         self.failures: list[LoadFailure] = []
@@ -98,6 +100,8 @@ class Registry:
     def register(self, plugin: object, info: PluginInfo | str) -> None:
         """Registers a plugin: either everything that it contributes, or nothing.
 
+        A choice for a point that nobody declares waits for it; see `unplaced`.
+
         Args:
             plugin: A module or an instance with hook implementations.
             info: Identifies the plugin; may be just a name.
@@ -111,25 +115,38 @@ class Registry:
         if self._manager.has_plugin(f"{info.distribution}:{info.name}"):
             raise PluginError(f"{label} is registered already")
         self._manager.register(plugin, name=f"{info.distribution}:{info.name}")
+        self._registering += 1
         try:
             algorithms = self._contributed(plugin, "compress_algorithms", label, subclass_of=Algorithm)
             initializers = self._contributed(plugin, "compress_initializers", label, subclass_of=Initializer)
             points = self._contributed(plugin, "compress_choice_points", label, instance_of=ChoicePoint)
             choices = self._contributed(plugin, "compress_choices", label, instance_of=Choice)
             self._check(algorithms, initializers, label)
-            self._check_choices(points, choices, label)
+            self._table.check(points, choices, label, self._point)
         except BaseException:
             self._manager.unregister(plugin)
             raise
+        finally:
+            self._registering -= 1
         for cls in algorithms:
             self._algorithms.setdefault(cls.name, []).append(Contribution(cls, info))
         for cls in initializers:
             self._initializers[cls.name] = Contribution(cls, info)
-        self._points |= {point.name: point for point in points}
-        for choice in choices:
-            self._choices.setdefault(choice.point, {})[choice.name] = ContributedChoice(choice, info)
+        self._table.add(points, choices, info)
         self.plugins.append(info)
         self._sections.forget()
+        if not self._registering:  # plugins that are loaded on the way may declare each other's points
+            self._report_unplaced()
+
+    def _report_unplaced(self) -> None:
+        for found in self._unplaced():
+            key = (found.plugin, found.choice.point, found.choice.name, found.is_suspect)
+            if key not in self._reported:
+                logger.log(logging.WARNING if found.is_suspect else logging.DEBUG, "%s", found)
+                self._reported.add(key)
+
+    def _unplaced(self) -> list[UnplacedChoice]:
+        return self._table.unplaced({*self._algorithms, *self._initializers, *(info.name for info in self.plugins)})
 
     def _contributed(
         self, plugin: object, hook: str, label: str, *, subclass_of: type | None = None, instance_of: type = type
@@ -168,30 +185,6 @@ class Registry:
             if algorithm.name in taken:
                 raise PluginError(f"{label}: the name '{algorithm.name}' is that of an initializer; choose another")
 
-    def _check_choices(self, points: list[ChoicePoint], choices: list[Choice], label: str) -> None:
-        own = {point.name: point for point in points}
-        for name in own:
-            if name in self._points:
-                raise PluginError(f"{label}: the choice point '{name}' is declared already; choose another name")
-        seen: set[tuple[str, str]] = set()
-        for choice in choices:
-            point = own.get(choice.point) or self._point(choice.point)
-            if point is None:
-                known = [*self._points, *own]
-                raise PluginError(
-                    f"{label}: contributes '{choice.name}' to '{choice.point}', which is not a choice point."
-                    f"{did_you_mean(choice.point, known)} There are: {', '.join(known)}"
-                )
-            owner = self._choices.get(choice.point, {}).get(choice.name)
-            if owner is not None or (choice.point, choice.name) in seen:
-                who = "this plugin" if owner is None else owner.plugin
-                raise PluginError(
-                    f"{label}: '{choice.name}' of '{choice.point}' is contributed by {who} already; choose another name"
-                )
-            seen.add((choice.point, choice.name))
-            if (wrong := point.check(choice.value)) is not None:
-                raise PluginError(f"{label}: '{choice.name}' of '{choice.point}' {wrong}; it is {point.description}")
-
     # Looking up contributions.
 
     def algorithms(self) -> dict[str, list[Contribution[Algorithm]]]:
@@ -207,12 +200,17 @@ class Registry:
     def points(self) -> dict[str, ChoicePoint]:
         """Returns the choice points by name."""
         self.load_all()
-        return dict(sorted(self._points.items()))
+        return dict(sorted(self._table.points.items()))
 
     def choices(self, point: str) -> dict[str, ContributedChoice]:
         """Returns the choices of a point by name."""
         self.load_all()
-        return dict(sorted(self._choices.get(point, {}).items()))
+        return dict(sorted(self._table.choices.get(point, {}).items()))
+
+    def unplaced(self) -> list[UnplacedChoice]:
+        """Returns the choices that nothing can choose, mostly because their point's plugin is not installed."""
+        self.load_all()
+        return self._unplaced()
 
     def algorithm(self, name: str) -> Contribution[Algorithm]:
         """Returns the contribution of an installed algorithm.
@@ -238,7 +236,7 @@ class Registry:
         """Returns the choice with this name at the first of `points` that has it, or None."""
 
         def found() -> ContributedChoice | None:
-            at_points = (self._choices.get(point, {}).get(name) for point in points)
+            at_points = (self._table.choices.get(point, {}).get(name) for point in points)
             return next((choice for choice in at_points if choice is not None), None)
 
         self._load_named(name)
@@ -250,11 +248,11 @@ class Registry:
         return found()
 
     def _point(self, name: str) -> ChoicePoint | None:
-        if name not in self._points:
+        if name not in self._table.points:
             self._load_named(name.partition(".")[0])
-        if name not in self._points:
+        if name not in self._table.points:
             self.load_all()
-        return self._points.get(name)
+        return self._table.points.get(name)
 
     def _found_algorithms(self, name: str) -> list[Contribution[Algorithm]]:
         self._load_named(name)
@@ -336,6 +334,9 @@ class _InstalledChoices:
     def find_choice(self, name: str, points: Sequence[str]) -> Choice | None:
         found = default_registry().choice(name, *points)
         return None if found is None else found.choice
+
+    def left_out(self, name: str) -> list[str]:
+        return [str(found) for found in default_registry().unplaced() if found.choice.name == name]
 
 
 def _rule(operator: str) -> Rule | None:

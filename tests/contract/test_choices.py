@@ -1,5 +1,9 @@
 """Open points take choices of any plugin."""
 
+import importlib.metadata
+import re
+import sys
+import types
 from typing import Annotated
 
 import pytest
@@ -20,8 +24,10 @@ from compress_core import (
     create_compressed_model,
     hookimpl,
 )
-from compress_core.registry import use_registry
+from compress_core.__main__ import main
+from compress_core.registry import Registry, use_registry
 from compress_core.transforms import raw_parameter
+from tests.conftest import declared_entry_points
 from tests.contract.algorithms import Base, fresh, images, net, pruned
 from tests.plugin_helpers import plugin
 
@@ -69,20 +75,87 @@ def test_choice_of_another_plugin_is_used_listed_and_cannot_be_overridden():
         registry.register(plugin(compress_choices=lambda self: [Choice("scored.score", "most", torch.min)]), "third")
 
 
-@pytest.mark.parametrize(
-    ("bad", "message"),
-    [
-        (
-            Choice("scored.scor", "x", torch.sum),
-            r"'scored.scor', which is not a choice point. Did you mean 'scored.score'",
-        ),
-        (Choice("scored.score", "x", 3), r"'x' of 'scored.score' must be callable, got int; it is a function"),
-    ],
-)
-def test_choice_that_fits_nowhere_is_refused(bad, message):
+def test_choice_that_does_not_fit_its_point_is_refused():
     registry = fresh(**score_hooks())
-    with pytest.raises(PluginError, match=message):
-        registry.register(plugin(compress_choices=lambda self: [bad]), "bad")
+    bad = plugin(compress_choices=lambda self: [Choice("scored.score", "x", 3)])
+    with pytest.raises(PluginError, match=r"'x' of 'scored.score' must be callable, got int; it is a function"):
+        registry.register(bad, "bad")
+
+
+@pytest.mark.parametrize("point", ["scored.scor", "scoerd.score", "scored.other", "undotted"])
+def test_choice_for_a_point_that_is_likely_misspelt_is_left_out_with_a_warning_and_can_be_found(point, caplog, capsys):
+    registry = fresh(**score_hooks())
+    registry.register(plugin(compress_choices=lambda self: [Choice(point, "most", torch.max)]), "other")
+    found = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    why = "Did you mean 'scored.score'" if point in ("scored.scor", "scoerd.score") else "There are: .*scored.score"
+    expected = rf"^other: the choice 'most' of '{point}' is left out: '{point}' is no choice point of what .*{why}"
+    assert len(found) == 1 and re.search(expected, found[0])
+    with use_registry(registry):
+        assert main(["choices"]) == 0
+        assert re.search(rf"(?s)Left out.*most.*other.*'{point}' is no choice point", capsys.readouterr().out)
+        with pytest.raises(
+            ConfigError, match=rf"there is no 'most' among scored.score.*'most' of '{point}' is left out"
+        ):
+            create_compressed_model(net(), {"compression": {"algorithm": "scored", "params": {"score": "most"}}})
+
+
+class Mine(Base):
+    name = "mine"
+
+
+def test_choice_for_a_plugin_that_is_not_installed_waits_for_it_without_a_word(caplog):
+    registry = fresh()
+    registry.register(
+        plugin(
+            compress_algorithms=lambda self: [Mine],
+            compress_choices=lambda self: [Choice("scored.score", "most", torch.max), Choice("scored.score", "no", 3)],
+        ),
+        "other",
+    )
+    assert registry.algorithm("mine").cls is Mine
+    assert [(left.choice.name, left.is_suspect) for left in registry.unplaced()] == [("most", False), ("no", False)]
+    assert not [r for r in caplog.records if r.levelname == "WARNING"]
+    registry.register(plugin(**score_hooks()), "owner")
+    assert list(registry.choices("scored.score")) == ["most", "sum"]
+    # What does not fit its point is said as soon as there is one.
+    (left,) = registry.unplaced()
+    assert "'no' of 'scored.score' must be callable, got int" in left.reason and left.is_suspect
+    assert [r.getMessage() for r in caplog.records if r.levelname == "WARNING"] == [str(left)]
+
+
+def module_of(name, other):
+    module = types.ModuleType(f"plugin_{name}")
+
+    @hookimpl
+    def compress_choice_points():
+        return [ChoicePoint(f"{name}.kind", "a function", callable_choice)]
+
+    @hookimpl
+    def compress_choices():
+        return [Choice(f"{other}.kind", "x", max)]
+
+    module.compress_choice_points, module.compress_choices = compress_choice_points, compress_choices
+    return module
+
+
+def test_two_plugins_can_add_to_each_others_points(monkeypatch):
+    for name, other in (("one", "two"), ("two", "one")):
+        monkeypatch.setitem(sys.modules, f"plugin_{name}", module_of(name, other))
+    registry = Registry()
+    group = "compress_core.plugins"
+    registry.load_entry_points([importlib.metadata.EntryPoint(n, f"plugin_{n}", group) for n in ("one", "two")])
+    assert not registry.failures and not registry.unplaced()
+    assert list(registry.choices("one.kind")) == list(registry.choices("two.kind")) == ["x"]
+
+
+@pytest.mark.parametrize("missing", ["filter_pruning", "magnitude_sparsity"])
+def test_a_built_in_plugin_with_choices_for_another_loads_without_it(missing, caplog):
+    registry = Registry()
+    registry.load_entry_points([point for point in declared_entry_points() if point.name != missing])
+    assert not registry.failures and "weight_reconstruction" in registry.initializers()
+    left = registry.unplaced()
+    assert left and all(found.choice.point.startswith(f"{missing}.") and not found.is_suspect for found in left)
+    assert not [r for r in caplog.records if r.levelname == "WARNING"]
 
 
 def test_every_built_in_open_point_takes_a_third_partys_choice():

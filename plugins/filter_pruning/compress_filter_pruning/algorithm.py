@@ -106,7 +106,10 @@ class FilterPruning(LevelAlgorithm):
         trace = context.trace(model, path)
         device = next((parameter.device for parameter in model.parameters()), None)
         example = context.example(path, device)
-        found = make_plan(model, trace, self.config.params, [target.name for target in targets], excluded, example)
+        # A tied weight may have several names; traces give the first.
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        wanted = [names.get(id(target.parameter), target.name) for target in targets]
+        found = make_plan(model, trace, self.config.params, wanted, excluded, example)
         if not found.groups:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in list(found.skipped.items())[:3])
             raise ConfigError(f"finds no channels that can be pruned ({reasons}); remove this section")

@@ -135,7 +135,9 @@ class MagnitudeSparsity(LevelAlgorithm):
         self._targets, self._skipped = plan.targets, plan.skipped
         importance = self._importance
         found = None
-        if needs_data(importance) and not self.context.resuming:
+        if needs_data(importance) and self.context.resuming:
+            self._record_settings_of_measuring()
+        elif needs_data(importance):
             found = self._measured(model, importance)
         for name in self._targets:
             add_mask(model, name, self.name)
@@ -318,6 +320,15 @@ class MagnitudeSparsity(LevelAlgorithm):
             config=self.config,
         )
         return measured(importance, request)
+
+    def _record_settings_of_measuring(self) -> None:
+        """Notes what the importance has read at the creation: resuming does not measure again."""
+        path, config = self.context.section(self)
+        for leaf, value, was_read in config.given_leaves():
+            if leaf.startswith("initializer.") and not was_read:
+                self.context.ledger.record(
+                    f"{path}.{leaf}", value, "resumed: what stays is that of the compression state"
+                )
 
     def _attainable(self, level: float) -> int:
         """Returns the number of zeros at a level; at least one weight of each layer stays."""

@@ -10,15 +10,16 @@ import torch
 from torch import Tensor
 
 from compress_core import Choice, ModelError
-from compress_core.channels import ChannelGroup, Role
+from compress_core.channels import ChannelGroup, Member, Role
 from compress_weight_reconstruction.config import settings_for_choosing
-from compress_weight_reconstruction.evidence import DIFFERENT_KINDS, Evidence, Findings, observe
+from compress_weight_reconstruction.evidence import Evidence, Findings, observe
 from compress_weight_reconstruction.solvers import channel_errors
 
 logger = logging.getLogger(__name__)
 
 # The choice point of filter pruning; by name, so that neither plugin imports the other.
 _POINT = "filter_pruning.importance"
+_ROLES = (Role.READS, Role.MAKES)
 # Errors, and the channels that they belong to, of a weight that says nothing.
 _NOTHING = (torch.empty(0, dtype=torch.float64), torch.empty(0, dtype=torch.int64))
 
@@ -39,7 +40,7 @@ class ReconstructionImportance:
         config = settings_for_choosing(request.section)
         parameters = dict(request.model.named_parameters(remove_duplicate=False))
         members = [member for group in groups for member in group.members]
-        names = dict.fromkeys(m.parameter for m in members if m.role in (Role.READS, Role.MAKES))
+        names = dict.fromkeys(m.parameter for m in members if m.role in _ROLES)
         findings = observe(
             request.model,
             [name for name in names if name in parameters and parameters[name].ndim > 1],
@@ -47,7 +48,7 @@ class ReconstructionImportance:
             num_samples=config.num_samples,
             positions=config.positions,
         )
-        found = [group_errors(group, findings, damping=config.damping) for group in groups]
+        found = [group_errors(group, findings, request.data.path, damping=config.damping) for group in groups]
         left_out: dict[str, str] = {}
         for group in groups:
             left_out |= unseen_readers(group, findings, parameters)
@@ -63,7 +64,7 @@ class ReconstructionImportance:
         return found
 
 
-def group_errors(group: ChannelGroup, findings: Findings, *, damping: float) -> Tensor:
+def group_errors(group: ChannelGroup, findings: Findings, path: str, *, damping: float) -> Tensor:
     """Returns the error that removing each channel of a group causes, summed over the weights that read it.
 
     If no product reads the channels, it is the power of the outputs that are lost.
@@ -71,6 +72,7 @@ def group_errors(group: ChannelGroup, findings: Findings, *, damping: float) -> 
     Args:
         group: The group.
         findings: What was seen of its weights.
+        path: Begins the messages of errors.
         damping: As in `channel_errors`.
 
     Returns:
@@ -81,18 +83,19 @@ def group_errors(group: ChannelGroup, findings: Findings, *, damping: float) -> 
     """
     for role, error in ((Role.READS, _errors_of_readers), (Role.MAKES, _power_of_rows)):
         total, is_seen = torch.zeros(group.size, dtype=torch.float64), False
-        for part, channels in _parts(group, findings.evidence, role):
+        for part, channels in _parts(group, findings.products, role):
             values, owners = error(part, channels, damping)
             wanted = owners >= 0
             is_seen |= bool(wanted.any())
-            total.index_add_(0, owners[wanted], values[wanted])
+            # A weight that is read twice in a forward makes two errors, as two weights with the same values do.
+            total.index_add_(0, owners[wanted], values[wanted] * part.uses)
         if is_seen:
             return total.clamp_(min=0)
-    names = sorted({member.parameter for member in group.members} & set(findings.missing))
-    reasons = "; ".join(f"'{name}': {findings.missing[name]}" for name in names[:3])
+    names = sorted({member.parameter for member in group.members} & set(findings.uncounted))
+    reasons = "; ".join(f"'{name}': {findings.uncounted[name]}" for name in names[:3])
     raise ModelError(
-        f"filter_importance 'reconstruction' knows nothing about the channels of '{group.members[0].parameter}' "
-        f"({reasons}). Give data that reaches these layers, or list them in ignored_scopes"
+        f"{path}: 'reconstruction' knows nothing about the channels of '{group.members[0].parameter}' "
+        f"({reasons}). Give data that reaches these layers and varies there, or list them in ignored_scopes"
     )
 
 
@@ -109,19 +112,17 @@ def unseen_readers(group: ChannelGroup, findings: Findings, parameters: Mapping[
         name = member.parameter
         if name not in parameters or parameters[name].ndim < 2:
             continue
-        missing = findings.missing.get(name, "")
+        reason = findings.uncounted.get(name)
         if member.role == Role.MAKES:
-            # A weight that only makes channels has no error of its own; one that is shared may read them as well.
+            # A weight that only makes channels has no error of its own; one with other uses may read them as well.
             names = [other for other, value in parameters.items() if value is parameters[name]]
-            if missing and (len(names) > 1 or missing == DIFFERENT_KINDS):
-                reasons[name] = f"{missing}; it may read the channels as well"
+            if reason is not None and (len(names) > 1 or name in findings.several):
+                reasons[name] = f"{reason}; it may read the channels as well"
         elif member.role == Role.READS:
-            seen = findings.evidence.get(name, [])
-            if missing:
-                reasons[name] = missing
-            elif sum(part.shape.numel() for part in seen) < parameters[name].numel():
-                reasons[name] = "parts of it were in no product on the data"
-            elif any(not _is_alike(channels) for _, channels in _parts(group, {name: seen}, Role.READS)):
+            read = _parts(group, {name: findings.products.get(name, [])}, Role.READS)
+            if reason is not None:
+                reasons[name] = reason
+            elif any(not _is_alike(channels) for _, channels in read):
                 reasons[name] = "its rows read different channels"
     return reasons
 
@@ -132,16 +133,33 @@ def _is_alike(channels: Tensor) -> bool:
 
 
 def _parts(
-    group: ChannelGroup, evidence: Mapping[str, list[Evidence]], role: Role
+    group: ChannelGroup, products: Mapping[str, list[Evidence]], role: Role
 ) -> Iterator[tuple[Evidence, Tensor]]:
-    """Yields what was seen of the weights with a role, with the channel of each element as (groups, rows, columns)."""
-    for member in group.members:
-        for part in evidence.get(member.parameter, []) if member.role == role else []:
+    """Yields the products in which weights have a role, with the channel of each element as (groups, rows, columns)."""
+    # Products tell the role, so a weight that is listed with both roles is looked at once.
+    members = {(m.parameter, m.dim, m.channels.tobytes()): m for m in group.members if m.role in _ROLES}
+    for member in members.values():
+        for part in products.get(member.parameter, []):
+            if _role(member, part) != role:
+                continue
             channels = torch.from_numpy(member.channels)
             if part.rows is not None and member.dim == 0:
                 channels = channels[slice(*part.rows)]
             shape = [-1 if dim == member.dim else 1 for dim in range(len(part.shape))]
             yield part, part.as_matrices(channels.view(shape).expand(part.shape))
+
+
+def _role(member: Member, part: Evidence) -> Role:
+    """Returns what a product does with the channels of a member.
+
+    A weight that is used as it is and transposed, or as a table and as a head, makes and reads channels along the same
+    dimension. What a product does is told by which side of the matrix that is.
+    """
+    use = part.use
+    if use.groups > 1 or member.dim > 1:
+        return member.role
+    reads_first = use.kind == "transposed" or use.columns_first
+    return Role.READS if (member.dim == 0) == reads_first else Role.MAKES
 
 
 def _errors_of_readers(part: Evidence, channels: Tensor, damping: float) -> tuple[Tensor, Tensor]:

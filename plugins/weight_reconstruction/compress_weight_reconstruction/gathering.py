@@ -30,6 +30,8 @@ class Gathering:
         shape: (groups, rows, columns).
         moments: What was gathered; None before the first call. Made when it is needed, because Gram matrices of all
             layers together would be large.
+        calls: Number of calls.
+        samples: Number of samples in all calls; of a linear layer, size of the first dimension of its outputs.
     """
 
     def __init__(self, name: str, parameter: torch.Tensor, use: Use, *, centred: bool = True) -> None:
@@ -37,6 +39,7 @@ class Gathering:
         self._dims = parameter.ndim - 2 if use.kind != "linear" else 1
         self.shape = use.as_matrices(parameter.detach()).shape
         self.moments: Moments | None = None
+        self.calls = self.samples = 0
 
     def add(
         self, inputs: Product, reference: WeightCall, positions: Positions, missing: torch.Tensor | None = None
@@ -68,3 +71,5 @@ class Gathering:
             self.moments.update(input_rows(inputs, chosen, sizes), targets)
         except DataError as error:
             raise DataError(f"the layer of '{self._name}', on the calibration data: {error}") from error
+        self.calls += 1
+        self.samples += samples

@@ -130,10 +130,10 @@ def _evidence(request: Request) -> dict[str, list[Evidence]]:
         if sum(part.shape.numel() for part in parts) < raw_parameter(request.model, name).numel():
             missing[name] = "parts of it were in no product on the data"
             del evidence[name]
+    # Weights of which nothing is known are not compared with the others; if there are no others, with one another.
+    alone = ", and gets the level itself" if evidence else ""
     for name, reason in missing.items():
-        logger.warning(
-            "%s: '%s' is ranked by its magnitudes alone, and gets the level itself: %s", request.data.path, name, reason
-        )
+        logger.warning("%s: '%s' is ranked by its magnitudes alone%s: %s", request.data.path, name, alone, reason)
     return evidence
 
 

@@ -73,12 +73,12 @@ class Seen:
 
     Attributes:
         calls: Name of a weight -> its products, in order.
-        others: Name of a weight -> the first function that uses it in another way.
+        others: Name of a weight -> the functions that use it in another way, in order.
         readers: Name of a weight -> number of calls that have read the output of one of its products.
     """
 
     calls: dict[str, list[Use]] = field(default_factory=dict)
-    others: dict[str, str] = field(default_factory=dict)
+    others: dict[str, list[str]] = field(default_factory=dict)
     readers: dict[str, int] = field(default_factory=dict)
 
     def parts(self, name: str) -> list[str]:
@@ -198,7 +198,8 @@ class Interceptor(TorchFunctionMode):
         self.held.note(tensor for tensor in made if self._weights.found(tensor) is None)
         for tensor, name, whole in used:
             if made and not any(_shares_memory(item, whole) for item in made):
-                self.seen.others.setdefault(name, str(resolve_name(func)) + _part(tensor, whole))
+                function, others = str(resolve_name(func)) + _part(tensor, whole), self.seen.others.setdefault(name, [])
+                others += [] if function in others else [function]
         return result
 
     def maker(self, tensor: torch.Tensor) -> str:

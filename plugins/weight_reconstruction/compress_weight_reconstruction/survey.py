@@ -121,7 +121,7 @@ class Survey:
         """Returns why a weight cannot be reconstructed, or None."""
         for seen, which in ((self.compressed, "compressed"), (self.reference, "uncompressed")):
             if name in seen.others:
-                return f"the {which} model uses it in {seen.others[name]}, which is no product with an input"
+                return f"the {which} model uses it in {seen.others[name][0]}, which is no product with an input"
             if not seen.parts(name):
                 return f"no product with it was seen in the {which} model"
         parts = self.compressed.parts(name)

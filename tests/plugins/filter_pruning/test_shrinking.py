@@ -284,3 +284,25 @@ def test_latency_is_measured_and_reported():
     assert latency.shrunk > 0
     assert controller.statistics().filter_pruning.latency == latency
     assert "ms for a forward" in controller.statistics().to_str()
+
+
+class NamedTwice(nn.Module):
+    """A layer whose weight the model holds under a name of its own as well."""
+
+    def __init__(self):
+        super().__init__()
+        self.encode, self.out = nn.Linear(4, 6), nn.Linear(6, 3)
+        self.table = self.encode.weight
+
+    def forward(self, x):
+        return self.out(self.encode(x).relu())
+
+
+def test_a_weight_that_the_model_names_a_second_time_is_pruned_and_stays_one():
+    torch.manual_seed(0)
+    section = {"algorithm": "filter_pruning", "pruning_init": 0.5, "params": {"multiple_of": 1}}
+    config = {"input_info": {"sample_size": [1, 4]}, "compression": section}
+    controller, model = create_compressed_model(NamedTwice().eval(), config)
+    small, x = controller.strip(), torch.randn(5, 4)
+    assert small.encode.weight.shape == (3, 4) and small.table is small.encode.weight
+    torch.testing.assert_close(small(x), model(x))

@@ -212,6 +212,25 @@ def third_party(**choices):
     return use_registry(fresh(compress_choices=lambda self: values))
 
 
+@pytest.mark.parametrize("kind", DATA_KINDS)
+def test_inputs_that_do_not_vary_leave_the_choice_to_magnitude_and_say_so(kind, caplog):
+    model, other = net(12, 9, 7), net(12, 9, 7)
+    controller = create(model, kind=kind, level=0.5, data=[torch.ones(1, 12)])
+    expected = masks(other, create(other, kind="normed_abs", level=0.5))
+    for name, mask in masks(model, controller).items():
+        assert torch.equal(mask, expected[name])
+        assert f"'{name}' is ranked by its magnitudes alone: its inputs were the same" in caplog.text
+
+
+@pytest.mark.parametrize("kind", DATA_KINDS)
+def test_a_weight_that_is_not_finite_is_named_and_the_model_stays(kind):
+    model = net(12, 9, 7)
+    model[1].weight.data[2, 3] = float("inf")
+    with pytest.raises(ModelError, match=r"params\.weight_importance: the weight '1\.weight' holds NaN or infinity"):
+        create(model, kind=kind)
+    assert list(model.state_dict()) == ["0.weight", "0.bias", "1.weight", "1.bias"]
+
+
 def test_functions_and_objects_of_other_plugins_choose():
     with third_party(square=torch.square, rising=Measured(rising)):
         model, plain = net(12, 9), net(12, 9)

@@ -140,3 +140,13 @@ def test_convolutions_with_groups_and_tied_weights(kind):
     controller = create(model, data=[images() for _ in range(4)], kind=kind, level=0.5)
     found = masks(model, controller)
     assert zeros(found) == round(0.5 * size(found))
+
+
+@pytest.mark.parametrize("kind", DATA_KINDS)
+def test_settings_that_only_choosing_reads_are_accepted_again_when_resuming(kind):
+    initializer = {"weight_reconstruction": {"num_samples": 0, "positions": 8, "damping": 0.2}}
+    controller = create(net(12, 9, 7), kind=kind, initializer=initializer)
+    config = document(kind=kind, initializer=initializer)
+    again, _ = create_compressed_model(net(12, 9, 7), config, compression_state=controller.get_compression_state())
+    effects = {entry.path.rpartition(".")[2]: entry.effect for entry in again.ledger}
+    assert effects["positions"].startswith("resumed")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from compress_core import mask_weight
+from compress_core import ModelError, mask_weight
 from compress_core.data.calibration import CalibrationData, InitArgs
 from compress_weight_reconstruction.evidence import observe
 from tests.plugins.weight_reconstruction.helpers import ConvNet, batches, seeded
@@ -82,3 +82,36 @@ def test_a_convolution_is_seen_at_so_many_positions(positions):
     model, data = seeded(lambda: nn.Sequential(nn.Conv2d(3, 4, 1))), batches(3, 8, 8)
     (evidence,) = seen(model, ["0.weight"], data, positions).evidence["0.weight"]
     assert evidence.normal.count == positions * 64
+
+
+def test_inputs_that_do_not_vary_say_nothing_about_what_a_bias_makes_up_for():
+    model = seeded(lambda: nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 3, bias=False)))
+    found = seen(model, ["0.weight", "1.weight"], [torch.full((64, 6), 0.1)])
+    assert "were the same at all positions" in found.missing["0.weight"]
+    # Without a bias that takes up the mean, the mean itself counts.
+    assert list(found.evidence) == ["1.weight"]
+
+
+def test_a_weight_that_is_not_finite_is_named():
+    model = seeded(ConvNet)
+    model.fc.weight.data[0, 0] = float("nan")
+    with pytest.raises(ModelError, match=r"^here: the weight 'fc\.weight' holds NaN or infinity; repair it"):
+        seen(model, ["stem.weight", "fc.weight"], batches(3, 8, 8))
+
+
+def test_products_of_different_kinds_are_seen_though_no_system_holds_for_all():
+    model, data = seeded(lambda: Turned(6)), batches(6)
+    found = seen(model, ["weight"], data)
+    assert found.missing == {"weight": "its products are of different kinds"} and not found.uncounted
+    straight, turned = found.products["weight"]
+    assert (straight.use.columns_first, turned.use.columns_first) == (False, True)
+    assert straight.normal.count == turned.normal.count == 64 and straight.uses == turned.uses == 1
+
+
+class Turned(nn.Module):
+    def __init__(self, size):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(size, size))
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight).relu() @ self.weight

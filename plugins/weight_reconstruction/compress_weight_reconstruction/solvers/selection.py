@@ -110,8 +110,10 @@ def _refitted(layer: RankedLayer, fitted: Tensor, support: Tensor, damping: floa
         for rows in row_blocks(fitted, Freedom(support=support), workspace // 4):
             kept, cross = support[:, rows], layer.normal.cross[:, rows]
             start = fitted[:, rows].to(torch.float64) * kept
-            # The damping pulls towards the weight before compression, wherever the last step has led.
-            pull = ((layer.weight[:, rows].detach() * kept).sub_(start)).mul_(system.ridge[:, None])
+            # The damping pulls towards the weight before compression, wherever the last step has led. In float64: it is
+            # in the units of squared inputs, which float32 may not hold.
+            old = layer.weight[:, rows].detach().to(start.dtype, copy=True)
+            pull = old.mul_(kept).sub_(start).mul_(system.ridge[:, None])
             residual = system.residual(start, cross).add_(pull)
             scaled, size = system.in_units(residual)
             update = least_squares(system, scaled, kept, workspace // 2, sweeps=_SWEEPS)

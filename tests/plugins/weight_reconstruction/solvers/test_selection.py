@@ -242,3 +242,13 @@ def test_the_damping_of_each_step_pulls_towards_the_weight_before_compression():
     found = selection._refitted(RankedLayer(weight, normal), elsewhere, support, 0.5, 1 << 30)
     expected = solve(weight, normal, Freedom(support=support), damping=0.5).weight
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("exponent", [-100, -60, 60, 99])
+def test_the_unit_of_float32_inputs_does_not_change_what_is_kept(exponent):
+    inputs, weight, _ = layer(2, rows=8, columns=20, positions=200)
+    inputs, weight = inputs.float(), weight.float()
+    expected = select_in_steps([RankedLayer(weight, normal_of(inputs, inputs @ weight.mT))], 0.3, 8, damping=0.1)[0]
+    inputs = inputs * 2.0**exponent
+    found = select_in_steps([RankedLayer(weight, normal_of(inputs, inputs @ weight.mT))], 0.3, 8, damping=0.1)[0]
+    assert torch.equal(found, expected)
