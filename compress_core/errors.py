@@ -82,3 +82,7 @@ class TransformError(CompressionError, RuntimeError):
 
 class ExportError(CompressionError, RuntimeError):
     """A model cannot be exported, or the exported file computes something else; no file is left."""
+
+
+class FileError(CompressionError, OSError):
+    """A file cannot be read or written; the message names it and the cause. A file that was there is unchanged."""
