@@ -239,17 +239,20 @@ class PartsSnapshot:
             self._visit_all(saved.values, depth)
         elif isinstance(value, (tuple, frozenset)):
             self._visit_all(value, depth)
-        elif self._has_state(value) and depth < _DEEPEST:
-            slots, attributes = SavedSlots(value), SavedContainer(vars(value))
-            self._saved += [attributes, slots]
-            self._visit_all([*attributes.values, *slots.values], depth + 1)
+        elif _may_change(value) and depth < _DEEPEST:
+            saved_attributes: list[SavedContainer | SavedSlots] = [SavedSlots(value)]
+            if hasattr(value, "__dict__"):
+                saved_attributes.append(SavedContainer(vars(value)))
+            self._saved += saved_attributes
+            for attributes in saved_attributes:
+                self._visit_all(attributes.values, depth + 1)
 
     def _visit_all(self, values: Iterable[Any], depth: int) -> None:
         for value in values:
             self._visit(value, depth)
 
-    @staticmethod
-    def _has_state(value: Any) -> bool:
-        """Returns whether loading may change an object's attributes: it has a state, or is the function of a rate."""
-        is_code = isinstance(value, (type, FunctionType, MethodType, ModuleType))
-        return not is_code and hasattr(value, "__dict__") and (hasattr(value, "load_state_dict") or callable(value))
+
+def _may_change(value: Any) -> bool:
+    """Returns whether loading may change an object's attributes: it has a state, or is the function of a rate."""
+    is_code = isinstance(value, (type, FunctionType, MethodType, ModuleType))
+    return not is_code and (hasattr(value, "load_state_dict") or callable(value))

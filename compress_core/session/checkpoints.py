@@ -215,7 +215,7 @@ class Checkpoint:
                 "use the config that it was saved with"
             )
         for name, key in ((name, key) for name in mine for key in keys):
-            place = _difference(saved[name].get(key) if isinstance(saved[name], dict) else None, mine[name][key])
+            place = _difference(*(_compared(entry[name], key) for entry in (saved, mine)))
             if place is not None:
                 raise StateError(
                     f"the checkpoint '{self.path}' was saved with another {key} of '{name}' than the controller has "
@@ -229,6 +229,12 @@ class Checkpoint:
             f"read_checkpoint({self.path!r}); create_compressed_model(model, config, "
             "compression_state=checkpoint.compression_state); checkpoint.restore(controller, ...)"
         )
+
+
+def _compared(entry: Any, key: str) -> Any:
+    """Returns what has to be the same in two entries of one algorithm; why a layer was skipped may be said anew."""
+    found = entry.get(key) if isinstance(entry, dict) else None
+    return {k: v for k, v in found.items() if k != "skipped"} if key == "plan" and isinstance(found, dict) else found
 
 
 def _difference(saved: Any, here: Any, place: str = "") -> str | None:

@@ -190,6 +190,25 @@ def test_remains_are_removed_unless_somebody_writes_them(tmp_path):
     assert names(tmp_path) == sorted([*others, "a"])
 
 
+def test_a_file_that_is_taken_for_remains_before_it_is_locked_is_begun_anew(tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+    lock, taken = fcntl.flock, []
+
+    def late(descriptor, operation):
+        if len(taken) < 3:
+            (part,) = tmp_path.iterdir()
+            part.unlink()
+            taken.append(part.name)
+            if len(taken) == 2:
+                raise BlockingIOError  # the other process still has it
+        lock(descriptor, operation)
+
+    monkeypatch.setattr("compress_core.files.fcntl.flock", late)
+    write(tmp_path / "a")
+    assert len(set(taken)) == 3
+    assert names(tmp_path) == ["a"]
+
+
 def test_works_where_there_are_no_locks(tmp_path, monkeypatch):
     (tmp_path / ".a.0123456789ab.part").write_bytes(b"perhaps somebody's")
     for replacement in (None, type("NoLocks", (), {"flock": failing(errno.ENOLCK), "LOCK_EX": 1, "LOCK_NB": 2})):

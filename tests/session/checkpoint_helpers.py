@@ -1,14 +1,19 @@
 """A small training with everything that a checkpoint holds: dropout, shuffled data, schedules, an average."""
 
+import copy
+import functools
 import random
+import tempfile
+from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, TensorDataset
 
-from compress_core import create_compressed_model
+from compress_core import StateError, create_compressed_model, load_checkpoint, read_checkpoint, save_checkpoint
 
 EPOCHS = 4
 _MADE = torch.Generator().manual_seed(7)
@@ -134,3 +139,57 @@ def assert_same(left, right, place=""):
             assert_same(a, b, f"{place}.{number}")
     else:
         assert left == right, place
+
+
+def resumed(path, algorithms, make_optimizer=sgd):
+    """A training as a new process would resume it: other weights, other random numbers."""
+    seed(99)
+    checkpoint = read_checkpoint(path)
+    training = Training(algorithms, make_optimizer, checkpoint.compression_state)
+    checkpoint.restore(training.controller, **training.parts)
+    return training
+
+
+@functools.cache
+def one_epoch():
+    """The bytes of a checkpoint after one epoch of all algorithms."""
+    seed(1)
+    training = Training(SETS["all"])
+    training.run(1)
+    with tempfile.TemporaryDirectory() as folder:
+        save_checkpoint(Path(folder) / "saved.pt", training.controller, **training.parts, epoch=1)
+        return (Path(folder) / "saved.pt").read_bytes()
+
+
+def ready(path, make_optimizer=sgd, steps=1):
+    """A training that was resumed from the state, and then trained by steps of its optimizer without the controller."""
+    seed(5)
+    training = Training(SETS["all"], make_optimizer, read_checkpoint(path).compression_state)
+    for _ in range(steps):
+        training.scaler.scale(training.model.train()(EXAMPLE[0][0]).square().mean()).backward()
+        training.scaler.step(training.optimizer)
+        training.scaler.update()
+        training.scheduler.step()
+        training.ema.update_parameters(training.model)
+    return training
+
+
+def refused(path, training, match, error=StateError, **changes):
+    """Asserts that a checkpoint is refused, and that nothing has changed; returns the message."""
+    before, gradients = copy.deepcopy(training.everything()), [p.grad for p in training.model.parameters()]
+    containers = [training.optimizer.param_groups[0], training.optimizer.state]
+    parts = {**training.parts, **changes}
+    with pytest.raises(error, match=match) as caught:
+        load_checkpoint(path, training.controller, **parts)
+    assert_same(training.everything(), before)
+    assert all(p.grad is g for p, g in zip(training.model.parameters(), gradients, strict=True))
+    assert training.optimizer.param_groups[0] is containers[0] and training.optimizer.state is containers[1]
+    return str(caught.value)
+
+
+def rewritten(path, folder, change):
+    """A checkpoint with another content."""
+    content = torch.load(path, weights_only=True)
+    change(content)
+    torch.save(content, folder / "rewritten.pt")
+    return folder / "rewritten.pt"

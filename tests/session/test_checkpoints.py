@@ -1,12 +1,6 @@
-"""Checkpoints: a resumed training goes on with the same bits; a broken or foreign file changes nothing."""
+"""Checkpoints: a resumed training goes on with the same bits; what needs pickle is refused when it is saved."""
 
 import copy
-import functools
-import pickle
-import signal
-import subprocess
-import sys
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +9,6 @@ import torch
 from torch import nn
 
 from compress_core import (
-    FileError,
     StateError,
     UsageError,
     create_compressed_model,
@@ -23,7 +16,6 @@ from compress_core import (
     read_checkpoint,
     save_checkpoint,
 )
-from tests.conftest import ROOT
 from tests.session.checkpoint_helpers import (
     EXAMPLE,
     QUANTIZATION,
@@ -33,19 +25,11 @@ from tests.session.checkpoint_helpers import (
     Training,
     adam,
     assert_same,
+    resumed,
+    rewritten,
     seed,
     sgd,
 )
-
-
-def resumed(path, algorithms, make_optimizer=sgd):
-    """A training as a new process would resume it: other weights, other random numbers."""
-    seed(99)
-    checkpoint = read_checkpoint(path)
-    training = Training(algorithms, make_optimizer, checkpoint.compression_state)
-    checkpoint.restore(training.controller, **training.parts)
-    return training
-
 
 # It goes on with the same bits.
 
@@ -222,277 +206,51 @@ def test_the_config_may_have_another_target_when_a_training_goes_on(tmp_path):
     assert again.controller.sparsity_level == pytest.approx(0.8, abs=1e-2)
 
 
-# What does not fit changes nothing.
+def test_a_rate_that_is_a_tensor(tmp_path):
+    controller, model = create_compressed_model(Net(), {"compression": SPARSITY})
+    optimizer = torch.optim.SGD(model.parameters(), lr=torch.tensor(0.1))
+    save_checkpoint(tmp_path / "a.pt", controller, optimizer=optimizer)
+    rate = optimizer.param_groups[0]["lr"]
+    rate.fill_(0.2)
+    load_checkpoint(tmp_path / "a.pt", controller, optimizer=optimizer)
+    assert torch.equal(optimizer.param_groups[0]["lr"], torch.tensor(0.1))
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    """The path of a checkpoint after one epoch of all algorithms."""
-    path = tmp_path_factory.mktemp("checkpoint") / "saved.pt"
-    seed(1)
-    training = Training(SETS["all"])
-    training.run(1)
-    save_checkpoint(path, training.controller, **training.parts, epoch=1)
-    return path
+def test_a_disabled_scaler_says_that_it_does_not_scale(tmp_path, caplog):
+    controller, _ = create_compressed_model(Net(), {"compression": SPARSITY})
+    save_checkpoint(tmp_path / "a.pt", controller, scaler=torch.amp.GradScaler("cpu"))
+    load_checkpoint(tmp_path / "a.pt", controller, scaler=torch.amp.GradScaler("cpu", enabled=False))
+    assert "the one that was given is disabled" in caplog.text
 
 
-def ready(path, make_optimizer=sgd, steps=1):
-    """A training that was resumed from the state, and then trained by steps of its optimizer without the controller."""
-    seed(5)
-    training = Training(SETS["all"], make_optimizer, read_checkpoint(path).compression_state)
-    for _ in range(steps):
-        training.scaler.scale(training.model.train()(EXAMPLE[0][0]).square().mean()).backward()
-        training.scaler.step(training.optimizer)
-        training.scaler.update()
-        training.scheduler.step()
-        training.ema.update_parameters(training.model)
-    return training
-
-
-def refused(path, training, match, error=StateError, **changes):
-    """Asserts that a checkpoint is refused, and that nothing has changed; returns the message."""
-    before, gradients = copy.deepcopy(training.everything()), [p.grad for p in training.model.parameters()]
-    containers = [training.optimizer.param_groups[0], training.optimizer.state]
-    parts = {**training.parts, **changes}
-    with pytest.raises(error, match=match) as caught:
-        load_checkpoint(path, training.controller, **parts)
-    assert_same(training.everything(), before)
-    assert all(p.grad is g for p, g in zip(training.model.parameters(), gradients, strict=True))
-    assert training.optimizer.param_groups[0] is containers[0] and training.optimizer.state is containers[1]
-    return str(caught.value)
-
-
-def rewritten(path, folder, change):
-    """A checkpoint with another content."""
-    content = torch.load(path, weights_only=True)
-    change(content)
-    torch.save(content, folder / "rewritten.pt")
-    return folder / "rewritten.pt"
-
-
-@pytest.mark.parametrize("name", ["optimizer", "scheduler", "scaler", "ema"])
-def test_what_is_saved_has_to_be_given_and_the_other_way_round(saved, tmp_path, name):
-    training = ready(saved)
-    message = refused(saved, training, rf"has 1 {name}, and none was given; pass {name}=", **{name: None})
-    assert "read_checkpoint(path).model_state" in message
-    training.controller.scheduler.clock = read_clock(saved)
-    parts = {**training.parts, name: None}
-    save_checkpoint(tmp_path / "a.pt", training.controller, **parts)
-    refused(tmp_path / "a.pt", training, f"has no {name}, and 1 was given; leave {name}= out")
-
-
-def read_clock(path):
-    """The clock of a checkpoint."""
-    from compress_core import Clock
-
-    return Clock(**read_checkpoint(path).compression_state["scheduler"])
-
-
-def test_another_optimizer_is_refused(saved):
-    refused(saved, ready(saved, adam), "optimizer: .* the state of a SGD, and a Adam was given")
-    training = ready(saved)
-    parameters = list(training.model.parameters())
-    fewer = sgd(parameters[1:])
-    refused(saved, training, r"groups of \[\d+\] parameters, here they are of \[\d+\]", optimizer=fewer)
-    # Momentum of one weight would be that of another, of the same shape.
-    names = [name for name, _ in training.model.named_parameters()]
-    one, two = names.index("bn1.weight"), names.index("bn1.bias")
-    parameters[one], parameters[two] = parameters[two], parameters[one]
-    message = refused(saved, training, "optimizer", optimizer=sgd(parameters))
-    assert "'bn1.weight' of shape [8] where the parameter 'bn1.bias' of shape [8] is here" in message
-    other = sgd([*parameters[:-1], nn.Parameter(torch.zeros_like(parameters[-1]))])
-    refused(saved, training, "optimizer", optimizer=other)
-
-
-def test_a_controller_in_another_state_is_refused_with_the_remedy(saved):
-    for training in (Training(SETS["all"]), ready(saved)):
-        training.run(2)
-        message = refused(saved, training, "with another state of 'filter_pruning' than the controller has")
-        assert "compression_state=checkpoint.compression_state" in message
-    refused(saved, Training(SETS["filter_pruning"]), r"is of the algorithms .* use the config")
-
-
-def test_a_shrunk_checkpoint_needs_a_controller_from_its_state(tmp_path):
-    training = Training(SETS["filter_pruning"])
-    training.controller.shrink(training.optimizer, training.ema)
-    save_checkpoint(tmp_path / "small.pt", training.controller, **training.parts)
-    message = refused(tmp_path / "small.pt", Training(SETS["filter_pruning"]), "does not fit|another (plan|state)")
-    assert "compression_state=checkpoint.compression_state" in message
-    assert resumed(tmp_path / "small.pt", SETS["filter_pruning"]).model.conv1.weight.shape[0] == 6
-
-
-def set_in(path, *keys):
-    """A change of one value of the content: the last key is the value."""
+def test_generators_of_devices_that_are_not_here(tmp_path, caplog):
+    """A training that began on eight devices goes on where there are fewer."""
+    controller, _ = create_compressed_model(Net(), {"compression": SPARSITY})
+    save_checkpoint(tmp_path / "a.pt", controller)
+    expected = torch.rand(3)
 
     def change(content):
-        *before, last, value = keys
-        functools.reduce(lambda found, key: found[key], before, content)[last] = value
+        content["rng"]["cuda"] = [torch.zeros(16, dtype=torch.uint8)] * (torch.cuda.device_count() + 8)
 
-    return pytest.param(change, path, id=path)
-
-
-CHANGES = [
-    set_in("'conv1.weight' is of .3, 3. ", "model", "conv1.weight", torch.zeros(3, 3)),
-    set_in("'fc.bias' is of .4,. and torch.float64", "model", "fc.bias", torch.zeros(4, dtype=torch.float64)),
-    set_in("'fc.bias' is of str", "model", "fc.bias", "hello"),
-    set_in("it lacks nothing and has .'more'. besides", "model", "more", torch.zeros(1)),
-    set_in("size mismatch for bn1.running_mean", "model", "bn1.running_mean", torch.zeros(3)),
-    set_in("it lacks .'n_averaged'", "parts", "ema", 0, "state", {}),
-    set_in("optimizer: the state in the checkpoint .* does not fit", "parts", "optimizer", 0, "state", {}),
-    set_in("scaler: the state in the checkpoint .* does not fit", "parts", "scaler", 0, "state", {}),
-    set_in(
-        "random generators: the state in the checkpoint .* does not fit",
-        "rng",
-        "torch",
-        torch.zeros(3, dtype=torch.uint8),
-    ),
-    set_in("random generators: the state in the checkpoint .* does not fit", "rng", "numpy", {}),
-    set_in("random generators: the state in the checkpoint .* does not fit", "rng", {}),
-    set_in(
-        "clock: the state in the checkpoint .* does not fit: not a scheduler state",
-        "compression_state",
-        "scheduler",
-        None,
-    ),
-    set_in("another plan of 'quantization'", "compression_state", "algorithms", "quantization", "plan", {}),
-    set_in("another plan of 'quantization'", "compression_state", "algorithms", "quantization", 5),
-    set_in("a compression state that this version does not read", "compression_state", {}),
-    set_in("has the format 2, this version reads 1; load it with", "format", 2),
-    set_in("it holds something else", "kind", "other"),
-    set_in("model: Input should be an instance of dict", "model", [1]),
-    set_in("parts.optimizer.0.kind: Input should be a valid string", "parts", "optimizer", 0, "kind", 1),
-    set_in("parts.optimizer: List should have at least 1", "parts", "optimizer", []),
-    set_in("Extra inputs are not permitted", "more", 1),
-]
+    load_checkpoint(rewritten(tmp_path / "a.pt", tmp_path, change), controller)
+    assert "random numbers on CUDA will be others" in caplog.text
+    assert torch.equal(torch.rand(3), expected)
 
 
-@pytest.mark.parametrize(("change", "match"), CHANGES)
-def test_content_that_does_not_fit_changes_nothing(saved, tmp_path, change, match):
-    message = refused(rewritten(saved, tmp_path, change), ready(saved), match)
-    assert "rewritten.pt" in message
-
-
-class Failing:
-    """Saves nothing; loading it fails, after it has counted."""
-
-    def __init__(self, error):
-        self.error = error
-        self.loaded = []
-
-    def state_dict(self):
-        return {}
-
-    def load_state_dict(self, state):
-        self.loaded.append(state)
-        if self.error is not None:
-            raise self.error
-
-
-@pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt()])
-def test_an_error_in_the_last_part_takes_everything_back(tmp_path, error):
-    seed(1)
-    training = Training(SETS["all"])
-    training.run(1)
-    average = Failing(None)
-    save_checkpoint(tmp_path / "a.pt", training.controller, **{**training.parts, "ema": average})
-    other = ready(tmp_path / "a.pt", steps=2)
-    average.error = error
-    kind, match = StateError, "ema: the state in the checkpoint .* does not fit: no"
-    if not isinstance(error, ValueError):
-        kind, match = KeyboardInterrupt, None
-    refused(tmp_path / "a.pt", other, match, kind, ema=average)
-    assert average.loaded == []
-    fresh = Training(SETS["all"], sgd, read_checkpoint(tmp_path / "a.pt").compression_state)
-    refused(tmp_path / "a.pt", fresh, match, kind, ema=average)  # an optimizer without a state
-    assert fresh.optimizer.state == {}
-
-
-# Broken and hostile files.
-
-
-def test_a_truncated_file_is_refused(saved, tmp_path):
-    training, data = ready(saved), saved.read_bytes()
-    broken = tmp_path / "broken.pt"
-    for length in (0, 1, 100, len(data) // 3, len(data) // 2, len(data) - 1):
-        broken.write_bytes(data[:length])
-        message = refused(broken, training, r"broken.pt' is damaged, or was not written by save_checkpoint")
-        assert "Use another checkpoint; do not load it with weights_only=False" in message
-
-
-def test_any_flipped_bit_of_the_numbers_is_found(saved, tmp_path):
-    """torch itself reads wrong numbers from such a file."""
-    data, broken = saved.read_bytes(), tmp_path / "broken.pt"
-    archive = zipfile.ZipFile(saved)
-    records = [entry for entry in archive.infolist() if "/data/" in entry.filename and entry.file_size > 100]
-    assert records
-    for entry in records[:5]:
-        changed = bytearray(data)
-        content = archive.read(entry)
-        changed[data.index(content) + len(content) // 2] ^= 1
-        broken.write_bytes(changed)
-        torch.load(broken, weights_only=True)
-        with pytest.raises(StateError, match=f"the record '{entry.filename}' does not have its checksum"):
-            read_checkpoint(broken)
-
-
-def test_sums_are_written_even_if_the_user_has_switched_them_off(saved, tmp_path):
-    from torch.serialization import get_crc32_options, set_crc32_options
-
-    training = ready(saved)
-    set_crc32_options(False)
-    try:
-        save_checkpoint(tmp_path / "a.pt", training.controller)
-        assert get_crc32_options() is False
-    finally:
-        set_crc32_options(True)
-    read_checkpoint(tmp_path / "a.pt")
-
-
-class Runs:
-    """Runs code when it is unpickled."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
-
-
-def hostile_files(folder, trap):
-    """Files that run code if they are loaded as pickles, and files that are something else."""
-    content = {"kind": "compress_core.checkpoint", "format": 1, "extra": Runs(trap)}
-    torch.save(content, folder / "code.pt")
-    torch.save(content, folder / "legacy.pt", _use_new_zipfile_serialization=False)
-    (folder / "pickle.pt").write_bytes(pickle.dumps(content))
-    torch.save(nn.Linear(2, 2), folder / "module.pt")
-    torch.save(nn.Linear(2, 2).state_dict(), folder / "state_dict.pt")
-    torch.save([1, 2], folder / "list.pt")
-    (folder / "text.pt").write_text("hello")
-    with zipfile.ZipFile(folder / "zip.pt", "w") as archive:
-        archive.writestr("a", "b")
-    with zipfile.ZipFile(folder / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("archive/data/0", b"0" * (1 << 20))
-    return sorted(path for path in folder.iterdir() if path.suffix == ".pt")
-
-
-def test_foreign_and_hostile_files_run_nothing_and_change_nothing(saved, tmp_path):
-    trap = tmp_path / "trap"
-    training, files = ready(saved), hostile_files(tmp_path, trap)
-    assert len(files) == 9
-    for path in files:
-        message = refused(path, training, "is damaged, or was not written by save_checkpoint")
-        assert str(path) in message
-        assert not trap.exists()
-    torch.load(tmp_path / "code.pt", weights_only=False)
-    assert trap.exists()  # the trap works
-
-
-def test_what_cannot_be_read_is_named(tmp_path):
-    with pytest.raises(FileError, match=r"cannot read '.*none.pt': No such file") as caught:
-        read_checkpoint(tmp_path / "none.pt")
-    assert isinstance(caught.value, OSError) and caught.value.errno == 2
-    with pytest.raises(FileError, match="Is a directory"):
-        read_checkpoint(tmp_path)
+def test_a_model_without_algorithms(tmp_path):
+    ends = []
+    for saves in (True, False):
+        seed(2)
+        training = Training([])
+        training.run(1)
+        if saves:
+            save_checkpoint(tmp_path / "a.pt", training.controller, **training.parts)
+        training.run(1)
+        ends.append(training.everything())
+    again = resumed(tmp_path / "a.pt", [])
+    again.run(1)
+    assert_same(again.everything(), ends[0])
+    assert_same(ends[1], ends[0])
 
 
 # What cannot be saved.
@@ -567,112 +325,3 @@ def test_only_a_live_controller_is_saved(tmp_path):
     with pytest.raises(UsageError, match="stripped in place"):
         save_checkpoint(tmp_path / "a.pt", controller)
     assert list(tmp_path.iterdir()) == []
-
-
-# Killed while it writes.
-
-WRITER = """
-import sys, torch
-from torch import nn
-from compress_core import create_compressed_model, save_checkpoint
-import tests.conftest as conftest
-from compress_core.registry import Registry, use_registry
-registry = Registry()
-registry.load_entry_points(conftest.declared_entry_points())
-with use_registry(registry):
-    model = nn.Sequential(nn.Linear(1000, 1000), nn.Linear(1000, 10))
-    controller, model = create_compressed_model(model, {"compression": {"algorithm": "magnitude_sparsity"}})
-    number = 0
-    while True:
-        number += 1
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.fill_(number)
-        save_checkpoint(sys.argv[1], controller, number=number)
-        print(number, flush=True)
-"""
-
-
-def kill_while_it_writes(path, in_the_middle):
-    """Starts a process that saves in a loop, kills it, and returns the number of its last complete save."""
-    script = path.parent.parent / "writer.py"
-    script.write_text(WRITER)
-    places = [ROOT, *(ROOT / "plugins").iterdir()]
-    environment = {"PYTHONPATH": ":".join(str(place) for place in places), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin"}
-    with subprocess.Popen(
-        [sys.executable, script, path], stdout=subprocess.PIPE, text=True, env=environment
-    ) as process:
-        done = int(process.stdout.readline())
-        while in_the_middle and not any(size_of(entry) > 1 << 20 for entry in path.parent.glob(".*.part")):
-            pass
-        process.send_signal(signal.SIGKILL)
-        done = max([done, *(int(line) for line in process.stdout.read().splitlines())])
-    assert process.returncode == -signal.SIGKILL
-    return done
-
-
-def size_of(path):
-    """The size of a file that another process may rename at any time."""
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        return 0
-
-
-def assert_survives(tmp_path, kills):
-    folder = tmp_path / "checkpoints"
-    folder.mkdir()
-    path, remains = folder / "checkpoint.pt", 0
-    for number in range(kills):
-        done = kill_while_it_writes(path, in_the_middle=number % 4 > 0)
-        checkpoint = read_checkpoint(path)
-        # The last complete one; or the next, if it was killed between the renaming and the message.
-        assert checkpoint.extra["number"] in (done, done + 1)
-        weights = [checkpoint.model_state[f"{place}.weight"].unique().tolist() for place in (0, 1)]
-        assert weights == [[checkpoint.extra["number"]]] * 2
-        left = [entry for entry in folder.iterdir() if entry != path]
-        assert len(left) <= 1, left
-        remains += len(left)
-    controller, _ = create_compressed_model(Net(), {"compression": SPARSITY})
-    save_checkpoint(path, controller)
-    assert list(folder.iterdir()) == [path]  # what the killed ones left is gone
-    assert remains > 0  # some of them were killed while a file was half written
-
-
-def test_a_kill_leaves_the_last_checkpoint(tmp_path):
-    assert_survives(tmp_path, 3)
-
-
-@pytest.mark.slow
-def test_twenty_kills_leave_the_last_checkpoint(tmp_path):
-    assert_survives(tmp_path, 20)
-
-
-def test_an_error_of_torch_in_writing_leaves_the_old_file(tmp_path, monkeypatch):
-    controller, _ = create_compressed_model(Net(), {"compression": SPARSITY})
-    save_checkpoint(tmp_path / "a.pt", controller, number=1)
-
-    def interrupted(value, file):
-        file.write(b"half")
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(torch, "save", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        save_checkpoint(tmp_path / "a.pt", controller, number=2)
-    assert read_checkpoint(tmp_path / "a.pt").extra == {"number": 1}
-    assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
-
-
-def test_a_full_disk_is_named_and_leaves_the_old_file(tmp_path):
-    resource = pytest.importorskip("resource")
-    controller, _ = create_compressed_model(Net(), {"compression": SPARSITY})
-    save_checkpoint(tmp_path / "a.pt", controller, number=1)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 18, limits[1]))
-    try:
-        with pytest.raises(FileError, match=r"cannot write '.*a.pt': File too large"):
-            save_checkpoint(tmp_path / "a.pt", controller, much=torch.zeros(1 << 18))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert read_checkpoint(tmp_path / "a.pt").extra == {"number": 1}
-    assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
