@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import errno
 import io
 import os
-import zipfile
+import zlib
 from collections import OrderedDict
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import IO, Annotated, Any, BinaryIO, Literal, cast
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, InstanceOf, ValidationError
-from torch.serialization import get_crc32_options, set_crc32_options
 
 from compress_core.errors import StateError, UsageError
 from compress_core.files import file_error, replaced_file
 
 KIND, FORMAT = "compress_core.checkpoint", 1
+_CHUNK = 1 << 22  # bytes that are read at once
 
 # Types that `torch.load(weights_only=True)` takes and that hold nothing else; all others are tried.
 _ATOMS = frozenset([bool, int, float, complex, str, bytes, type(None), torch.Size, torch.dtype, torch.device])
@@ -119,13 +118,57 @@ def write(path: str | os.PathLike[str], content: dict[str, Any]) -> None:
     Raises:
         FileError: It cannot be written; an existing file is as it was.
     """
-    sums = get_crc32_options()
-    try:
-        set_crc32_options(True)  # torch does not look at them when it reads; `read` does
-        with replaced_file(path) as file:
-            torch.save({"kind": KIND, "format": FORMAT, "version": _version(), **content}, file)
-    finally:
-        set_crc32_options(sums)
+    with replaced_file(path) as file:
+        write_summed(file, {"kind": KIND, "format": FORMAT, "version": _version(), **content})
+
+
+def write_summed(file: BinaryIO, content: object) -> None:
+    """Writes what `torch.save` writes, and the sum of it as the comment that a ZIP file may have at its end.
+
+    torch does not compare the sums of records when it reads them, and a damaged table of contents has none.
+    """
+    summing = _Summing(file)
+    torch.save(content, cast("IO[bytes]", summing))
+    summing.finish()
+
+
+class _Summing:
+    """A file that sums up what is written to it, and holds back the last bytes."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._held = b""
+        self._sum = 0
+
+    def write(self, data: bytes) -> int:
+        # The two bytes at the end of a ZIP file are the length of its comment.
+        whole = memoryview(data).cast("B")
+        if len(whole) >= 2:
+            self._write(self._held)
+            self._write(whole[:-2])
+            self._held = bytes(whole[-2:])
+        else:
+            joined = self._held + bytes(whole)
+            self._write(joined[:-2])
+            self._held = joined[-2:]
+        return len(whole)
+
+    def _write(self, data: bytes | memoryview) -> None:
+        self._sum = zlib.crc32(data, self._sum)
+        self._file.write(data)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def finish(self) -> None:
+        if self._held != b"\0\0":
+            raise RuntimeError("torch.save() has not written a ZIP file without a comment, as it always did")
+        comment = _comment(self._sum)
+        self._file.write(len(comment).to_bytes(2, "little") + comment)
+
+
+def _comment(number: int) -> bytes:
+    return f"compress_core crc32 {number:08x}".encode()
 
 
 def _version() -> str:
@@ -144,13 +187,13 @@ def read(path: str | os.PathLike[str], map_location: Any) -> Content:
     """
     try:
         with Path(path).open("rb") as file:
-            _check_sums(path, file)
+            _check_sum(path, file)
             file.seek(0)
             found = _loaded(path, file, map_location)
     except OSError as error:
         raise file_error("cannot read", path, error) from error
     if not isinstance(found, dict) or found.get("kind") != KIND:
-        raise _not_one(path, "it holds something else; a state_dict alone is loaded with model.load_state_dict()")
+        raise _not_one(path, "it holds something else")
     if found.get("format") != FORMAT:
         raise StateError(
             f"the checkpoint '{os.fspath(path)}' has the format {found.get('format')!r}, this version reads {FORMAT}; "
@@ -164,22 +207,21 @@ def read(path: str | os.PathLike[str], map_location: Any) -> Content:
         raise _not_one(path, f"{place}: {first['msg']}") from error
 
 
-def _check_sums(path: str | os.PathLike[str], file: Any) -> None:
-    """Compares the contents with their checksums: torch reads wrong numbers from a damaged file without a word."""
-    try:
-        with zipfile.ZipFile(file) as archive:
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-                raise _not_one(path, "its records are compressed")
-            damaged = archive.testzip()
-    except StateError:
-        raise
-    except Exception as error:
-        # Offsets of a damaged file lead to invalid positions; other errors are those of the disk.
-        if isinstance(error, OSError) and error.errno != errno.EINVAL:
-            raise
-        raise _not_one(path, str(error)) from error
-    if damaged is not None:
-        raise _not_one(path, f"the record '{damaged}' does not have its checksum")
+def _check_sum(path: str | os.PathLike[str], file: BinaryIO) -> None:
+    """Compares the contents with their sum: torch reads wrong numbers from a damaged file without a word."""
+    length = len(_comment(0))
+    left, found = os.fstat(file.fileno()).st_size - length - 2, 0
+    while left > 0 and (data := file.read(min(left, _CHUNK))):
+        left, found = left - len(data), zlib.crc32(data, found)
+    end = file.read(length + 3)
+    if end[:2] != length.to_bytes(2, "little") or end[2:-8] != _comment(0)[:-8]:
+        raise _not_one(
+            path,
+            "there is no checksum at its end, so it was cut off, or is something else, such as a state_dict, which is "
+            "loaded with model.load_state_dict()",
+        )
+    if end[2:] != _comment(found):
+        raise _not_one(path, "it does not have the checksum that is written at its end")
 
 
 def _loaded(path: str | os.PathLike[str], file: Any, map_location: Any) -> Any:

@@ -14,6 +14,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, TensorDataset
 
 from compress_core import StateError, create_compressed_model, load_checkpoint, read_checkpoint, save_checkpoint
+from compress_core.session.checkpoint_file import write_summed
 
 EPOCHS = 4
 _MADE = torch.Generator().manual_seed(7)
@@ -191,5 +192,6 @@ def rewritten(path, folder, change):
     """A checkpoint with another content."""
     content = torch.load(path, weights_only=True)
     change(content)
-    torch.save(content, folder / "rewritten.pt")
+    with (folder / "rewritten.pt").open("wb") as file:
+        write_summed(file, content)
     return folder / "rewritten.pt"

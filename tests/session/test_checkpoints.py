@@ -183,6 +183,26 @@ def test_wrappers_of_the_model_leave_no_trace(tmp_path):
     assert_same(other.state_dict(), optimizer.state_dict())
 
 
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without it")
+def test_distributed_wrappers_leave_no_trace(tmp_path):
+    controller, model = create_compressed_model(Net(), {"compression": SPARSITY})
+    names = list(model.state_dict())
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        optimizer = sgd(wrapped.parameters())
+        wrapped(EXAMPLE[0][0]).square().sum().backward()
+        optimizer.step()
+        save_checkpoint(tmp_path / "a.pt", controller, optimizer=optimizer)
+        other = sgd(wrapped.parameters())
+        load_checkpoint(tmp_path / "a.pt", controller, optimizer=other)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert list(read_checkpoint(tmp_path / "a.pt").model_state) == names
+    assert_same(other.state_dict(), optimizer.state_dict())
+
+
 def test_random_generators_can_be_left_alone(tmp_path):
     controller, _ = create_compressed_model(Net(), {"compression": SPARSITY})
     save_checkpoint(tmp_path / "a.pt", controller)
