@@ -73,7 +73,7 @@ class UsageError(CompressionError, ValueError):
 
 
 class StateError(CompressionError, ValueError):
-    """A compression state or a checkpoint is damaged, or does not fit the model, the config or the installed plugins."""
+    """A compression state or checkpoint is damaged, or does not fit the model, the config or the installed plugins."""
 
 
 class TransformError(CompressionError, RuntimeError):

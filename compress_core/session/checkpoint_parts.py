@@ -75,10 +75,9 @@ def _is_module(part: Any) -> bool:
 
 
 def _parameters(part: Any, names: Mapping[int, str]) -> list[list[tuple[str, list[int]]]] | None:
-    groups = getattr(part, "param_groups", None)
-    if groups is None:
+    if not isinstance(part, torch.optim.Optimizer):
         return None
-    return [[(names.get(id(p), ""), list(p.shape)) for p in group["params"]] for group in groups]
+    return [[(names.get(id(p), ""), list(p.shape)) for p in group["params"]] for group in part.param_groups]
 
 
 def check_parts(given: Given, saved: Mapping[str, Sequence[SavedPart]], model: nn.Module, path: str) -> None:
@@ -117,10 +116,10 @@ def _check_parameters(
     if here == saved:
         return
     mine, theirs = ([len(group) for group in groups or []] for groups in (here, saved))
-    if mine != theirs:
+    if mine != theirs or here is None or saved is None:
         what = f"groups of {theirs} parameters, here they are of {mine}"
     else:
-        pairs = zip(*([entry for group in groups or [] for entry in group] for groups in (here, saved)), strict=True)
+        pairs = zip(*([entry for group in groups for entry in group] for groups in (here, saved)), strict=True)
         (name, shape), (saved_name, saved_shape) = next((a, b) for a, b in pairs if a != b)
         what = f"{_called(saved_name)} of shape {saved_shape} where {_called(name)} of shape {shape} is here"
     raise StateError(

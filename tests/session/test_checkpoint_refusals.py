@@ -98,6 +98,7 @@ CHANGES = [
     set_in("size mismatch for bn1.running_mean", "model", "bn1.running_mean", torch.zeros(3)),
     set_in("it lacks .'n_averaged'", "parts", "ema", 0, "state", {}),
     set_in("optimizer: the state in the checkpoint .* does not fit", "parts", "optimizer", 0, "state", {}),
+    set_in(r"optimizer: .* has groups of \[\] parameters", "parts", "optimizer", 0, "parameters", None),
     set_in("scaler: the state in the checkpoint .* does not fit", "parts", "scaler", 0, "state", {}),
     set_in(
         "random generators: the state in the checkpoint .* does not fit",
