@@ -25,6 +25,7 @@ from compress_core.errors import (
     ConfigError,
     DataError,
     ExportError,
+    FileError,
     ModelError,
     PluginError,
     RankError,
@@ -32,6 +33,7 @@ from compress_core.errors import (
     TransformError,
     UsageError,
 )
+from compress_core.session.checkpoints import Checkpoint, load_checkpoint, read_checkpoint, save_checkpoint
 from compress_core.session.controller import CompressionController
 from compress_core.transforms import mask_weight
 from compress_core.transforms.folding import fold_computed_weights
@@ -43,6 +45,7 @@ __all__ = [
     "BNAdaptationInitArgs",
     "Batch",
     "CalibrationData",
+    "Checkpoint",
     "Choice",
     "ChoiceOf",
     "ChoicePoint",
@@ -56,6 +59,7 @@ __all__ = [
     "Count",
     "DataError",
     "ExportError",
+    "FileError",
     "InitArgs",
     "Initializer",
     "InitializerConfig",
@@ -85,8 +89,11 @@ __all__ = [
     "find_choice",
     "fold_computed_weights",
     "hookimpl",
+    "load_checkpoint",
     "load_compressed_model",
     "mask_weight",
+    "read_checkpoint",
     "register_default_init_args",
     "register_module",
+    "save_checkpoint",
 ]

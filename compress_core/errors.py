@@ -73,7 +73,7 @@ class UsageError(CompressionError, ValueError):
 
 
 class StateError(CompressionError, ValueError):
-    """A compression state does not fit the model, the config or the installed plugins."""
+    """A compression state or checkpoint is damaged, or does not fit the model, the config or the installed plugins."""
 
 
 class TransformError(CompressionError, RuntimeError):
@@ -86,3 +86,7 @@ class ExportError(CompressionError, RuntimeError):
 
 class RankError(CompressionError, RuntimeError):
     """Another process of a distributed training failed, or the processes differ in what has to be the same."""
+
+
+class FileError(CompressionError, OSError):
+    """A file cannot be read or written; the message names it and the cause. A file that was there is unchanged."""

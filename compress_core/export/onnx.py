@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -32,6 +31,7 @@ from compress_core.export.verification import (
     optimized_operators,
     runtime_name,
 )
+from compress_core.files import replaced_file
 from compress_core.transforms.generated import ACTIVATIONS_ATTRIBUTE
 from compress_core.transforms.python_state import copied
 
@@ -232,7 +232,8 @@ def _written(path: Path, graph: Any, report: ExportReport) -> ExportReport:
         logger.warning("%s %s", path, note)
     graph.metadata_props[METADATA_KEY] = report.to_json()
     serialized = _serialized(graph)
-    _write(path, serialized)
+    with replaced_file(path) as file:
+        file.write(serialized)
     return replace(report, path=str(path), size=len(serialized))
 
 
@@ -343,21 +344,3 @@ def _explained(cut: Cut | None, reference: Reference, optimized: bool) -> tuple[
         "roundings: pass realistic inputs as args",
         True,
     )
-
-
-def _write(path: Path, serialized: bytes) -> None:
-    """Writes a file completely or not at all: first under another name, which is renamed when it is complete."""
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(serialized)
-            file.flush()
-            os.fsync(file.fileno())
-        # mkstemp creates files that only their owner may read, so the usual permissions are restored.
-        umask = os.umask(0)
-        os.umask(umask)
-        Path(name).chmod(0o666 & ~umask)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise

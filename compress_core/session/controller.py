@@ -295,6 +295,7 @@ class CompressionController:
         Raises:
             ExportError: A package is missing (`pip install 'compress-core[onnx]'`), the model cannot be exported, or
                 the difference is larger than the tolerance. No file is left then.
+            FileError: The file cannot be written; an existing one is as it was.
             DataError: There is no example input.
             UsageError: An option has an invalid value.
         """

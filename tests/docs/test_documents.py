@@ -67,6 +67,53 @@ def test_plugin_of_the_readme_keeps_every_promise(registry, monkeypatch):
     assert controller.statistics().batchnorm_adaptation.report.samples == 16
 
 
+def test_checkpoint_example_goes_on_with_the_same_bits(tmp_path, monkeypatch):
+    """The example, interrupted after each epoch, ends as it does in one go."""
+    (example,) = blocks((ROOT / "docs" / "checkpoints.md").read_text(), "python")
+    data = torch.utils.data.TensorDataset(torch.randn(16, 4), torch.randint(0, 3, (16,)))
+
+    class StoppedError(Exception):
+        pass
+
+    def run(folder, epochs_in_a_row):
+        folder.mkdir(exist_ok=True)
+        monkeypatch.chdir(folder)
+        left = [epochs_in_a_row]
+
+        def train_one_epoch(controller, model, optimizer):
+            if not left[0]:
+                raise StoppedError
+            left[0] -= 1
+            controller.scheduler.epoch_step()
+            for inputs, labels in torch.utils.data.DataLoader(data, batch_size=4, shuffle=True):
+                controller.scheduler.step()
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(model(inputs), labels).backward()
+                optimizer.step()
+
+        torch.manual_seed(1)
+        config = {"compression": {"algorithm": "magnitude_sparsity", "params": {"sparsity_target_epoch": 3}}}
+        space = {
+            "torch": torch,
+            "config": config,
+            "epochs": 4,
+            "train_one_epoch": train_one_epoch,
+            "make_model": lambda: nn.Sequential(nn.Linear(4, 32), nn.Dropout(0.2), nn.Linear(32, 3)),
+        }
+        try:
+            exec(example, space)
+        except StoppedError:
+            assert epochs_in_a_row < 4
+        return space
+
+    whole = run(tmp_path / "whole", 4)
+    for _ in range(4):
+        pieces = run(tmp_path / "pieces", 1)
+    assert pieces["first"] == 3
+    for name, tensor in whole["model"].state_dict().items():
+        assert torch.equal(pieces["model"].state_dict()[name], tensor), name
+
+
 # It has neither a loss nor a rate nor data, and nobody asks for Inductor.
 NOT_FOR_IT = [
     "check_loss",

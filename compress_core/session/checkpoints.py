@@ -1,0 +1,276 @@
+"""Checkpoints of a training: model, compression, optimizer and random generators in one file, loaded without pickle."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import nn
+
+from compress_core.data.rng import RngState
+from compress_core.errors import StateError, UsageError
+from compress_core.session.checkpoint_file import Content, plain, read, write
+from compress_core.session.checkpoint_parts import (
+    Given,
+    PartsSnapshot,
+    check_entries,
+    check_parts,
+    given_parts,
+    load_parts,
+    loading,
+    saved_parts,
+)
+from compress_core.session.controller import CompressionController
+from compress_core.transforms.interrupts import interrupts_held
+from compress_core.transforms.snapshot import ModelSnapshot
+
+
+def save_checkpoint(
+    path: str | os.PathLike[str],
+    controller: CompressionController,
+    *,
+    optimizer: Any = None,
+    scheduler: Any = None,
+    scaler: Any = None,
+    ema: Any = None,
+    **extra: Any,
+) -> None:
+    """Writes all that a training needs to go on with the same bits to one file.
+
+    These are the `state_dict` of the controller's model (not of a wrapper of it, such as DDP), the compression state
+    with its clock, the states of what is given, and of the global random generators of torch, CUDA, Python and NumPy.
+    A process that is killed while it writes leaves the old file. With several processes, only one of them should save.
+
+    Args:
+        path: The file; its folder must exist. An existing file is replaced and keeps its permissions; of a symbolic
+            link, the file that it leads to is replaced.
+        controller: The controller.
+        optimizer: The optimizer; here and below, a list if there are several.
+        scheduler: The scheduler of the learning rate.
+        scaler: The gradient scaler.
+        ema: An average of the weights: an `AveragedModel`, a copy of the model, or anything else with a `state_dict`.
+        extra: Anything else by name: numbers, strings, tensors, lists and dicts of these.
+
+    Raises:
+        UsageError: Something cannot be loaded without pickle, is not a controller or has no `state_dict`; nothing was
+            written.
+        FileError: The file cannot be written; an existing one is as it was.
+    """
+    _check_controller(controller)
+    given = given_parts(optimizer=optimizer, scheduler=scheduler, scaler=scaler, ema=ema)
+    content = {
+        "extra": {name: plain(value, f"extra['{name}']") for name, value in extra.items()},
+        "parts": saved_parts(given, controller.model),
+        "model": plain(controller.model.state_dict(), "model"),
+        "compression_state": controller.get_compression_state(),
+        "rng": RngState().to_dict(),
+    }
+    write(path, content)
+
+
+def read_checkpoint(path: str | os.PathLike[str], *, map_location: Any = None) -> Checkpoint:
+    """Reads a checkpoint without changing anything, and without running code of the file's.
+
+    Args:
+        path: A file that `save_checkpoint` wrote.
+        map_location: Where tensors are read to, as in `torch.load`; by default the CPU, from where `restore` copies
+            them to wherever model and optimizer are.
+
+    Returns:
+        The checkpoint.
+
+    Raises:
+        FileError: There is no such file, or it cannot be read.
+        StateError: It is no checkpoint, is damaged, or has another format.
+    """
+    return Checkpoint(os.fspath(path), read(path, map_location))
+
+
+def load_checkpoint(
+    path: str | os.PathLike[str],
+    controller: CompressionController,
+    *,
+    optimizer: Any = None,
+    scheduler: Any = None,
+    scaler: Any = None,
+    ema: Any = None,
+    map_location: Any = None,
+    rng: bool = True,
+) -> dict[str, Any]:
+    """Reads a checkpoint and restores it: `read_checkpoint(path).restore(controller, ...)`.
+
+    The controller must have been created with `compression_state=read_checkpoint(path).compression_state`, unless its
+    algorithms are in the saved state anyway.
+
+    Args:
+        path: A file that `save_checkpoint` wrote.
+        controller: The controller.
+        optimizer: What was saved as `optimizer`.
+        scheduler: What was saved as `scheduler`.
+        scaler: What was saved as `scaler`.
+        ema: What was saved as `ema`.
+        map_location: Where tensors are read to, as in `torch.load`; by default the CPU.
+        rng: Whether to restore the random generators, too.
+
+    Returns:
+        What was saved as `extra`.
+
+    Raises:
+        FileError: There is no such file, or it cannot be read.
+        StateError: It is no checkpoint, is damaged, has another format, or does not fit; nothing has changed.
+        UsageError: Something that was given has no `state_dict`, or is not a controller.
+    """
+    checkpoint = read_checkpoint(path, map_location=map_location)
+    checkpoint.restore(controller, optimizer=optimizer, scheduler=scheduler, scaler=scaler, ema=ema, rng=rng)
+    return checkpoint.extra
+
+
+class Checkpoint:
+    """What `read_checkpoint` returns.
+
+    Attributes:
+        path: The file that it was read from.
+        version: The version of compress-core that wrote it.
+        compression_state: For `create_compressed_model(..., compression_state=)`.
+        model_state: The `state_dict` of the compressed model.
+        extra: What was saved as `extra`.
+    """
+
+    def __init__(self, path: str, content: Content) -> None:
+        self.path = path
+        self.version = content.version
+        self.compression_state: dict[str, Any] = content.compression_state
+        self.model_state: dict[str, Any] = content.model
+        self.extra: dict[str, Any] = content.extra
+        self._parts = content.parts
+        self._rng = content.rng
+
+    def __repr__(self) -> str:
+        return f"Checkpoint('{self.path}': {', '.join(['model', *self._parts, *self.extra])})"
+
+    def restore(
+        self,
+        controller: CompressionController,
+        *,
+        optimizer: Any = None,
+        scheduler: Any = None,
+        scaler: Any = None,
+        ema: Any = None,
+        rng: bool = True,
+    ) -> None:
+        """Gives model, controller, and everything else the values that they had when they were saved.
+
+        Args:
+            controller: A controller that was created with this `compression_state`, or whose algorithms are in this
+                state anyway. Its clock is set.
+            optimizer: What was saved as `optimizer`, created from the parameters of the resumed model.
+            scheduler: What was saved as `scheduler`.
+            scaler: What was saved as `scaler`.
+            ema: What was saved as `ema`.
+            rng: Whether to restore the random generators, too. Several processes that draw different random numbers
+                should not, because the file has those of one of them.
+
+        Raises:
+            StateError: Something was saved and not given, or given and not saved, or does not fit. Nothing has
+                changed then.
+            UsageError: Something that was given has no `state_dict`, or is not a controller.
+        """
+        _check_controller(controller)
+        given = given_parts(optimizer=optimizer, scheduler=scheduler, scaler=scaler, ema=ema)
+        self._check(controller, given)
+        generators = self._generators() if rng else None
+        with interrupts_held(), _all_or_nothing(controller, given):
+            loading("model", self.path, controller.model.load_state_dict, self.model_state)
+            # Only now, because algorithms may measure their state on the model.
+            self._check_algorithms(controller.get_compression_state(), ("plan", "state"))
+            loading("clock", self.path, controller.scheduler.load_state, self.compression_state.get("scheduler"))
+            load_parts(given, self._parts, self.path)
+            if generators is not None:
+                loading("random generators", self.path, lambda _: generators.restore(), None)
+
+    def _check(self, controller: CompressionController, given: Given) -> None:
+        self._check_algorithms(controller.get_compression_state(), ("plan",))
+        try:
+            check_entries(controller.model, self.model_state, f"model of the checkpoint '{self.path}'")
+        except StateError as error:
+            raise StateError(f"{error}. {self._remedy}") from error
+        check_parts(given, self._parts, controller.model, self.path)
+
+    def _generators(self) -> RngState:
+        found: list[RngState] = []
+        loading("random generators", self.path, lambda state: found.append(RngState.from_dict(state)), self._rng)
+        return found[0]
+
+    def _check_algorithms(self, here: Mapping[str, Any], keys: tuple[str, ...]) -> None:
+        """Compares the algorithms of a compression state with those that were saved."""
+        saved = self.compression_state.get("algorithms")
+        if here["format"] != self.compression_state.get("format") or not isinstance(saved, dict):
+            raise StateError(f"the checkpoint '{self.path}' has a compression state that this version does not read")
+        mine = here["algorithms"]
+        if mine.keys() != saved.keys():
+            raise StateError(
+                f"the checkpoint '{self.path}' is of the algorithms {list(saved)}, the controller has {list(mine)}; "
+                "use the config that it was saved with"
+            )
+        for name, key in ((name, key) for name in mine for key in keys):
+            place = _difference(*(_compared(entry[name], key) for entry in (saved, mine)))
+            if place is not None:
+                raise StateError(
+                    f"the checkpoint '{self.path}' was saved with another {key} of '{name}' than the controller has "
+                    f"({place}). {self._remedy}"
+                )
+
+    @property
+    def _remedy(self) -> str:
+        return (
+            "Create model and controller anew, from the same model and config as when it was saved: checkpoint = "
+            f"read_checkpoint({self.path!r}); create_compressed_model(model, config, "
+            "compression_state=checkpoint.compression_state); checkpoint.restore(controller, ...)"
+        )
+
+
+def _compared(entry: Any, key: str) -> Any:
+    """Returns what has to be the same in two entries of one algorithm; why a layer was skipped may be said anew."""
+    found = entry.get(key) if isinstance(entry, dict) else None
+    return {k: v for k, v in found.items() if k != "skipped"} if key == "plan" and isinstance(found, dict) else found
+
+
+def _difference(saved: Any, here: Any, place: str = "") -> str | None:
+    """Returns where two values from JSON differ first, or None."""
+    if isinstance(saved, dict) and isinstance(here, dict) and saved.keys() == here.keys():
+        inner = ((f"{place}.{key}" if place else str(key), saved[key], here[key]) for key in here)
+    elif isinstance(saved, list) and isinstance(here, list) and len(saved) == len(here):
+        inner = ((f"{place}[{number}]", *pair) for number, pair in enumerate(zip(saved, here, strict=True)))
+    elif type(saved) is type(here) and saved == here:
+        return None
+    else:
+        return f"{place or 'all of it'}: {_short(saved)} saved, {_short(here)} here"
+    return next((found for where, a, b in inner if (found := _difference(a, b, where)) is not None), None)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."
+
+
+def _check_controller(controller: Any) -> None:
+    if not isinstance(controller, CompressionController):
+        hint = "; create_compressed_model returns (controller, model)" if isinstance(controller, nn.Module) else ""
+        raise UsageError(f"controller: got a {type(controller).__name__}, not a CompressionController{hint}")
+
+
+@contextlib.contextmanager
+def _all_or_nothing(controller: CompressionController, given: Given) -> Iterator[None]:
+    """Context manager that restores model, clock, optimizers and the like, and random generators after an error."""
+    model, parts = ModelSnapshot(controller.model), PartsSnapshot(given, controller.model)
+    clock, rng = controller.scheduler.clock, RngState()
+    try:
+        yield
+    except BaseException:
+        model.restore()
+        parts.restore()
+        controller.scheduler.clock = clock
+        rng.restore()
+        raise
