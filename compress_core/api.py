@@ -23,7 +23,7 @@ from compress_core.data.calibration import (
 from compress_core.data.ranks import together
 from compress_core.errors import ModelError
 from compress_core.registry import default_registry
-from compress_core.session.agreement import agree, require_same_start
+from compress_core.session.agreement import agree, refuse_sharded, same_start
 from compress_core.session.controller import CompressionController
 from compress_core.session.finite import check_finite
 from compress_core.session.guard import ModelGuard, all_or_nothing
@@ -82,8 +82,7 @@ def create_compressed_model(
         logger.warning("the config names no algorithm in 'compression': the model stays uncompressed")
     lifecycle.configure()
     uncompressed = UncompressedModel(lifecycle, uncompressed_model)
-    with together():
-        require_same_start(model, lifecycle, compression_state)
+    with together(), same_start(model, lifecycle, compression_state):
         if compression_state is not None:
             state = checked_state(compression_state, lifecycle, registry)
             with all_or_nothing(model, lifecycle) as guard:
@@ -155,11 +154,18 @@ def _resume(
 def _check_model(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise ModelError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if isinstance(model, (DataParallel, DistributedDataParallel)):
+    if isinstance(model, DistributedDataParallel):
         raise ModelError(
-            f"the model is wrapped in {type(model).__name__}; call create_compressed_model(model.module, ...) and wrap "
+            "the model is wrapped in DistributedDataParallel; call create_compressed_model(model.module, ...) and wrap "
             "the result"
         )
+    if isinstance(model, DataParallel):
+        raise ModelError(
+            "the model is wrapped in DataParallel, whose copies of it are not compressed with it; call "
+            "create_compressed_model(model.module, ...) and train with one process for each GPU: "
+            "DistributedDataParallel and torchrun"
+        )
+    refuse_sharded(model)
     if torch.is_inference_mode_enabled():
         raise ModelError("create_compressed_model was called within torch.inference_mode(); call it outside")
     if has_transforms(model):

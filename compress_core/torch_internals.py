@@ -569,3 +569,12 @@ def refuse_out_of_memory(error: BaseException) -> None:
         if is_cpu or isinstance(cause, (MemoryError, torch.OutOfMemoryError)):
             raise error
         cause = cause.__cause__
+
+
+def is_sharded(tensor: torch.Tensor) -> bool:
+    """Returns whether a tensor is a `DTensor`, of which this process may have a part."""
+    if "torch.distributed.tensor" not in sys.modules:
+        return False  # nobody can have made one
+    from torch.distributed.tensor import DTensor  # noqa: PLC0415 - it takes a second, and few need it
+
+    return isinstance(tensor, DTensor)

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from compress_core.data import ranks
+from compress_core.errors import ModelError
 from compress_core.session.lifecycle import Lifecycle
 from compress_core.session.state import plain_config
+from compress_core.torch_internals import is_sharded
 
 logger = logging.getLogger(__name__)
 
 
-def require_same_start(model: nn.Module, lifecycle: Lifecycle, state: Mapping[str, Any] | None) -> None:
-    """Refuses processes that do not compress the same model in the same way; does nothing in a single one.
+@contextlib.contextmanager
+def same_start(model: nn.Module, lifecycle: Lifecycle, state: Mapping[str, Any] | None) -> Iterator[None]:
+    """Context manager in which all processes have the same model and config; it does nothing in a single one.
+
+    Processes that do not compress the same model in the same way are refused. Buffers are set to those of rank 0, as
+    DistributedDataParallel does before each forward: behind the last one, running statistics differ. If the context
+    fails, they are as before.
 
     Args:
         model: The model; where a state is resumed its weights are not compared, because they are loaded later.
@@ -29,18 +37,30 @@ def require_same_start(model: nn.Module, lifecycle: Lifecycle, state: Mapping[st
         RankError: On all processes; the message says what differs.
     """
     if ranks.number_of_ranks() == 1:
+        yield
         return
     configs = {a.name: _hash(plain_config(a.config)) for a in lifecycle.algorithms}
     ranks.require_same("configs", configs, "give all ranks the same config")
     if state is not None:
         ranks.require_same("compression states", {"state": _hash(state)}, "give all ranks the same compression_state")
+        yield
         return
-    weights = {name: ranks.fingerprint(tensor) for name, tensor in _tensors(model).items()}
+    weights = {name: ranks.fingerprint(parameter) for name, parameter in model.named_parameters()}
     ranks.require_same(
         "weights",
         weights,
         "load the same weights on all ranks, or seed them alike, before create_compressed_model",
     )
+    buffers = dict(model.named_buffers())
+    before = {name: buffer.detach().clone() for name, buffer in buffers.items()}
+    try:
+        ranks.take_first("buffers", buffers)
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for name, buffer in buffers.items():
+                buffer.copy_(before[name])
+        raise
 
 
 def agree(model: nn.Module, lifecycle: Lifecycle) -> None:
@@ -60,6 +80,20 @@ def agree(model: nn.Module, lifecycle: Lifecycle) -> None:
         logger.info("%d tensors, such as '%s', are those of rank 0: others were rounded", len(changed), changed[0])
     states = {name: _hash(dict(state)) for name, state in lifecycle.state(model).items()}
     ranks.require_same("states of algorithms", states, "use the same versions of all packages")
+
+
+def refuse_sharded(model: nn.Module) -> None:
+    """Refuses a model of whose parameters this process has parts only.
+
+    Raises:
+        ModelError: A parameter is sharded.
+    """
+    sharded = next((name for name, parameter in model.named_parameters() if is_sharded(parameter)), None)
+    if sharded is not None:
+        raise ModelError(
+            f"the parameter '{sharded}' is sharded over processes (fully_shard, tensor parallelism): masks, scales and "
+            "their gradients would be those of a part of it. Train the compressed model with DistributedDataParallel"
+        )
 
 
 def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:

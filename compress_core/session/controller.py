@@ -29,6 +29,7 @@ from compress_core.export import ExportReport, ExportTarget
 from compress_core.export import onnx as export
 from compress_core.export.inputs import inputs_of
 from compress_core.export.references import references_of
+from compress_core.session.agreement import refuse_sharded
 from compress_core.session.batch_norm import BatchNorm
 from compress_core.session.batch_recorder import BatchRecorder, remove_recorders
 from compress_core.session.lifecycle import Lifecycle
@@ -125,6 +126,7 @@ class CompressionController:
         self._active.step(self.model, clock)
 
     def _epoch_step(self, clock: Clock) -> None:
+        refuse_sharded(self.model)
         self._inspected.epoch_step(self.model, clock)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompressionController:

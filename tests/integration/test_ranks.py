@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from compress_core import create_compressed_model
+from compress_core import ModelError, create_compressed_model
 from compress_core.registry import use_registry
 from tests.integration.test_distributed import leave
 
@@ -61,7 +61,11 @@ def document(name):
 
 
 def create(name, loader, seed=0):
-    return create_compressed_model(net(seed), document(name), init_loader=loader)
+    model = net(seed)
+    if dist.is_initialized() and dist.get_rank():
+        # As behind the last step of DistributedDataParallel: buffers of other processes are not those of rank 0.
+        model[1].running_mean += 1
+    return create_compressed_model(model, document(name), init_loader=loader)
 
 
 def again(controller, name):
@@ -148,9 +152,13 @@ def failing(rank, kind):
         loader = loader_of_rank()
     elif kind == "weights" and rank == 1:
         seed = 1
+    elif kind == "buffers":
+        loader = []
     elif kind == "config" and rank == 1:
         config = "quantization"
     model = net(seed)
+    if kind == "buffers":
+        model[1].running_mean += rank
     before = {key: value.clone() for key, value in model.state_dict().items()}
     message = ""
     try:
@@ -165,6 +173,7 @@ EXPECTED = {
     "loader": ("rank 1 of 2 failed, so all have stopped: OSError: disk is gone", "OSError: disk is gone"),
     "interrupt": ("rank 1 of 2 failed, so all have stopped: KeyboardInterrupt", "KeyboardInterrupt"),
     "weights": ("weights differ: '0.weight' of rank 1", "weights differ: '0.weight' of rank 1"),
+    "buffers": ("the data loader gave no sample", "the data loader gave no sample"),
     "config": ("configs differ: 'magnitude_sparsity' of rank 1", "configs differ: 'magnitude_sparsity' of rank 1"),
 }
 
@@ -176,3 +185,75 @@ def test_what_fails_on_one_fails_on_all(tmp_path, kind):
         assert expected in message
         assert same
         assert seconds < 60
+
+
+STAGED = {
+    "algorithm": "quantization",
+    "params": {"weights_quant_start_epoch": 1, "activations_quant_start_epoch": 2},
+    "initializer": {"range": {"num_init_samples": 32}},
+}
+
+
+def train_staged(rank, world):
+    """Two processes with half of each batch, or one with the whole; each stage once, then switched off and on."""
+    # Without batch norm: two halves have other batch statistics than the whole.
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.Flatten(), nn.Linear(16, 3))
+    parts = [batch[rank::world] / 10 for batch in batches()]
+    controller, model = create_compressed_model(
+        model, {"input_info": {"sample_size": [1, 2, 6, 6]}, "compression": [STAGED]}, init_loader=parts
+    )
+    parallel = model if world == 1 else nn.parallel.DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(parallel.parameters(), 0.05, momentum=0.9)
+    controller.scheduler.step()  # nothing is read
+    for epoch in range(5):
+        controller.scheduler.epoch_step()
+        if epoch == 3:
+            controller.disable_activation_quantization()
+        if epoch == 4:
+            controller.enable_activation_quantization()
+        for part in parts:
+            optimizer.zero_grad()
+            (parallel(part).square().mean() + controller.loss()).backward()
+            optimizer.step()
+    state = {key: value.detach().clone() for key, value in model.state_dict().items()}
+    return state, [entry.enabled for entry in controller.all_quantizations.values()]
+
+
+def test_staged_quantizers_train_in_ddp_like_in_one_process(tmp_path):
+    found = results(tmp_path, train_staged, 2, 2)
+    expected, enabled = train_staged(0, 1)
+    assert all(enabled)
+    for state, _ in found:
+        for key, value in expected.items():
+            torch.testing.assert_close(state[key], value, rtol=1e-3, atol=1e-4)
+            assert torch.equal(state[key], found[0][0][key])
+
+
+def shard(rank):
+    from torch.distributed.fsdp import fully_shard
+
+    messages = []
+    controller, model = create("quantization", batches())
+    for step in (lambda: fully_shard(model, mesh=mesh()), controller.scheduler.epoch_step):
+        try:
+            step()
+        except ModelError as error:
+            messages.append(str(error))
+    try:
+        create_compressed_model(fully_shard(net(), mesh=mesh()), document("sparsity"), init_loader=batches())
+    except ModelError as error:
+        messages.append(str(error))
+    return messages
+
+
+def mesh():
+    from torch.distributed.device_mesh import init_device_mesh
+
+    return init_device_mesh("cpu", (dist.get_world_size(),))
+
+
+def test_sharded_parameters_are_refused_before_and_after(tmp_path):
+    for messages in results(tmp_path, shard, 1):
+        assert len(messages) == 2
+        assert all("is sharded over processes (fully_shard" in message for message in messages)

@@ -15,6 +15,7 @@ from compress_quantization.grid import Grid
 from compress_quantization.kernels import Source, Task, fake_quantize
 from compress_quantization.kernels.formulas import StepLowHigh
 from compress_quantization.kernels.sources import TINY, compute_dtype, from_ends, levels_of, ranges_of_channels
+from compress_quantization.participation import is_parallel, with_zero_gradients
 
 _LARGEST = 2.0**126  # ranges are moved and added to, which must not overflow float32
 _SCALE_OF_ZEROS = 0.1
@@ -163,7 +164,7 @@ class FakeQuantize(ProjectingTransform, ActivationTransform):
             return self._quantize(x, None)
         if self.observer is not None:
             self.observer(x)
-        return x
+        return with_zero_gradients(x, self) if is_parallel() and x.is_floating_point() else x
 
     def forward_owned(self, x: torch.Tensor) -> torch.Tensor:
         """Does what `forward` does, but may overwrite `x`, which has no other reader."""
