@@ -158,7 +158,10 @@ def test_same_model_twice_is_an_error():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: DataParallel(ResidualNet()), r"wrapped in DataParallel; call create_compressed_model\(model.module"),
+        (
+            lambda: DataParallel(ResidualNet()),
+            r"wrapped in DataParallel, .*create_compressed_model\(model.module, \.\.\.\) and train with one process for each GPU",
+        ),
         (lambda: "resnet18", r"model must be a torch\.nn\.Module, got str"),
         (lambda: nn.Sequential(nn.LazyLinear(3)), "lazy and not initialized.*one forward pass"),
         (lambda: ResidualNet().to("meta"), "on the meta device"),
