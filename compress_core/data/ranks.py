@@ -38,6 +38,7 @@ class _Failure:
 
 
 _section: _Section | None = None
+_is_alone = False
 
 
 def number_of_ranks() -> int:
@@ -62,7 +63,12 @@ def together() -> Iterator[None]:
         RankError: Another process failed.
     """
     global _section  # noqa: PLW0603 - there is one group of processes
-    if _section is not None or not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if (
+        _is_alone
+        or _section is not None
+        or not (dist.is_available() and dist.is_initialized())
+        or dist.get_world_size() == 1
+    ):
         yield
         return
     _section = _Section()
@@ -80,13 +86,18 @@ def together() -> Iterator[None]:
 
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
-    """Context manager in which this process reads its own data only."""
-    global _section  # noqa: PLW0603 - there is one group of processes
-    before, _section = _section, None
+    """Context manager in which this process does everything by itself, as one that trains a model of its own."""
+    global _section, _is_alone
+    before, _section, _is_alone = (_section, _is_alone), None, True
     try:
         yield
     finally:
-        _section = before
+        _section, _is_alone = before
+
+
+def is_alone() -> bool:
+    """Returns whether this is within `alone`."""
+    return _is_alone
 
 
 def exchange(what: str, value: Any) -> list[Any]:

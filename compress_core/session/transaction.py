@@ -14,7 +14,7 @@ from torch import nn
 
 from compress_core.contract.context import Context
 from compress_core.data.calibration import CalibrationData, InitArgs
-from compress_core.data.ranks import is_told, together
+from compress_core.data.ranks import alone, is_alone, is_told, together
 from compress_core.data.rng import RngState
 from compress_core.session.agreement import agree
 from compress_core.session.lifecycle import Lifecycle
@@ -45,6 +45,8 @@ class Transaction:
     def __init__(self, model: nn.Module, owner: object, lifecycle: Lifecycle, scheduler: object) -> None:
         self._model, self._owner, self._lifecycle, self._scheduler = model, owner, lifecycle, scheduler
         self._open: _Before | None = None
+        # A model that was compressed by one process alone is its own for good.
+        self._is_alone = is_alone()
 
     def run(self, function: Callable[[], T], others: Iterable[object] = (), *, lazily: bool = False) -> T:
         """Returns what the function returns.
@@ -58,7 +60,7 @@ class Transaction:
         if self._open is not None:
             self._open.include(() if lazily else (self, *others))
             return function()
-        with together():
+        with alone() if self._is_alone else together():
             return self._run(function, () if lazily else (self, *others))
 
     def _run(self, function: Callable[[], T], parts: Iterable[object]) -> T:

@@ -12,6 +12,7 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from compress_core import ModelError, create_compressed_model
+from compress_core.data.ranks import alone
 from compress_core.registry import use_registry
 from tests.integration.test_distributed import leave
 
@@ -257,3 +258,21 @@ def test_sharded_parameters_are_refused_before_and_after(tmp_path):
     for messages in results(tmp_path, shard, 1):
         assert len(messages) == 2
         assert all("is sharded over processes (fully_shard" in message for message in messages)
+
+
+def own_model(rank):
+    with alone():
+        controller, model = create_compressed_model(
+            net(rank), document("sparsity"), init_loader=batches()[rank : rank + 4]
+        )
+    if rank == 0:
+        controller.adapt_batchnorm(num_samples=8)  # the other process does not wait, and is not waited for
+    return model.state_dict()
+
+
+def test_processes_may_have_models_of_their_own(tmp_path):
+    first, second = results(tmp_path, own_model, 2)
+    assert not torch.equal(first["0.weight"], second["0.weight"])
+    _, expected = create_compressed_model(net(1), document("sparsity"), init_loader=batches()[1:5])
+    for key, value in expected.state_dict().items():
+        torch.testing.assert_close(second[key], value)
