@@ -43,9 +43,11 @@ _is_alone = False
 
 def number_of_ranks() -> int:
     """Returns the number of processes that work together now; 1 outside of `together`."""
-    if _section is None or not (dist.is_available() and dist.is_initialized()):
-        return 1
-    return dist.get_world_size()
+    return 1 if _section is None else _world_size()
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def is_told() -> bool:
@@ -63,12 +65,7 @@ def together() -> Iterator[None]:
         RankError: Another process failed.
     """
     global _section  # noqa: PLW0603 - there is one group of processes
-    if (
-        _is_alone
-        or _section is not None
-        or not (dist.is_available() and dist.is_initialized())
-        or dist.get_world_size() == 1
-    ):
+    if _is_alone or _section is not None or _world_size() == 1:
         yield
         return
     _section = _Section()
