@@ -7,12 +7,13 @@ import logging
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from compress_core.config import AlgorithmConfig
 from compress_core.contract.algorithm import Plan
 from compress_core.errors import PluginError, StateError
 from compress_core.registry import Registry
+from compress_core.saved import STRICT, check_plain
 from compress_core.session.lifecycle import Lifecycle
 
 logger = logging.getLogger(__name__)
@@ -68,6 +69,8 @@ def _through_json(name: str, state: Mapping[str, Any]) -> Any:
 class SavedPlan(BaseModel):
     """A plan as it was loaded from JSON."""
 
+    model_config = STRICT
+
     targets: list[str]
     skipped: dict[str, str] = {}
     details: dict[str, Any] = {}
@@ -75,6 +78,8 @@ class SavedPlan(BaseModel):
 
 class SavedAlgorithm(BaseModel):
     """The part of a compression state that belongs to one algorithm."""
+
+    model_config = ConfigDict(strict=True)
 
     plugin: str = ""
     distribution: str = ""
@@ -86,6 +91,8 @@ class SavedAlgorithm(BaseModel):
 
 class SavedState(BaseModel):
     """A compression state that has been checked."""
+
+    model_config = ConfigDict(strict=True)
 
     format: Literal[1]
     algorithms: dict[str, SavedAlgorithm]
@@ -113,6 +120,9 @@ def checked_state(state: Any, lifecycle: Lifecycle, registry: Registry) -> Saved
             f"compression_state has the format {state.get('format')!r}, this version reads {FORMAT}; "
             "load it with the version of compress-core that wrote it"
         )
+    for key, value in state.items():
+        # Reports and configs may hold NaN and infinity; what decides about the structure may not.
+        check_plain(value, f"compression_state.{key}", finite=key == "scheduler")
     _check_installed(state["algorithms"], registry)
     try:
         saved = SavedState.model_validate(state)
@@ -122,6 +132,9 @@ def checked_state(state: Any, lifecycle: Lifecycle, registry: Registry) -> Saved
         raise StateError(
             f"compression_state.{place}: {first['msg']}; it is not what get_compression_state() returned"
         ) from error
+    for name, entry in saved.algorithms.items():
+        for part, value in {"plan": state["algorithms"][name]["plan"], "state": entry.state}.items():
+            check_plain(value, f"compression_state.algorithms.{name}.{part}")
     active = {algorithm.name for algorithm in lifecycle.algorithms}
     if saved.algorithms.keys() != active:
         raise StateError(

@@ -1,0 +1,189 @@
+"""Compression states from a stranger: every damaged value is refused with its path, before anything is allocated."""
+
+import copy
+import json
+import logging
+import re
+import tracemalloc
+
+import pytest
+import torch
+from torch import nn
+
+from compress_core import CompressionError, StateError, create_compressed_model, load_compressed_model
+from compress_core.testing import fingerprint
+
+SECTIONS = {
+    "magnitude_sparsity": {
+        "algorithm": "magnitude_sparsity", "sparsity_init": 0.3,
+        "params": {"schedule": "adaptive", "sparsity_target": 0.5, "patience": 2},
+    },
+    "filter_pruning": {"algorithm": "filter_pruning", "pruning_init": 0.3, "params": {"multiple_of": 2}},
+    "quantization": {
+        "algorithm": "quantization", "initializer": {"range": {"num_init_samples": 4}},
+        "params": {"activations_quant_start_epoch": 1, "weights_quant_start_epoch": 0},
+    },
+}  # fmt: skip
+
+# What no value of a state can be; each also stands for its like.
+WRONG = {
+    "negative": -5,
+    "large": 2**40,
+    "beyond 64 bits": 2**70,
+    "beyond printing": 10**5000,
+    "nan": float("nan"),
+    "infinite": float("inf"),
+    "half": 0.5,
+    "text": "other",
+    "none": None,
+    "yes": True,
+    "list": [],
+    "long list": [0] * 100_000,
+    "dict": {},
+    "object": object(),
+}
+
+# Free text and records of the past: nothing is computed from them, so any value of the right type is as good.
+FREE = re.compile(
+    r"(plugin|distribution|version)$|\.config(\.|$)|\.skipped(\.|$)|\.initializers|certificate|\.potential\."
+)
+
+# Values that nothing else in the state contradicts, so that another one that fits is another state.
+ALSO_VALID = {
+    (r"state\.level$", "half"),
+    (r"state\.schedule\.level$", "half"),
+    (r"state\.schedule\.level$", "yes"),
+    (r"state\.time$", "none"),
+    (r"state\.time\.\d$", "large"),
+    (r"(frozen|calibrated)(\..*)?$", "yes"),
+    (r"(enabled|signed|on)\..*$", "yes"),
+    (r"scheduler\.(epoch|step)$", "large"),
+    (r"scheduler\.steps_per_epoch$", "large"),
+    (r"scheduler\.steps_per_epoch$", "none"),
+    (r"state\.(unreached|gone\.\d)$", "list"),
+    (r"state\.certificate$", "none"),
+    (r"operations\.terms\.\d+\.0$", "large"),
+    (r"operations\.terms$", "list"),
+    (r"operations\.terms\.\d+\.1$", "list"),
+    (r"operations\.terms\.\d+\.1\.\d+\.0$", "large"),
+    (r"operations\.terms\.\d+\.1\.\d+\.1$", "dict"),
+    (r"operations\.terms\.\d+\.1\.\d+\.1\.\d+$", "large"),
+    (r"groups\.\d\.step$", "large"),
+    (r"inputs$", "list"),
+    (r"inputs\.0\.path\.0$", "text"),
+    (r"spec\.(logarithm_scale|half_range|narrow_range|signed)$", "yes"),
+    (r"spec\.signed$", "none"),
+    (r"num_init_samples$", "large"),
+}
+
+
+class Small(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.conv2, self.bn2 = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = torch.relu(self.bn1(self.conv1(x)))
+        return self.fc(torch.relu(self.bn2(self.conv2(x)) + 1).mean((2, 3)))
+
+
+def config(name):
+    return {"compression": SECTIONS[name], "input_info": {"sample_size": [2, 3, 8, 8], "filler": "random"}}
+
+
+def created(name, model=None, **keywords):
+    torch.manual_seed(1)
+    loader = None if "compression_state" in keywords else [torch.randn(4, 3, 8, 8)]
+    return create_compressed_model(model or Small(), config(name), init_loader=loader, **keywords)
+
+
+@pytest.fixture(scope="module", params=SECTIONS)
+def saved(request):
+    controller, _ = created(request.param)
+    if request.param == "filter_pruning":
+        controller.shrink()
+        controller.set_pruning_level(0.5)
+    state = controller.get_compression_state()
+    controller, _ = created(request.param, compression_state=state)
+    assert controller.get_compression_state() == state
+    return request.param, state
+
+
+def places(value, path=()):
+    """Yields the path of every value; of lists, only the first and the last entry."""
+    if path:
+        yield path
+    if isinstance(value, dict):
+        for key, entry in value.items():
+            yield from places(entry, (*path, key))
+    elif isinstance(value, list):
+        for index in sorted({0, len(value) - 1}) if value else ():
+            yield from places(value[index], (*path, index))
+
+
+def at(state, path):
+    for key in path:
+        state = state[key]
+    return state
+
+
+def changed(state, path, value):
+    twin = copy.deepcopy(state)
+    at(twin, path[:-1])[path[-1]] = value
+    return twin
+
+
+def same(a, b):
+    return type(a) is type(b) and a == b
+
+
+def complaint(load, path, prefix, *, measured):
+    """Returns None if loading raises a StateError that names the path, "accepted", or what is wrong."""
+    if measured:
+        tracemalloc.start()
+    try:
+        load()
+    except StateError as error:
+        used = tracemalloc.get_traced_memory()[1] if measured else 0
+        if used > 50 << 20:
+            return f"{used >> 20} MB"
+        # A value may be refused where it is missed or contradicted: in the object or list that it belongs to.
+        near = [".".join(map(str, (*prefix, *path[:length]))) for length in range(max(len(path) - 2, 1), len(path) + 1)]
+        return None if any(name in str(error) for name in near) else f"path not named: {error}"
+    except BaseException as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        tracemalloc.stop()
+    return "accepted"
+
+
+def test_every_value_of_a_state(saved, caplog):
+    caplog.set_level(logging.ERROR)
+    name, state = saved
+    model = Small()
+    before, complaints = fingerprint(model), []
+    for path in places(state):
+        dotted = ".".join(map(str, path))
+        for kind, value in WRONG.items():
+            if same(at(state, path), value) or (FREE.search(f".{dotted}") and kind not in ("none", "object")):
+                continue
+            found = complaint(
+                lambda path=path, value=value: created(name, model, compression_state=changed(state, path, value)),
+                path,
+                ("compression_state",),
+                measured=kind in ("large", "long list"),
+            )
+            fits = FREE.search(f".{dotted}") or any(re.search(p, dotted) and kind == k for p, k in ALSO_VALID)
+            if found == "accepted" and fits:
+                model = Small()
+                before = fingerprint(model)
+                continue
+            if found is not None:
+                complaints.append(f"{dotted} = {kind}: {found}"[:300])
+            if fingerprint(model) != before:
+                complaints.append(f"{dotted} = {kind}: the model was changed")
+                model = Small()
+                before = fingerprint(model)
+    assert not complaints, f"{len(complaints)}\n" + "\n".join(complaints)
