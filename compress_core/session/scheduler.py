@@ -78,6 +78,8 @@ class CompressionScheduler:
             StateError: The state was not returned by `get_state`.
         """
         clock = parsed(Clock, state, path)
+        if missing := asdict(clock).keys() - state.keys():
+            raise damaged(f"{path}.{min(missing)}", "is required")
         bounds = {"epoch": -1, "step": -1, "step_in_epoch": -1, "steps_per_epoch": 1}
         for name, lowest in bounds.items():
             value = getattr(clock, name)

@@ -119,7 +119,8 @@ def saved_quantizers(plan: Plan, name: str, model: nn.Module) -> tuple[list[Plan
         _check_settings(found[-1], place)
     names = [quantizer.name for quantizer in found]
     if len(set(names)) != len(names) or list(plan.targets) != names:
-        raise damaged(f"{root}.targets", "must be the names of the quantizers in details, each once")
+        number = next((i for i, pair in enumerate(zip(names, plan.targets, strict=False)) if pair[0] != pair[1]), 0)
+        raise damaged(f"{path}.quantizers.{number}.name", f"must be the name in {root}.targets, each once")
     for group, number in details.potential.items():
         if number < sum(quantizer.group == group for quantizer in found):
             raise damaged(f"{path}.potential.{group}", f"is less than the plan has, got {number}")
