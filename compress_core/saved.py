@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Any, TypeAlias, TypeVar
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, FailFast, Field, TypeAdapter, ValidationError
 
 from compress_core.errors import StateError
 
@@ -28,6 +28,15 @@ Whole: TypeAlias = Annotated[int, Field(ge=0, le=_LARGEST)]
 
 Positive: TypeAlias = Annotated[int, Field(ge=1, le=_LARGEST)]
 """A whole number from 1 on that fits in 64 bits."""
+
+
+class _FirstOnly(FailFast):
+    # In a union, what annotates a type has to be hashable.
+    __hash__ = object.__hash__
+
+
+Items: TypeAlias = Annotated[list[Value], _FirstOnly()]
+"""A list of which only the first wrong entry is reported: a million of them would take a million reports."""
 
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 """The settings of a pydantic model of saved values."""

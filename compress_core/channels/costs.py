@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from torch import nn
 
 from compress_core.channels.groups import ChannelGroup, ChannelGroups
-from compress_core.saved import STRICT, Whole, damaged, parsed, shown
+from compress_core.saved import STRICT, Items, Whole, damaged, parsed, shown
 
 # Of the largest networks a few hundred thousand; each takes 8 bytes.
 _MOST_SLOPES = 1 << 22
@@ -20,7 +20,7 @@ _MOST_SLOPES = 1 << 22
 class _SavedCosts(BaseModel):
     model_config = STRICT
     groups: Whole
-    terms: list[tuple[Whole, list[tuple[Whole, dict[str, Whole]]]]]
+    terms: Items[tuple[Whole, Items[tuple[Whole, dict[str, Whole]]]]]
 
 
 @dataclass(frozen=True)

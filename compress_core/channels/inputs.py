@@ -12,7 +12,7 @@ import torch
 from pydantic import BaseModel
 from torch import nn
 
-from compress_core.saved import STRICT, Whole, damaged, parsed, shown
+from compress_core.saved import STRICT, Items, Whole, damaged, parsed, shown
 from compress_core.torch_internals import refuse_out_of_memory
 from compress_core.trace import Example
 from compress_core.trace.graph import ForwardTrace, tensors_with_paths
@@ -33,14 +33,14 @@ _LAST_ARGUMENT = 1000
 
 class _SavedValues(BaseModel):
     model_config = STRICT
-    shape: list[Whole]
-    flat: list[bool | int | float]
+    shape: Items[Whole]
+    flat: Items[bool | int | float]
 
 
 class _SavedInput(BaseModel):
     model_config = STRICT
-    path: list[Whole | str]
-    shape: list[Whole]
+    path: Items[Whole | str]
+    shape: Items[Whole]
     dtype: str
     values: _SavedValues | None = None
 

@@ -16,7 +16,7 @@ from compress_core.channels.decisions import freeze_decisions, tensors_to_come
 from compress_core.channels.following import transform_tensors
 from compress_core.channels.groups import ChannelGroup
 from compress_core.errors import StateError
-from compress_core.saved import STRICT, Positive, Whole, damaged, parsed
+from compress_core.saved import STRICT, Items, Positive, Whole, damaged, parsed
 from compress_core.torch_internals import AnyConv, AnyConvTranspose, AnyNorm, has_gradient_hooks
 
 # The indices along a dimension that stay, ascending.
@@ -25,8 +25,8 @@ Kept: TypeAlias = "list[int]"
 
 class _SavedTensor(BaseModel):
     model_config = STRICT
-    shape: list[Whole]
-    kept: dict[str, list[Whole]]
+    shape: Items[Whole]
+    kept: dict[str, Items[Whole]]
 
 
 class _SavedShrinkage(BaseModel):

@@ -13,7 +13,7 @@ from compress_core.config import AlgorithmConfig
 from compress_core.contract.algorithm import Plan
 from compress_core.errors import PluginError, StateError
 from compress_core.registry import Registry
-from compress_core.saved import STRICT, check_plain, shown
+from compress_core.saved import STRICT, Items, check_plain, shown
 from compress_core.session.lifecycle import Lifecycle
 
 logger = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ class SavedPlan(BaseModel):
 
     model_config = STRICT
 
-    targets: list[str]
+    targets: Items[str]
     skipped: dict[str, str] = {}
     details: dict[str, Any] = {}
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from compress_core import Plan, StateError
 from compress_core.channels import Costs, InputSpec, Shrinkage, parameter_costs, shrinkage
-from compress_core.saved import STRICT, Positive, Whole, check_plain, damaged, parsed
+from compress_core.saved import STRICT, Items, Positive, Whole, check_plain, damaged, parsed
 from compress_filter_pruning.groups import PruningGroup
 from compress_filter_pruning.planning import PruningPlan
 
@@ -23,7 +23,7 @@ class _SavedMember(BaseModel):
     parameter: str
     dim: Whole
     role: Literal["OTHER", "READS", "NORMALIZES", "ADDS", "MAKES"]
-    channels: list[_Run]
+    channels: Items[_Run]
 
 
 class _SavedGroup(BaseModel):
@@ -32,17 +32,17 @@ class _SavedGroup(BaseModel):
     size: Positive
     full_size: Positive
     step: Positive
-    members: Annotated[list[_SavedMember], Field(min_length=1)]
-    whole_heads: list[str] = []
-    attributes: list[tuple[str, str]] = []
+    members: Annotated[Items[_SavedMember], Field(min_length=1)]
+    whole_heads: Items[str] = []
+    attributes: Items[tuple[str, str]] = []
 
 
 class _SavedDetails(BaseModel):
     model_config = STRICT
-    groups: Annotated[list[_SavedGroup], Field(min_length=1)]
+    groups: Annotated[Items[_SavedGroup], Field(min_length=1)]
     operations: dict[str, Any]
     parameters: dict[str, Any]
-    inputs: list[dict[str, Any]]
+    inputs: Items[dict[str, Any]]
 
 
 class SavedPruning(BaseModel):
@@ -61,12 +61,12 @@ class SavedPruning(BaseModel):
 
     level: float = Field(ge=0, lt=1)
     frozen: bool
-    gone: list[list[Whole]]
+    gone: Items[Items[Whole]]
     shrunk: dict[str, Any]
-    groups: list[dict[str, Any]]
+    groups: Items[dict[str, Any]]
     certificate: dict[str, Any] | None = None
     time: tuple[Whole, Whole] | None = None
-    measured: list[list[float]] | None = None
+    measured: Items[Items[float]] | None = None
 
     def check_groups(self, groups: Sequence[PruningGroup], path: str) -> None:
         """Checks the masked channels and the importances against the present groups.

@@ -11,11 +11,11 @@ from torch import nn
 
 from compress_core import Plan, StateError
 from compress_core.errors import CompressionError
-from compress_core.saved import STRICT, Whole, damaged, parsed, shown
+from compress_core.saved import STRICT, Items, Whole, damaged, parsed, shown
 from compress_core.transforms.places import CallPattern
 from compress_quantization.plan import PlannedQuantizer
 
-_Path = list[Whole | str]
+_Path = Items[Whole | str]
 
 # Scales of activations have one value for each channel, which no tensor of the model tells; together they are small.
 _MOST_ACTIVATION_SCALES = 1 << 20
@@ -43,15 +43,15 @@ class _SavedQuantizer(BaseModel):
     name: str
     group: Literal["weights", "activations"]
     spec: dict[str, Any]
-    shape: list[Annotated[int, Field(ge=1, le=1 << 31)]]
+    shape: Items[Annotated[int, Field(ge=1, le=1 << 31)]]
     parameter: str
-    places: list[_SavedPlace]
+    places: Items[_SavedPlace]
     initial_range: _SavedRange
 
 
 class _SavedDetails(BaseModel):
     model_config = STRICT
-    quantizers: Annotated[list[_SavedQuantizer], Field(min_length=1)]
+    quantizers: Annotated[Items[_SavedQuantizer], Field(min_length=1)]
     potential: dict[Literal["weights", "activations"], Whole]
 
 
@@ -70,7 +70,7 @@ class SavedQuantization(BaseModel):
     signed: dict[str, bool]
     enabled: dict[str, bool]
     frozen: dict[str, bool]
-    unreached: list[str]
+    unreached: Items[str]
     calibrated: bool
     staging: dict[str, Any] | None
 
