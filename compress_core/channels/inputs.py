@@ -29,6 +29,7 @@ _LARGEST_SAVED = 4096
 # Saved shapes beyond these are refused, because random tensors are made of them later.
 _LARGEST_INPUT = 1 << 31
 _LAST_ARGUMENT = 1000
+_DEEPEST_ARGUMENT = 16
 
 
 class _SavedValues(BaseModel):
@@ -81,8 +82,12 @@ class InputSpec:
             StateError: `saved` was not returned by `to_dict`.
         """
         found = parsed(_SavedInput, saved, path)
-        if not found.path or any(isinstance(key, int) and key > _LAST_ARGUMENT for key in found.path):
-            raise damaged(f"{path}.path", f"must be positions up to {_LAST_ARGUMENT}, and keywords")
+        if not 0 < len(found.path) <= _DEEPEST_ARGUMENT or any(
+            isinstance(key, int) and key > _LAST_ARGUMENT for key in found.path
+        ):
+            raise damaged(
+                f"{path}.path", f"must be 1 to {_DEEPEST_ARGUMENT} positions up to {_LAST_ARGUMENT}, or keywords"
+            )
         if math.prod(found.shape) > _LARGEST_INPUT:
             raise damaged(f"{path}.shape", f"has more than {_LARGEST_INPUT} elements, got {found.shape[:8]}")
         kind = getattr(torch, found.dtype, None)

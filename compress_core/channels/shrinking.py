@@ -5,11 +5,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
 import numpy as np
 import torch
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from torch import nn
 
 from compress_core.channels.decisions import freeze_decisions, tensors_to_come
@@ -31,7 +31,7 @@ class _SavedTensor(BaseModel):
 
 class _SavedShrinkage(BaseModel):
     model_config = STRICT
-    format: Literal[1]
+    format: Annotated[int, Field(ge=1, le=1)]  # Literal[1] would take True
     tensors: dict[str, _SavedTensor]
     attributes: dict[str, dict[str, Positive]] = {}
 
@@ -98,10 +98,14 @@ class Shrinkage:
                 kept[name][dim] = list(indices) if before is None else [before[index] for index in indices]
         return Shrinkage({**later.sizes, **self.sizes}, kept, {**self.attributes, **later.attributes})
 
-    def check(self, model: nn.Module) -> None:
+    def check(self, model: nn.Module, path: str = "") -> None:
         """Refuses a model whose tensors or attributes are not those that this shrinkage was made for.
 
         Tensors that freezing a decision over a whole weight will add (see `apply`) are not checked.
+
+        Args:
+            model: The model.
+            path: Where the shrinkage was saved, for messages.
 
         Raises:
             StateError: A tensor is missing or has another shape, or an attribute is no larger integer.
@@ -112,11 +116,12 @@ class Shrinkage:
         for name, shape in self.sizes.items():
             if name.startswith(to_come):
                 continue
+            where = f"{path}.tensors.{name}.shape: " if path else ""
             if name not in tensors:
-                raise StateError(f"the plan does not fit this model: it has no tensor '{name}'")
+                raise StateError(f"{where}the plan does not fit this model: it has no tensor '{name}'")
             if tuple(tensors[name].shape) != shape:
                 raise StateError(
-                    f"the plan does not fit this model: '{name}' has the shape {tuple(tensors[name].shape)}, "
+                    f"{where}the plan does not fit this model: '{name}' has the shape {tuple(tensors[name].shape)}, "
                     f"expected {shape}. Build the model as it was before it was shrunk"
                 )
 

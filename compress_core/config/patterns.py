@@ -63,7 +63,7 @@ def compile_pattern(text: str, prefix: str = "") -> Callable[[str], bool]:
     except _NotLinearError:
         if _may_explode(tree):
             raise ValueError(
-                f"'{prefix}{text}' could take forever on a long name: a pattern with lookaround, references to groups or "
+                f"'{prefix}{text}' could take forever on a long name: one with lookaround, references to groups or "
                 f"flags may not repeat what repeats or has alternatives, nor have more than {_MOST_REPETITIONS} "
                 "repetitions in a row; write it without these, or as several scopes"
             ) from None

@@ -67,6 +67,11 @@ ALSO_VALID = {
     (r"operations\.terms\.\d+\.1\.\d+\.1\.\d+$", "large"),
     (r"groups\.\d\.step$", "large"),
     (r"inputs$", "list"),
+    (r"inputs\.0\.values$", "none"),
+    (r"inputs\.0\.values\.flat\.0$", "negative"),
+    (r"inputs\.0\.values\.flat\.0$", "large"),
+    (r"inputs\.0\.values\.flat\.0$", "half"),
+    (r"inputs\.0\.values\.flat\.0$", "yes"),
     (r"inputs\.0\.path\.0$", "text"),
     (r"spec\.(logarithm_scale|half_range|narrow_range|signed)$", "yes"),
     (r"spec\.signed$", "none"),
@@ -132,6 +137,12 @@ def changed(state, path, value):
     return twin
 
 
+def deep(state, path, value):
+    twin = json.loads(json.dumps(state))
+    at(twin, path[:-1])[path[-1]] = value
+    return twin
+
+
 def same(a, b):
     return type(a) is type(b) and a == b
 
@@ -156,7 +167,7 @@ def complaint(load, path, prefix, *, measured):
         if used > 50 << 20:
             return f"{used >> 20} MB"
         # A value may be refused where it is missed or contradicted: in the object or list that it belongs to.
-        near = [".".join(map(str, (*prefix, *path[:length]))) for length in range(max(len(path) - 2, 1), len(path) + 1)]
+        near = [".".join(map(str, (*prefix, *path[:length]))) for length in range(max(len(path) - 3, 1), len(path) + 1)]
         return None if any(name in str(error) for name in near) else f"path not named: {error}"
     except BaseException as error:
         return f"{type(error).__name__}: {error}"
@@ -165,6 +176,7 @@ def complaint(load, path, prefix, *, measured):
     return "accepted"
 
 
+@pytest.mark.slow
 def test_every_value_of_a_state(saved, caplog):
     caplog.set_level(logging.ERROR)
     name, state = saved
@@ -196,3 +208,42 @@ def test_every_value_of_a_state(saved, caplog):
                 model = Small()
                 before = fingerprint(model)
     assert not complaints, f"{len(complaints)}\n" + "\n".join(complaints)
+
+
+def test_every_value_of_a_shrink_plan():
+    controller, model = created("filter_pruning")
+    plain = controller.strip()
+    plan, weights = controller.shrink_plan, plain.state_dict()
+    assert load_compressed_model(Small(), weights, plan).conv2.out_channels < 8
+    model, complaints = Small(), []
+    before = fingerprint(model)
+    for path in places(plan):
+        for kind in kinds(at(plan, path)):
+            twin = changed(plan, path, WRONG[kind])
+            found = complaint(
+                lambda twin=twin: load_compressed_model(model, weights, twin), path, ("plan",), measured=False
+            )
+            if found is not None and not found.startswith("path not named: the "):
+                complaints.append(f"{path} = {kind}: {found}")
+            if fingerprint(model) != before:
+                complaints.append(f"{path} = {kind}: the model was changed")
+    assert not complaints, "\n".join(complaints)
+
+
+@pytest.mark.parametrize("attribute", ["training", "forward", "weight", "missing", "out_channels"])
+def test_a_plan_cannot_write_over_anything(attribute):
+    model = Small()
+    plan = {"format": 1, "tensors": {}, "attributes": {"conv2": {attribute: 9}}}
+    with pytest.raises(StateError, match=rf"attributes\.conv2\.{attribute} is to become 9"):
+        load_compressed_model(model, model.state_dict(), plan)
+
+
+def test_depth_of_a_state():
+    controller, _ = created("magnitude_sparsity")
+    state = controller.get_compression_state()
+    value = 1
+    for _ in range(900):
+        value = [value]
+    for path in places(state):
+        with pytest.raises(StateError, match=rf"^compression_state\.{path[0]}.*nested more than 64 levels deep"):
+            created("magnitude_sparsity", compression_state=deep(state, path, value))

@@ -109,6 +109,7 @@ def removed_groups(
         if saved:
             raise damaged(f"{path}.groups", f"has {len(saved)} groups, and nothing was removed")
         return list(groups)
+    shrunk.check(model, f"{path}.shrunk")
     gone = [_gone(group, shrunk, path) for group in groups]
     expected = shrinkage(model, [(group.channels, lost) for group, lost in zip(groups, gone, strict=True)])
     own = {member.parameter for group in groups for member in group.channels.members}
@@ -123,7 +124,8 @@ def removed_groups(
     for number, (group, entry) in enumerate(zip(left, saved, strict=True)):
         for key, value in group.to_dict().items():
             if entry.get(key, value if key in ("whole_heads", "attributes") else None) != value:
-                raise damaged(f"{path}.groups.{number}.{key}", "is not what the removal leaves of the group")
+                before = f"{path.removesuffix('.state')}.plan.details.groups.{number}"
+                raise damaged(f"{path}.groups.{number}.{key}", f"is not what the removal leaves of {before}")
     return left
 
 
