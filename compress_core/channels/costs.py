@@ -7,9 +7,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from pydantic import BaseModel
 from torch import nn
 
 from compress_core.channels.groups import ChannelGroup, ChannelGroups
+from compress_core.saved import STRICT, Items, Whole, damaged, parsed, shown
+
+# Of the largest networks a few hundred thousand; each takes 8 bytes.
+_MOST_SLOPES = 1 << 22
+
+
+class _SavedCosts(BaseModel):
+    model_config = STRICT
+    groups: Whole
+    terms: Items[tuple[Whole, Items[tuple[Whole, dict[str, Whole]]]]]
 
 
 @dataclass(frozen=True)
@@ -52,18 +63,39 @@ class Costs:
         return {"groups": int(self.slopes.shape[2]), "terms": list(terms.values())}
 
     @classmethod
-    def from_dict(cls, saved: Mapping[str, Any]) -> Costs:
-        """Restores an object from what `to_dict` returned."""
-        groups = int(saved["groups"])
-        terms = []
-        for constant, factors in saved["terms"]:
-            rows = []
+    def from_dict(cls, saved: Mapping[str, Any], sizes: Sequence[int], path: str = "costs") -> Costs:
+        """Restores an object from what `to_dict` returned.
+
+        Args:
+            saved: The dict.
+            sizes: Number of channels of each group; with them the cost has to fit in 64 bits.
+            path: Where the dict is, for messages.
+
+        Raises:
+            StateError: `saved` was not returned by `to_dict` for as many groups.
+        """
+        found, groups = parsed(_SavedCosts, saved, path), len(sizes)
+        if found.groups != groups:
+            raise damaged(f"{path}.groups", f"there are {groups} groups, got {found.groups}")
+        width = max((len(factors) for _, factors in found.terms), default=0)
+        if len(found.terms) * width * groups > _MOST_SLOPES:
+            raise damaged(f"{path}.terms", f"has {len(found.terms)} terms of up to {width} factors, too many")
+        terms, total = [], 0
+        for number, (constant, factors) in enumerate(found.terms):
+            rows, cost = [], constant
             for fixed, slopes in factors:
                 row = np.zeros(groups, np.int64)
                 for group, slope in slopes.items():
+                    if group not in map(str, range(groups)):
+                        raise damaged(f"{path}.terms.{number}", f"there are {groups} groups, got {shown(group)}")
                     row[int(group)] = slope
-                rows.append((int(fixed), row))
-            terms.append((int(constant), rows))
+                rows.append((fixed, row))
+                # In Python's integers, which do not overflow.
+                cost *= fixed + sum(slope * sizes[int(group)] for group, slope in slopes.items())
+            terms.append((constant, rows))
+            total += cost
+            if total >= 2**63:
+                raise damaged(f"{path}.terms.{number}", "brings the cost beyond 64 bits")
         return _stacked(terms, groups)
 
 

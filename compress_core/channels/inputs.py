@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from pydantic import BaseModel
 from torch import nn
 
+from compress_core.saved import STRICT, Items, Whole, damaged, parsed, shown
 from compress_core.torch_internals import refuse_out_of_memory
 from compress_core.trace import Example
 from compress_core.trace.graph import ForwardTrace, tensors_with_paths
@@ -21,6 +24,26 @@ _SEED = 20
 _MOST_SAMPLES = 2
 # Larger tensors are not saved with the plan, and are random after resuming.
 _LARGEST_SAVED = 4096
+
+
+# Saved shapes beyond these are refused, because random tensors are made of them later.
+_LARGEST_INPUT = 1 << 31
+_LAST_ARGUMENT = 1000
+_DEEPEST_ARGUMENT = 16
+
+
+class _SavedValues(BaseModel):
+    model_config = STRICT
+    shape: Items[Whole]
+    flat: Items[bool | int | float]
+
+
+class _SavedInput(BaseModel):
+    model_config = STRICT
+    path: Items[Whole | str]
+    shape: Items[Whole]
+    dtype: str
+    values: _SavedValues | None = None
 
 
 @dataclass(frozen=True)
@@ -48,13 +71,43 @@ class InputSpec:
         return saved
 
     @classmethod
-    def from_dict(cls, saved: Mapping[str, Any]) -> InputSpec:
-        """Restores an object from what `to_dict` returned."""
-        dtype, entry = str(saved["dtype"]), saved.get("values")
+    def from_dict(cls, saved: Mapping[str, Any], path: str = "input") -> InputSpec:
+        """Restores an object from what `to_dict` returned.
+
+        Args:
+            saved: The dict.
+            path: Where it is, for messages.
+
+        Raises:
+            StateError: `saved` was not returned by `to_dict`.
+        """
+        found = parsed(_SavedInput, saved, path)
+        if not 0 < len(found.path) <= _DEEPEST_ARGUMENT or any(
+            isinstance(key, int) and key > _LAST_ARGUMENT for key in found.path
+        ):
+            raise damaged(
+                f"{path}.path", f"must be 1 to {_DEEPEST_ARGUMENT} positions up to {_LAST_ARGUMENT}, or keywords"
+            )
+        if math.prod(found.shape) > _LARGEST_INPUT:
+            raise damaged(f"{path}.shape", f"has more than {_LARGEST_INPUT} elements, got {found.shape[:8]}")
+        kind = getattr(torch, found.dtype, None)
+        if not isinstance(kind, torch.dtype):
+            raise damaged(f"{path}.dtype", f"must be a dtype of torch, got {shown(found.dtype)}")
         values = None
-        if entry is not None:
-            values = torch.tensor(entry["flat"], dtype=getattr(torch, dtype)).reshape(entry["shape"])
-        return cls(tuple(saved["path"]), tuple(saved["shape"]), dtype, values)
+        if (entry := found.values) is not None:
+            if math.prod(entry.shape) != len(entry.flat) or len(entry.flat) > _LARGEST_SAVED:
+                raise damaged(f"{path}.values.flat", f"holds {len(entry.flat)} values for the shape {entry.shape[:8]}")
+            fits = len(entry.shape) == len(found.shape) and len(entry.flat) > 0
+            if not fits or list(entry.shape[1:]) != list(found.shape[1:]):
+                raise damaged(f"{path}.values.shape", f"does not fit the shape {found.shape}, got {entry.shape[:8]}")
+            whole = not (kind.is_floating_point or kind.is_complex)
+            if whole and any(isinstance(value, float) for value in entry.flat):
+                raise damaged(f"{path}.values.flat", f"holds fractions, and the dtype is {found.dtype}")
+            try:
+                values = torch.tensor(entry.flat, dtype=kind).reshape(entry.shape)
+            except (RuntimeError, TypeError, ValueError) as error:
+                raise damaged(f"{path}.values.flat", f"holds values that are no {found.dtype} ({error})") from error
+        return cls(tuple(found.path), tuple(found.shape), found.dtype, values)
 
 
 def input_specs(

@@ -22,6 +22,7 @@ from compress_core.channels.inputs import InputSpec, example_arguments
 from compress_core.channels.replay import Decisions
 from compress_core.channels.shrinking import Shrinkage
 from compress_core.data.rng import preserved_rng
+from compress_core.saved import damaged, parsed
 from compress_core.torch_internals import refuse_out_of_memory, tree_map
 from compress_core.trace.graph import tensors_with_paths
 from compress_core.transforms.python_state import copied
@@ -60,9 +61,22 @@ class Certificate:
         return {**asdict(self), "inputs": [list(shape) for shape in self.inputs]}
 
     @classmethod
-    def from_dict(cls, saved: Mapping[str, Any]) -> Certificate:
-        """Restores an object from what `to_dict` returned."""
-        return cls(**{**saved, "inputs": tuple(tuple(shape) for shape in saved["inputs"])})
+    def from_dict(cls, saved: Mapping[str, Any], path: str = "certificate") -> Certificate:
+        """Restores an object from what `to_dict` returned.
+
+        Args:
+            saved: The dict.
+            path: Where it is, for messages.
+
+        Raises:
+            StateError: `saved` was not returned by `to_dict`.
+        """
+        found = parsed(cls, saved, path)
+        differences = {"eval_difference": found.eval_difference, "train_difference": found.train_difference}
+        for name, value in differences.items():
+            if value is not None and value < 0:
+                raise damaged(f"{path}.{name}", f"must not be negative, got {value}")
+        return found
 
 
 def prove(

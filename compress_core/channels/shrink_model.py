@@ -93,7 +93,7 @@ def load_compressed_model(model: nn.Module, state_dict: Mapping[str, Any], plan:
         Shrinkage.from_dict(plan).apply(model)
         try:
             model.load_state_dict(state_dict)
-        except RuntimeError as error:
+        except (RuntimeError, TypeError, AttributeError) as error:  # the others: not a state_dict at all
             raise StateError(f"the weights do not fit the model that the plan leaves: {error}") from error
     except BaseException:
         snapshot.restore()

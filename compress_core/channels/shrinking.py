@@ -2,22 +2,38 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
 import numpy as np
 import torch
+from pydantic import BaseModel, Field
 from torch import nn
 
 from compress_core.channels.decisions import freeze_decisions, tensors_to_come
 from compress_core.channels.following import transform_tensors
 from compress_core.channels.groups import ChannelGroup
 from compress_core.errors import StateError
+from compress_core.saved import STRICT, Items, Positive, Whole, damaged, parsed
 from compress_core.torch_internals import AnyConv, AnyConvTranspose, AnyNorm, has_gradient_hooks
 
 # The indices along a dimension that stay, ascending.
 Kept: TypeAlias = "list[int]"
+
+
+class _SavedTensor(BaseModel):
+    model_config = STRICT
+    shape: Items[Whole]
+    kept: dict[str, Items[Whole]]
+
+
+class _SavedShrinkage(BaseModel):
+    model_config = STRICT
+    format: Annotated[int, Field(ge=1, le=1)]  # Literal[1] would take True
+    tensors: dict[str, _SavedTensor]
+    attributes: dict[str, dict[str, Positive]] = {}
 
 
 @dataclass(frozen=True)
@@ -48,31 +64,30 @@ class Shrinkage:
         return {"format": 1, "tensors": tensors, **({"attributes": attributes} if attributes else {})}
 
     @classmethod
-    def from_dict(cls, saved: Mapping[str, Any]) -> Shrinkage:
+    def from_dict(cls, saved: Mapping[str, Any], path: str = "plan") -> Shrinkage:
         """Restores a shrinkage from what `to_dict` returned.
 
+        Args:
+            saved: The dict.
+            path: Where it is, for messages.
+
         Raises:
-            StateError: `saved` was not returned by `to_dict`.
+            StateError: `saved` was not returned by `to_dict`; the message names the path of the first wrong value.
         """
-        try:
-            if saved["format"] != 1:
-                raise ValueError(f"format {saved['format']}")
-            sizes = {name: tuple(int(n) for n in entry["shape"]) for name, entry in saved["tensors"].items()}
-            kept = {
-                name: {int(dim): [int(i) for i in indices] for dim, indices in entry["kept"].items()}
-                for name, entry in saved["tensors"].items()
-            }
-            for name, dims in kept.items():
-                for dim, indices in dims.items():
-                    if indices != sorted(set(indices)) or not 0 <= indices[0] <= indices[-1] < sizes[name][dim]:
-                        raise ValueError(f"indices of dimension {dim} of '{name}'")
-            attributes = {
-                str(module): {str(name): int(value) for name, value in values.items()}
-                for module, values in saved.get("attributes", {}).items()
-            }
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-            raise StateError(f"not the plan of a shrunk model: {error}") from error
-        return cls(sizes, kept, attributes)
+        found = parsed(_SavedShrinkage, saved, path)
+        sizes = {name: tuple(entry.shape) for name, entry in found.tensors.items()}
+        kept: dict[str, dict[int, Kept]] = {}
+        for name, entry in found.tensors.items():
+            kept[name] = {}
+            for key, indices in entry.kept.items():
+                place = f"{path}.tensors.{name}.kept.{key}"
+                if key not in map(str, range(len(entry.shape))):
+                    raise damaged(place, f"'{name}' has the dimensions 0 to {len(entry.shape) - 1}")
+                ascending = all(a < b for a, b in itertools.pairwise(indices))
+                if not indices or not ascending or indices[-1] >= entry.shape[int(key)]:
+                    raise damaged(place, f"must be ascending indices below {entry.shape[int(key)]}, at least one")
+                kept[name][int(key)] = indices
+        return cls(sizes, kept, found.attributes)
 
     def then(self, later: Shrinkage) -> Shrinkage:
         """Returns the composition: this shrinkage, followed by `later` on its result."""
@@ -83,26 +98,45 @@ class Shrinkage:
                 kept[name][dim] = list(indices) if before is None else [before[index] for index in indices]
         return Shrinkage({**later.sizes, **self.sizes}, kept, {**self.attributes, **later.attributes})
 
-    def check(self, model: nn.Module) -> None:
-        """Refuses a model whose tensors do not have the names and shapes that this shrinkage was made for.
+    def check(self, model: nn.Module, path: str = "") -> None:
+        """Refuses a model whose tensors or attributes are not those that this shrinkage was made for.
 
         Tensors that freezing a decision over a whole weight will add (see `apply`) are not checked.
 
+        Args:
+            model: The model.
+            path: Where the shrinkage was saved, for messages.
+
         Raises:
-            StateError: A tensor is missing or has another shape.
+            StateError: A tensor is missing or has another shape, or an attribute is no larger integer.
         """
+        self._check_attributes(model)
         tensors = dict([*model.named_buffers(), *model.named_parameters()])
         to_come = tensors_to_come(model, self.kept)
         for name, shape in self.sizes.items():
             if name.startswith(to_come):
                 continue
+            where = f"{path}.tensors.{name}.shape: " if path else ""
             if name not in tensors:
-                raise StateError(f"the plan does not fit this model: it has no tensor '{name}'")
+                raise StateError(f"{where}the plan does not fit this model: it has no tensor '{name}'")
             if tuple(tensors[name].shape) != shape:
                 raise StateError(
-                    f"the plan does not fit this model: '{name}' has the shape {tuple(tensors[name].shape)}, "
+                    f"{where}the plan does not fit this model: '{name}' has the shape {tuple(tensors[name].shape)}, "
                     f"expected {shape}. Build the model as it was before it was shrunk"
                 )
+
+    def _check_attributes(self, model: nn.Module) -> None:
+        modules = dict(model.named_modules(remove_duplicate=False))
+        for name, values in self.attributes.items():
+            for attribute, value in values.items():
+                before = vars(modules[name]).get(attribute) if name in modules else None
+                # Without this, a plan could write over anything, such as `training` or `forward`.
+                if type(before) is not int or not 0 < value <= before:
+                    raise StateError(
+                        f"the plan does not fit this model: attributes.{name}.{attribute} is to become {value}, and "
+                        f"the module has {'no such integer' if type(before) is not int else before}. Build the model "
+                        "as it was before it was shrunk"
+                    )
 
     def within(self, names: Iterable[str]) -> Shrinkage:
         """Returns the part of this shrinkage for the tensors with these names, and all attributes of modules."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import difflib
+import json
 import logging
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -82,6 +84,13 @@ _WITHOUT_EFFECT = ("log_dir", "disable_shape_matching")
 _SECTION_KEYS = ("algorithm", "params", "initializer")
 
 
+# Far from Python's limit of recursion, which checking, copying and printing a document would meet.
+_DEEPEST = 64
+
+# Sizes and seeds of torch have 64 bits with their sign.
+_MOST_BITS = 63
+
+
 SectionValidator = Callable[[Any, str, list[Problem]], "AlgorithmConfig | UnresolvedSection | None"]
 """Takes a raw section, its path, and a list to which it adds problems; returns the section, or None if it is wrong."""
 
@@ -111,6 +120,7 @@ class CompressionConfig:
     def __init__(self, document: Mapping[str, Any], *, origin: str = "") -> None:
         if not isinstance(document, Mapping):
             raise ConfigError(f"a config is an object with a key 'compression', got {shown(document)}", path=origin)
+        _check_size(document)
         self._source = FrozenDict({str(key): frozen(value) for key, value in document.items()})
         self._structs: dict[type, Any] = {}
         problems: list[Problem] = []
@@ -153,7 +163,7 @@ class CompressionConfig:
         except ValueError as error:  # a path that no file can have
             raise ConfigError(f"cannot read the config {str(path)!r}: {error}") from error
         try:
-            document = json5.loads(text, allow_duplicate_keys=False)
+            document = _parsed(text)
         except (ValueError, RecursionError) as error:
             raise ConfigError(f"the config '{path}' is not JSON: {error}") from error
         return cls(document)
@@ -211,6 +221,57 @@ class CompressionConfig:
             for i, name in enumerate(names)
             if name in names[:i]
         ]
+
+
+def _parsed(text: str) -> Any:
+    """Parses JSON with comments and trailing commas in time proportional to its length.
+
+    The parser of JSON5 needs a second and more for 100 KB, so it sees only what is not JSON without these.
+    """
+    plain = _TRAILING_COMMA.sub(_string_alone, _COMMENT.sub(_string_alone, text))
+    try:
+        return json.loads(plain, object_pairs_hook=_without_repeats)
+    except json.JSONDecodeError:
+        return json5.loads(text, allow_duplicate_keys=False)
+
+
+# A string, which is kept as it is, or what is removed.
+_COMMENT = re.compile(r'("(?:[^"\\\n]|\\.)*")|//[^\n]*|/\*.*?\*/', re.DOTALL)
+_TRAILING_COMMA = re.compile(r'("(?:[^"\\\n]|\\.)*")|,(?=\s*[}\]])')
+
+
+def _string_alone(match: re.Match[str]) -> str:
+    return match.group(1) or " "
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f'Duplicate key "{repeated}" found in object')
+    return found
+
+
+def _check_size(document: Mapping[Any, Any]) -> None:
+    """Refuses documents that are nested too deeply, and numbers that do not fit in 64 bits; without recursion."""
+    pending: list[tuple[Any, tuple[Any, ...]]] = [(document, ())]
+    while pending:
+        item, place = pending.pop()
+        if isinstance(item, int) and not isinstance(item, bool) and item.bit_length() > _MOST_BITS:
+            raise ConfigError(
+                f"the number does not fit in {_MOST_BITS} bits, it has {item.bit_length()}; give a smaller one",
+                path=".".join(map(str, place)),
+            )
+        if not isinstance(item, (Mapping, list, tuple)):
+            continue
+        if len(place) > _DEEPEST:
+            raise ConfigError(
+                f"is nested more than {_DEEPEST} levels deep, which no section is; remove the brackets",
+                path=".".join(map(str, place[:5])),
+            )
+        entries = item.items() if isinstance(item, Mapping) else enumerate(item)
+        pending.extend((entry, (*place, key)) for key, entry in entries)
 
 
 class UnresolvedSection:

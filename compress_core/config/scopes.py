@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from compress_core.config.patterns import compile_pattern
 from compress_core.errors import ConfigError, Problem
 from compress_core.transforms.generated import base_class
 from compress_core.transforms.layers import weighted_layer
@@ -72,11 +73,8 @@ def compile_scope(entry: str) -> Callable[[ScopedModule], bool]:
     if not entry:
         raise ValueError("a scope must not be empty; name a module, or remove the entry")
     if entry.startswith(_REGEX_PREFIX):
-        try:
-            pattern = re.compile(entry[len(_REGEX_PREFIX) :])
-        except re.error as error:
-            raise ValueError(f"'{entry}' is not a regular expression: {error}") from error
-        return lambda module: any(pattern.search(name) for name in (module.name, *module.nncf_names))
+        found = compile_pattern(entry[len(_REGEX_PREFIX) :], prefix=_REGEX_PREFIX)
+        return lambda module: any(found(name) for name in (module.name, *module.nncf_names))
     if "/" in entry and "#" in entry:
         return lambda module: entry in (module.name, *module.nncf_names)
     if "/" in entry:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
-
 from compress_core.contract.clock import Clock
-from compress_core.errors import StateError, UsageError
+from compress_core.errors import UsageError
+from compress_core.saved import damaged, parsed
 
 
 class CompressionScheduler:
@@ -69,16 +67,27 @@ class CompressionScheduler:
         """Returns the clock, JSON-able."""
         return asdict(self.clock)
 
-    def load_state(self, state: Mapping[str, Any]) -> None:
+    def load_state(self, state: Mapping[str, Any], path: str = "scheduler") -> None:
         """Sets the clock without calling the algorithms.
+
+        Args:
+            state: What `get_state` returned.
+            path: Where it is, for messages.
 
         Raises:
             StateError: The state was not returned by `get_state`.
         """
-        try:
-            self.clock = TypeAdapter(Clock).validate_json(json.dumps(dict(state)), strict=True, extra="forbid")
-        except (ValidationError, TypeError, ValueError) as error:
-            raise StateError(f"not a scheduler state: {state} ({error})") from error
+        clock = parsed(Clock, state, path)
+        if missing := asdict(clock).keys() - state.keys():
+            raise damaged(f"{path}.{min(missing)}", "is required")
+        bounds = {"epoch": -1, "step": -1, "step_in_epoch": -1, "steps_per_epoch": 1}
+        for name, lowest in bounds.items():
+            value = getattr(clock, name)
+            if value is not None and value < lowest:
+                raise damaged(f"{path}.{name}", f"must be at least {lowest}, got {value}")
+        if clock.step_in_epoch > clock.step:
+            raise damaged(f"{path}.step_in_epoch", f"is beyond the step {clock.step}, got {clock.step_in_epoch}")
+        self.clock = clock
 
 
 def _index(what: str, value: Any) -> int:

@@ -7,12 +7,13 @@ import logging
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from compress_core.config import AlgorithmConfig
 from compress_core.contract.algorithm import Plan
 from compress_core.errors import PluginError, StateError
 from compress_core.registry import Registry
+from compress_core.saved import STRICT, Items, check_plain, shown
 from compress_core.session.lifecycle import Lifecycle
 
 logger = logging.getLogger(__name__)
@@ -68,13 +69,17 @@ def _through_json(name: str, state: Mapping[str, Any]) -> Any:
 class SavedPlan(BaseModel):
     """A plan as it was loaded from JSON."""
 
-    targets: list[str]
+    model_config = STRICT
+
+    targets: Items[str]
     skipped: dict[str, str] = {}
     details: dict[str, Any] = {}
 
 
 class SavedAlgorithm(BaseModel):
     """The part of a compression state that belongs to one algorithm."""
+
+    model_config = ConfigDict(strict=True)
 
     plugin: str = ""
     distribution: str = ""
@@ -86,6 +91,8 @@ class SavedAlgorithm(BaseModel):
 
 class SavedState(BaseModel):
     """A compression state that has been checked."""
+
+    model_config = ConfigDict(strict=True)
 
     format: Literal[1]
     algorithms: dict[str, SavedAlgorithm]
@@ -108,11 +115,14 @@ def checked_state(state: Any, lifecycle: Lifecycle, registry: Registry) -> Saved
     """
     if not isinstance(state, Mapping) or "algorithms" not in state:
         raise StateError("compression_state is not what controller.get_compression_state() returned")
-    if state.get("format") != FORMAT:
+    if type(state.get("format")) is not int or state["format"] != FORMAT:
         raise StateError(
-            f"compression_state has the format {state.get('format')!r}, this version reads {FORMAT}; "
+            f"compression_state.format is {shown(state.get('format'))}, this version reads {FORMAT}; "
             "load it with the version of compress-core that wrote it"
         )
+    for key, value in state.items():
+        # Reports and configs may hold NaN and infinity; what decides about the structure may not.
+        check_plain(value, f"compression_state.{key}", finite=key == "scheduler")
     _check_installed(state["algorithms"], registry)
     try:
         saved = SavedState.model_validate(state)
@@ -122,11 +132,14 @@ def checked_state(state: Any, lifecycle: Lifecycle, registry: Registry) -> Saved
         raise StateError(
             f"compression_state.{place}: {first['msg']}; it is not what get_compression_state() returned"
         ) from error
+    for name, entry in saved.algorithms.items():
+        for part, value in {"plan": state["algorithms"][name]["plan"], "state": entry.state}.items():
+            check_plain(value, f"compression_state.algorithms.{name}.{part}")
     active = {algorithm.name for algorithm in lifecycle.algorithms}
     if saved.algorithms.keys() != active:
         raise StateError(
-            f"compression_state is of the algorithms {sorted(saved.algorithms)}, the config names {sorted(active)}; "
-            "resume with the config that the state was saved with"
+            f"compression_state.algorithms: it is of the algorithms {sorted(saved.algorithms)}, the config names "
+            f"{sorted(active)}; resume with the config that the state was saved with"
         )
     for algorithm in lifecycle.algorithms:
         _report_changes(algorithm.config, saved.algorithms[algorithm.name].config)
@@ -162,7 +175,7 @@ def check_plan(state: SavedState, name: str, plan: Plan) -> None:
     only_saved = [target for target in saved.targets if target not in current][:3]
     only_here = [target for target in current if target not in saved.targets][:3]
     raise StateError(
-        f"compression_state does not fit this model: '{name}' was made for {len(saved.targets)} targets and "
-        f"finds {len(current)} here (only in the state: {only_saved}, only here: {only_here}). Build the model and "
-        "use the scopes as when the state was saved"
+        f"compression_state.algorithms.{name}.plan.targets: compression_state does not fit this model: '{name}' was "
+        f"made for {len(saved.targets)} targets and finds {len(current)} here (only in the state: {only_saved}, only "
+        f"here: {only_here}). Build the model and use the scopes as when the state was saved"
     )

@@ -87,7 +87,7 @@ def test_broken_plan(change):
     model, group, _ = small()
     saved = shrinkage(model, [(group, {1})]).to_dict()
     change(saved)
-    with pytest.raises(StateError, match="not the plan of a shrunk model"):
+    with pytest.raises(StateError, match=r"^plan\.(format|tensors)"):
         Shrinkage.from_dict(saved)
 
 
@@ -206,6 +206,6 @@ def test_costs_by_hand_and_through_json():
         assert operations.of([left]) == 2 * 9 * (3 * 9 * left + left * 5)
         assert parameters.of([left]) == left * (27 + 1 + 2 + 5) + 5
     for costs in (operations, parameters):
-        again = Costs.from_dict(json.loads(json.dumps(costs.to_dict())))
+        again = Costs.from_dict(json.loads(json.dumps(costs.to_dict())), [group.size])
         assert [again.of([left]) for left in range(5)] == [costs.of([left]) for left in range(5)]
     assert parameter_costs(model, []).of([]) == sum(p.numel() for p in model.parameters())

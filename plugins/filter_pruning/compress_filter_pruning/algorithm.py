@@ -25,14 +25,14 @@ from compress_core.channels import Certificate, Shrinkage
 from compress_core.contract.clock import Clock
 from compress_core.contract.context import Context
 from compress_core.data.forwards import without_traces
+from compress_core.saved import damaged
 from compress_filter_pruning.config import IMPORTANCE, FilterPruningConfig
 from compress_filter_pruning.config_checks import check_config
-from compress_filter_pruning.groups import PruningGroup
 from compress_filter_pruning.latency import measured_latency
 from compress_filter_pruning.measured import DataImportance, ImportanceRequest, measured_importances
 from compress_filter_pruning.planning import RANKED_DTYPES, PruningPlan, make_plan
 from compress_filter_pruning.pruner import Pruner
-from compress_filter_pruning.saved import SavedPruning, saved_plan
+from compress_filter_pruning.saved import SavedPruning, removed_groups, saved_plan, saved_state
 from compress_filter_pruning.schedules import Schedule, make_schedule
 from compress_filter_pruning.selection import Selector
 from compress_filter_pruning.statistics import FilterPruningStatistics, Latency, PrunedLayer
@@ -192,14 +192,18 @@ class FilterPruning(LevelAlgorithm):
     @hookimpl
     def compress_load_state(self, state: Mapping[str, Any]) -> None:
         """Removes and masks the same channels as when the state was saved."""
-        saved, pruner = SavedPruning.checked(state, self.name), self._active
-        groups = [PruningGroup.from_dict(number, entry) for number, entry in enumerate(saved.groups)]
-        pruner.restore(Shrinkage.from_dict(saved.shrunk), groups)
-        if len(pruner.groups) != len(saved.gone):
-            raise StateError(f"compression_state.algorithms.{self.name}.state is of another number of groups")
-        pruner.measured = self._saved_measured(saved, pruner)
+        path = f"compression_state.algorithms.{self.name}.state"
+        saved, pruner = saved_state(state, path), self._active
+        shrunk = Shrinkage.from_dict(saved.shrunk, f"{path}.shrunk")
+        groups = removed_groups(pruner.model, pruner.groups, shrunk, saved.groups, path)
+        saved.check_groups(groups, path)
+        certificate = None
+        if saved.certificate is not None:
+            certificate = Certificate.from_dict(saved.certificate, f"{path}.certificate")
+        measured = self._saved_measured(saved, path)
+        pruner.restore(shrunk, groups)
+        pruner.measured, pruner.certificate = measured, certificate
         self._requested, self._time, self._frozen = saved.level, saved.time, saved.frozen
-        pruner.certificate = None if saved.certificate is None else Certificate.from_dict(saved.certificate)
         pruner.mask(saved.gone)
 
     @hookimpl
@@ -332,15 +336,12 @@ class FilterPruning(LevelAlgorithm):
         request = ImportanceRequest(model, groups, data, self.config, params.all_weights)
         return measured_importances(value, params.filter_importance, request)
 
-    def _saved_measured(self, saved: SavedPruning, pruner: Pruner) -> list[torch.Tensor] | None:
+    def _saved_measured(self, saved: SavedPruning, path: str) -> list[torch.Tensor] | None:
         kind = self.config.params.filter_importance
-        where = f"compression_state.algorithms.{self.name}.state"
         if not isinstance(choice(kind, IMPORTANCE), DataImportance):
             return None
         if saved.measured is None:
-            raise StateError(f"{where} holds no measured importances, which filter_importance '{kind}' needs")
-        if [len(values) for values in saved.measured] != [group.size for group in pruner.groups]:
-            raise StateError(f"{where} holds importances of other groups of channels")
+            raise StateError(f"{path}.measured: there are none, and filter_importance '{kind}' needs them")
         return [torch.tensor(values, dtype=torch.float64) for values in saved.measured]
 
     def _follow_schedule(self, level: float, time: tuple[int, int]) -> None:
@@ -377,16 +378,10 @@ class FilterPruning(LevelAlgorithm):
 
     def _resumed_plan(self, model: nn.Module, context: Context) -> Plan:
         plan = context.saved_plans[self.name]
-        self._plan = saved_plan(plan, self.name)
-        sizes = {name: tuple(t.shape) for name, t in (*model.named_parameters(), *model.named_buffers())}
-        for group in self._plan.groups:
-            for member in group.channels.members:
-                shape = sizes.get(member.parameter, ())
-                if len(shape) <= member.dim or shape[member.dim] != len(member.channels):
-                    raise StateError(
-                        f"compression_state does not fit this model: dimension {member.dim} of '{member.parameter}' "
-                        f"has to have the size {len(member.channels)}. Build the model as it was before compression"
-                    )
+        self._plan = saved_plan(plan, self.name, model)
+        makers = [member.parameter for group in self._plan.groups for member in group.makers]
+        if list(plan.targets) != makers:
+            raise damaged(f"compression_state.algorithms.{self.name}.plan.targets", f"must be {makers[:3]} and so on")
         path, config = context.section(self)
         for leaf, value, _ in config.given_leaves():
             context.ledger.record(f"{path}.{leaf}", value, "resumed: groups are those of the compression state")

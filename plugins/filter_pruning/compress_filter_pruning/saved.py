@@ -1,16 +1,48 @@
-"""The saved form of the plan and of the state of filter pruning."""
+"""The saved form of the plan and of the state of filter pruning, checked against the model before it is used."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, ValidationError
+import torch
+from pydantic import BaseModel, Field
+from torch import nn
 
 from compress_core import Plan, StateError
-from compress_core.channels import Costs, InputSpec
+from compress_core.channels import Costs, InputSpec, Shrinkage, parameter_costs, shrinkage
+from compress_core.saved import STRICT, Items, Positive, Whole, check_plain, damaged, parsed
 from compress_filter_pruning.groups import PruningGroup
 from compress_filter_pruning.planning import PruningPlan
+
+_Run = tuple[Annotated[int, Field(ge=-1)], Positive, Positive]
+
+
+class _SavedMember(BaseModel):
+    model_config = STRICT
+    parameter: str
+    dim: Whole
+    role: Literal["OTHER", "READS", "NORMALIZES", "ADDS", "MAKES"]
+    channels: Items[_Run]
+
+
+class _SavedGroup(BaseModel):
+    model_config = STRICT
+    name: str
+    size: Positive
+    full_size: Positive
+    step: Positive
+    members: Annotated[Items[_SavedMember], Field(min_length=1)]
+    whole_heads: Items[str] = []
+    attributes: Items[tuple[str, str]] = []
+
+
+class _SavedDetails(BaseModel):
+    model_config = STRICT
+    groups: Annotated[Items[_SavedGroup], Field(min_length=1)]
+    operations: dict[str, Any]
+    parameters: dict[str, Any]
+    inputs: Items[dict[str, Any]]
 
 
 class SavedPruning(BaseModel):
@@ -29,40 +61,160 @@ class SavedPruning(BaseModel):
 
     level: float = Field(ge=0, lt=1)
     frozen: bool
-    gone: list[list[int]]
+    gone: Items[Items[Whole]]
     shrunk: dict[str, Any]
-    groups: list[dict[str, Any]]
+    groups: Items[dict[str, Any]]
     certificate: dict[str, Any] | None = None
-    time: tuple[int, int] | None = None
-    measured: list[list[float]] | None = None
+    time: tuple[Whole, Whole] | None = None
+    measured: Items[Items[float]] | None = None
 
-    @classmethod
-    def checked(cls, state: Mapping[str, Any], name: str) -> SavedPruning:
-        """Returns the state after validating it.
+    def check_groups(self, groups: Sequence[PruningGroup], path: str) -> None:
+        """Checks the masked channels and the importances against the present groups.
 
         Raises:
-            StateError: `state` was not returned by `compress_state`.
+            StateError: There are more or fewer groups or channels, or a channel occurs twice.
         """
-        try:
-            return cls.model_validate(dict(state))
-        except ValidationError as error:
-            raise StateError(f"compression_state.algorithms.{name}.state is not one of ours: {error}") from error
+        for name, entries in {"gone": self.gone, "measured": self.measured}.items():
+            if entries is not None and len(entries) != len(groups):
+                raise damaged(f"{path}.{name}", f"is of another number of groups, {len(entries)} and not {len(groups)}")
+        for number, (gone, group) in enumerate(zip(self.gone, groups, strict=True)):
+            if len(set(gone)) != len(gone) or len(gone) >= group.size or any(c >= group.size for c in gone):
+                raise damaged(
+                    f"{path}.gone.{number}", f"must be different channels below {group.size}, and not all of them"
+                )
+        for number, (values, group) in enumerate(zip(self.measured or (), groups, strict=False)):
+            if len(values) != group.size:
+                raise damaged(f"{path}.measured.{number}", f"holds {len(values)} importances for {group.size} channels")
 
 
-def saved_plan(plan: Plan, name: str) -> PruningPlan:
-    """Returns the pruning plan in the details of a plan.
+def removed_groups(
+    model: nn.Module, groups: Sequence[PruningGroup], shrunk: Shrinkage, saved: Sequence[Any], path: str
+) -> list[PruningGroup]:
+    """Returns the groups after a permanent removal, computed from those before.
+
+    The state says it twice, what was removed and what is left of each group, and both have to say the same: masks
+    of other channels than the weights have would be wrong without an error.
+
+    Args:
+        model: The model before the removal.
+        groups: Its groups.
+        shrunk: What is removed.
+        saved: The groups in the state.
+        path: Path of the state.
 
     Raises:
-        StateError: The details were not made by this algorithm.
+        StateError: They do not fit together.
     """
-    details = plan.details
-    try:
-        return PruningPlan(
-            [PruningGroup.from_dict(number, entry) for number, entry in enumerate(details["groups"])],
-            dict(plan.skipped),
-            Costs.from_dict(details["operations"]),
-            Costs.from_dict(details["parameters"]),
-            [InputSpec.from_dict(entry) for entry in details["inputs"]],
+    if not shrunk:
+        if saved:
+            raise damaged(f"{path}.groups", f"has {len(saved)} groups, and nothing was removed")
+        return list(groups)
+    shrunk.check(model, f"{path}.shrunk")
+    gone = [_gone(group, shrunk, path) for group in groups]
+    expected = shrinkage(model, [(group.channels, lost) for group, lost in zip(groups, gone, strict=True)])
+    own = {member.parameter for group in groups for member in group.channels.members}
+    for name in sorted(own):
+        if {**expected.kept.get(name, {})} != {**shrunk.kept.get(name, {})}:
+            raise damaged(f"{path}.shrunk.tensors.{name}", "does not lose the channels that the other tensors lose")
+    if {**expected.attributes} != {**shrunk.attributes}:
+        raise damaged(f"{path}.shrunk.attributes", f"has to be {expected.attributes}, got {shrunk.attributes}")
+    left = [group.shrunk(shrunk, lost) for group, lost in zip(groups, gone, strict=True)]
+    if len(saved) != len(left):
+        raise damaged(f"{path}.groups", f"is of another number of groups, {len(saved)} and not {len(left)}")
+    for number, (group, entry) in enumerate(zip(left, saved, strict=True)):
+        for key, value in group.to_dict().items():
+            if entry.get(key, value if key in ("whole_heads", "attributes") else None) != value:
+                before = f"{path.removesuffix('.state')}.plan.details.groups.{number}"
+                raise damaged(f"{path}.groups.{number}.{key}", f"is not what the removal leaves of {before}")
+    return left
+
+
+def _gone(group: PruningGroup, shrunk: Shrinkage, path: str) -> set[int]:
+    maker = group.makers[0]
+    kept = shrunk.kept.get(maker.parameter, {}).get(maker.dim)
+    if kept is None:
+        return set()
+    if kept[-1] >= len(maker.channels):
+        raise damaged(
+            f"{path}.shrunk.tensors.{maker.parameter}", f"dimension {maker.dim} is {len(maker.channels)} long"
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise StateError(f"compression_state.algorithms.{name}.plan is not one of ours: {error}") from error
+    return set(range(group.size)) - set(maker.channels[kept].tolist())
+
+
+def saved_plan(plan: Plan, name: str, model: nn.Module) -> PruningPlan:
+    """Returns the pruning plan in the details of a plan, checked against the model.
+
+    Args:
+        plan: The plan.
+        name: Name of the algorithm.
+        model: The model, as it was when the plan was made.
+
+    Raises:
+        StateError: The details were not made by this algorithm, or for another model.
+    """
+    path = f"compression_state.algorithms.{name}.plan.details"
+    details = parsed(_SavedDetails, plan.details, path)
+    sizes = {key: tuple(t.shape) for key, t in (*model.named_parameters(), *model.named_buffers())}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for number, entry in enumerate(details.groups):
+        _check_group(entry, f"{path}.groups.{number}", sizes, modules)
+    groups = [PruningGroup.from_dict(number, entry) for number, entry in enumerate(plan.details["groups"])]
+    for group in groups:
+        _check_channels(group, f"{path}.groups.{group.number}")
+    full = [group.full_size for group in groups]
+    operations = Costs.from_dict(details.operations, full, f"{path}.operations")
+    parameters = Costs.from_dict(details.parameters, full, f"{path}.parameters")
+    if parameters.to_dict() != parameter_costs(model, [group.channels for group in groups]).to_dict():
+        raise damaged(f"{path}.parameters", "are not those of this model")
+    inputs = [InputSpec.from_dict(entry, f"{path}.inputs.{i}") for i, entry in enumerate(details.inputs)]
+    return PruningPlan(groups, dict(plan.skipped), operations, parameters, inputs)
+
+
+def _check_group(
+    group: _SavedGroup, path: str, sizes: Mapping[str, tuple[int, ...]], modules: Mapping[str, nn.Module]
+) -> None:
+    """Checks everything that decides how large the arrays of a group become, before they are made."""
+    seen = set()
+    for number, member in enumerate(group.members):
+        place, shape = f"{path}.members.{number}", sizes.get(member.parameter, ())
+        found = shape[member.dim] if member.dim < len(shape) else None
+        length = sum(repeats * count for _, repeats, count in member.channels)
+        if found != length:
+            raise StateError(
+                f"{place}: compression_state does not fit this model: dimension {member.dim} of '{member.parameter}' "
+                f"has to have the size {length}, and "
+                f"{'there is none' if found is None else f'has {found}'}. Build the model as it was before compression"
+            )
+        if any(first + count > group.size or (first < 0 and count > 1) for first, _, count in member.channels):
+            raise damaged(f"{place}.channels", f"names channels beyond the {group.size} of the group")
+        if (member.parameter, member.dim) in seen:
+            raise damaged(place, f"dimension {member.dim} of '{member.parameter}' occurs twice in the group")
+        seen.add((member.parameter, member.dim))
+    makers = [member.parameter for member in group.members if member.role == "MAKES"]
+    if not makers or makers[0] != group.name:
+        raise damaged(f"{path}.name", f"must be the first weight that makes the channels, {makers[:1]}")
+    if group.full_size != group.size:
+        raise damaged(f"{path}.full_size", f"must be the size {group.size}, got {group.full_size}")
+    for module in (*group.whole_heads, *(module for module, _ in group.attributes)):
+        if module not in modules:
+            raise damaged(f"{path}.whole_heads", f"the model has no module '{module[:80]}'")
+    for module, attribute in group.attributes:
+        if type(vars(modules[module]).get(attribute)) is not int:
+            raise damaged(f"{path}.attributes", f"the module '{module}' has no integer '{attribute[:80]}'")
+
+
+def _check_channels(group: PruningGroup, path: str) -> None:
+    for number, member in enumerate(group.channels.members):
+        occurring = torch.from_numpy(member.channels[member.channels >= 0])
+        if int((torch.bincount(occurring, minlength=group.size) == 0).sum()):
+            raise damaged(f"{path}.members.{number}.channels", "leaves out channels of the group")
+
+
+def saved_state(state: Mapping[str, Any], path: str) -> SavedPruning:
+    """Returns the state after validating it.
+
+    Raises:
+        StateError: `state` was not returned by `compress_state`.
+    """
+    check_plain(state, path)
+    return parsed(SavedPruning, state, path)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, cast
 
 import torch
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field
 from torch import nn
 
 from compress_core import (
@@ -17,7 +17,6 @@ from compress_core import (
     ModelError,
     Plan,
     Stage,
-    StateError,
     UsageError,
     all_or_nothing,
     hookimpl,
@@ -25,6 +24,7 @@ from compress_core import (
 from compress_core.contract.clock import Clock
 from compress_core.contract.context import Context
 from compress_core.data.calibration import CalibrationData
+from compress_core.saved import Whole, damaged, parsed
 from compress_core.transforms import get_weight_transform, raw_parameter
 from compress_core.transforms.checkpoints import mark_awaiting
 from compress_magnitude_sparsity.config import MagnitudeSparsityConfig
@@ -50,8 +50,8 @@ class SavedSparsity(BaseModel):
 
     level: float = Field(ge=0, lt=1)
     frozen: bool
-    schedule: dict[str, float]
-    time: tuple[int, int] | None = None
+    schedule: dict[str, Any]
+    time: tuple[Whole, Whole] | None = None
 
 
 class MagnitudeSparsity(LevelAlgorithm):
@@ -203,11 +203,15 @@ class MagnitudeSparsity(LevelAlgorithm):
     @hookimpl
     def compress_load_state(self, state: Mapping[str, Any]) -> None:
         """Restores the state; masks come from the present weights until a `state_dict` with saved masks is loaded."""
+        path = f"compression_state.algorithms.{self.name}.state"
+        saved = parsed(SavedSparsity, state, path)
+        expected = sorted(self._active_schedule.get_state())
+        if sorted(saved.schedule) != expected:
+            raise damaged(f"{path}.schedule", f"must have the keys {expected}, got {sorted(saved.schedule)[:5]}")
         try:
-            saved = SavedSparsity.model_validate(dict(state))
             self._active_schedule.load_state(saved.schedule)
-        except (ValidationError, KeyError, TypeError, ValueError) as error:
-            raise StateError(f"compression_state.algorithms.{self.name}.state is not one of ours: {error}") from error
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise damaged(f"{path}.schedule", str(error)) from error
         self._ranking(self._present).set_level(saved.level, together=self._is_global)
         self._requested, self._time = saved.level, saved.time
         mark_awaiting(self._mask(name) for name in self._present)

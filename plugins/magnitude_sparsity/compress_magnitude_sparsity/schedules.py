@@ -41,7 +41,11 @@ class Schedule(Protocol):
         ...
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Restores the state that `get_state` returned."""
+        """Restores the state that `get_state` returned; it may come from anywhere.
+
+        Raises:
+            ValueError: It has other values than `get_state` can return.
+        """
         ...
 
 
@@ -161,7 +165,14 @@ class AdaptiveSchedule(_TimeSchedule):
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """See `Schedule`."""
-        self._level, self._held = float(state["level"]), int(state["num_bad_epochs"])
+        level, held = state["level"], state["num_bad_epochs"]
+        if isinstance(level, bool) or not isinstance(level, (int, float)) or not 0 <= level < 1:
+            raise ValueError(f"level: must be a number, at least 0 and below 1, got {level!r}")
+        if type(held) is not int or not 0 <= held < self._patience:
+            raise ValueError(
+                f"num_bad_epochs: must be a whole number below the patience {self._patience}, got {held!r}"
+            )
+        self._level, self._held = float(level), held
 
 
 POINT = ChoicePoint(

@@ -18,7 +18,6 @@ from compress_core import (
     Plan,
     QuantizationRangeInitArgs,
     Stage,
-    StateError,
     UsageError,
     hookimpl,
 )
@@ -26,6 +25,7 @@ from compress_core.contract.clock import Clock
 from compress_core.contract.context import Context
 from compress_core.data.calibration import CalibrationData
 from compress_core.export import GraphRewrite
+from compress_core.saved import damaged
 from compress_core.transforms import add_activation_transform, add_weight_transform
 from compress_quantization.calibration import Calibrated, calibrate
 from compress_quantization.config import QuantizationConfig, QuantizerGroup
@@ -38,6 +38,7 @@ from compress_quantization.planning import Planner
 from compress_quantization.profiles import load_profile
 from compress_quantization.quantizers import find_quantizer, make_quantizer, replace_by_native
 from compress_quantization.ranges import collector_for
+from compress_quantization.saved import SavedQuantization, saved_quantizers
 from compress_quantization.staging import StagedQuantization
 from compress_quantization.statistics import QuantizationStatistics, QuantizerStatistics
 
@@ -181,16 +182,20 @@ class Quantization(Algorithm):
     @hookimpl
     def compress_load_state(self, state: Mapping[str, Any]) -> None:
         """Restores the state; the ranges come with the model's `state_dict`."""
-        modules = self.all_quantizations
-        try:
-            for name, module in modules.items():
-                module.signed, module.enabled = bool(state["signed"][name]), bool(state["enabled"][name])
-                module.requires_grad_(not state["frozen"][name])
-            self._off, self._calibrated_before = list(state["unreached"]), bool(state["calibrated"])
-            if self._staging is not None:
-                self._staging.load_state(state["staging"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise StateError(f"compression_state.algorithms.{self.name}.state is not one of ours: {error}") from error
+        modules, path = self.all_quantizations, f"compression_state.algorithms.{self.name}.state"
+        saved = SavedQuantization.checked(state, path, modules)
+        if (self._staging is None) != (saved.staging is None):
+            raise damaged(f"{path}.staging", "is there if and only if the config has staged quantization")
+        for planned, module in self._present:
+            name = planned.name
+            fixed = planned.spec.signed if planned.spec.mode == "symmetric" else module.signed
+            if fixed is not None and saved.signed[name] != fixed:
+                raise damaged(f"{path}.signed.{name}", f"must be {fixed}, as in the plan")
+            module.signed, module.enabled = saved.signed[name], saved.enabled[name]
+            module.requires_grad_(not saved.frozen[name])
+        self._off, self._calibrated_before = list(saved.unreached), saved.calibrated
+        if self._staging is not None:
+            self._staging.load_state(saved.staging or {}, f"{path}.staging")
 
     @hookimpl
     def compress_strip(self, model: nn.Module) -> None:
@@ -279,21 +284,7 @@ class Quantization(Algorithm):
 
     def _resumed_plan(self, model: nn.Module, context: Context) -> Plan:
         plan = context.saved_plans[self.name]
-        try:
-            self._planned = [PlannedQuantizer.from_dict(entry) for entry in plan.details["quantizers"]]
-            self._potential = {group: plan.details["potential"][group] for group in ("weights", "activations")}
-        except (KeyError, TypeError, ValueError) as error:
-            raise StateError(f"compression_state.algorithms.{self.name}.plan is not one of ours: {error}") from error
-        parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-        modules = {name for name, _ in model.named_modules(remove_duplicate=False)}
-        for planned in self._planned:
-            missing = [planned.parameter] if planned.parameter and planned.parameter not in parameters else []
-            missing += [place.module for place in planned.places if place.module not in modules]
-            if missing:
-                raise StateError(
-                    f"compression_state does not fit this model: '{planned.name}' is quantized there, and the model "
-                    f"has no '{missing[0]}'. Build the model as it was when the state was saved"
-                )
+        self._planned, self._potential = saved_quantizers(plan, self.name, model)
         self._skipped = dict(plan.skipped)
         path, config = context.section(self)
         for leaf, value, _ in config.given_leaves():

@@ -66,7 +66,9 @@ class QuantizerSpec:
         try:
             return TypeAdapter(cls).validate_json(json.dumps(dict(values)), strict=True, extra="forbid")
         except (ValidationError, TypeError, ValueError) as error:
-            raise StateError(f"not the settings of a quantizer: {values} ({error})") from error
+            first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error)}
+            place = ".".join(["spec", *map(str, first["loc"])])
+            raise StateError(f"{place}: not the settings of a quantizer: {first['msg']}") from error
 
 
 @dataclass

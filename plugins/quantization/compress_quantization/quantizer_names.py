@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from compress_core import ConfigError
+from compress_core.config.patterns import compile_pattern
 from compress_core.config.scopes import ScopedModule, ScopeFilter, compile_scope
 from compress_core.errors import Problem
 from compress_core.transforms.places import ActivationPlace
@@ -70,11 +71,9 @@ def quantizer_matcher(entry: str) -> Callable[[QuantizerPlace], bool]:
     """
     if entry.startswith(_REGEX_PREFIX):
         compile_scope(entry)
-        pattern = re.compile(entry[len(_REGEX_PREFIX) :])
+        found = compile_pattern(entry[len(_REGEX_PREFIX) :], prefix=_REGEX_PREFIX)
         return lambda place: any(
-            pattern.search(f"{name}|{place.port}")
-            for scoped in place.names
-            for name in (scoped.name, *scoped.nncf_names)
+            found(f"{name}|{place.port}") for scoped in place.names for name in (scoped.name, *scoped.nncf_names)
         )
     parts = _QUANTIZER.match(entry)
     if parts is None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from compress_core import CompressionStage, StateError
+from compress_core import CompressionStage
 from compress_core.contract.clock import Clock
+from compress_core.saved import damaged, shown
 from compress_quantization.config import QuantizerGroup, StagedParams
 
 _GROUPS: tuple[QuantizerGroup, ...] = ("weights", "activations")
@@ -52,13 +53,17 @@ class StagedQuantization:
         """Returns which groups are on; JSON-able."""
         return {"on": dict(self._on)}
 
-    def load_state(self, state: Mapping[str, Any]) -> None:
+    def load_state(self, state: Mapping[str, Any], path: str = "staging") -> None:
         """Restores the state that `get_state` returned.
+
+        Args:
+            state: The state.
+            path: Where it is, for messages.
 
         Raises:
             StateError: `state` was not returned by `get_state`.
         """
         on = state.get("on") if isinstance(state, Mapping) else None
         if not isinstance(on, Mapping) or set(on) != set(_GROUPS) or not all(isinstance(v, bool) for v in on.values()):
-            raise StateError(f"not the state of staged quantization: {state!r}")
+            raise damaged(f"{path}.on", f"must say True or False for {' and '.join(_GROUPS)}, got {shown(on)}")
         self._on = {group: on[group] for group in _GROUPS}
