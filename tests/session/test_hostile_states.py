@@ -1,6 +1,7 @@
 """Compression states from a stranger: every damaged value is refused with its path, before anything is allocated."""
 
 import copy
+import json
 import logging
 import re
 import tracemalloc
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from compress_core import StateError, create_compressed_model
+from compress_core import StateError, create_compressed_model, load_compressed_model
 from compress_core.testing import fingerprint
 
 SECTIONS = {
