@@ -245,6 +245,6 @@ def test_depth_of_a_state():
     value = 1
     for _ in range(900):
         value = [value]
-    for path in places(state):
+    for path in [path for path in places(state) if path != ("format",)]:
         with pytest.raises(StateError, match=rf"^compression_state\.{path[0]}.*nested more than 64 levels deep"):
             created("magnitude_sparsity", compression_state=deep(state, path, value))
