@@ -1,6 +1,7 @@
 """Compression states from a stranger: every damaged value is refused with its path, before anything is allocated."""
 
 import copy
+import json
 import logging
 import re
 import tracemalloc
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from compress_core import StateError, create_compressed_model
+from compress_core import StateError, create_compressed_model, load_compressed_model
 from compress_core.testing import fingerprint
 
 SECTIONS = {
@@ -244,6 +245,6 @@ def test_depth_of_a_state():
     value = 1
     for _ in range(900):
         value = [value]
-    for path in places(state):
+    for path in [path for path in places(state) if path != ("format",)]:
         with pytest.raises(StateError, match=rf"^compression_state\.{path[0]}.*nested more than 64 levels deep"):
             created("magnitude_sparsity", compression_state=deep(state, path, value))
