@@ -78,6 +78,10 @@ class Shrinkage:
         sizes = {name: tuple(entry.shape) for name, entry in found.tensors.items()}
         kept: dict[str, dict[int, Kept]] = {}
         for name, entry in found.tensors.items():
+            if not entry.kept:
+                raise damaged(
+                    f"{path}.tensors.{name}.kept", "must name a dimension; tensors that stay whole are left out"
+                )
             kept[name] = {}
             for key, indices in entry.kept.items():
                 place = f"{path}.tensors.{name}.kept.{key}"

@@ -168,7 +168,7 @@ def complaint(load, path, prefix, *, measured):
         if used > 50 << 20:
             return f"{used >> 20} MB"
         # A value may be refused where it is missed or contradicted: in the object or list that it belongs to.
-        near = [".".join(map(str, (*prefix, *path[:length]))) for length in range(max(len(path) - 3, 1), len(path) + 1)]
+        near = [".".join(map(str, (*prefix, *path[:length]))) for length in range(max(len(path) - 4, 1), len(path) + 1)]
         return None if any(name in str(error) for name in near) else f"path not named: {error}"
     except BaseException as error:
         return f"{type(error).__name__}: {error}"
@@ -177,13 +177,18 @@ def complaint(load, path, prefix, *, measured):
     return "accepted"
 
 
+# Of the several hundred values of a state, so many, evenly spread: each is tried with up to ten wrong ones.
+PLACES = 30
+
+
 @pytest.mark.slow
-def test_every_value_of_a_state(saved, caplog):
+def test_values_of_a_state(saved, caplog):
     caplog.set_level(logging.ERROR)
     name, state = saved
     model = Small()
     before, complaints = fingerprint(model), []
-    for path in places(state):
+    everything = list(places(state))
+    for path in everything[:: max(1, len(everything) // PLACES)]:
         dotted = ".".join(map(str, path))
         for kind in kinds(at(state, path)):
             value = WRONG[kind]
