@@ -555,26 +555,3 @@ def compile_graph(
         code: Any = compile_fx_inner(graph, inputs, is_inference=True)
     call = code.current_callable
     return lambda *arguments: call(list(arguments))
-
-
-def refuse_out_of_memory(error: BaseException) -> None:
-    """Raises an error again that came because memory ran out: nothing about the model follows from it.
-
-    For code that tries something, and does something else if that fails.
-    """
-    cause: BaseException | None = error
-    while cause is not None:
-        # What torch's allocator on CPUs raises has no class of its own.
-        is_cpu = isinstance(cause, RuntimeError) and ("allocate memory" in str(cause) or "enough memory" in str(cause))
-        if is_cpu or isinstance(cause, (MemoryError, torch.OutOfMemoryError)):
-            raise error
-        cause = cause.__cause__
-
-
-def is_sharded(tensor: torch.Tensor) -> bool:
-    """Returns whether a tensor is a `DTensor`, of which this process may have a part."""
-    if "torch.distributed.tensor" not in sys.modules:
-        return False  # nobody can have made one
-    from torch.distributed.tensor import DTensor  # noqa: PLC0415 - it takes a second, and few need it
-
-    return isinstance(tensor, DTensor)

@@ -12,8 +12,8 @@ import torch
 from pydantic import BaseModel
 from torch import nn
 
+from compress_core.data.memory import refuse_out_of_memory
 from compress_core.saved import STRICT, Items, Whole, damaged, parsed, shown
-from compress_core.torch_internals import refuse_out_of_memory
 from compress_core.trace import Example
 from compress_core.trace.graph import ForwardTrace, tensors_with_paths
 

@@ -21,9 +21,10 @@ from compress_core.channels.errors import ShrinkError
 from compress_core.channels.inputs import InputSpec, example_arguments
 from compress_core.channels.replay import Decisions
 from compress_core.channels.shrinking import Shrinkage
+from compress_core.data.memory import refuse_out_of_memory
 from compress_core.data.rng import preserved_rng
 from compress_core.saved import damaged, parsed
-from compress_core.torch_internals import refuse_out_of_memory, tree_map
+from compress_core.torch_internals import tree_map
 from compress_core.trace.graph import tensors_with_paths
 from compress_core.transforms.python_state import copied
 

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from compress_core.data.memory import refuse_out_of_memory
 from compress_core.errors import ExportError
 from compress_core.export.inputs import Inputs
-from compress_core.torch_internals import refuse_out_of_memory, tree_flatten_with_path
+from compress_core.torch_internals import tree_flatten_with_path
 
 
 @dataclass(frozen=True)

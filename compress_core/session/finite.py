@@ -16,8 +16,8 @@ from torch import nn
 
 from compress_core.contract.context import Context
 from compress_core.data.examples import Example
+from compress_core.data.memory import refuse_out_of_memory
 from compress_core.errors import ModelError
-from compress_core.torch_internals import refuse_out_of_memory
 from compress_core.trace.graph import tensors_with_paths
 from compress_core.trace.isolation import Untouched
 from compress_core.transforms.activation import activation_transforms

@@ -16,8 +16,9 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from compress_core.data.examples import Example, examples_of
+from compress_core.data.memory import refuse_out_of_memory
 from compress_core.errors import ModelError
-from compress_core.torch_internals import FAKE_TENSOR_LOGGER, FakeTensor, FakeTensorMode, refuse_out_of_memory, tree_map
+from compress_core.torch_internals import FAKE_TENSOR_LOGGER, FakeTensor, FakeTensorMode, tree_map
 from compress_core.trace import render
 from compress_core.trace.fake_results import FakeResults
 from compress_core.trace.graph import Forwards, ForwardTrace

@@ -169,6 +169,14 @@ def instants_of(sections, method):
         )
 
 
+@pytest.fixture(autouse=True)
+def handled():
+    """A process that was started in the background ignores Ctrl-C; here it has Python's handler."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def fail():
     raise RuntimeError("injected")
 
