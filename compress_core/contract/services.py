@@ -40,7 +40,7 @@ class TransactionService(Protocol):
 
         Args:
             function: Called without arguments.
-            others: Whatever else may change: models and optimizers among these are put back too.
+            others: Whatever else may change: models, optimizers, and what else has a `load_state_dict` is put back too.
         """
 
 

@@ -206,9 +206,8 @@ def take_first(what: str, tensors: Mapping[str, torch.Tensor]) -> list[str]:
             raise RankError(f"{what}: rank {rank} has other tensors than rank 0, or of other shapes")
     different = [name for name in mine if any(entry[name] != found[0][name] for entry in found)]
     if different:
-        first = exchange(f"{what}, values", {n: tensors[n].detach().cpu() for n in different if dist.get_rank() == 0})[
-            0
-        ]
+        sent = different if dist.get_rank() == 0 else []
+        first = exchange(f"{what}, values", {name: tensors[name].detach().cpu() for name in sent})[0]
         with torch.no_grad():
             for name in different:
                 tensors[name].copy_(first[name])

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from types import FunctionType, MethodType, ModuleType
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from compress_core.data.memory import refuse_out_of_memory
 from compress_core.errors import StateError, UsageError
 from compress_core.session.checkpoint_file import SavedPart, plain
-from compress_core.transforms.containers import SavedContainer, SavedSlots, container_base
-from compress_core.transforms.snapshot import ModelSnapshot, SavedTensor, save_tensor
 
 logger = logging.getLogger(__name__)
 
 Given = Mapping[str, Sequence[Any]]
-_DEEPEST = 3  # objects in objects: schedulers in a sequence of schedulers
 
 
 def given_parts(**arguments: Any) -> dict[str, list[Any]]:
@@ -196,62 +193,6 @@ def loading(place: str, path: str, load: Callable[[Any], Any], state: Any) -> No
     """
     try:
         load(state)
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
     except Exception as error:
+        refuse_out_of_memory(error)
         raise StateError(f"{place}: the state in the checkpoint '{path}' does not fit: {error}") from error
-
-
-class PartsSnapshot:
-    """A snapshot of objects with a `state_dict`: attributes, containers, tensors and averaged modules.
-
-    Args:
-        given: The objects.
-        model: The model, of which another snapshot exists.
-    """
-
-    def __init__(self, given: Given, model: nn.Module) -> None:
-        self._saved: list[SavedContainer | SavedSlots | ModelSnapshot | SavedTensor] = []
-        self._alive: list[Any] = []  # so that no id is used again
-        self._seen = {id(module) for module in model.modules()}
-        self._seen.update(id(tensor) for tensor in (*model.parameters(), *model.buffers()))
-        for part in (part for parts in given.values() for part in parts):
-            self._visit(part, 0)
-
-    def restore(self) -> None:
-        """Restores everything."""
-        for saved in self._saved:
-            saved.restore()
-
-    def _visit(self, value: Any, depth: int) -> None:
-        if id(value) in self._seen:
-            return
-        self._seen.add(id(value))
-        self._alive.append(value)
-        if isinstance(value, torch.Tensor):
-            self._saved.append(save_tensor("a tensor of an optimizer or the like", value))
-        elif isinstance(value, nn.Module):
-            self._saved.append(ModelSnapshot(value))
-        elif container_base(value) is not None:
-            saved = SavedContainer(value)
-            self._saved.append(saved)
-            self._visit_all(saved.values, depth)
-        elif isinstance(value, (tuple, frozenset)):
-            self._visit_all(value, depth)
-        elif _may_change(value) and depth < _DEEPEST:
-            saved_attributes: list[SavedContainer | SavedSlots] = [SavedSlots(value)]
-            if hasattr(value, "__dict__"):
-                saved_attributes.append(SavedContainer(vars(value)))
-            self._saved += saved_attributes
-            for attributes in saved_attributes:
-                self._visit_all(attributes.values, depth + 1)
-
-    def _visit_all(self, values: Iterable[Any], depth: int) -> None:
-        for value in values:
-            self._visit(value, depth)
-
-
-def _may_change(value: Any) -> bool:
-    """Returns whether loading may change an object's attributes: it has a state, or is the function of a rate."""
-    is_code = isinstance(value, (type, FunctionType, MethodType, ModuleType))
-    return not is_code and (hasattr(value, "load_state_dict") or callable(value))

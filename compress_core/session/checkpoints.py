@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -14,7 +13,6 @@ from compress_core.errors import StateError, UsageError
 from compress_core.session.checkpoint_file import Content, plain, read, write
 from compress_core.session.checkpoint_parts import (
     Given,
-    PartsSnapshot,
     check_entries,
     check_parts,
     given_parts,
@@ -24,7 +22,6 @@ from compress_core.session.checkpoint_parts import (
 )
 from compress_core.session.controller import CompressionController
 from compress_core.transforms.interrupts import interrupts_held
-from compress_core.transforms.snapshot import ModelSnapshot
 
 
 def save_checkpoint(
@@ -181,7 +178,8 @@ class Checkpoint:
         given = given_parts(optimizer=optimizer, scheduler=scheduler, scaler=scaler, ema=ema)
         self._check(controller, given)
         generators = self._generators() if rng else None
-        with interrupts_held(), _all_or_nothing(controller, given):
+
+        def load() -> None:
             loading("model", self.path, controller.model.load_state_dict, self.model_state)
             # Only now, because algorithms may measure their state on the model.
             self._check_algorithms(controller.get_compression_state(), ("plan", "state"))
@@ -189,6 +187,9 @@ class Checkpoint:
             load_parts(given, self._parts, self.path)
             if generators is not None:
                 loading("random generators", self.path, lambda _: generators.restore(), None)
+
+        with interrupts_held():
+            controller.context.transaction.run(load, [part for parts in given.values() for part in parts])
 
     def _check(self, controller: CompressionController, given: Given) -> None:
         self._check_algorithms(controller.get_compression_state(), ("plan",))
@@ -259,18 +260,3 @@ def _check_controller(controller: Any) -> None:
     if not isinstance(controller, CompressionController):
         hint = "; create_compressed_model returns (controller, model)" if isinstance(controller, nn.Module) else ""
         raise UsageError(f"controller: got a {type(controller).__name__}, not a CompressionController{hint}")
-
-
-@contextlib.contextmanager
-def _all_or_nothing(controller: CompressionController, given: Given) -> Iterator[None]:
-    """Context manager that restores model, clock, optimizers and the like, and random generators after an error."""
-    model, parts = ModelSnapshot(controller.model), PartsSnapshot(given, controller.model)
-    clock, rng = controller.scheduler.clock, RngState()
-    try:
-        yield
-    except BaseException:
-        model.restore()
-        parts.restore()
-        controller.scheduler.clock = clock
-        rng.restore()
-        raise

@@ -242,11 +242,11 @@ class CompressionController:
         lifecycle = self._inspected
         source = self.model if model is None else copy_of(self.model, model)
         if do_copy:
-            return self._stripped_in_place(lifecycle, source, copied(source))
+            return self._baked(lifecycle, source, copied(source))
         others = [] if source is self.model else [source]
-        return self._transaction.run(lambda: self._stripped_in_place(lifecycle, source, source), others)
+        return self._transaction.run(lambda: self._baked(lifecycle, source, source), others)
 
-    def _stripped_in_place(self, lifecycle: Lifecycle, source: nn.Module, stripped: nn.Module) -> nn.Module:
+    def _baked(self, lifecycle: Lifecycle, source: nn.Module, stripped: nn.Module) -> nn.Module:
         do_copy = stripped is not source
         if source is not self.model:
             take_decisions(stripped, self.model)

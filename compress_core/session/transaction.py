@@ -29,9 +29,9 @@ class Transaction:
     """Runs functions that change a compressed model, or what its algorithms know about it, all or nothing.
 
     On any error, Ctrl-C included, everything is put back bit for bit: the model, the attributes of controller,
-    scheduler, algorithms and initializers, random generators, and other models and optimizers that are named. A Ctrl-C
-    that comes once the function has returned is delayed until its changes are complete. While a function runs, there is
-    one copy of the model's tensors. A call within another one belongs to the outer one.
+    scheduler, algorithms and initializers, random generators, and other models, optimizers and the like that are
+    named. A Ctrl-C that comes once the function has returned is delayed until its changes are complete. While a
+    function runs, there is one copy of the model's tensors. A call within another one belongs to the outer one.
 
     Implements `compress_core.contract.services.TransactionService`.
 
@@ -43,7 +43,7 @@ class Transaction:
     """
 
     def __init__(self, model: nn.Module, owner: object, lifecycle: Lifecycle, scheduler: object) -> None:
-        self._model, self._owner, self._lifecycle, self._scheduler = model, owner, lifecycle, scheduler
+        self.model, self._owner, self._lifecycle, self._scheduler = model, owner, lifecycle, scheduler
         self._open: _Before | None = None
         # A model that was compressed by one process alone is its own for good.
         self._is_alone = is_alone()
@@ -53,7 +53,7 @@ class Transaction:
 
         Args:
             function: Called without arguments.
-            others: Whatever else may change: models and optimizers among these are put back too.
+            others: Whatever else may change: models, optimizers, and what else has a `load_state_dict` is put back too.
             lazily: Whether to save nothing until a function is run within this one, for calls that nearly always
                 change nothing, such as those before each optimizer step.
         """
@@ -72,7 +72,7 @@ class Transaction:
                 before.include(parts)
                 result = function()
                 if is_told():
-                    agree(self._model, self._lifecycle)
+                    agree(self.model, self._lifecycle)
                 interrupts.delay()
             except BaseException:
                 interrupts.delay()
@@ -90,7 +90,7 @@ class Transaction:
 
     def saved(self) -> Iterator[Callable[[], None]]:
         """Saves model and controller; yields functions that restore them."""
-        snapshot = ModelSnapshot(self._model)
+        snapshot = ModelSnapshot(self.model)
         yield snapshot.restore
         context = self._lifecycle.context
         members = [*self._lifecycle.algorithms, *self._lifecycle.initializers.values()]
@@ -115,20 +115,26 @@ class _Before:
     def __init__(self) -> None:
         self._restore: list[Callable[[], None]] = []
         self._saved: list[object] = []
+        # What the snapshots of models have, to which optimizers and averages refer.
+        self._in_models: list[nn.Module | torch.Tensor] = []
 
     def include(self, parts: Iterable[object]) -> None:
-        """Saves those parts that are a transaction, a model or an optimizer, each once."""
+        """Saves those parts that are a transaction, a model or else have a `load_state_dict`, each once."""
         for part in parts:
             if any(part is saved for saved in self._saved):
                 continue
             if isinstance(part, Transaction):
                 self._restore += part.saved()
+                self._note(part.model)
             elif isinstance(part, nn.Module):
                 self._restore.append(ModelSnapshot(part).restore)
-            elif isinstance(part, torch.optim.Optimizer):
-                parameters = [p for group in part.param_groups for p in group["params"]]
-                self._restore.append(ObjectState([part], lambda _: False, parameters).restore)
+                self._note(part)
+            elif hasattr(part, "load_state_dict"):
+                self._restore.append(ObjectState([part], _may_change, self._in_models, modules=True).restore)
             self._saved.append(part)
+
+    def _note(self, model: nn.Module) -> None:
+        self._in_models += [*model.modules(), *model.parameters(), *model.buffers()]
 
     def restore(self) -> None:
         """Restores everything; a second call has nothing to do."""
@@ -136,6 +142,11 @@ class _Before:
             # Only then forgotten: an interrupted restoration goes on where it was.
             self._restore[-1]()
             self._restore.pop()
+
+
+def _may_change(value: object) -> bool:
+    """Returns whether an optimizer, a scheduler or the like may change an object: one with a state, or a function."""
+    return hasattr(value, "load_state_dict") or callable(value)
 
 
 class _Interrupts:

@@ -13,7 +13,7 @@ from torch import nn
 
 from compress_core.transforms.containers import SavedContainer, SavedSlots, container_base
 from compress_core.transforms.python_state import SavedArray, SavedGenerator
-from compress_core.transforms.snapshot import save_tensor
+from compress_core.transforms.snapshot import ModelSnapshot, save_tensor
 
 _PLAIN = (str, bytes, int, float, complex, type(None), torch.dtype, torch.device, torch.Size)
 _CODE = (FunctionType, MethodType, BuiltinFunctionType, ModuleType, type)
@@ -26,22 +26,28 @@ class _Saved(Protocol):
 class ObjectState:
     """Attributes, containers, tensors, arrays and random generators that are reachable from some objects.
 
-    Modules are not followed, nor is code; what the objects refer to is followed if `is_followed` says so, and so are
-    containers. It holds a copy of each tensor until it is dropped.
+    Code is not followed; what the objects refer to is followed if `is_followed` says so, and so are containers. It
+    holds a copy of each tensor until it is dropped.
 
     Args:
         roots: The objects; each is followed, whatever it is.
         is_followed: Whether the attributes of an object are state that may change.
-        elsewhere: Tensors that somebody else restores, such as those of a model's snapshot.
+        elsewhere: Modules and tensors that somebody else restores, such as those of a model's snapshot.
+        modules: Whether modules that the objects refer to are restored as well.
     """
 
     def __init__(
-        self, roots: Iterable[object], is_followed: Callable[[object], bool], elsewhere: Iterable[torch.Tensor] = ()
+        self,
+        roots: Iterable[object],
+        is_followed: Callable[[object], bool],
+        elsewhere: Iterable[nn.Module | torch.Tensor] = (),
+        *,
+        modules: bool = False,
     ) -> None:
-        self._is_followed = is_followed
+        self._is_followed, self._modules = is_followed, modules
         self._saved: list[_Saved] = []
         # Objects are kept as well, so that no other one gets the id of one that was seen.
-        self._seen: dict[int, object] = {id(tensor): tensor for tensor in elsewhere}
+        self._seen: dict[int, object] = {id(value): value for value in elsewhere}
         self._waiting: list[object] = []
         for root in roots:
             self._seen[id(root)] = root
@@ -56,11 +62,14 @@ class ObjectState:
             saved.restore()
 
     def _visit(self, value: object) -> None:
-        if isinstance(value, (*_PLAIN, *_CODE, nn.Module)) or id(value) in self._seen:
+        if isinstance(value, (*_PLAIN, *_CODE)) or id(value) in self._seen:
             return
         self._seen[id(value)] = value
         if isinstance(value, torch.Tensor):
-            self._saved.append(save_tensor("a tensor of an algorithm", value))
+            self._saved.append(save_tensor("a tensor of an algorithm, optimizer or the like", value))
+        elif isinstance(value, nn.Module):
+            if self._modules:
+                self._saved.append(ModelSnapshot(value))
         elif container_base(value) is not None:
             self._save_container(value)
         elif isinstance(value, (tuple, frozenset)):

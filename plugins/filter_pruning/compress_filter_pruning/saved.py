@@ -11,7 +11,7 @@ from torch import nn
 
 from compress_core import Plan, StateError
 from compress_core.channels import Costs, InputSpec, Shrinkage, parameter_costs, shrinkage
-from compress_core.saved import STRICT, Items, Positive, Whole, check_plain, damaged, parsed
+from compress_core.saved import STRICT, Items, Positive, Whole, damaged, parsed
 from compress_filter_pruning.groups import PruningGroup
 from compress_filter_pruning.planning import PruningPlan
 
@@ -216,5 +216,4 @@ def saved_state(state: Mapping[str, Any], path: str) -> SavedPruning:
     Raises:
         StateError: `state` was not returned by `compress_state`.
     """
-    check_plain(state, path)
     return parsed(SavedPruning, state, path)

@@ -75,18 +75,17 @@ def calibrate(
     chosen = [quantizer for quantizer in quantizers if quantizer.samples]
     weights = [quantizer for quantizer in chosen if quantizer.planned.group == "weights"]
     activations = [quantizer for quantizer in chosen if quantizer.planned.group == "activations"]
-    with _undone_on_failure(quantizer.module for quantizer in chosen):
-        for quantizer in weights:
-            _see_weight(model, quantizer)
+    for quantizer in weights:
+        _see_weight(model, quantizer)
+        _set_range(quantizer)
+    if data is None or not activations:
+        return []
+    with _observing([], silenced=activations), batch_norm():
+        _see_activations(model, activations, data)
+    unreached = _unreached(activations, data, strict=strict)
+    for quantizer in activations:
+        if quantizer.planned.name not in unreached:
             _set_range(quantizer)
-        if data is None or not activations:
-            return []
-        with _observing([], silenced=activations), batch_norm():
-            _see_activations(model, activations, data)
-        unreached = _unreached(activations, data, strict=strict)
-        for quantizer in activations:
-            if quantizer.planned.name not in unreached:
-                _set_range(quantizer)
     return unreached
 
 
@@ -151,23 +150,6 @@ def _set_range(quantizer: Calibrated) -> None:
         mark_filled([module])
     except CompressionError as error:
         error.add_note(f"while the range of the quantizer '{quantizer.planned.name}' was set")
-        raise
-
-
-@contextlib.contextmanager
-def _undone_on_failure(modules: Iterable[FakeQuantize]) -> Iterator[None]:
-    saved = [
-        (module, module.signed, module.enabled, [parameter.detach().clone() for parameter in module.parameters()])
-        for module in modules
-    ]
-    try:
-        yield
-    except BaseException:
-        with torch.no_grad():
-            for module, signed, enabled, values in saved:
-                module.signed, module.enabled = signed, enabled
-                for parameter, value in zip(module.parameters(), values, strict=True):
-                    parameter.copy_(value)
         raise
 
 
