@@ -108,3 +108,24 @@ class CompressionStatistics(Statistics):
     def to_dict(self) -> dict[str, Any]:
         """Returns JSON-able values by part."""
         return {name: part.to_dict() for name, part in self.parts.items()}
+
+    def scalars(self) -> dict[str, int | float]:
+        """Returns the figures that are numbers by path, for loggers: `magnitude_sparsity/sparsity_level`.
+
+        What there is one of for each layer, and what is said in words, is left out.
+        """
+        return {
+            f"{name}/{path}": value
+            for name, part in self.parts.items()
+            if name != "ledger"
+            for path, value in _numbers(part.to_dict())
+        }
+
+
+def _numbers(values: Mapping[str, Any]) -> Iterator[tuple[str, int | float]]:
+    for name, value in values.items():
+        key = str(name).replace(" ", "_")
+        if isinstance(value, Mapping):
+            yield from ((f"{key}/{path}", number) for path, number in _numbers(value))
+        elif isinstance(value, (int, float)):
+            yield key, int(value) if isinstance(value, bool) else value

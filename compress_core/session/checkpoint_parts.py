@@ -161,7 +161,7 @@ def _some(names: Sequence[str]) -> str:
     return "nothing" if not names else f"{list(names[:3])}" + (f" ({len(names)} in all)" if len(names) > 3 else "")
 
 
-def load_parts(given: Given, saved: Mapping[str, Sequence[SavedPart]], path: str) -> None:
+def load_parts(given: Given, saved: Mapping[str, Sequence[SavedPart]], what: str) -> None:
     """Loads the states of objects that `check_parts` has checked.
 
     Raises:
@@ -172,7 +172,7 @@ def load_parts(given: Given, saved: Mapping[str, Sequence[SavedPart]], path: str
             if argument == "scaler" and entry.state and not part.state_dict():
                 logger.warning("scaler: the one that was given is disabled, so the saved scale of losses is not used")
             # A copy, because optimizers and schedulers go on with the objects that they are given.
-            loading(place, path, part.load_state_dict, _near(part, copy.deepcopy(entry.state)))
+            loading(place, what, part.load_state_dict, _near(part, copy.deepcopy(entry.state)))
 
 
 def _near(part: Any, state: dict[str, Any]) -> dict[str, Any]:
@@ -185,8 +185,8 @@ def _near(part: Any, state: dict[str, Any]) -> dict[str, Any]:
     return state
 
 
-def loading(place: str, path: str, load: Callable[[Any], Any], state: Any) -> None:
-    """Calls a function that loads a state, and names the place and the checkpoint in its errors.
+def loading(place: str, what: str, load: Callable[[Any], Any], state: Any) -> None:
+    """Calls a function that loads a state, and names the place and what was saved in its errors.
 
     Raises:
         StateError: The function raised an error.
@@ -195,4 +195,4 @@ def loading(place: str, path: str, load: Callable[[Any], Any], state: Any) -> No
         load(state)
     except Exception as error:
         refuse_out_of_memory(error)
-        raise StateError(f"{place}: the state in the checkpoint '{path}' does not fit: {error}") from error
+        raise StateError(f"{place}: the state in {what} does not fit: {error}") from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -21,6 +20,7 @@ from compress_core.session.checkpoint_parts import (
     saved_parts,
 )
 from compress_core.session.controller import CompressionController
+from compress_core.session.same_algorithms import check_same_algorithms
 from compress_core.transforms.interrupts import interrupts_held
 
 
@@ -180,48 +180,30 @@ class Checkpoint:
         generators = self._generators() if rng else None
 
         def load() -> None:
-            loading("model", self.path, controller.model.load_state_dict, self.model_state)
-            # Only now, because algorithms may measure their state on the model.
-            self._check_algorithms(controller.get_compression_state(), ("plan", "state"))
-            loading("clock", self.path, controller.scheduler.load_state, self.compression_state.get("scheduler"))
-            load_parts(given, self._parts, self.path)
+            controller.live_state.load(self.compression_state, self.model_state, self._what, self._remedy)
+            load_parts(given, self._parts, self._what)
             if generators is not None:
-                loading("random generators", self.path, lambda _: generators.restore(), None)
+                loading("random generators", self._what, lambda _: generators.restore(), None)
 
         with interrupts_held():
             controller.context.transaction.run(load, [part for parts in given.values() for part in parts])
 
     def _check(self, controller: CompressionController, given: Given) -> None:
-        self._check_algorithms(controller.get_compression_state(), ("plan",))
+        check_same_algorithms(self.compression_state, controller.get_compression_state(), self._what, self._remedy)
         try:
-            check_entries(controller.model, self.model_state, f"model of the checkpoint '{self.path}'")
+            check_entries(controller.model, self.model_state, f"model of {self._what}")
         except StateError as error:
             raise StateError(f"{error}. {self._remedy}") from error
         check_parts(given, self._parts, controller.model, self.path)
 
     def _generators(self) -> RngState:
         found: list[RngState] = []
-        loading("random generators", self.path, lambda state: found.append(RngState.from_dict(state)), self._rng)
+        loading("random generators", self._what, lambda state: found.append(RngState.from_dict(state)), self._rng)
         return found[0]
 
-    def _check_algorithms(self, here: Mapping[str, Any], keys: tuple[str, ...]) -> None:
-        """Compares the algorithms of a compression state with those that were saved."""
-        saved = self.compression_state.get("algorithms")
-        if here["format"] != self.compression_state.get("format") or not isinstance(saved, dict):
-            raise StateError(f"the checkpoint '{self.path}' has a compression state that this version does not read")
-        mine = here["algorithms"]
-        if mine.keys() != saved.keys():
-            raise StateError(
-                f"the checkpoint '{self.path}' is of the algorithms {list(saved)}, the controller has {list(mine)}; "
-                "use the config that it was saved with"
-            )
-        for name, key in ((name, key) for name in mine for key in keys):
-            place = _difference(*(_compared(entry[name], key) for entry in (saved, mine)))
-            if place is not None:
-                raise StateError(
-                    f"the checkpoint '{self.path}' was saved with another {key} of '{name}' than the controller has "
-                    f"({place}). {self._remedy}"
-                )
+    @property
+    def _what(self) -> str:
+        return f"the checkpoint '{self.path}'"
 
     @property
     def _remedy(self) -> str:
@@ -230,30 +212,6 @@ class Checkpoint:
             f"read_checkpoint({self.path!r}); create_compressed_model(model, config, "
             "compression_state=checkpoint.compression_state); checkpoint.restore(controller, ...)"
         )
-
-
-def _compared(entry: Any, key: str) -> Any:
-    """Returns what has to be the same in two entries of one algorithm; why a layer was skipped may be said anew."""
-    found = entry.get(key) if isinstance(entry, dict) else None
-    return {k: v for k, v in found.items() if k != "skipped"} if key == "plan" and isinstance(found, dict) else found
-
-
-def _difference(saved: Any, here: Any, place: str = "") -> str | None:
-    """Returns where two values from JSON differ first, or None."""
-    if isinstance(saved, dict) and isinstance(here, dict) and saved.keys() == here.keys():
-        inner = ((f"{place}.{key}" if place else str(key), saved[key], here[key]) for key in here)
-    elif isinstance(saved, list) and isinstance(here, list) and len(saved) == len(here):
-        inner = ((f"{place}[{number}]", *pair) for number, pair in enumerate(zip(saved, here, strict=True)))
-    elif type(saved) is type(here) and saved == here:
-        return None
-    else:
-        return f"{place or 'all of it'}: {_short(saved)} saved, {_short(here)} here"
-    return next((found for where, a, b in inner if (found := _difference(a, b, where)) is not None), None)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 def _check_controller(controller: Any) -> None:

@@ -33,6 +33,7 @@ from compress_core.session.agreement import refuse_sharded
 from compress_core.session.batch_norm import BatchNorm
 from compress_core.session.batch_recorder import BatchRecorder, remove_recorders
 from compress_core.session.lifecycle import Lifecycle
+from compress_core.session.live_state import LiveState
 from compress_core.session.model_copies import copy_of, take_decisions
 from compress_core.session.replaced import NAME as REPLACED_LAYERS
 from compress_core.session.replaced import ReplacedLayers, TransformPlaces
@@ -225,6 +226,28 @@ class CompressionController:
             lifecycle.state(self.model),
             {"scheduler": self.scheduler.get_state(), "initializers": reports},
         )
+
+    def load_state(self, compression_state: Mapping[str, Any], model_state: Mapping[str, Any]) -> None:
+        """Takes model and algorithms back (or forward) to a state that was saved of the same structure.
+
+        The clock is set, too. `load_checkpoint` does this for a file, and restores the optimizer with it.
+
+        Args:
+            compression_state: What `get_compression_state()` returned.
+            model_state: The `state_dict` that the model had then, with masks and scales.
+
+        Raises:
+            StateError: They do not fit: other algorithms, layers or shapes; model and controller are as before.
+        """
+        self._inspected  # noqa: B018 - refuses a model that was stripped in place
+        remedy = "Create model and controller from it: create_compressed_model(model, config, compression_state=...)"
+        what = "the given state"
+        self._transaction.run(lambda: self.live_state.load(compression_state, model_state, what, remedy))
+
+    @property
+    def live_state(self) -> LiveState:
+        """Loads states into this controller, within a transaction; for checkpoints."""
+        return LiveState(self.model, self._active, self.scheduler, self.get_compression_state)
 
     def strip(self, do_copy: bool = True, model: nn.Module | None = None) -> nn.Module:
         """Returns a plain model that computes the same, with transforms baked into its weights.

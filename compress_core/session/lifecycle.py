@@ -290,9 +290,10 @@ class Lifecycle(HookCalls):
         return {a.name: self._optional("compress_state", a, Mapping, model=model) or {} for a in self.algorithms}
 
     def load_state(self, model: nn.Module, states: Mapping[str, Mapping[str, Any]]) -> None:
-        """Restores the state of every algorithm."""
+        """Restores the state of every algorithm that has one here."""
         for algorithm in self.algorithms:
-            self._call("compress_load_state", algorithm, model=model, state=states[algorithm.name])
+            if algorithm.name in states:
+                self._call("compress_load_state", algorithm, model=model, state=states[algorithm.name])
 
     def strip(self, model: nn.Module) -> None:
         """Lets the algorithms bake their changes, in reverse pipeline order."""
