@@ -43,11 +43,13 @@ class CompressionCallback:
         ...             optimizer.step()
         ...             optimizer.zero_grad()
         ...     accelerator.save_state("run")
+        >>> compression.end()
 
     Args:
         controller: The controller of the model that is prepared.
         accelerator: The accelerator.
-        log_statistics: Whether to log the statistics at the beginning of each epoch, if the accelerator has trackers.
+        log_statistics: Whether to log the statistics at the beginning of each epoch and at the end, if the accelerator
+            has trackers.
 
     Raises:
         UsageError: `controller` is no controller, or the accelerator shards weights.
@@ -86,8 +88,7 @@ class CompressionCallback:
         self._finish_loading()
         self._progress.begin_epoch(epoch)
         self._is_first_of_step = True
-        if self._log_statistics and self.accelerator.trackers:
-            self.accelerator.log(self._progress.figures(), step=self.controller.scheduler.current_step + 1)
+        self._log()
 
     def step(self) -> None:
         """Begins an optimizer step at its first micro-batch; call it within `accelerator.accumulate`, if you use it."""
@@ -97,8 +98,16 @@ class CompressionCallback:
         self._is_first_of_step = self.accelerator.sync_gradients
 
     def end(self) -> None:
-        """Warns if the model is not compressed as far as was asked for; call it after the last epoch."""
+        """Logs the statistics, and warns if the model is not compressed as far as was asked for.
+
+        Call it after the last epoch.
+        """
+        self._log()
         self._progress.warn_if_unfinished("at the end of the training")
+
+    def _log(self) -> None:
+        if self._log_statistics and self.accelerator.trackers:
+            self.accelerator.log(self._progress.figures(), step=self.controller.scheduler.current_step + 1)
 
     def _save(self, models: list[nn.Module], weights: list[dict[str, Any]], output_dir: str) -> None:
         self._find(models)

@@ -12,9 +12,11 @@ from compress_core.errors import UsageError
 from compress_core.integrations.progress import Progress
 from compress_core.integrations.saved_run import KEY, parsed_run
 from compress_core.session.controller import CompressionController
+from compress_core.session.model_copies import take_decisions
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
+    from lightning.pytorch.callbacks import WeightAveraging
     from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
     from lightning.pytorch.trainer.states import TrainerFn
 except ImportError as error:
@@ -30,8 +32,9 @@ class CompressionCallback(Callback):
 
     It begins epochs and optimizer steps (not micro-batches), adds `controller.loss()` to what `training_step` returns,
     saves the compression state in every checkpoint (`ModelCheckpoint`), resumes with `fit(ckpt_path=)`, and logs the
-    statistics of each epoch as `compression/...`. With manual optimization, each batch is a step, and the loss of the
-    algorithms is left to `training_step`.
+    statistics at the end of each epoch as `compression/...`. With manual optimization, each batch is a step, and the
+    loss of the algorithms is left to `training_step`. An average of the weights (`WeightAveraging`, before this
+    callback) gets the masks of the model.
 
     Example:
         >>> controller, module.network = create_compressed_model(module.network, config)
@@ -70,6 +73,13 @@ class CompressionCallback(Callback):
             raise UsageError(
                 f"{type(trainer.strategy).__name__}: processes have parts of weights; use Trainer(strategy='ddp')"
             )
+        callbacks = _callbacks(trainer)
+        late = [c for c in callbacks[callbacks.index(self) :] if isinstance(c, WeightAveraging)]
+        if late:
+            raise UsageError(
+                f"Trainer(callbacks=): put {type(late[0]).__name__} before the CompressionCallback, which gives the "
+                "average its masks once it is updated"
+            )
         if stage == "fit":
             self._resumed = False
             _wrap(_CheckedLoad(pl_module, self))
@@ -104,11 +114,8 @@ class CompressionCallback(Callback):
             self._progress.epochs_before -= trainer.current_epoch
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begins an epoch of the controller, and logs its statistics."""
+        """Begins an epoch of the controller."""
         self._progress.begin_epoch(trainer.current_epoch)
-        if self._log_statistics:
-            figures = self._progress.figures()
-            pl_module.log_dict(figures, on_step=False, on_epoch=True, batch_size=1)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Begins an optimizer step of the controller, at the first of its micro-batches."""
@@ -116,6 +123,27 @@ class CompressionCallback(Callback):
         self._progress.begin_epoch(trainer.current_epoch)
         if batch_idx % trainer.accumulate_grad_batches == 0 or not pl_module.automatic_optimization:
             self.controller.scheduler.step()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Gives averages of the weights the masks of the model."""
+        self._mask_averages(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Logs the statistics of the controller."""
+        self._mask_averages(trainer, pl_module)
+        if self._log_statistics:
+            pl_module.log_dict(self._progress.figures(), on_step=False, on_epoch=True, batch_size=1)
+
+    def _mask_averages(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """An average of masks is no mask: with `use_buffers`, a weight that was ever kept would stay."""
+        for other in _callbacks(trainer):
+            average = getattr(other, "_average_model", None) if isinstance(other, WeightAveraging) else None
+            if average is not None:
+                model = self.controller.model
+                name = next(name for name, module in pl_module.named_modules() if module is model)
+                take_decisions(average.module.get_submodule(name), model)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warns if the model is not compressed as far as was asked for."""
@@ -126,6 +154,10 @@ class CompressionCallback(Callback):
         for name in (_CheckedLoad.name, _StepWithLoss.name):
             if isinstance(vars(pl_module).get(name), _Wrapper):
                 delattr(pl_module, name)
+
+
+def _callbacks(trainer: Trainer) -> list[Callback]:
+    return list(trainer.callbacks)  # type: ignore[attr-defined]
 
 
 class _Wrapper:

@@ -36,7 +36,7 @@ class CompressionCallback(TrainerCallback):
 
     It begins epochs and optimizer steps (not micro-batches), adds `controller.loss()` to the training loss, keeps
     weight decay away from scales, saves the compression state in every folder that the Trainer saves the model to,
-    resumes from there, and logs the statistics of each epoch as `compression/...`.
+    resumes from there, and logs the statistics at the end of each epoch as `compression/...`.
 
     Example:
         >>> controller, model = create_compressed_model(model, config)
@@ -46,7 +46,7 @@ class CompressionCallback(TrainerCallback):
 
     Args:
         controller: The controller of the model that the Trainer trains.
-        log_statistics: Whether to log the statistics at the beginning of each epoch and at the end.
+        log_statistics: Whether to log the statistics at the end of each epoch.
 
     Raises:
         UsageError: `controller` is no controller.
@@ -181,27 +181,26 @@ class CompressionCallback(TrainerCallback):
         self._epoch = int(state.epoch or 0)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Begins an epoch of the controller, and logs its statistics."""
+        """Begins an epoch of the controller."""
         self._progress.begin_epoch(self._epoch)
         self._epoch += 1
-        self._log()
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Logs the statistics of the controller."""
+        assert self._trainer is not None
+        if self._log_statistics:
+            self._trainer.log(self._progress.figures())
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begins an optimizer step of the controller."""
         self.controller.scheduler.step()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Logs the statistics, and warns if the model is not compressed as far as was asked for."""
+        """Warns if the model is not compressed as far as was asked for."""
         best = state.best_model_checkpoint if args.load_best_model_at_end else None
         if best is not None:  # the Trainer has loaded its weights
             self._progress.resume(read_run(best))
-        self._log()
         self._progress.warn_if_unfinished(f"with the weights of '{best}'" if best else "at the end of the training")
-
-    def _log(self) -> None:
-        assert self._trainer is not None
-        if self._log_statistics:
-            self._trainer.log(self._progress.figures())
 
 
 def load_compressed(

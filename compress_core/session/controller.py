@@ -43,6 +43,7 @@ from compress_core.session.transaction import Transaction
 from compress_core.session.uncompressed import UncompressedModel
 from compress_core.transforms.model_wide import bake_transforms
 from compress_core.transforms.python_state import copied
+from compress_core.transforms.wrapped_forward import drop_mixed_precision
 
 logger = logging.getLogger(__name__)
 
@@ -273,6 +274,8 @@ class CompressionController:
         do_copy = stripped is not source
         if source is not self.model:
             take_decisions(stripped, self.model)
+        if do_copy:
+            drop_mixed_precision(stripped)
         # The copy shares classes, closures and caches with the model.
         with without_traces(self.model, parameters=False) if do_copy else contextlib.nullcontext():
             lifecycle.strip(stripped)
@@ -346,6 +349,7 @@ class CompressionController:
 
     def _copy_for_export(self) -> nn.Module:
         model = copied(self.model).eval()
+        drop_mixed_precision(model)
         remove_recorders(model)
         return model
 

@@ -17,6 +17,7 @@ from compress_core.transforms.generated import ACTIVATIONS_ATTRIBUTE, base_class
 from compress_core.transforms.places import ActivationPlace, CallInput, CallOutput, ModuleOutput
 from compress_core.transforms.stage import Stage
 from compress_core.transforms.walk import modules_of
+from compress_core.transforms.wrapped_forward import drop_plain_forward, is_mixed_precision
 
 
 @dataclass(frozen=True)
@@ -191,10 +192,17 @@ def _check_reachable(model: nn.Module, owner: nn.Module, place: ActivationPlace,
     what = f"'{place.module or 'model'}' ({type(owner).__name__})"
     if isinstance(owner, torch.jit.ScriptModule):
         raise TransformError(f"{what} is a ScriptModule, whose forward cannot be changed; compress it before scripting")
+    drop_plain_forward(owner)
     if "forward" in owner.__dict__:
+        remedy = (
+            "accelerator.unwrap_model(model, keep_fp32_wrapper=False) takes accelerate's mixed precision off; compress "
+            "the model before accelerator.prepare"
+            if is_mixed_precision(owner)
+            else "remove it before compression (accelerate: remove_hook_from_module) and set it again afterwards"
+        )
         raise TransformError(
             f"{what} has a forward of its own as an attribute (accelerate and others set one), which would bypass "
-            "transforms; remove it before compression (accelerate: remove_hook_from_module) and set it again afterwards"
+            f"transforms; {remedy}"
         )
     if type(owner).forward is nn.Module.forward:
         raise TransformError(f"{what} has no forward: it only holds other modules; name one of these")
