@@ -134,7 +134,8 @@ class CompressionCallback(Callback):
         """Logs the statistics of the controller."""
         self._mask_averages(trainer, pl_module)
         if self._log_statistics:
-            pl_module.log_dict(self._progress.figures(), on_step=False, on_epoch=True, batch_size=1)
+            figures = self._progress.figures()
+            pl_module.log_dict(figures, on_step=False, on_epoch=True, batch_size=1, sync_dist=trainer.world_size > 1)
 
     def _mask_averages(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """An average of masks is no mask: with `use_buffers`, a weight that was ever kept would stay."""

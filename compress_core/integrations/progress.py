@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 
+import torch.distributed as dist
+
 from compress_core.contract.stages import CompressionStage
 from compress_core.errors import UsageError
 from compress_core.integrations.saved_run import SavedRun, check_controller
@@ -79,6 +81,8 @@ class Progress:
     def warn_if_unfinished(self, when: str) -> None:
         """Warns if the model is compressed less than the config asks for."""
         stage = self.controller.compression_stage()
+        if dist.is_available() and dist.is_initialized() and dist.get_rank() != 0:
+            return  # once is enough
         if stage != CompressionStage.FULLY_COMPRESSED:
             epoch = self.controller.scheduler.current_epoch
             logger.warning(

@@ -98,8 +98,9 @@ def load_checkpoint(
 ) -> dict[str, Any]:
     """Reads a checkpoint and restores it: `read_checkpoint(path).restore(controller, ...)`.
 
-    The controller must have been created with `compression_state=read_checkpoint(path).compression_state`, unless its
-    algorithms are in the saved state anyway.
+    The controller must have the structure that was saved: created from the same model and config, or, if channels have
+    been removed by `shrink`, with `compression_state=read_checkpoint(path).compression_state`. It may have been
+    trained.
 
     Args:
         path: A file that `save_checkpoint` wrote.
@@ -160,8 +161,7 @@ class Checkpoint:
         """Gives model, controller, and everything else the values that they had when they were saved.
 
         Args:
-            controller: A controller that was created with this `compression_state`, or whose algorithms are in this
-                state anyway. Its clock is set.
+            controller: A controller of the same structure, whatever state it is in. Its clock is set.
             optimizer: What was saved as `optimizer`, created from the parameters of the resumed model.
             scheduler: What was saved as `scheduler`.
             scaler: What was saved as `scaler`.
