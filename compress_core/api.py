@@ -20,7 +20,7 @@ from compress_core.data.calibration import (
     ModelEvaluationArgs,
     QuantizationRangeInitArgs,
 )
-from compress_core.data.ranks import together
+from compress_core.data.ranks import settle, together
 from compress_core.errors import ModelError
 from compress_core.registry import default_registry
 from compress_core.session.agreement import agree, refuse_sharded, same_start
@@ -73,23 +73,28 @@ def create_compressed_model(
         StateError: `compression_state` does not fit.
         UsageError: A compression state is resumed, and an algorithm needs `uncompressed_model`, which was not given.
     """
-    _check_model(model)
-    config = CompressionConfig.load(config)
-    registry = default_registry()
-    resuming = compression_state is not None
-    lifecycle = Lifecycle(registry, Context(config, init_loader=init_loader, resuming=resuming), observers)
-    if not lifecycle.algorithms:
-        logger.warning("the config names no algorithm in 'compression': the model stays uncompressed")
-    lifecycle.configure()
-    uncompressed = UncompressedModel(lifecycle, uncompressed_model)
-    with together(), same_start(model, lifecycle, compression_state):
-        if compression_state is not None:
-            state = checked_state(compression_state, lifecycle, registry)
+    with together("create_compressed_model"):
+        _check_model(model)
+        config = CompressionConfig.load(config)
+        registry = default_registry()
+        resuming = compression_state is not None
+        lifecycle = Lifecycle(registry, Context(config, init_loader=init_loader, resuming=resuming), observers)
+        if not lifecycle.algorithms:
+            logger.warning("the config names no algorithm in 'compression': the model stays uncompressed")
+        lifecycle.configure()
+        uncompressed = UncompressedModel(lifecycle, uncompressed_model)
+        with same_start(model, lifecycle, compression_state):
+            if compression_state is not None:
+                state = checked_state(compression_state, lifecycle, registry)
+                with all_or_nothing(model, lifecycle) as guard:
+                    controller = _resume(model, lifecycle, uncompressed, guard, state)
+                    settle()
+                    return controller, model
+            lifecycle.check_initializers()
             with all_or_nothing(model, lifecycle) as guard:
-                return _resume(model, lifecycle, uncompressed, guard, state), model
-        lifecycle.check_initializers()
-        with all_or_nothing(model, lifecycle) as guard:
-            return _create(model, lifecycle, uncompressed, guard), model
+                controller = _create(model, lifecycle, uncompressed, guard)
+                settle()
+                return controller, model
 
 
 def _create(

@@ -59,6 +59,7 @@ __all__ = [
     "checkpoint_of",
     "compile_graph",
     "computing_hooks",
+    "default_store",
     "dynamo_callback",
     "frames_dynamo_traces",
     "function_mode_at",
@@ -325,6 +326,22 @@ Why: under autocast layers keep a copy of their weight, which need not be recomp
 Public way: `torch.is_autocast_enabled(device_type)`, for types that are known beforehand.
 Without it: compress_core cannot be imported; the public function would do for the types that we know.
 """
+
+
+# Processes.
+
+
+def default_store() -> Any:
+    """Returns the store through which the processes of the default group have found each other.
+
+    Why: it tells which process has not come, and can be left at any time; a collective can do neither.
+    Public way: `init_process_group(store=...)`, for a store that the user makes; `monitored_barrier` names who is
+        missing, but only when its time is up, and the group cannot be used afterwards.
+    Without it: AttributeError in the first call of several processes; a store of our own would need an address.
+    """
+    from torch.distributed import distributed_c10d  # noqa: PLC0415 - torch may be built without it
+
+    return distributed_c10d._get_default_store()
 
 
 # Layers.

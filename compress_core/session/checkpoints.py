@@ -189,7 +189,8 @@ class Checkpoint:
                 loading("random generators", self.path, lambda _: generators.restore(), None)
 
         with interrupts_held():
-            controller.context.transaction.run(load, [part for parts in given.values() for part in parts])
+            changed = [part for parts in given.values() for part in parts]
+            controller.context.transaction.run(load, changed, local=True)
 
     def _check(self, controller: CompressionController, given: Given) -> None:
         self._check_algorithms(controller.get_compression_state(), ("plan",))
