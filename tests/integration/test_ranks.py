@@ -66,6 +66,9 @@ def create(name, loader, seed=0):
     if dist.is_initialized() and dist.get_rank():
         # As behind the last step of DistributedDataParallel: buffers of other processes are not those of rank 0.
         model[1].running_mean += 1
+    if dist.is_initialized() and name in ("pruning", "quantization"):
+        # Adapts as one process with plain batch norm does.
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return create_compressed_model(model, document(name), init_loader=loader)
 
 
