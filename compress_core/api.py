@@ -159,17 +159,8 @@ def _resume(
 def _check_model(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise ModelError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if isinstance(model, DistributedDataParallel):
-        raise ModelError(
-            "the model is wrapped in DistributedDataParallel; call create_compressed_model(model.module, ...) and wrap "
-            "the result"
-        )
-    if isinstance(model, DataParallel):
-        raise ModelError(
-            "the model is wrapped in DataParallel, whose copies of it are not compressed with it; call "
-            "create_compressed_model(model.module, ...) and train with one process for each GPU: "
-            "DistributedDataParallel and torchrun"
-        )
+    for name, module in model.named_modules():
+        _refuse_wrapped(name, module)
     refuse_sharded(model)
     if torch.is_inference_mode_enabled():
         raise ModelError("create_compressed_model was called within torch.inference_mode(); call it outside")
@@ -177,6 +168,18 @@ def _check_model(model: nn.Module) -> None:
         raise ModelError(
             "the model is compressed already. Put all algorithms into one config; to start over, use the model that "
             "controller.strip() returns, or a new one"
+        )
+
+
+def _refuse_wrapped(name: str, module: nn.Module) -> None:
+    who = f"the module '{name}'" if name else "the model"
+    inner = "give the model without the wrapper" if name else "call create_compressed_model(model.module, ...)"
+    if isinstance(module, DistributedDataParallel):
+        raise ModelError(f"{who} is wrapped in DistributedDataParallel; {inner} and wrap the result")
+    if isinstance(module, DataParallel):
+        raise ModelError(
+            f"{who} is wrapped in DataParallel, whose copies of it are not compressed with it; {inner} and train with "
+            "one process for each GPU: DistributedDataParallel and torchrun"
         )
 
 

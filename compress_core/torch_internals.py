@@ -77,6 +77,7 @@ __all__ = [
     "push_function_mode",
     "recurrent_overrides",
     "remove_forward_hooks",
+    "replica_override",
     "saved_tensors_hook",
     "schema_of",
     "skip_frame",
@@ -482,6 +483,20 @@ def recurrent_overrides() -> dict[str, Any]:
         "_flat_weights": property(_flat_weights, _set_flat_weights),
         "_weights_have_changed": lambda self: False,
     }
+
+
+def replica_override(refuse: Callable[[nn.Module], Any]) -> dict[str, Any]:
+    """Returns attributes for a subclass of a layer that `nn.DataParallel` must not copy to several devices.
+
+    Why: the copies that it makes in each step have neither parameters to compute weights from nor transforms of their
+        own device.
+    Public way: none; torch calls this method of each module.
+    Without it: an error all the same, but torch's own: "property of 'Conv2d' object has no setter".
+
+    Args:
+        refuse: Called with the layer; raises an error.
+    """
+    return {"_replicate_for_data_parallel": refuse}
 
 
 def _flat_weights(self: nn.RNNBase) -> list[Any]:

@@ -28,7 +28,7 @@ import torch
 from torch import nn
 
 from compress_core.errors import ModelError, TransformError
-from compress_core.torch_internals import AnyBatchNorm, recurrent_overrides
+from compress_core.torch_internals import AnyBatchNorm, recurrent_overrides, replica_override
 from compress_core.transforms.call_sites import run_quietly
 from compress_core.transforms.computed import ComputedWeight, is_read_for_a_forward
 from compress_core.transforms.generated_forward import activation_methods
@@ -97,6 +97,7 @@ def _generate(base: type[nn.Module], names: frozenset[str], activations: bool) -
         "_compress_base_class": base,
         "_compress_names": tuple(sorted(names)),
         "_compress_activations": activations,
+        **replica_override(_refuse_replica),
     }
     forward = layer_forward(base) if names else None
     if forward is not None:
@@ -146,6 +147,13 @@ def _weight_property(name: str) -> property:
             raise TransformError(f"a weight transform of '{name}' in {type(self).__name__} failed: {error}") from error
 
     return property(get)
+
+
+def _refuse_replica(self: nn.Module) -> Any:
+    raise ModelError(
+        f"DataParallel copies the model to each GPU, and the copy of a compressed {type(self).__name__} would not be "
+        "compressed; train with one process for each GPU: DistributedDataParallel and torchrun"
+    )
 
 
 def _features_property() -> property:
