@@ -33,6 +33,7 @@ from compress_core.transforms.call_sites import run_quietly
 from compress_core.transforms.computed import ComputedWeight, is_read_for_a_forward
 from compress_core.transforms.generated_forward import activation_methods
 from compress_core.transforms.recomputation import layer_forward
+from compress_core.transforms.sharded import is_sharded, sharded_error
 
 # The child module of a transformed layer that holds the chains, one for each transformed parameter.
 TRANSFORMS_ATTRIBUTE = "weight_transforms"
@@ -134,6 +135,8 @@ def _weight_property(name: str) -> property:
         raw = self._parameters[name]
         if raw is None or container is None or name not in container._modules:
             return raw
+        if type(raw) is not nn.Parameter and is_sharded(raw):
+            raise sharded_error(name)
         chain: Any = container._modules[name]
         try:
             weight: torch.Tensor = run_quietly(chain, raw)

@@ -24,11 +24,11 @@ def test_without_several_devices_it_is_the_model():
 def test_copies_for_several_devices_are_refused():
     _, model = create_compressed_model(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), SPARSE)
     (copy_of_layer,) = replica_override(None)
-    with pytest.raises(ModelError, match="DataParallel copies the model .* one process for each GPU"):
+    with pytest.raises(ModelError, match=r"DataParallel copies the model .* one process for each GPU"):
         getattr(model[0], copy_of_layer)()
 
 
 def test_a_part_of_the_model_that_is_wrapped_is_refused():
     model = nn.Sequential(nn.DataParallel(nn.Linear(4, 4)), nn.Linear(4, 2))
-    with pytest.raises(ModelError, match="the module '0' is wrapped in DataParallel, .* without the wrapper"):
+    with pytest.raises(ModelError, match=r"the module '0' is wrapped in DataParallel, .* without the wrapper"):
         create_compressed_model(model, SPARSE)

@@ -239,7 +239,13 @@ def shard(rank):
 
     messages = []
     controller, model = create("quantization", batches())
-    for step in (lambda: fully_shard(model, mesh=mesh()), controller.scheduler.epoch_step):
+    steps = (
+        lambda: fully_shard(model, mesh=mesh()),
+        lambda: model(batches()[0]),
+        lambda: model[0].weight,
+        controller.scheduler.epoch_step,
+    )
+    for step in steps:
         try:
             step()
         except ModelError as error:
@@ -259,7 +265,7 @@ def mesh():
 
 def test_sharded_parameters_are_refused_before_and_after(tmp_path):
     for messages in results(tmp_path, shard, 1):
-        assert len(messages) == 2
+        assert len(messages) == 4
         assert all("is sharded over processes (fully_shard" in message for message in messages)
 
 
