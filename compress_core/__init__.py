@@ -3,7 +3,7 @@
 from compress_core.api import check_config, create_compressed_model, register_default_init_args
 from compress_core.channels import load_compressed_model
 from compress_core.config import AlgorithmConfig, CompressionConfig, Count, InitializerConfig, Scopes, Section
-from compress_core.contract.algorithm import Algorithm, Plan, all_or_nothing
+from compress_core.contract.algorithm import Algorithm, Plan, all_or_nothing, for_one_process
 from compress_core.contract.batch import Batch
 from compress_core.contract.choices import Choice, ChoiceOf, ChoicePoint, callable_choice, choice, find_choice
 from compress_core.contract.clock import Clock
@@ -88,6 +88,7 @@ __all__ = [
     "create_compressed_model",
     "find_choice",
     "fold_computed_weights",
+    "for_one_process",
     "hookimpl",
     "load_checkpoint",
     "load_compressed_model",

@@ -20,7 +20,7 @@ from compress_core.data.calibration import (
     ModelEvaluationArgs,
     QuantizationRangeInitArgs,
 )
-from compress_core.data.ranks import together
+from compress_core.data.ranks import settle, together
 from compress_core.errors import ModelError
 from compress_core.registry import default_registry
 from compress_core.session.agreement import agree, refuse_sharded, same_start
@@ -73,23 +73,28 @@ def create_compressed_model(
         StateError: `compression_state` does not fit.
         UsageError: A compression state is resumed, and an algorithm needs `uncompressed_model`, which was not given.
     """
-    _check_model(model)
-    config = CompressionConfig.load(config)
-    registry = default_registry()
-    resuming = compression_state is not None
-    lifecycle = Lifecycle(registry, Context(config, init_loader=init_loader, resuming=resuming), observers)
-    if not lifecycle.algorithms:
-        logger.warning("the config names no algorithm in 'compression': the model stays uncompressed")
-    lifecycle.configure()
-    uncompressed = UncompressedModel(lifecycle, uncompressed_model)
-    with together(), same_start(model, lifecycle, compression_state):
-        if compression_state is not None:
-            state = checked_state(compression_state, lifecycle, registry)
+    with together("create_compressed_model"):
+        _check_model(model)
+        config = CompressionConfig.load(config)
+        registry = default_registry()
+        resuming = compression_state is not None
+        lifecycle = Lifecycle(registry, Context(config, init_loader=init_loader, resuming=resuming), observers)
+        if not lifecycle.algorithms:
+            logger.warning("the config names no algorithm in 'compression': the model stays uncompressed")
+        lifecycle.configure()
+        uncompressed = UncompressedModel(lifecycle, uncompressed_model)
+        with same_start(model, lifecycle, compression_state):
+            if compression_state is not None:
+                state = checked_state(compression_state, lifecycle, registry)
+                with all_or_nothing(model, lifecycle) as guard:
+                    controller = _resume(model, lifecycle, uncompressed, guard, state)
+                    settle()
+                    return controller, model
+            lifecycle.check_initializers()
             with all_or_nothing(model, lifecycle) as guard:
-                return _resume(model, lifecycle, uncompressed, guard, state), model
-        lifecycle.check_initializers()
-        with all_or_nothing(model, lifecycle) as guard:
-            return _create(model, lifecycle, uncompressed, guard), model
+                controller = _create(model, lifecycle, uncompressed, guard)
+                settle()
+                return controller, model
 
 
 def _create(
@@ -154,17 +159,8 @@ def _resume(
 def _check_model(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise ModelError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if isinstance(model, DistributedDataParallel):
-        raise ModelError(
-            "the model is wrapped in DistributedDataParallel; call create_compressed_model(model.module, ...) and wrap "
-            "the result"
-        )
-    if isinstance(model, DataParallel):
-        raise ModelError(
-            "the model is wrapped in DataParallel, whose copies of it are not compressed with it; call "
-            "create_compressed_model(model.module, ...) and train with one process for each GPU: "
-            "DistributedDataParallel and torchrun"
-        )
+    for name, module in model.named_modules():
+        _refuse_wrapped(name, module)
     refuse_sharded(model)
     if torch.is_inference_mode_enabled():
         raise ModelError("create_compressed_model was called within torch.inference_mode(); call it outside")
@@ -172,6 +168,18 @@ def _check_model(model: nn.Module) -> None:
         raise ModelError(
             "the model is compressed already. Put all algorithms into one config; to start over, use the model that "
             "controller.strip() returns, or a new one"
+        )
+
+
+def _refuse_wrapped(name: str, module: nn.Module) -> None:
+    who = f"the module '{name}'" if name else "the model"
+    inner = "give the model without the wrapper" if name else "call create_compressed_model(model.module, ...)"
+    if isinstance(module, DistributedDataParallel):
+        raise ModelError(f"{who} is wrapped in DistributedDataParallel; {inner} and wrap the result")
+    if isinstance(module, DataParallel):
+        raise ModelError(
+            f"{who} is wrapped in DataParallel, whose copies of it are not compressed with it; {inner} and train with "
+            "one process for each GPU: DistributedDataParallel and torchrun"
         )
 
 

@@ -59,6 +59,7 @@ __all__ = [
     "checkpoint_of",
     "compile_graph",
     "computing_hooks",
+    "default_store",
     "dynamo_callback",
     "frames_dynamo_traces",
     "function_mode_at",
@@ -76,6 +77,7 @@ __all__ = [
     "push_function_mode",
     "recurrent_overrides",
     "remove_forward_hooks",
+    "replica_override",
     "saved_tensors_hook",
     "schema_of",
     "skip_frame",
@@ -327,6 +329,22 @@ Without it: compress_core cannot be imported; the public function would do for t
 """
 
 
+# Processes.
+
+
+def default_store() -> Any:
+    """Returns the store through which the processes of the default group have found each other.
+
+    Why: it tells which process has not come, and can be left at any time; a collective can do neither.
+    Public way: `init_process_group(store=...)`, for a store that the user makes; `monitored_barrier` names who is
+        missing, but only when its time is up, and the group cannot be used afterwards.
+    Without it: AttributeError in the first call of several processes; a store of our own would need an address.
+    """
+    from torch.distributed import distributed_c10d  # noqa: PLC0415 - torch may be built without it
+
+    return distributed_c10d._get_default_store()
+
+
 # Layers.
 
 AnyBatchNorm = batchnorm._BatchNorm
@@ -465,6 +483,20 @@ def recurrent_overrides() -> dict[str, Any]:
         "_flat_weights": property(_flat_weights, _set_flat_weights),
         "_weights_have_changed": lambda self: False,
     }
+
+
+def replica_override(refuse: Callable[[nn.Module], Any]) -> dict[str, Any]:
+    """Returns attributes for a subclass of a layer that `nn.DataParallel` must not copy to several devices.
+
+    Why: the copies that it makes in each step have neither parameters to compute weights from nor transforms of their
+        own device.
+    Public way: none; torch calls this method of each module.
+    Without it: an error all the same, but torch's own: "property of 'Conv2d' object has no setter".
+
+    Args:
+        refuse: Called with the layer; raises an error.
+    """
+    return {"_replicate_for_data_parallel": refuse}
 
 
 def _flat_weights(self: nn.RNNBase) -> list[Any]:

@@ -52,17 +52,41 @@ def all_or_nothing(method: Callable[Concatenate[A, P], R]) -> Callable[Concatena
     Models and optimizers among its arguments are put back, too. The methods that an algorithm lists in `controller_api`
     are such methods without this. In `compress_step`, which is called before each optimizer step, nothing is saved
     in advance: let it call a method that is marked with this where it changes something.
-    """
 
+    Of several processes all have to call it, with the same numbers and words: each waits for the others.
+    """
+    return _marked(method, local=False)
+
+
+def for_one_process(method: Callable[Concatenate[A, P], R]) -> Callable[Concatenate[A, P], R]:
+    """Returns a method as `all_or_nothing` does, which one of several processes may call alone.
+
+    For methods in `controller_api` that change nothing that the others have to have as well, such as measurements.
+    """
+    return _marked(method, local=True)
+
+
+def _marked(method: Callable[Concatenate[A, P], R], *, local: bool) -> Callable[Concatenate[A, P], R]:
     @functools.wraps(method)
     def run(self: A, /, *args: P.args, **keywords: P.kwargs) -> R:
         if self._context is None:
             return method(self, *args, **keywords)
         others = [*args, *keywords.values()]
-        return self._context.transaction.run(lambda: method(self, *args, **keywords), others)
+        call = f"{self.name}.{method.__name__}({_described(args, keywords)})"
+        transaction = self._context.transaction
+        return transaction.run(lambda: method(self, *args, **keywords), others, call=call, local=local)
 
     run.__dict__[_MARK] = True
     return run
+
+
+def _described(args: tuple[object, ...], keywords: Mapping[str, object]) -> str:
+    """Returns arguments as they are written; numbers and words have to be the same on all processes, data do not."""
+    entries = [("", value) for value in args] + [(f"{name}=", value) for name, value in sorted(keywords.items())]
+    return ", ".join(
+        name + (repr(value) if value is None or isinstance(value, (bool, int, float, str)) else "...")
+        for name, value in entries
+    )
 
 
 class Algorithm:
@@ -87,7 +111,7 @@ class Algorithm:
         reads_later: Values of the section (dotted, as `params.rate`) that are first read in training, for example in
             `compress_loss`. They are not reported as unused when the model is created.
         controller_api: Names of public methods and attributes that the controller offers as its own. The methods are
-            all or nothing, see `all_or_nothing`.
+            all or nothing, see `all_or_nothing`, and `for_one_process` for those that only measure.
     """
 
     name: ClassVar[str]

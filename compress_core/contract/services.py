@@ -35,19 +35,25 @@ class BatchNormService(Protocol):
 class TransactionService(Protocol):
     """Runs what changes a model, all or nothing; used by methods that are marked with `all_or_nothing`."""
 
-    def run(self, function: Callable[[], T], others: Iterable[object] = ()) -> T:
+    def run(
+        self, function: Callable[[], T], others: Iterable[object] = (), *, call: str = "", local: bool = False
+    ) -> T:
         """Returns what the function returns; if it fails, or is interrupted, everything is put back.
 
         Args:
             function: Called without arguments.
             others: Whatever else may change: models, optimizers, and what else has a `load_state_dict` is put back too.
+            call: What is called, for messages; the same in all processes of a training.
+            local: Whether one of several processes may call it without the others.
         """
 
 
 class Directly:
     """Runs functions as they are: `create_compressed_model` as a whole is all or nothing itself."""
 
-    def run(self, function: Callable[[], T], others: Iterable[object] = ()) -> T:
+    def run(
+        self, function: Callable[[], T], others: Iterable[object] = (), *, call: str = "", local: bool = False
+    ) -> T:
         """Returns what the function returns."""
         return function()
 

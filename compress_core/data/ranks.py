@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import pickle
+import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,17 +18,29 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from compress_core.data.roll_call import RollCall
 from compress_core.errors import RankError
-from compress_core.torch_internals import tree_leaves, tree_map
+from compress_core.torch_internals import default_store, tree_leaves, tree_map
+from compress_core.transforms.interrupts import interrupts_held
 
 _NOTHING_LEFT = "no batch left"
 
 
 @dataclass
 class _Section:
-    """Work that all processes do; `told` means that this process waits for the others, or they for it."""
+    """A call that all processes make.
 
-    told: bool = False
+    Attributes:
+        call: What is called, for messages.
+        joined: Whether all processes have begun it, so that each has to tell the others how it ends.
+        over: Whether they know how it has ended.
+        exchanged: Whether they have given each other values.
+    """
+
+    call: str
+    joined: bool = False
+    over: bool = False
+    exchanged: bool = False
 
 
 @dataclass(frozen=True)
@@ -39,6 +53,9 @@ class _Failure:
 
 _section: _Section | None = None
 _is_alone = False
+_meetings: RollCall | None = None
+# Weakly: torch destroys its groups itself, and one that outlives the others can abort the process at its end.
+_own_group: weakref.ref[dist.ProcessGroup] | None = None
 
 
 def number_of_ranks() -> int:
@@ -50,35 +67,92 @@ def _world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def is_told() -> bool:
-    """Returns whether processes have exchanged anything in this section."""
-    return _section is not None and _section.told
+def has_exchanged() -> bool:
+    """Returns whether processes have given each other values in this section."""
+    return _section is not None and _section.exchanged
 
 
 @contextlib.contextmanager
-def together() -> Iterator[None]:
-    """Context manager for what all processes do: an error on one, Ctrl-C included, is raised on all.
+def together(call: str, *, lazily: bool = False) -> Iterator[None]:
+    """Context manager for a call that all processes make: an error on one, Ctrl-C included, is raised on all.
 
-    Others are told as soon as they exchange something: batches, or results. Within another one it does nothing.
+    It begins when all have come, and should end with `settle`. Within another one it does nothing.
+
+    Args:
+        call: What is called, the same on all processes.
+        lazily: Whether to wait for the others only if there is a `join` or an exchange.
 
     Raises:
-        RankError: Another process failed.
+        RankError: Another process failed, called something else, or did not come within the group's timeout.
     """
     global _section  # noqa: PLW0603 - there is one group of processes
     if _is_alone or _section is not None or _world_size() == 1:
         yield
         return
-    _section = _Section()
+    _section = section = _Section(call)
     try:
+        if not lazily:
+            join()
         yield
+        settle()
     except RankError:
         raise
     except BaseException as error:
-        if _section.told:
-            _gather(_Failure(type(error).__name__, str(error)))
+        _tell(section, error)
         raise
     finally:
         _section = None
+
+
+def join() -> None:
+    """Waits until all processes have begun this call; does nothing where they have, or outside of `together`.
+
+    Raises:
+        RankError: Another process failed, calls something else, or did not come within the group's timeout.
+    """
+    section = _section
+    if section is None or section.joined or _world_size() == 1:
+        return
+    meetings = _current_meetings()
+    try:
+        calls = meetings.meet(section.call)
+    except BaseException:
+        section.joined, section.over = meetings.begun, not meetings.begun
+        raise
+    section.joined = True
+    _refuse_different(calls)
+
+
+def settle() -> None:
+    """Waits until all processes have done their part of a call, so that what they have done can stay.
+
+    The last thing to do in it: afterwards no process learns of another's error.
+
+    Raises:
+        RankError: Another process failed.
+    """
+    if _section is not None and _section.joined and not _section.over:
+        _values("the end of " + _section.call, None, last=True)
+
+
+def _tell(section: _Section, error: BaseException) -> None:
+    """Tells the others of an error, unless they know how the call ended."""
+    if section.over:
+        return
+    section.over = True
+    if section.joined:
+        _gather(_Failure(type(error).__name__, str(error)))
+    else:
+        _current_meetings().fail(section.call, error)
+
+
+def _current_meetings() -> RollCall:
+    """Returns the meetings of the present group; `destroy_process_group` ends them."""
+    global _meetings, _own_group
+    store = default_store()
+    if _meetings is None or _meetings.store is not store:
+        _meetings, _own_group = RollCall(store, dist.get_rank(), dist.get_world_size()), None
+    return _meetings
 
 
 @contextlib.contextmanager
@@ -107,26 +181,59 @@ def exchange(what: str, value: Any) -> list[Any]:
     Raises:
         RankError: Another process failed, or exchanges something else.
     """
+    join()
     if _section is not None:
-        _section.told = True
-    found = _gather((what, value))
-    failures = [(rank, entry) for rank, entry in enumerate(found) if isinstance(entry, _Failure)]
+        _section.exchanged = True
+    return _values(what, value)
+
+
+def _values(what: str, value: Any, *, last: bool = False) -> list[Any]:
+    with interrupts_held():  # by Ctrl-C between two collectives the processes would get out of step
+        found = _gather((what, value))
+        failures = [(rank, entry) for rank, entry in enumerate(found) if isinstance(entry, _Failure)]
+        if _section is not None:
+            _section.over = last or bool(failures)
     if failures:
         rank, failure = failures[0]
         raise RankError(f"rank {rank} of {len(found)} failed, so all have stopped: {failure.kind}: {failure.message}")
-    kinds = [entry[0] for entry in found]
+    _refuse_different([entry[0] for entry in found])
+    return [entry[1] for entry in found]
+
+
+def _refuse_different(kinds: list[str]) -> None:
     if len(set(kinds)) > 1:
         raise RankError(
             f"the ranks do different things at the same time: {dict(enumerate(kinds))}; call create_compressed_model "
             "and the controller's methods that change the model in the same order on all of them"
         )
-    return [entry[1] for entry in found]
 
 
 def _gather(value: Any) -> list[Any]:
+    # Pickled before anything is sent: an error is then one of this process alone, of which it can tell the others.
+    sent = pickle.dumps(value)
     found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, value)
-    return found
+    with interrupts_held():
+        try:
+            dist.all_gather_object(found, sent, group=_group())
+        except RuntimeError as error:
+            if _section is not None:
+                _section.over = True  # there is nobody to tell
+            raise RankError(f"rank {dist.get_rank()} has lost the others; one has ended or hangs: {error}") from error
+    return [pickle.loads(entry) for entry in found]
+
+
+def _group() -> dist.ProcessGroup | None:
+    """Returns a group for CPUs that nobody else uses, so that nothing of the user's comes between."""
+    global _own_group  # noqa: PLW0603 - there is one group of processes
+    if not dist.is_gloo_available():
+        return None
+    meetings = _current_meetings()
+    group = None if _own_group is None else _own_group()
+    if group is None:
+        group = dist.new_group(backend="gloo", timeout=meetings.time_limit)
+        assert group is not None
+        _own_group = weakref.ref(group)
+    return group
 
 
 def shared_batches(own: Iterator[Any]) -> Iterator[Any]:
@@ -141,8 +248,6 @@ def shared_batches(own: Iterator[Any]) -> Iterator[Any]:
     if number_of_ranks() == 1:
         yield from own
         return
-    assert _section is not None
-    _section.told = True  # from here on the others wait
     while True:
         batch = next(own, _NOTHING_LEFT)
         device = next((leaf.device for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor)), None)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -13,9 +12,9 @@ import torch
 from torch import nn
 
 from compress_core.data import ranks
-from compress_core.errors import ModelError
 from compress_core.session.lifecycle import Lifecycle
 from compress_core.session.state import plain_config
+from compress_core.transforms.sharded import is_sharded, sharded_error
 
 logger = logging.getLogger(__name__)
 
@@ -88,12 +87,9 @@ def refuse_sharded(model: nn.Module) -> None:
     Raises:
         ModelError: A parameter is sharded.
     """
-    sharded = next((name for name, parameter in model.named_parameters() if _is_sharded(parameter)), None)
+    sharded = next((name for name, parameter in model.named_parameters() if is_sharded(parameter)), None)
     if sharded is not None:
-        raise ModelError(
-            f"the parameter '{sharded}' is sharded over processes (fully_shard, tensor parallelism): masks, scales and "
-            "their gradients would be those of a part of it. Train the compressed model with DistributedDataParallel"
-        )
+        raise sharded_error(sharded)
 
 
 def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -102,12 +98,3 @@ def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def _hash(value: Any) -> str:
     return ranks.fingerprint([json.dumps(value, sort_keys=True, default=repr)])
-
-
-def _is_sharded(tensor: torch.Tensor) -> bool:
-    """Returns whether a tensor is a `DTensor`, of which this process may have a part."""
-    if "torch.distributed.tensor" not in sys.modules:
-        return False  # nobody can have made one
-    from torch.distributed.tensor import DTensor  # noqa: PLC0415 - it takes a second, and few need it
-
-    return isinstance(tensor, DTensor)

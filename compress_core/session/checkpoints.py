@@ -186,7 +186,8 @@ class Checkpoint:
                 loading("random generators", self._what, lambda _: generators.restore(), None)
 
         with interrupts_held():
-            controller.context.transaction.run(load, [part for parts in given.values() for part in parts])
+            changed = [part for parts in given.values() for part in parts]
+            controller.context.transaction.run(load, changed, local=True)
 
     def _check(self, controller: CompressionController, given: Given) -> None:
         check_same_algorithms(self.compression_state, controller.get_compression_state(), self._what, self._remedy)

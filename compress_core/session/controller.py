@@ -121,8 +121,8 @@ class CompressionController:
         self._places = TransformPlaces(self.model)
         self.context.transaction = self._transaction
 
-    def _begin(self, function: Callable[[], None], lazily: bool) -> None:
-        self._transaction.run(function, lazily=lazily)
+    def _begin(self, function: Callable[[], None], lazily: bool, call: str) -> None:
+        self._transaction.run(function, lazily=lazily, call=call)
 
     def _step(self, clock: Clock) -> None:
         self._active.step(self.model, clock)
@@ -198,7 +198,9 @@ class CompressionController:
             raise CompressionError(
                 f"compression_rate can be set for one algorithm, and {names} would take it; set the level of that one"
             )
-        self._transaction.run(lambda: setattr(settable[0], "compression_rate", rate))
+        self._transaction.run(
+            lambda: setattr(settable[0], "compression_rate", rate), call=f"compression_rate = {rate!r}"
+        )
 
     def statistics(self, quickly_collected_only: bool = False) -> CompressionStatistics:
         """Returns figures measured on the current model.
@@ -268,7 +270,7 @@ class CompressionController:
         if do_copy:
             return self._baked(lifecycle, source, copied(source))
         others = [] if source is self.model else [source]
-        return self._transaction.run(lambda: self._baked(lifecycle, source, source), others)
+        return self._transaction.run(lambda: self._baked(lifecycle, source, source), others, local=True)
 
     def _baked(self, lifecycle: Lifecycle, source: nn.Module, stripped: nn.Module) -> nn.Module:
         do_copy = stripped is not source
@@ -368,14 +370,14 @@ class CompressionController:
             UsageError: The config does not ask for this initializer, or it does not take these options.
             DataError: There are no usable batches.
         """
-        lifecycle = self._inspected
 
         def run() -> None:
+            lifecycle = self._inspected
             with preserved_rng():
                 lifecycle.run_again(name, self.model, loader, options)
 
-        self._transaction.run(run)
-        return lifecycle.initializers[name].statistics()
+        self._transaction.run(run, call=f"initialize({name!r})")
+        return self._lifecycle.initializers[name].statistics()
 
     def adapt_batchnorm(
         self,
@@ -397,5 +399,9 @@ class CompressionController:
         Raises:
             DataError: There are no usable batches; the statistics are unchanged.
         """
-        self._inspected  # noqa: B018 - refuses a model that was stripped in place
-        return self._transaction.run(lambda: self._batch_norm.adapt(loader, num_samples, method))
+
+        def run() -> AdaptationReport:
+            self._inspected  # noqa: B018 - refuses a model that was stripped in place
+            return self._batch_norm.adapt(loader, num_samples, method)
+
+        return self._transaction.run(run, call="adapt_batchnorm()")

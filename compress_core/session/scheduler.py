@@ -20,14 +20,14 @@ class CompressionScheduler:
         on_step: Called with the clock at each step.
         on_epoch: Called with the clock at each epoch.
         run: Runs a function that calls one of these and sets the clock, all or nothing; the second argument says
-            whether that will nearly always change nothing.
+            whether that will nearly always change nothing, the third what is called.
     """
 
     def __init__(
         self,
         on_step: Callable[[Clock], None],
         on_epoch: Callable[[Clock], None],
-        run: Callable[[Callable[[], None], bool], None] = lambda function, lazily: function(),
+        run: Callable[[Callable[[], None], bool, str], None] = lambda function, lazily, call: function(),
     ) -> None:
         self._on_step = on_step
         self._on_epoch = on_epoch
@@ -46,18 +46,23 @@ class CompressionScheduler:
 
     def step(self, next_step: int | None = None) -> None:
         """Begins the next optimizer step, or the one given; the clock moves only if no algorithm raises an error."""
+        self._run(lambda: self._begin_step(next_step), True, f"scheduler.step({_next(self.clock.step, next_step)})")
+
+    def _begin_step(self, next_step: int | None) -> None:
         step = self.clock.step + 1 if next_step is None else _index("step", next_step)
         in_epoch = self.clock.step_in_epoch + (step - self.clock.step)
-        clock = Clock(self.clock.epoch, step, max(in_epoch, 0), self.clock.steps_per_epoch)
-        self._run(lambda: self._begin(self._on_step, clock), True)
+        self._begin(self._on_step, Clock(self.clock.epoch, step, max(in_epoch, 0), self.clock.steps_per_epoch))
 
     def epoch_step(self, next_epoch: int | None = None) -> None:
         """Begins the next epoch, or the one given; the clock moves only if no algorithm raises an error."""
+        call = f"scheduler.epoch_step({_next(self.clock.epoch, next_epoch)})"
+        self._run(lambda: self._begin_epoch(next_epoch), False, call)
+
+    def _begin_epoch(self, next_epoch: int | None) -> None:
         clock = self.clock
         epoch = clock.epoch + 1 if next_epoch is None else _index("epoch", next_epoch)
         steps = clock.step_in_epoch + 1 if clock.step_in_epoch >= 0 else clock.steps_per_epoch
-        begun = Clock(epoch, clock.step, -1, steps)
-        self._run(lambda: self._begin(self._on_epoch, begun), False)
+        self._begin(self._on_epoch, Clock(epoch, clock.step, -1, steps))
 
     def _begin(self, tell: Callable[[Clock], None], clock: Clock) -> None:
         tell(clock)
@@ -88,6 +93,10 @@ class CompressionScheduler:
         if clock.step_in_epoch > clock.step:
             raise damaged(f"{path}.step_in_epoch", f"is beyond the step {clock.step}, got {clock.step_in_epoch}")
         self.clock = clock
+
+
+def _next(now: int, given: Any) -> str:
+    return repr(now + 1 if given is None else given)
 
 
 def _index(what: str, value: Any) -> int:

@@ -14,7 +14,7 @@ from torch import nn
 
 from compress_core.contract.context import Context
 from compress_core.data.calibration import CalibrationData, InitArgs
-from compress_core.data.ranks import alone, is_alone, is_told, together
+from compress_core.data.ranks import alone, has_exchanged, is_alone, join, settle, together
 from compress_core.data.rng import RngState
 from compress_core.session.agreement import agree
 from compress_core.session.lifecycle import Lifecycle
@@ -48,19 +48,34 @@ class Transaction:
         # A model that was compressed by one process alone is its own for good.
         self._is_alone = is_alone()
 
-    def run(self, function: Callable[[], T], others: Iterable[object] = (), *, lazily: bool = False) -> T:
+    def run(
+        self,
+        function: Callable[[], T],
+        others: Iterable[object] = (),
+        *,
+        lazily: bool = False,
+        call: str = "",
+        local: bool = False,
+    ) -> T:
         """Returns what the function returns.
 
         Args:
             function: Called without arguments.
             others: Whatever else may change: models, optimizers, and what else has a `load_state_dict` is put back too.
-            lazily: Whether to save nothing until a function is run within this one, for calls that nearly always
-                change nothing, such as those before each optimizer step.
+            lazily: Whether to save nothing, and not to wait for other processes, until a function is run within this
+                one, for calls that nearly always change nothing, such as those before each optimizer step.
+            call: What is called, for messages; the same in all processes of a training.
+            local: Whether one of several processes may call it without the others.
+
+        Raises:
+            RankError: Another process failed, calls something else, or does not come.
         """
         if self._open is not None:
+            if not lazily and not local:
+                join()
             self._open.include(() if lazily else (self, *others))
             return function()
-        with alone() if self._is_alone else together():
+        with alone() if self._is_alone or local else together(call, lazily=lazily):
             return self._run(function, () if lazily else (self, *others))
 
     def _run(self, function: Callable[[], T], parts: Iterable[object]) -> T:
@@ -71,9 +86,10 @@ class Transaction:
                 self._open = before
                 before.include(parts)
                 result = function()
-                if is_told():
+                if has_exchanged():
                     agree(self.model, self._lifecycle)
                 interrupts.delay()
+                settle()
             except BaseException:
                 interrupts.delay()
                 before.restore()

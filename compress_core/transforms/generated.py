@@ -20,18 +20,20 @@ Invariants:
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
-from compress_core.errors import TransformError
-from compress_core.torch_internals import recurrent_overrides
+from compress_core.errors import ModelError, TransformError
+from compress_core.torch_internals import AnyBatchNorm, recurrent_overrides, replica_override
 from compress_core.transforms.call_sites import run_quietly
 from compress_core.transforms.computed import ComputedWeight, is_read_for_a_forward
 from compress_core.transforms.generated_forward import activation_methods
 from compress_core.transforms.recomputation import layer_forward
+from compress_core.transforms.sharded import is_sharded, sharded_error
 
 # The child module of a transformed layer that holds the chains, one for each transformed parameter.
 TRANSFORMS_ATTRIBUTE = "weight_transforms"
@@ -96,6 +98,7 @@ def _generate(base: type[nn.Module], names: frozenset[str], activations: bool) -
         "_compress_base_class": base,
         "_compress_names": tuple(sorted(names)),
         "_compress_activations": activations,
+        **replica_override(_refuse_replica),
     }
     forward = layer_forward(base) if names else None
     if forward is not None:
@@ -106,6 +109,8 @@ def _generate(base: type[nn.Module], names: frozenset[str], activations: bool) -
         namespace[name] = _weight_property(name)
     if hasattr(base, "__deepcopy__"):
         namespace["__deepcopy__"] = _deepcopy
+    if issubclass(base, AnyBatchNorm):
+        namespace["num_features"] = _features_property()
     if issubclass(base, nn.RNNBase):
         namespace.update(recurrent_overrides())
     try:
@@ -130,6 +135,8 @@ def _weight_property(name: str) -> property:
         raw = self._parameters[name]
         if raw is None or container is None or name not in container._modules:
             return raw
+        if type(raw) is not nn.Parameter and is_sharded(raw):
+            raise sharded_error(name)
         chain: Any = container._modules[name]
         try:
             weight: torch.Tensor = run_quietly(chain, raw)
@@ -143,6 +150,35 @@ def _weight_property(name: str) -> property:
             raise TransformError(f"a weight transform of '{name}' in {type(self).__name__} failed: {error}") from error
 
     return property(get)
+
+
+def _refuse_replica(self: nn.Module) -> Any:
+    raise ModelError(
+        f"DataParallel copies the model to each GPU, and the copy of a compressed {type(self).__name__} would not be "
+        "compressed; train with one process for each GPU: DistributedDataParallel and torchrun"
+    )
+
+
+def _features_property() -> property:
+    """Returns what `SyncBatchNorm.convert_sync_batchnorm` reads first of a layer that it is about to replace."""
+    converting = nn.SyncBatchNorm.convert_sync_batchnorm.__func__.__code__  # type: ignore[attr-defined]
+
+    def get(self: nn.Module) -> Any:
+        if sys._getframe(1).f_code is converting:
+            raise ModelError(
+                f"a compressed {type(self).__name__} cannot be converted to SyncBatchNorm: the new layer would not "
+                "have its masks and quantizers. Convert the model before create_compressed_model: "
+                "torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)"
+            )
+        try:
+            return self.__dict__["num_features"]
+        except KeyError:
+            raise AttributeError("num_features") from None
+
+    def put(self: nn.Module, value: Any) -> None:
+        self.__dict__["num_features"] = value
+
+    return property(get, put)
 
 
 def _rebuild(

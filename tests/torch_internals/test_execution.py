@@ -1,8 +1,11 @@
 """Canaries: what surrounds the code that is running, and the backward pass."""
 
+from datetime import timedelta
+
 import pytest
 import torch
 import torch._dynamo
+import torch.distributed as dist
 from torch.autograd import forward_ad
 from torch.autograd.graph import disable_saved_tensors_hooks, save_on_cpu, saved_tensors_hooks
 from torch.overrides import TorchFunctionMode, resolve_name
@@ -173,3 +176,21 @@ def test_autocast_is_known():
         with torch.autocast("cpu", enabled=False):
             assert not internals.is_any_autocast_enabled()
     assert not internals.is_any_autocast_enabled()
+
+
+@canary("default_store", breaks="several processes cannot compress a model together")
+def test_default_store_is_shared_has_a_time_limit_and_is_written_once(tmp_path):
+    dist.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1, timeout=timedelta(seconds=7)
+    )
+    try:
+        store = internals.default_store()
+        assert store is internals.default_store()
+        assert store.timeout == timedelta(seconds=7)
+        assert not store.check(["place"])
+        assert [store.compare_set("place", "", value) for value in ("first", "second")] == [b"first", b"first"]
+        assert store.get("place") == b"first"
+        store.delete_key("place")
+        assert not store.check(["place"])
+    finally:
+        dist.destroy_process_group()

@@ -177,6 +177,14 @@ def test_hook_anywhere_below_keeps_a_layer_from_its_fused_kernel(monkeypatch):
     assert pickle.dumps(twin) == pickle.dumps(layer.holder.train())
 
 
+@canary("replica_override", breaks="the sentence by which DataParallel is refused")
+def test_data_parallel_asks_each_layer_for_its_copy():
+    (name,) = internals.replica_override(None)
+    assert callable(getattr(nn.Module, name))
+    # It needs several devices, which a test may not have.
+    assert name in sys.modules["torch.nn.parallel.replicate"].replicate.__code__.co_names
+
+
 @pytest.mark.parametrize("cls", [nn.RNN, nn.LSTM, nn.GRU])
 @canary("recurrent_overrides", breaks="transforming the weights of recurrent layers")
 def test_recurrent_layer_computes_with_weights_that_are_read_by_name(cls):

@@ -19,6 +19,7 @@ from compress_core import (
     StateError,
     UsageError,
     choice,
+    for_one_process,
     hookimpl,
 )
 from compress_core.channels import Certificate, Shrinkage
@@ -302,6 +303,7 @@ class FilterPruning(LevelAlgorithm):
         """What the last `strip` or `shrink` removed; JSON-able, for `compress_core.load_compressed_model`."""
         return self._active.shrink_plan()
 
+    @for_one_process
     def measure_latency(self, rounds: int = 20) -> Latency:
         """Measures forwards of the masked model and of the stripped model in eval mode, alternating.
 
