@@ -88,7 +88,7 @@ class CompressionCallback(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compares the processes, which have compressed the model each on its own."""
         if trainer.world_size > 1:
-            with ranks.together():
+            with ranks.together("CompressionCallback.on_fit_start"):
                 state = self.controller.get_compression_state()
                 values = {name: ranks.fingerprint([repr(part)]) for name, part in state["algorithms"].items()}
                 ranks.require_same(

@@ -245,7 +245,9 @@ class CompressionController:
         self._inspected  # noqa: B018 - refuses a model that was stripped in place
         remedy = "Create model and controller from it: create_compressed_model(model, config, compression_state=...)"
         what = "the given state"
-        self._transaction.run(lambda: self.live_state.load(compression_state, model_state, what, remedy))
+        self._transaction.run(
+            lambda: self.live_state.load(compression_state, model_state, what, remedy), call="load_state()"
+        )
 
     @property
     def live_state(self) -> LiveState:

@@ -256,7 +256,7 @@ def test_what_would_be_wrong_is_refused(tmp_path):
         callback.setup(sharding, module, "fit")
     module.training_step = lambda *args: None
     with pytest.raises(UsageError, match="'training_step' of this Module has been replaced"):
-        callback.setup(trainer(tmp_path), module, "fit")
+        callback.setup(trainer(tmp_path, callback), module, "fit")
 
 
 def test_a_checkpoint_that_does_not_fit_is_refused_before_anything_is_loaded(tmp_path):
