@@ -7,7 +7,7 @@ DATA ?= digits
 # Two threads: what CI has, and what keeps results comparable between machines.
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test lint types tests test-torch install bench-data bench zoo zoo-channels clean
+.PHONY: demo test lint types tests test-torch install recipes bench-data bench zoo zoo-channels clean
 
 install: $(STAMP)
 
@@ -43,6 +43,16 @@ test-torch:
 	$(VENV)-torch-$(TORCH)/bin/python -m pip install --quiet --disable-pip-version-check "torch==$(TORCH)" -e ".[dev]"
 	OMP_NUM_THREADS=1 $(VENV)-torch-$(TORCH)/bin/python -m pytest -n 2
 
+# The programs of docs/recipes with the libraries that they are for, in an environment of its own. No part of CI.
+# torchvision and ultralytics would bring another torch and a desktop's OpenCV, so what they need is named here.
+recipes:
+	test -x $(VENV)-recipes/bin/python || $(PYTHON) -m venv $(VENV)-recipes
+	$(VENV)-recipes/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]" \
+		huggingface_hub safetensors pyyaml pillow requests psutil matplotlib polars opencv-python-headless
+	$(VENV)-recipes/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		torchvision==0.28.0 timm ultralytics ultralytics-thop
+	OMP_NUM_THREADS=1 $(VENV)-recipes/bin/python -m pytest -v tests/docs/test_recipes.py --durations=0
+
 # Public data and trained networks for the benchmarks: fetched by name and version, checked, kept in a cache.
 bench-data: $(STAMP)
 	$(BIN)/python -m examples.common.fetch
@@ -67,4 +77,4 @@ zoo-channels: $(STAMP)
 	$(BIN)/python -m benchmarks.zoo.channels
 
 clean:
-	rm -rf $(VENV) $(VENV)-torch-* runs dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-recipes $(VENV)-torch-* runs dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis

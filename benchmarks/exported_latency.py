@@ -28,7 +28,7 @@ from torch import nn
 
 from benchmarks import report
 from benchmarks.clock import Ratio
-from benchmarks.networks import define_missing_operators
+from benchmarks.torchvision_operators import define_missing_operators
 from compress_core import create_compressed_model
 from compress_core.contract.statistics import Table
 from compress_core.export import ExportReport

@@ -138,13 +138,6 @@ class Network:
         return Example.of(input_ids=tokens, attention_mask=torch.ones_like(tokens))
 
 
-def define_missing_operators() -> None:
-    """Makes a torchvision importable that comes without its C++ operators; transformers imports it, too."""
-    for operator in ("nms", "qnms"):
-        if not hasattr(torch.ops.torchvision, operator):
-            torch.library.define(f"torchvision::{operator}", "(Tensor dets, Tensor scores, float threshold) -> Tensor")
-
-
 def torchvision_networks() -> Iterator[Network]:
     """Yields all classifiers."""
     models = importlib.import_module("torchvision.models")

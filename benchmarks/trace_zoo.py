@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from benchmarks import report
-from benchmarks.networks import SOURCES, Network, define_missing_operators
+from benchmarks.networks import SOURCES, Network
+from benchmarks.torchvision_operators import define_missing_operators
 from compress_core.contract.statistics import Table
 from compress_core.trace import trace
 

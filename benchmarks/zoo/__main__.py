@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from benchmarks import report
-from benchmarks.networks import define_missing_operators
+from benchmarks.torchvision_operators import define_missing_operators
 from benchmarks.zoo import libraries, table
 from benchmarks.zoo.entries import Entry, entries
 from benchmarks.zoo.measure import ALGORITHMS, Outcome, measure, measure_plain

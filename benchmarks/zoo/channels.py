@@ -30,7 +30,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from benchmarks import report
-from benchmarks.networks import SOURCES, Network, define_missing_operators
+from benchmarks.networks import SOURCES, Network
+from benchmarks.torchvision_operators import define_missing_operators
 from compress_core.channels import (
     ChannelGroup,
     ChannelGroups,

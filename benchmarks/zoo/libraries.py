@@ -6,7 +6,7 @@ import contextlib
 import importlib
 import importlib.metadata
 
-import torch
+from benchmarks.torchvision_operators import define_missing_operators, replace_missing_operators
 
 LIBRARIES = (
     "torchvision",
@@ -35,10 +35,11 @@ def why_missing(library: str) -> str:
     if library == "own":
         return ""
     try:
+        define_missing_operators()
         for module in (library, *_PARTS.get(library, ())):
             importlib.import_module(module)
         if library == "torchvision":
-            _replace_operators()
+            replace_missing_operators()
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return ""
@@ -58,25 +59,3 @@ def preload() -> None:
     for module in ("torch._dynamo", "torch.onnx", "onnxscript", "onnxruntime"):
         with contextlib.suppress(ImportError):
             importlib.import_module(module)
-
-
-def _replace_operators() -> None:
-    """Gives detectors operators in Python, where torchvision comes without its own."""
-    boxes, extension, align = (
-        importlib.import_module(f"torchvision.{name}") for name in ("ops.boxes", "extension", "ops.roi_align")
-    )
-    if not extension._has_ops():
-        boxes.nms = importlib.import_module("torchvision.ops").nms = _nms
-        align._roi_align = align._roi_align.__wrapped__  # not compiled, which takes minutes
-
-
-def _nms(boxes: torch.Tensor, scores: torch.Tensor, iou_threshold: float) -> torch.Tensor:
-    """Returns the indices of boxes that no better box overlaps by more than the threshold, best first."""
-    order = scores.argsort(descending=True, stable=True)
-    box_iou = importlib.import_module("torchvision.ops.boxes").box_iou
-    kept: list[torch.Tensor] = []
-    while len(order):
-        kept.append(order[0])
-        overlaps = box_iou(boxes[order[:1]], boxes[order[1:]])[0]
-        order = order[1:][~(overlaps > iou_threshold)]
-    return torch.stack(kept) if kept else order

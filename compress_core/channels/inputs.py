@@ -15,7 +15,7 @@ from torch import nn
 from compress_core.data.memory import refuse_out_of_memory
 from compress_core.saved import STRICT, Items, Whole, damaged, parsed, shown
 from compress_core.trace import Example
-from compress_core.trace.graph import ForwardTrace, tensors_with_paths
+from compress_core.trace.graph import ForwardTrace, inputs_with_paths
 
 logger = logging.getLogger(__name__)
 
@@ -146,8 +146,8 @@ def _arguments(model: nn.Module, example: Example) -> dict[tuple[Any, ...], torc
     found: dict[tuple[Any, ...], torch.Tensor] = {}
 
     def take(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found.update({tuple(path): tensor for path, tensor in tensors_with_paths([*args])})
-        found.update({tuple(path): tensor for path, tensor in tensors_with_paths(kwargs)})
+        found.update({tuple(path): tensor for path, tensor in inputs_with_paths([*args])})
+        found.update({tuple(path): tensor for path, tensor in inputs_with_paths(kwargs)})
         raise _ArgumentsSeenError
 
     handle = model.register_forward_pre_hook(take, with_kwargs=True, prepend=True)
@@ -241,4 +241,14 @@ def _nested(node: Any) -> Any:
         return node
     if all(isinstance(key, int) for key in node):
         return [_nested(node.get(index)) for index in range(max(node) + 1)]
-    return {key: _nested(value) for key, value in node.items()}
+    return _Entries({key: _nested(value) for key, value in node.items()})
+
+
+class _Entries(dict[Any, Any]):
+    """A dict whose entries can be read as attributes, too: it stands for dicts, dataclasses and other objects."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"inputs like those of the example have no {name!r}") from None

@@ -23,8 +23,8 @@ from compress_core.channels.replay import Decisions
 from compress_core.channels.shrinking import Shrinkage
 from compress_core.data.memory import refuse_out_of_memory
 from compress_core.data.rng import preserved_rng
+from compress_core.data.structures import map_tensors
 from compress_core.saved import damaged, parsed
-from compress_core.torch_internals import tree_map
 from compress_core.trace.graph import tensors_with_paths
 from compress_core.transforms.python_state import copied
 
@@ -273,7 +273,7 @@ def _run(model: nn.Module, inputs: Any) -> Any:
     random.seed(_SEED)  # a forward may draw from these, too
     np.random.seed(_SEED)
     # A forward may write to its arguments.
-    args, kwargs = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, inputs)
+    args, kwargs = map_tensors(torch.clone, inputs)
     with _NoDropout(), torch.compiler.set_stance("force_eager"):
         return model(*args, **kwargs)
 

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from compress_core.data.arguments import arguments_of, samples_in, suggestion
+from compress_core.data.arguments import arguments_of, samples_in
 from compress_core.data.forwards import running
+from compress_core.data.messages import described, remedy
 from compress_core.data.ranks import shared_batches
+from compress_core.data.structures import moved
 from compress_core.errors import DataError
-from compress_core.torch_internals import tree_leaves, tree_map
 
 ForwardFn = Callable[[nn.Module, Any], Any]
 
@@ -23,8 +24,9 @@ class InitArgs:
     """Data for initializers.
 
     Attributes:
-        data_loader: An iterable of batches: tensors, tuples or lists of (inputs, target), dicts of keyword arguments or
-            with an entry such as `image`, (images, targets) of detectors.
+        data_loader: An iterable of batches: tensors or packed sequences, tuples or lists of (inputs, target), mappings,
+            named tuples, dataclasses and objects with entries that forward has names for or such as `image`, graphs
+            and other objects that forward takes whole, (images, targets) of detectors.
         device: Device that batches are moved to; by default that of the model.
         forward_fn: `forward_fn(model, batch)`, for models that cannot be called with a batch directly.
     """
@@ -116,9 +118,7 @@ class CalibrationData:
             batches = iter(self._args.data_loader)
         except TypeError as error:
             raise DataError(f"{self._path}: the data loader cannot be iterated over: {error}") from error
-        for batch in shared_batches(batches):
-            # For example BatchEncoding of transformers, a mapping that is not a dict.
-            yield dict(batch) if isinstance(batch, Mapping) else batch
+        yield from shared_batches(batches)
 
     def call(self, model: nn.Module, batch: Any) -> None:
         """Runs the model's forward on a batch; what it leaves behind in the model is restored.
@@ -140,41 +140,50 @@ class CalibrationData:
         device = self._args.device or _device_of(model)
         try:
             # A copy, because a model may write to its inputs, and a loader may return the same tensors again.
-            moved = tree_map(lambda leaf: leaf.to(device, copy=True) if isinstance(leaf, torch.Tensor) else leaf, batch)
-            return self._forward(model, moved)
+            return self._forward(model, moved(batch, device, copied=True))
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
             if not _may_be_unsuitable(error, guessed=self._args.forward_fn is None):
                 raise
+            if self._args.forward_fn is not None:
+                raise DataError(
+                    f"{self._path}: forward_fn failed on a calibration batch: {_reason(error)}. The batch: "
+                    f"{described(batch)}"
+                ) from error
             raise DataError(
-                f"{self._path}: the model failed on a calibration batch of {_described(batch)}: "
-                f"{_reason(error)}. Give batches that the model takes, or say how it takes them: "
-                f"register_default_init_args(config, loader, {suggestion(batch)})"
+                f"{self._path}: the model failed on a calibration batch: {_reason(error)}. {remedy(model, batch)}"
             ) from error
 
     def _forward(self, model: nn.Module, batch: Any) -> Any:
         if self._args.forward_fn is not None:
             return self._args.forward_fn(model, batch)
-        get_inputs = getattr(self._args.data_loader, "get_inputs", None)  # NNCF's PTInitializingDataLoader
-        args, kwargs = get_inputs(batch) if callable(get_inputs) else self._arguments(model, batch)
+        get_inputs = self._get_inputs
+        args, kwargs = self._arguments(model, batch) if get_inputs is None else get_inputs(batch)
         return model(*args, **kwargs)
 
     def _size(self, batch: Any) -> int:
         size = samples_in(batch)
-        if size is None:
-            raise DataError(
-                f"{self._path}: a batch of type {type(batch).__name__} holds no tensor; give the loader a collate "
-                "function that makes tensors"
-            )
-        return size
+        if size is not None:
+            return size
+        if self._args.forward_fn is not None or self._get_inputs is not None:  # which make tensors of texts or arrays
+            return len(batch) if isinstance(batch, (tuple, list)) else 1
+        raise DataError(
+            f"{self._path}: a batch of type {type(batch).__name__} holds no tensor: {described(batch)}. Give the "
+            "loader a collate function that makes tensors, or a function that does: register_default_init_args(config, "
+            "loader, forward_fn=lambda model, batch: model(...))"
+        )
+
+    @property
+    def _get_inputs(self) -> Callable[[Any], Any] | None:
+        found = getattr(self._args.data_loader, "get_inputs", None)  # NNCF's PTInitializingDataLoader
+        return found if callable(found) else None
 
     def _arguments(self, model: nn.Module, batch: Any) -> tuple[Sequence[Any], Mapping[str, Any]]:
         found = arguments_of(model, batch)
         if found is None:
             raise DataError(
-                f"{self._path}: cannot tell how the model takes a batch of type {type(batch).__name__}; give "
-                "forward_fn=lambda model, batch: model(...)"
+                f"{self._path}: cannot tell how the model takes a calibration batch. {remedy(model, batch)}"
             )
         return found
 
@@ -188,18 +197,12 @@ def _may_be_unsuitable(error: Exception, *, guessed: bool) -> bool:
 
 def _reason(error: Exception) -> str:
     """Returns what torch, Python or the model say, with the type where the words alone are none: KeyError: 'x'."""
-    words = str(error).strip().removesuffix(".")
+    words = str(error).strip().partition("\n")[0].rstrip(" .,:")  # torch lists all its signatures after the first line
     return (
         words
         if isinstance(error, (TypeError, RuntimeError, ValueError)) and words
         else f"{type(error).__name__}: {words}"
     )
-
-
-def _described(batch: Any) -> str:
-    shapes = [f"{tuple(leaf.shape)} {leaf.dtype}" for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor)]
-    keys = f" with the keys {list(batch)}" if isinstance(batch, Mapping) else ""
-    return f"{type(batch).__name__}{keys}, tensors {', '.join(shapes)}"
 
 
 def _device_of(model: nn.Module) -> torch.device:

@@ -19,8 +19,9 @@ import torch
 import torch.distributed as dist
 
 from compress_core.data.roll_call import RollCall
+from compress_core.data.structures import moved, tensors_of
 from compress_core.errors import RankError
-from compress_core.torch_internals import default_store, tree_leaves, tree_map
+from compress_core.torch_internals import default_store, tree_leaves
 from compress_core.transforms.interrupts import interrupts_held
 
 _NOTHING_LEFT = "no batch left"
@@ -250,25 +251,21 @@ def shared_batches(own: Iterator[Any]) -> Iterator[Any]:
         return
     while True:
         batch = next(own, _NOTHING_LEFT)
-        device = next((leaf.device for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor)), None)
-        given = exchange("calibration batches", _moved(batch, torch.device("cpu")))
+        device = next((tensor.device for tensor in tensors_of(batch)), None)
+        given = exchange("calibration batches", moved(batch, torch.device("cpu")))
         left = [entry for entry in given if not (isinstance(entry, str) and entry == _NOTHING_LEFT)]
         if not left:
             return
         if len(left) == len(given) and len({fingerprint(entry) for entry in left}) == 1:
             left = left[:1]
         for entry in left:
-            yield entry if device is None else _moved(entry, device)
-
-
-def _moved(batch: Any, device: torch.device) -> Any:
-    return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf, batch)
+            yield entry if device is None else moved(entry, device)
 
 
 def fingerprint(value: Any) -> str:
     """Returns a hash of tensors, in any nesting, bit for bit; of other leaves their `repr` counts."""
     digest = hashlib.blake2b(digest_size=16)
-    for leaf in tree_leaves(value):
+    for leaf in _parts(value):
         if not isinstance(leaf, torch.Tensor):
             digest.update(repr(leaf).encode())
             continue
@@ -278,6 +275,13 @@ def fingerprint(value: Any) -> str:
             plain = leaf.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
             digest.update(plain.view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _parts(value: Any) -> Iterator[Any]:
+    """Yields the leaves of a value; of an object that torch takes for a leaf the tensors: its `repr` shortens them."""
+    for leaf in tree_leaves(value):
+        tensors = [] if isinstance(leaf, torch.Tensor) else [*tensors_of(leaf)]
+        yield from tensors or [leaf]
 
 
 def require_same(what: str, values: Mapping[str, str], remedy: str) -> None:

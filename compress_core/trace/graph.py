@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch.utils.checkpoint import CheckpointFunction
 
+from compress_core.data.structures import named_entries
 from compress_core.transforms.generated import TRANSFORMS_ATTRIBUTE
 from compress_core.transforms.places import Path
 
@@ -256,6 +257,29 @@ def tensors_with_paths(structure: Any, path: Path = ()) -> Iterator[tuple[Path, 
     elif is_dataclass(structure) and not isinstance(structure, type):
         for entry in fields(structure):
             yield from tensors_with_paths(getattr(structure, entry.name, None), (*path, entry.name))
+
+
+def inputs_with_paths(structure: Any, path: Path = ()) -> Iterator[tuple[Path, torch.Tensor]]:
+    """Yields the tensors in arguments of the model, with their paths; objects such as graphs hold inputs, too.
+
+    Arguments inside of a forward are not searched like this: it would take long, and find no inputs.
+    """
+    if isinstance(structure, (tuple, list)):
+        for position, item in enumerate(structure):
+            yield from inputs_with_paths(item, (*path, position))
+        return
+    entries = named_entries(structure)
+    if entries is None:
+        yield from tensors_with_paths(structure, path)
+        return
+    for key, item in entries.items():
+        if isinstance(key, (int, str)) and _is_found(structure, key):
+            yield from inputs_with_paths(item, (*path, key))
+
+
+def _is_found(structure: Any, key: int | str) -> bool:
+    """Returns whether an entry can be read, and so replaced, under its name; graphs of several kinds make new ones."""
+    return isinstance(structure, Mapping) or (isinstance(key, str) and hasattr(structure, key))
 
 
 # Classes without a forward.

@@ -149,7 +149,8 @@ class Recorder:
             if is_model:
                 self._hooks.clear()  # the arguments of the model are inputs, wherever they come from
             self._hooks.take((args, kwargs), self._frames[:-1])  # made outside of this module
-            given = [*self._values.all_of(tuple(args)), *self._values.all_of(kwargs)]
+            read = self._values.inputs_of if is_model else self._values.all_of
+            given = [*read(tuple(args)), *read(kwargs)]
             self._stack[-1].record.inputs = given
             for path, value in given if is_model else ():
                 self.trace.values[value].inputs.append(path)

@@ -17,8 +17,9 @@ from torch.nn.parameter import is_lazy
 
 from compress_core.data.examples import Example, examples_of
 from compress_core.data.memory import refuse_out_of_memory
-from compress_core.errors import ModelError
-from compress_core.torch_internals import FAKE_TENSOR_LOGGER, FakeTensor, FakeTensorMode, tree_map
+from compress_core.data.structures import map_tensors
+from compress_core.errors import DataError, ModelError
+from compress_core.torch_internals import FAKE_TENSOR_LOGGER, FakeTensor, FakeTensorMode
 from compress_core.trace import render
 from compress_core.trace.fake_results import FakeResults
 from compress_core.trace.graph import Forwards, ForwardTrace
@@ -123,10 +124,11 @@ def _forward(model: nn.Module, example: Example, results: FakeResults, *, traini
     except Exception as error:
         refuse_out_of_memory(error)
         reason = str(error).strip() or type(error).__name__
+        # An error of the data loader says what to write.
+        remedy = "Give example inputs that the model takes: input_info in the config, or a data loader"
         raise TraceError(
             f"{type(model).__name__} cannot be traced: its forward fails{_place(model, error)} on {example.source}: "
-            f"{reason.removesuffix('.')}. Give example inputs that the model takes: input_info in the config, or a "
-            "data loader"
+            + (reason if isinstance(error, DataError) else f"{reason.removesuffix('.')}. {remedy}")
         ) from error
 
 
@@ -209,15 +211,13 @@ def _batch_for(model: nn.Module, batch: Any, mode: FakeTensorMode | None) -> Any
     parameters = list(model.parameters())
     meta = bool(parameters) and all(parameter.is_meta for parameter in parameters)
 
-    def convert(leaf: Any) -> Any:
-        if not isinstance(leaf, torch.Tensor):
-            return leaf
+    def convert(leaf: torch.Tensor) -> torch.Tensor:
         leaf = leaf.detach().to("meta") if meta else leaf
         if mode is None:
             return leaf.detach().clone()
         return leaf if isinstance(leaf, FakeTensor) else mode.from_tensor(leaf)
 
-    return tree_map(convert, batch)
+    return map_tensors(convert, batch)
 
 
 @contextlib.contextmanager

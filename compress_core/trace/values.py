@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import torch
 
 from compress_core.torch_internals import FakeTensor, FakeTensorMode, is_view, storage_identity
-from compress_core.trace.graph import ForwardTrace, Ref, Value, ValueId, tensors_with_paths
+from compress_core.trace.graph import ForwardTrace, Ref, Value, ValueId, inputs_with_paths, tensors_with_paths
 from compress_core.transforms.places import Path
 
 # A tensor among arguments: its path, the tensor, and the value that it held.
@@ -105,6 +105,10 @@ class ValueTable:
     def all_of(self, structure: Any) -> list[tuple[Path, ValueId]]:
         """Returns the values of the tensors in a structure, with their paths."""
         return [(path, self.value(tensor)) for path, tensor in tensors_with_paths(structure)]
+
+    def inputs_of(self, structure: Any) -> list[tuple[Path, ValueId]]:
+        """Returns the values of the tensors in arguments of the model, with their paths."""
+        return [(path, self.value(tensor)) for path, tensor in inputs_with_paths(structure)]
 
     def taken(self, structure: Any, path: Path, found: list[Taken]) -> Any:
         """Returns a structure with its tensors replaced by `Ref`, and appends these to `found`."""

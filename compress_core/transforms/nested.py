@@ -66,10 +66,17 @@ def _with_item(value: Any, step: int | str, item: Any) -> Any:
         return {key: item if key == step else other for key, other in value.items()}
     twin = copy.copy(value)
     if isinstance(step, str) and not hasattr(value, "keys"):
-        setattr(twin, step, item)
+        _set_attribute(twin, step, item)
     else:
         twin[step] = item
     return twin
+
+
+def _set_attribute(twin: Any, name: str, item: Any) -> None:
+    try:
+        setattr(twin, name, item)
+    except AttributeError:  # of a frozen class; the twin is new, and nobody else has it
+        object.__setattr__(twin, name, item)
 
 
 def replace_argument(

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from compress_core import DataError, InitArgs, create_compressed_model, register_default_init_args
-from compress_core.data.arguments import arguments_of, samples_in, suggestion
+from compress_core.data.arguments import arguments_of, samples_in
 from compress_core.data.calibration import CalibrationData
+from compress_core.data.messages import suggestion
 
 IMAGES = [torch.rand(3, 8, 8), torch.rand(3, 9, 7)]
 TARGETS = [{"boxes": torch.rand(2, 4), "labels": torch.tensor([0, 1])} for _ in IMAGES]
@@ -127,7 +128,7 @@ def test_entries_that_forward_has_names_for_stay_keywords():
 
 
 def test_two_entries_that_may_be_the_input_are_not_guessed():
-    with pytest.raises(DataError, match=r"keys \['image', 'input'\].*forward_fn=lambda model, batch: model\(batch"):
+    with pytest.raises(DataError, match=r"batch\['image'\] = .*forward_fn=lambda model, batch: model\(x=batch"):
         seen(Single(), {"image": X, "input": X})
 
 
@@ -183,8 +184,11 @@ def test_error_of_a_guessed_call_shows_a_forward_fn(error):
     with pytest.raises(DataError) as caught:
         create_compressed_model(model, register_default_init_args(document, [{"frames": X, "y": torch.zeros(2)}]))
     text = str(caught.value)
-    assert "register_default_init_args(config, loader, forward_fn=lambda model, batch: model(batch['frames']))" in text
-    assert "keys ['frames', 'y']" in text
+    assert (
+        "register_default_init_args(config, loader, forward_fn=lambda model, batch: model(input=batch['frames']))"
+        in text
+    )
+    assert "batch['frames'] = Tensor (2, 3, 8, 8) torch.float32, batch['y'] = Tensor (2,) torch.float32" in text
 
 
 def test_suggestions_are_programs():
@@ -194,5 +198,5 @@ def test_suggestions_are_programs():
         ((X, torch.zeros(2)), X),
         (X, X),
     ):
-        function = eval(suggestion(batch).partition("=")[2])
+        function = eval(suggestion(nn.Identity(), batch).partition("=")[2])
         assert torch.equal(function(nn.Identity(), batch), expected)

@@ -44,12 +44,12 @@ def assert_refused(error, parts, document=None, model=None, **keywords):
 @pytest.mark.parametrize(
     ("batch", "parts"),
     [
-        (torch.randn(4, 3), ["the model failed on a calibration batch of Tensor, tensors (4, 3) torch.float32"]),
+        (torch.randn(4, 3), ["the model failed on a calibration batch: ", "The batch: Tensor (4, 3) torch.float32"]),
         (torch.randn(4, 5, 8, 8), ["(4, 5, 8, 8)", "5 channels instead"]),
         (torch.ones(4, 3, 8, 8, dtype=torch.long), ["torch.int64"]),
-        (torch.tensor(1.0), ["tensors () torch.float32"]),
-        ({"foo": images()}, ["of dict with the keys ['foo']", "missing 1 required positional argument: 'x'"]),
-        (("path", images()), ["of tuple"]),
+        (torch.tensor(1.0), ["The batch: Tensor () torch.float32"]),
+        ({"foo": images()}, ["dict with batch['foo'] = Tensor (4, 3, 8, 8)", "takes (x)", "model(x=batch['foo'])"]),
+        ((torch.arange(4), images()), ["tuple with batch[0] = Tensor (4,) torch.int64", "model(x=batch[1])"]),
     ],
 )
 def test_batch_that_the_model_cannot_take(batch, parts):
@@ -79,7 +79,10 @@ def test_loader_that_is_none(loader, part):
         ({"device": "cuda:0"}, "the device 'cuda:0' cannot be used here"),
         ({"device": "foo"}, "the device 'foo' cannot be used here"),
         ({"forward_fn": 3}, "forward_fn must be a function (model, batch), got 3"),
-        ({"forward_fn": lambda model: model}, "the model failed on a calibration batch"),
+        (
+            {"forward_fn": lambda model: model},
+            "forward_fn failed on a calibration batch: <lambda>() takes 1 positional",
+        ),
         ({"forward_fn": lambda model, batch: None}, "no batch norm was reached"),
     ],
 )

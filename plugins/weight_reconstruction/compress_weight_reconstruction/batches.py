@@ -9,10 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from compress_core.data.calibration import CalibrationData
-from compress_core.torch_internals import tree_map
+from compress_core.data.structures import copied
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +53,7 @@ class Batches:
         held_out = 0
         for given, size in data.batches(sys.maxsize):
             # A copy, because a loader may fill the same tensors again.
-            batch = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, given)
+            batch = copied(given)
             seen = sum(sizes)
             if not others and seen < wanted and not (seen and 2 * (wanted - seen) < size):
                 solving.append(batch)
