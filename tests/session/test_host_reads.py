@@ -12,10 +12,9 @@ from torch import nn
 
 from compress_core import create_compressed_model
 from compress_core.contract.hookspecs import ENTRY_POINT_GROUP
-from compress_quantization import kernels
-from compress_quantization.kernels import eager
 from tests.conftest import ROOT
 from tests.host_reads import host_reads
+from tests.sections import SECTIONS, pruning, quantization, quantized_as_without_compiler, sparsity
 from tests.zoo import ZOO, MobileNet, ResidualNet, images, trained_model
 
 X = torch.tensor([1.0, -2.0, 0.0])
@@ -84,75 +83,6 @@ def test_the_place_is_told():
 
 # The law.
 
-SPARSITY = {"algorithm": "magnitude_sparsity", "sparsity_init": 0.5}
-
-
-def sparsity(**params):
-    params = {"sparsity_target": 0.5, "sparsity_target_epoch": 2, **params}
-    return {**SPARSITY, "params": {key: value for key, value in params.items() if value is not None}}
-
-
-def quantization(mode="symmetric", *, per_channel=False, root=None, **section):
-    group = {"mode": mode, "per_channel": per_channel, **(root or {})}
-    initializer = {"range": {"num_init_samples": 4}}
-    return {"algorithm": "quantization", "weights": group, "activations": group, "initializer": initializer, **section}
-
-
-def pruning(**params):
-    params = {
-        "prune_first_conv": True,
-        "prune_downsample_convs": True,
-        "multiple_of": 1,
-        "pruning_target": 0.5,
-        **params,
-    }
-    return {"algorithm": "filter_pruning", "pruning_init": 0.25, "params": params}
-
-
-ADAPTATION = {"batchnorm_adaptation": {"num_bn_adaptation_samples": 4}, "weight_reconstruction": {"num_samples": 4}}
-SECTIONS = {
-    "sparsity, global": [sparsity()],
-    "sparsity, local": [sparsity(sparsity_level_setting_mode="local", weight_importance="abs")],
-    "sparsity, adaptive": [sparsity(schedule="adaptive", sparsity_target_epoch=None)],
-    "sparsity, multistep": [
-        sparsity(
-            schedule="multistep",
-            multistep_steps=[1],
-            multistep_sparsity_levels=[0.5, 0.6],
-            sparsity_target=None,
-            sparsity_target_epoch=None,
-        )
-    ],
-    "pruning": [pruning()],
-    "pruning, one ranking": [pruning(all_weights=True, filter_importance="geometric_median", prune_batch_norms=False)],
-    "quantization, symmetric": [quantization()],
-    "quantization, symmetric per channel": [quantization(per_channel=True)],
-    "quantization, asymmetric": [quantization("asymmetric")],
-    "quantization, asymmetric per channel": [quantization("asymmetric", per_channel=True)],
-    "quantization, logarithms": [quantization(root={"logarithm_scale": True})],
-    "quantization, logarithms of widths": [
-        quantization("asymmetric", per_channel=True, root={"logarithm_scale": True})
-    ],
-    "quantization, 4 bits, outputs": [quantization(root={"bits": 4}, quantize_outputs=True)],
-    "quantization, all off": [
-        quantization(params={"activations_quant_start_epoch": 9, "weights_quant_start_epoch": 9})
-    ],
-    "quantization, staged": [quantization(params={"activations_quant_start_epoch": 1, "weights_quant_start_epoch": 0})],
-    "all": [pruning(), sparsity(), {**quantization(), "initializer": {**ADAPTATION, "range": {"num_init_samples": 4}}}],
-}
-
-
-@contextlib.contextmanager
-def as_on_a_gpu():
-    """Quantizers compute with the operators that a GPU without a compiler gets."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(eager, "is_host", lambda device: False)
-        before = kernels.set_compiled(False)
-        try:
-            yield
-        finally:
-            kernels.set_compiled(before)
-
 
 def reads_of_a_step(
     make_model, inputs, sections, *, root=None, prepare=lambda controller: None, autocast=False, epochs=2
@@ -162,7 +92,7 @@ def reads_of_a_step(
     config = {"target_device": "TRIAL", "compression": sections, "input_info": info, **(root or {})}
     if not inputs[0].is_floating_point():
         config["input_info"] |= {"type": "long", "filler": "zeros"}
-    with as_on_a_gpu():
+    with quantized_as_without_compiler():
         controller, model = create_compressed_model(make_model(), config, init_loader=[(inputs[0], 0)])
     prepare(controller)
     model.train()
@@ -178,7 +108,7 @@ def reads_of_a_step(
         optimizer.step()
 
     found = []
-    with as_on_a_gpu():
+    with quantized_as_without_compiler():
         for _ in range(epochs):
             controller.scheduler.epoch_step()
             step()
