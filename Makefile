@@ -7,7 +7,7 @@ DATA ?= digits
 # Two threads: what CI has, and what keeps results comparable between machines.
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test lint types tests gpu-check test-torch install bench-data bench zoo zoo-channels clean
+.PHONY: demo test lint types tests gpu-check soak test-torch install bench-data bench zoo zoo-channels clean
 
 install: $(STAMP)
 
@@ -48,6 +48,12 @@ else
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m cuda
 	@echo "gpu-check: the tests ran on the CPU; this says nothing about a GPU"
 endif
+
+# The long forms of tests that kill, interrupt, damage and deal out, with a table at the end. All takes many hours; a share
+# of it: make soak SOAK=0.1 KIND="-k states"
+SOAK ?= 1
+soak: $(STAMP)
+	COMPRESS_CORE_SOAK=$(SOAK) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m soak --timeout 0 $(KIND)
 
 # The tests with another version of torch than that of constraints.txt: make test-torch TORCH=2.8.0. No part of CI.
 test-torch:
