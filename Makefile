@@ -7,7 +7,7 @@ DATA ?= digits
 # Two threads: what CI has, and what keeps results comparable between machines.
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test lint types tests test-torch install recipes bench-data bench zoo zoo-channels clean
+.PHONY: demo test lint types tests gpu-check soak test-torch install recipes bench-data bench zoo zoo-channels clean
 
 install: $(STAMP)
 
@@ -35,6 +35,25 @@ types: $(STAMP)
 # Two processes of one thread each: the tensors of tests are too small for more threads.
 tests: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+# What can only be seen on a GPU: the tests that `make test` skips without one, then what compression costs there. Without
+# a GPU it fails: a check that did not run is not passed. COMPRESS_CORE_TEST_DEVICE=cpu checks the tests themselves.
+gpu-check: $(STAMP)
+ifneq ($(COMPRESS_CORE_TEST_DEVICE),cpu)
+	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("gpu-check: torch %s finds no CUDA device here, so nothing was checked" % torch.__version__)'
+	$(BIN)/python -m pytest -m cuda
+	$(BIN)/python -m benchmarks.sparsity_cost --device cuda
+	$(BIN)/python -m benchmarks.quantization_cost --device cuda
+else
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m cuda
+	@echo "gpu-check: the tests ran on the CPU; this says nothing about a GPU"
+endif
+
+# The long forms of tests that kill, interrupt, damage and deal out, with a table at the end. All takes many hours; a share
+# of it: make soak SOAK=0.1 KIND="-k states"
+SOAK ?= 1
+soak: $(STAMP)
+	COMPRESS_CORE_SOAK=$(SOAK) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m soak --timeout 0 $(KIND)
 
 # The tests with another version of torch than that of constraints.txt: make test-torch TORCH=2.8.0. No part of CI.
 test-torch:

@@ -1,13 +1,15 @@
 """What quantization costs: training step, eval forward, memory, first step, and making a compressed model.
 
 Usage: python -m benchmarks.quantization_cost [--rounds 9] [--models resnet18 mobilenet_v2 vit vit_products] [...]
+       python -m benchmarks.quantization_cost --device cuda
 
 8 bits, weights for each channel, activations for each tensor, all scales learned. `vit_products` is the vision
 transformer with activations quantized only where linear layers and convolutions read them (52 quantizers in all), as
 is common for transformers; else both libraries also quantize what additions, layer norms and attention read (91).
 Ratios to the plain model, CPU time of one thread, alternatives interleaved; `baseline` is the plain model against
 itself. Memory is the largest sum of tensors that are alive at a time in one training step, gradients included, beyond
-what was alive before it. Where NNCF 2.16 can be imported (see against_nncf.py), it is measured beside.
+what was alive before it. With `--device cuda` the time is that of the GPU, and nothing is written. Where NNCF 2.16 can
+be imported (see against_nncf.py), it is measured beside, on the CPU.
 """
 
 from __future__ import annotations
@@ -82,7 +84,7 @@ class EvalForward:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = copy.deepcopy(model).eval()
-        self.inputs = torch.randn(BATCH, 3, SIZE, SIZE)
+        self.inputs = torch.randn(BATCH, 3, SIZE, SIZE).to(next(model.parameters()).device)
 
     @torch.no_grad()
     def __call__(self) -> None:
@@ -114,6 +116,11 @@ def peak_memory(run: Callable[[], object], model: nn.Module) -> int:
     """Returns the largest number of bytes that `run` has alive at a time; it begins without gradients."""
     run()
     model.zero_grad()  # otherwise memory that was allocated before would be given back in the measured part
+    if next(model.parameters()).is_cuda:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -124,11 +131,12 @@ def peak_memory(run: Callable[[], object], model: nn.Module) -> int:
     return peak
 
 
-def whole_model(name: str, rounds: int, *, with_eager: bool) -> dict[str, Any]:
+def whole_model(name: str, rounds: int, *, with_eager: bool, device: str = "cpu") -> dict[str, Any]:
     """Measures one network."""
     torch.manual_seed(0)
-    plain = MODELS[name]()
-    ours, theirs = quantized(copy.deepcopy(plain), name), nncf_quantized(copy.deepcopy(plain), name)
+    plain = MODELS[name]().to(device)
+    ours = quantized(copy.deepcopy(plain), name)
+    theirs = nncf_quantized(copy.deepcopy(plain), name) if device == "cpu" else None
     recomputing = copy.deepcopy(ours)
     recompute_weights(recomputing)
     forwards: dict[str, Callable[[], object]] = {"ours": EvalForward(ours)}
@@ -145,8 +153,8 @@ def whole_model(name: str, rounds: int, *, with_eager: bool) -> dict[str, Any]:
     steps = {key: step for key, (step, _) in owners.items()}
     base = TrainingStep(plain)
     result: dict[str, Any] = {
-        "train": {key: asdict(ratio) for key, ratio in compare(base, steps, rounds).items()},
-        "eval": {key: asdict(ratio) for key, ratio in compare(EvalForward(plain), forwards, rounds).items()},
+        "train": {key: asdict(ratio) for key, ratio in compare(base, steps, rounds, device).items()},
+        "eval": {key: asdict(ratio) for key, ratio in compare(EvalForward(plain), forwards, rounds, device).items()},
     }
     plain_peak = peak_memory(base, plain)
     result["memory"] = {key: peak_memory(step, model) / plain_peak for key, (step, model) in owners.items()}
@@ -194,7 +202,7 @@ def creation() -> dict[str, float]:
     return {"first": times[0], "median of the next 3": sorted(times[1:])[1]}
 
 
-def table(results: dict[str, Any]) -> Table:
+def table(results: dict[str, Any], device: str = "cpu") -> Table:
     """Shows all ratios."""
     rows = []
     for name, result in results.items():
@@ -206,7 +214,8 @@ def table(results: dict[str, Any]) -> Table:
         noise = [f"{result[kind]['baseline']['median']:.2f}" for kind in ("train", "eval")]
         rows.append((name, "plain / plain", *noise, "1.00"))
     headers = ("model", "variant", "training step", "eval forward", "peak memory of a step")
-    return Table("Quantized / plain, CPU time of one thread, median [quartiles]", headers, rows)
+    clock = "CPU time of one thread" if device == "cpu" else "time of the GPU"
+    return Table(f"Quantized / plain, {clock}, median [quartiles]", headers, rows)
 
 
 def main() -> None:
@@ -217,7 +226,9 @@ def main() -> None:
     parser.add_argument("--skip-eager", action="store_true", help="leave out the kernels that need no compiler")
     parser.add_argument("--only-models", action="store_true", help="leave out first steps and creation; write nothing")
     parser.add_argument("--first-step", choices=list(MODELS), help=argparse.SUPPRESS)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="cuda: as with --only-models")
     options = parser.parse_args()
+    options.only_models |= options.device != "cpu"
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
     if options.first_step:
@@ -231,8 +242,8 @@ def main() -> None:
         print(json.dumps(content["first_step_seconds"], indent=1), flush=True)
     models: dict[str, Any] = {}
     for name in options.models:
-        models[name] = whole_model(name, options.rounds, with_eager=not options.skip_eager)
-        report.show(table({name: models[name]}))
+        models[name] = whole_model(name, options.rounds, with_eager=not options.skip_eager, device=options.device)
+        report.show(table({name: models[name]}, options.device))
         if not options.only_models:
             report.write("quantization_cost", {**content, "models": models})
 

@@ -1,8 +1,9 @@
 """What magnitude sparsity costs: the training step with masks, and setting a global level on 100 million weights.
 
-Usage: python -m benchmarks.sparsity_cost [--rounds 11] [--weights 100]
+Usage: python -m benchmarks.sparsity_cost [--rounds 11] [--weights 100] [--device cuda]
 
-CPU time of one thread. The training steps are ratios to the plain model's; `baseline` is that against itself.
+CPU time of one thread. The training steps are ratios to the plain model's; `baseline` is that against itself. With
+`--device cuda` the steps alone are timed, on the GPU, and nothing is written.
 """
 
 from __future__ import annotations
@@ -46,8 +47,9 @@ class TrainingStep:
     def __init__(self, model: nn.Module) -> None:
         self.model = model.train()
         self.optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
-        self.inputs = torch.randn(BATCH, 3, SIZE, SIZE)
-        self.labels = torch.randint(0, 10, (BATCH,))
+        device = next(model.parameters()).device
+        self.inputs = torch.randn(BATCH, 3, SIZE, SIZE).to(device)
+        self.labels = torch.randint(0, 10, (BATCH,)).to(device)
 
     def __call__(self) -> None:
         self.optimizer.zero_grad()
@@ -55,23 +57,24 @@ class TrainingStep:
         self.optimizer.step()
 
 
-def training_steps(rounds: int) -> tuple[Table, dict[str, Any]]:
+def training_steps(rounds: int, device: str = "cpu") -> tuple[Table, dict[str, Any]]:
     """Compares training steps with boolean masks (ours), with float masks, and without."""
     rows, results = [], {}
     for name, make in (("resnet18", resnet18), ("mobilenet_v2", mobilenet_v2)):
         torch.manual_seed(0)
-        plain = make()
+        plain = make().to(device)
         masked, floats = copy.deepcopy(plain), copy.deepcopy(plain)
         Compression("sparsity", 0.5).apply(masked)
         for key, parameter in list(floats.named_parameters()):
             if parameter.ndim > 1:
                 mask = FloatMask((torch.rand_like(parameter) < 0.5).to(parameter.dtype))
                 add_weight_transform(floats, key, mask, stage=Stage.SPARSITY)
-        found = compare(TrainingStep(plain), {"bool": TrainingStep(masked), "float": TrainingStep(floats)}, rounds)
+        steps = {"bool": TrainingStep(masked), "float": TrainingStep(floats)}
+        found = compare(TrainingStep(plain), steps, rounds, device)
         rows.append((name, *(str(ratio) for ratio in found.values())))
         results[name] = {key: asdict(ratio) for key, ratio in found.items()}
     headers = ("model", "baseline", "boolean masks", "masks in the weight's dtype")
-    return Table("Training step / plain, CPU time, median [quartiles]", headers, rows), results
+    return Table(f"Training step / plain, time on {device}, median [quartiles]", headers, rows), results
 
 
 class PeakMemory:
@@ -128,8 +131,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--weights", type=int, default=100, help="in millions")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.device != "cpu":
+        report.show(training_steps(options.rounds, options.device)[0])
+        return
     level_table, levels = global_level(options.weights)
     report.show(level_table)
     step_table, steps = training_steps(options.rounds)

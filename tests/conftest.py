@@ -13,6 +13,9 @@ import torch
 
 from compress_core.contract.hookspecs import ENTRY_POINT_GROUP
 from compress_core.registry import Registry, use_registry
+from tests.soak import pytest_runtest_makereport, pytest_terminal_summary, tried
+
+__all__ = ["pytest_runtest_makereport", "pytest_terminal_summary", "tried"]
 
 # The same examples in every run, so that a commit does not fail by chance; HYPOTHESIS_PROFILE=default draws new ones.
 hypothesis.settings.register_profile("repeatable", derandomize=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import time
 
 import pytest
@@ -15,6 +16,7 @@ from compress_core import ModelError, create_compressed_model
 from compress_core.data.ranks import alone
 from compress_core.registry import use_registry
 from tests.integration.test_distributed import leave
+from tests.soak import count
 
 ADAPTING = {"batchnorm_adaptation": {"num_bn_adaptation_samples": 32}}
 CONFIGS = {
@@ -40,6 +42,18 @@ SHARDS = {
     "unequal": [[0, 3, 5, 6, 7], [1, 4], [2]],
     "not sharded": [[0, 1, 2, 3, 4, 5, 6, 7]] * 2,
 }
+
+
+def dealt(seed):
+    """Returns what each of two to four processes gets when the batches are dealt out by chance."""
+    rng = random.Random(seed)
+    shards = [[] for _ in range(rng.randint(2, 4))]
+    for number in rng.sample(range(8), 8):
+        rng.choice(shards).append(number)
+    return shards
+
+
+SHARDS |= {f"dealt {seed}": dealt(seed) for seed in range(count(0, 100))}
 
 
 def net(seed=0):
@@ -115,6 +129,7 @@ def compress(rank, name, shards):
     return first, model.state_dict(), state
 
 
+@pytest.mark.soak("ranks")
 @pytest.mark.parametrize("shards", [pytest.param(s, marks=[] if s == "unequal" else pytest.mark.slow) for s in SHARDS])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_any_sharding_is_like_one_process(tmp_path, name, shards):
@@ -182,6 +197,7 @@ EXPECTED = {
 }
 
 
+@pytest.mark.soak("ranks")
 @pytest.mark.parametrize("kind", EXPECTED)
 def test_what_fails_on_one_fails_on_all(tmp_path, kind):
     found = results(tmp_path, failing, 2, kind)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from compress_core import CompressionError, ConfigError, create_compressed_model
+from tests.soak import count
 
 VALID = {
     "input_info": {"sample_size": [1, 3], "type": "float", "filler": "ones"},
@@ -122,13 +123,15 @@ def given(value, path=""):
             yield f"{path}.{key}"
 
 
-@pytest.mark.parametrize("seed", range(8))
-def test_every_mutation_ends_in_an_error_with_a_path_or_in_the_ledger(seed, caplog):
+@pytest.mark.soak("configs")
+@pytest.mark.parametrize("seed", range(count(8, 400)))
+def test_every_mutation_ends_in_an_error_with_a_path_or_in_the_ledger(seed, caplog, tried):
     rng = random.Random(seed)
     torch.manual_seed(0)
     loader = [torch.randn(8, 3)]
     accepted = 0
     for _ in range(250):
+        tried.cases += 1
         document, misspelling = mutated(rng)
         model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
         shown = json.dumps(document, default=str)

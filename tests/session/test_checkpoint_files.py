@@ -28,6 +28,7 @@ from tests.session.checkpoint_helpers import (
     ready,
     refused,
 )
+from tests.soak import count
 
 # Broken and hostile files.
 
@@ -180,11 +181,13 @@ def size_of(path):
         return 0
 
 
-def assert_survives(tmp_path, kills):
+def assert_survives(tmp_path, kills, tried=None):
     folder = tmp_path / "checkpoints"
     folder.mkdir()
     path, remains = folder / "checkpoint.pt", 0
     for number in range(kills):
+        if tried:
+            tried.cases += 1
         done = kill_while_it_writes(path, in_the_middle=number % 4 > 0)
         checkpoint = read_checkpoint(path)
         # The last complete one; or the next, if it was killed between the renaming and the message.
@@ -205,8 +208,9 @@ def test_a_kill_leaves_the_last_checkpoint(tmp_path):
 
 
 @pytest.mark.slow
-def test_twenty_kills_leave_the_last_checkpoint(tmp_path):
-    assert_survives(tmp_path, 20)
+@pytest.mark.soak("kills")
+def test_many_kills_leave_the_last_checkpoint(tmp_path, tried):
+    assert_survives(tmp_path, count(20, 1000), tried)
 
 
 def test_an_error_of_torch_in_writing_leaves_the_old_file(tmp_path, monkeypatch):

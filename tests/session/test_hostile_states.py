@@ -12,6 +12,7 @@ from torch import nn
 
 from compress_core import StateError, create_compressed_model, load_compressed_model
 from compress_core.testing import fingerprint
+from tests.soak import count
 
 SECTIONS = {
     "magnitude_sparsity": {
@@ -177,12 +178,13 @@ def complaint(load, path, prefix, *, measured):
     return "accepted"
 
 
-# Of the several hundred values of a state, so many, evenly spread: each is tried with up to ten wrong ones.
-PLACES = 30
+# Of the several hundred values of a state, so many, evenly spread: each is tried with up to ten wrong ones. In soak, all.
+PLACES = count(30, 10_000)
 
 
 @pytest.mark.slow
-def test_values_of_a_state(saved, caplog):
+@pytest.mark.soak("states")
+def test_values_of_a_state(saved, caplog, tried):
     caplog.set_level(logging.ERROR)
     name, state = saved
     model = Small()
@@ -194,6 +196,7 @@ def test_values_of_a_state(saved, caplog):
             value = WRONG[kind]
             if same(at(state, path), value) or (FREE.search(f".{dotted}") and kind not in ("none", "object")):
                 continue
+            tried.cases += 1
             found = complaint(
                 lambda path=path, value=value, model=model: created(
                     name, model, compression_state=changed(state, path, value)
@@ -213,6 +216,7 @@ def test_values_of_a_state(saved, caplog):
                 complaints.append(f"{dotted} = {kind}: the model was changed")
                 model = Small()
                 before = fingerprint(model)
+    tried.failed = len(complaints)
     assert not complaints, f"{len(complaints)}\n" + "\n".join(complaints)
 
 

@@ -6,7 +6,6 @@ import copy
 import json
 import re
 import signal
-import sys
 
 import pytest
 import torch
@@ -14,12 +13,12 @@ from torch import nn
 
 from compress_core import CompressionError, create_compressed_model
 from compress_core.testing.fingerprint import fingerprint
+from tests.instants import Instants
+from tests.soak import count
 
-WANTED = ("compress_core", "compress_quantization", "compress_magnitude_sparsity", "compress_filter_pruning")
-SAVING = ("snapshot", "object_state", "python_state", "containers", "walk")
 # Instants at which each method is interrupted, the first and the last among them: in all lines, and in those that do
 # not save or restore, which are few.
-INSTANTS = (6, 14)
+INSTANTS = (count(6, 400), count(14, 1000))
 
 
 def net():
@@ -131,33 +130,6 @@ def everything(controller, model, optimizer, ema):
     )
 
 
-class Instants:
-    """Counts lines of our own code, and does something at the n-th."""
-
-    def __init__(self, saving, wanted=None, action=None):
-        self.saving, self.count, self.wanted, self.action = saving, 0, wanted, action
-
-    def __enter__(self):
-        sys.settrace(self._called)
-        return self
-
-    def __exit__(self, *_):
-        sys.settrace(None)
-
-    def _called(self, frame, event, argument):
-        module = frame.f_globals.get("__name__", "")
-        if module.partition(".")[0] not in WANTED or (not self.saving and module.rpartition(".")[2] in SAVING):
-            return None
-        return self._line
-
-    def _line(self, frame, event, argument):
-        if event == "line":
-            self.count += 1
-            if self.count == self.wanted:
-                self.action()
-        return self._line
-
-
 def instants_of(sections, method):
     """Yields whether lines that save are counted, and the number of a line."""
     for saving, number in zip((True, False), INSTANTS, strict=True):
@@ -181,14 +153,16 @@ def fail():
     raise RuntimeError("injected")
 
 
+@pytest.mark.soak("signals")
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 @pytest.mark.parametrize("name", METHODS)
-def test_an_interrupted_method_changes_nothing_or_all(name, error):
+def test_an_interrupted_method_changes_nothing_or_all(name, error, tried):
     sections, method = METHODS[name]
     action = fail if error is RuntimeError else lambda: signal.raise_signal(signal.SIGINT)
     outcomes = set()
     parts = compressed(*sections)
     for saving, instant in instants_of(sections, method):
+        tried.cases += 1
         before = everything(*parts)
         handler = signal.getsignal(signal.SIGINT)
         try:

@@ -78,7 +78,8 @@ def find(key: tuple[Any, ...], function: Kernel, examples: Callable[[], list[Exa
     """Returns `function` compiled, or None where there is no compiler: the first call finds out.
 
     Args:
-        key: What the kernel is specialized on; `function` is determined by it.
+        key: What the kernel is specialized on; `function` is determined by it. First comes the device, with its
+            index: what a compiler writes allocates and runs on that very one.
         function: Takes tensors, and returns a tuple of new tensors.
         examples: Returns what to trace with, when the kernel has to be made.
     """
@@ -92,14 +93,14 @@ def find(key: tuple[Any, ...], function: Kernel, examples: Callable[[], list[Exa
     return kernel
 
 
-def _made(function: Kernel, examples: list[Example], device: str) -> Kernel | None:
+def _made(function: Kernel, examples: list[Example], device: torch.device) -> Kernel | None:
     try:
         import_compiler()  # before modes change: some versions cannot otherwise
         # What surrounds the call, such as autocast, a default device or a mode of the user's, is not the kernel's.
         with (
             torch.inference_mode(False),
             torch.no_grad(),
-            torch.autocast(device, enabled=False),
+            torch.autocast(device.type, enabled=False),
             TorchFunctionDisabled(),
         ):
             inputs = [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype in examples]

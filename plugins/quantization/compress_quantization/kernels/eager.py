@@ -33,6 +33,11 @@ _BELOW_UPPER = UPPER * (1 - 2**-23)  # in float32
 _aten = torch.ops.aten
 
 
+def is_host(device: torch.device) -> bool:
+    """Tells whether values can be read without waiting for a device, and whether blocks are of use."""
+    return device.type == "cpu"
+
+
 def _blocks(layout: Layout) -> Iterator[_Slices]:
     outer, channels, inner = layout.outer, layout.channels, layout.inner
     inner_size = min(inner, BLOCK)
@@ -48,7 +53,7 @@ def _each_block(
     layout: Layout, tensors: tuple[torch.Tensor, ...], ranges: StepLowHigh
 ) -> Iterator[tuple[tuple[torch.Tensor, ...], StepLowHigh, slice | None]]:
     """Yields the tensors, the ranges that belong to them, and the channels (None for all), block after block."""
-    is_one = layout.numel <= BLOCK or tensors[0].device.type != "cpu"
+    is_one = layout.numel <= BLOCK or not is_host(tensors[0].device)
     if layout.channels == 1:
         flat = [contiguous_view(tensor, (layout.numel,)) for tensor in tensors]
         blocks = zip(*(torch.split(tensor, layout.numel if is_one else BLOCK) for tensor in flat), strict=True)
@@ -65,8 +70,13 @@ def _each_block(
 
 
 def _common_ends(ranges: StepLowHigh) -> tuple[float, float] | None:
-    """Returns the ends of the range in steps, if they are the same for all channels but for rounding."""
+    """Returns the ends of the range in steps, if they are the same for all channels but for rounding.
+
+    None on other devices than the host, whatever they are: each training step would wait there for each quantizer.
+    """
     step, low, high = ranges
+    if not is_host(step.device):
+        return None
     ends = torch.stack([low / step, high / step])
     smallest, largest = ends.amin(1).tolist(), ends.amax(1).tolist()
     tolerance = 4 * torch.finfo(step.dtype).eps

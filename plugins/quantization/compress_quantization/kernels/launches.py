@@ -65,7 +65,7 @@ def quantize_launch(x: torch.Tensor, source: Source, task: Task, layout: Layout,
         variant = Variant(layout.kind, dtype, task.activation, source.kind)
         channels = _example_channels(layout.kind)
         kernel = compiled.find(
-            (x.device.type, "quantize", in_place, x.dtype, given, variant),
+            (x.device, "quantize", in_place, x.dtype, given, variant),
             partial(lanes.quantize_in_place if in_place else lanes.quantize, variant=variant),
             lambda: [(_VIEWS[layout.kind], x.dtype), *_example_source(source, channels, dtype)],
         )
@@ -85,7 +85,7 @@ def encode_launch(x: torch.Tensor, source: Source, task: Task, layout: Layout) -
         variant = Variant(layout.kind, dtype, task.activation, source.kind)
         channels = _example_channels(layout.kind, count)
         kernel = compiled.find(
-            (x.device.type, "encode", count, x.dtype, given, variant),
+            (x.device, "encode", count, x.dtype, given, variant),
             partial(lanes.quantize_and_encode, variant=variant),
             lambda: [(_example(layout.kind, count), x.dtype), *_example_source(source, channels, dtype)],
         )
@@ -116,7 +116,7 @@ def gradients_launch(
         variant = Variant(layout.kind, ranges.dtype, activation, offset=task.offset)
         count = LANES if kept.dtype == torch.int32 else 1
         kernel = compiled.find(
-            (grad.device.type, is_code, count, grad.dtype, learned.dtype, variant),
+            (grad.device, is_code, count, grad.dtype, learned.dtype, variant),
             partial(lanes.gradients_from_code if is_code else lanes.gradients_from_input, variant=variant),
             lambda: _example_gradients(variant, count, (grad.dtype, learned.dtype), is_code=is_code),
         )
