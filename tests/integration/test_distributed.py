@@ -8,13 +8,13 @@ import os
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from compress_core import ModelError, Stage, create_compressed_model
 from compress_core.registry import use_registry
 from compress_core.transforms import ModuleOutput, add_activation_transform
+from tests.integration.processes import run_in_processes
 from tests.zoo import images
 
 pytestmark = pytest.mark.slow
@@ -86,13 +86,13 @@ def worker_with_an_activation_transform(rank, folder):
 
 
 def test_parameters_of_activation_transforms_take_part(tmp_path):
-    mp.spawn(worker_with_an_activation_transform, (str(tmp_path),), nprocs=1)
+    run_in_processes(worker_with_an_activation_transform, (str(tmp_path),), 1)
     gradient, expected = torch.load(tmp_path / "gradient.pt", weights_only=True)
     torch.testing.assert_close(gradient, expected)
 
 
 def test_two_processes_end_like_one(tmp_path):
-    mp.spawn(worker, (str(tmp_path),), nprocs=2)
+    run_in_processes(worker, (str(tmp_path),), 2)
     first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
     controller, model = build()
     start = copy.deepcopy(model.state_dict())

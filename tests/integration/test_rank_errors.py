@@ -11,13 +11,13 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
 from compress_core import create_compressed_model, hookimpl, load_checkpoint, save_checkpoint
 from compress_core.data import roll_call
 from compress_core.data.ranks import alone
 from compress_core.registry import use_registry
+from tests.integration.processes import run_in_processes
 from tests.integration.test_distributed import leave
 from tests.integration.test_ranks import batches, net
 
@@ -66,7 +66,7 @@ def worker(rank, folder):
 def results(tmp_path_factory):
     """What came of each function on each rank; one start of processes for all."""
     folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(worker, (str(folder),), nprocs=2)
+    run_in_processes(worker, (str(folder),), 2)
     found = [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
     return lambda name: [entry[name] for entry in found]
 

@@ -9,12 +9,12 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
 from compress_core import ModelError, create_compressed_model
 from compress_core.data.ranks import alone
 from compress_core.registry import use_registry
+from tests.integration.processes import run_in_processes
 from tests.integration.test_distributed import leave
 from tests.soak import count
 
@@ -54,6 +54,8 @@ def dealt(seed):
 
 
 SHARDS |= {f"dealt {seed}": dealt(seed) for seed in range(count(0, 100))}
+# Those of one group of processes, which starts slowly.
+TOGETHER = [("unequal",), ("halves", "one is empty", "not sharded"), *[(name,) for name in SHARDS if "dealt" in name]]
 
 
 def net(seed=0):
@@ -113,8 +115,12 @@ def in_group(rank, folder, work, *arguments):
 
 
 def results(tmp_path, work, size, *arguments):
-    mp.spawn(in_group, (str(tmp_path), work, size, *arguments), nprocs=size)
+    run_in_processes(in_group, (str(tmp_path), work, size, *arguments), size)
     return [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(size)]
+
+
+def compress_each(rank, name, several):
+    return [compress(rank, name, shards) for shards in several]
 
 
 def compress(rank, name, shards):
@@ -130,11 +136,18 @@ def compress(rank, name, shards):
 
 
 @pytest.mark.soak("ranks")
-@pytest.mark.parametrize("shards", [pytest.param(s, marks=[] if s == "unequal" else pytest.mark.slow) for s in SHARDS])
+@pytest.mark.parametrize(
+    "shards", [pytest.param(s, marks=[] if s == ("unequal",) else pytest.mark.slow) for s in TOGETHER]
+)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_any_sharding_is_like_one_process(tmp_path, name, shards):
-    parts = SHARDS[shards]
-    found = results(tmp_path, compress, len(parts), name, parts)
+    parts = [SHARDS[each] for each in shards]
+    found = results(tmp_path, compress_each, len(parts[0]), name, parts)
+    for number, each in enumerate(parts):
+        check_like_one_process(name, each, [of_rank[number] for of_rank in found])
+
+
+def check_like_one_process(name, parts, found):
     # One process reads the batches in the order in which processes take turns.
     turns = [part[n] for n in range(8) for part in parts if n < len(part)]
     order = list(dict.fromkeys(turns))
@@ -151,8 +164,12 @@ def test_any_sharding_is_like_one_process(tmp_path, name, shards):
         assert states == state
 
 
+def failing_each(rank, kinds):
+    return [failing(rank, kind) for kind in kinds]
+
+
 def failing(rank, kind):
-    """Every process has to end with an error, in seconds."""
+    """Every process has to end with an error, in seconds; the next call goes well again."""
     start = time.monotonic()
     loader, config, seed = batches()[:2], "sparsity", 0
     if kind == "loader" and rank == 1:
@@ -198,13 +215,14 @@ EXPECTED = {
 
 
 @pytest.mark.soak("ranks")
-@pytest.mark.parametrize("kind", EXPECTED)
-def test_what_fails_on_one_fails_on_all(tmp_path, kind):
-    found = results(tmp_path, failing, 2, kind)
-    for (message, same, seconds), expected in zip(found, EXPECTED[kind], strict=True):
-        assert expected in message
-        assert same
-        assert seconds < 60
+def test_what_fails_on_one_fails_on_all(tmp_path):
+    found = results(tmp_path, failing_each, 2, list(EXPECTED))
+    for number, kind in enumerate(EXPECTED):
+        for of_rank, expected in zip(found, EXPECTED[kind], strict=True):
+            message, same, seconds = of_rank[number]
+            assert expected in message, kind
+            assert same, kind
+            assert seconds < 60, kind
 
 
 STAGED = {

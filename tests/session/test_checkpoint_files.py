@@ -210,7 +210,7 @@ def test_a_kill_leaves_the_last_checkpoint(tmp_path):
 @pytest.mark.slow
 @pytest.mark.soak("kills")
 def test_many_kills_leave_the_last_checkpoint(tmp_path, tried):
-    assert_survives(tmp_path, count(20, 1000), tried)
+    assert_survives(tmp_path, count(8, 1000), tried)
 
 
 def test_an_error_of_torch_in_writing_leaves_the_old_file(tmp_path, monkeypatch):

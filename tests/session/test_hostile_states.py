@@ -179,7 +179,7 @@ def complaint(load, path, prefix, *, measured):
 
 
 # Of the several hundred values of a state, so many, evenly spread: each is tried with up to ten wrong ones. In soak, all.
-PLACES = count(30, 10_000)
+PLACES = count(10, 10_000)
 
 
 @pytest.mark.slow
