@@ -84,6 +84,10 @@ def validated_section(
         return None
 
 
+# Classes that are made here stand in no file, where pydantic would look for docstrings of attributes for a long time.
+_WITHOUT_SOURCE = {"use_attribute_docstrings": False}
+
+
 def _with_shared_initializers(
     config: type[AlgorithmConfig], initializers: Mapping[str, Contribution[Initializer]]
 ) -> type[AlgorithmConfig]:
@@ -93,11 +97,14 @@ def _with_shared_initializers(
         key: (contribution.cls.Config | None, Field(None, description=_summary(contribution.cls)))
         for key, contribution in initializers.items()
     }
-    section: type[InitializerSection] = create_model(f"{config.__name__}Initializer", __base__=own, **shared)
+    section: type[InitializerSection] = create_model(
+        f"{config.__name__}Initializer", __base__=own, __cls_kwargs__=_WITHOUT_SOURCE, **shared
+    )
     made: type[AlgorithmConfig] = create_model(
         config.__name__,
         __base__=config,
         __doc__=config.__doc__,
+        __cls_kwargs__=_WITHOUT_SOURCE,
         initializer=(section, Field(default_factory=section, description=field.description)),
     )
     made.__reduce__ = _reduce  # type: ignore[method-assign, assignment]
