@@ -31,7 +31,7 @@ def test_the_example_trains_and_its_checkpoint_computes_what_it_printed(world, t
         "-m",
         "examples.train_ddp",
     ]
-    command += ["--epochs", "4", "--checkpoint", str(path)]
+    command += ["--epochs", "3", "--checkpoint", str(path)]
     done = subprocess.run(
         [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
     )

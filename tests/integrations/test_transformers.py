@@ -109,22 +109,21 @@ def test_evaluation_reports_the_loss_of_the_model_alone(tmp_path):
     assert tested.evaluate()["eval_loss"] == pytest.approx(expected, abs=1e-5)
 
 
-@pytest.mark.parametrize("live", [False, True], ids=["from the state", "live"])
-@pytest.mark.parametrize("step", [4, 6, 9, 12])
-def test_resumes_to_the_same_bits_in_the_middle_and_at_the_end_of_an_epoch(tmp_path, step, live):
-    def run(folder, checkpoint=None):
-        state = read_compression_state(checkpoint) if checkpoint and not live else None
+def test_resumes_to_the_same_bits_in_the_middle_and_at_the_end_of_an_epoch(tmp_path):
+    def run(folder, checkpoint=None, *, live=True):
+        state = None if live else read_compression_state(checkpoint)
         controller, model = compressed(Labelled, state)
-        options = {"save_strategy": "steps", "save_steps": step, "learning_rate": 1e-2, "weight_decay": 0.1}
+        options = {"save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-2, "weight_decay": 0.1}
         tested = CompressionCallback(controller).attach(trainer(model, folder, kind=Trainer, **options))
         tested.train(resume_from_checkpoint=checkpoint)
         return controller, model
 
     controller, model = run(tmp_path / "whole")
-    again, resumed = run(tmp_path / "resumed", str(tmp_path / "whole" / f"checkpoint-{step}"))
-    assert_same_state(model, resumed)
-    assert saved_state(again) == saved_state(controller)
-    assert again.scheduler.current_epoch == 2 and again.scheduler.current_step == 17
+    for step, live in ((4, True), (4, False), (6, True), (6, False), (10, False), (12, True)):
+        again, resumed = run(tmp_path / f"{step} {live}", str(tmp_path / "whole" / f"checkpoint-{step}"), live=live)
+        assert_same_state(model, resumed)
+        assert saved_state(again) == saved_state(controller)
+        assert again.scheduler.current_epoch == 2 and again.scheduler.current_step == 17
 
 
 def test_resumes_from_the_last_checkpoint_of_the_folder(tmp_path):

@@ -44,7 +44,7 @@ def ours():
 
 def environment_without_us(folder):
     """Makes an environment that holds our dependencies, but nothing of this checkout; returns its python."""
-    run(sys.executable, "-m", "venv", folder)
+    run(sys.executable, "-m", "venv", "--without-pip", folder)  # pip takes seconds, and installs from outside as well
     (site,) = (folder / "lib").glob("python*/site-packages")
     # Further folders come from .pth files, as where environments share their dependencies.
     for packages in (Path(path) for path in sys.path if Path(path).name == "site-packages"):
@@ -56,4 +56,4 @@ def environment_without_us(folder):
 
 def install(python, *wheels):
     """Installs wheels into an environment that has their dependencies."""
-    run(python, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", *wheels)
+    run(sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-index", "--no-deps", *wheels)

@@ -18,7 +18,7 @@ from tests.soak import count
 
 # Instants at which each method is interrupted, the first and the last among them: in all lines, and in those that do
 # not save or restore, which are few.
-INSTANTS = (count(6, 400), count(14, 1000))
+INSTANTS = (count(4, 400), count(10, 1000))
 
 
 def net():
