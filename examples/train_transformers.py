@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from transformers import EvalPrediction, ResNetConfig, ResNetForImageClassification, Trainer, TrainingArguments
 
 from compress_core import create_compressed_model, register_default_init_args
@@ -107,9 +107,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     trainer.train()
     rows["trained"] = trainer.evaluate()["eval_accuracy"]
 
-    # Labels are no inputs of the network: without them the model computes no loss, and nothing of it is compressed.
-    images = [{"pixel_values": batch["pixel_values"]} for batch in DataLoader(Digits(digits().train), 64)]
-    config = register_default_init_args(CONFIG, images)
+    # Batches with labels are fine: what only the loss computes is no part of the network that is compressed.
+    config = register_default_init_args(CONFIG, trainer.get_train_dataloader())
     controller, model = create_compressed_model(trainer.model, config)
     trainer = CompressionCallback(controller).attach(
         make_trainer(model, output / "tuned", options.epochs, 5e-3, options.bf16)
