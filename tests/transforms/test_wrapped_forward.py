@@ -84,3 +84,55 @@ def test_any_other_forward_is_refused(kind):
     with pytest.raises(TransformError, match="has a forward of its own"):
         create_compressed_model(model, CONFIG, init_loader=[INPUTS])
     assert vars(model)["forward"] is forward
+
+
+class Fusible(nn.Module):
+    """What detectors do: once batch norm is folded into the convolution, another method becomes the forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.act = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()
+
+    def forward(self, x):
+        return torch.add(self.act(self.bn(self.conv(x))), 1.0)
+
+    def forward_fused(self, x):
+        return torch.add(self.act(self.conv(x)), 1.0)
+
+
+def fusible():
+    torch.manual_seed(0)
+    model = nn.Sequential(Fusible(), nn.Flatten(), nn.Linear(288, 4))
+    return create_compressed_model(model, CONFIG, init_loader=[INPUTS])
+
+
+@pytest.mark.parametrize("stripped", [False, True])
+def test_another_method_in_place_of_a_forward_with_quantizers_is_refused(stripped):
+    controller, model = fusible()
+    block = (controller.strip() if stripped else model)[0]
+    with pytest.raises(TransformError, match=r"'forward_fused' in place of forward of a Fusible .* 'forward'"):
+        block.forward = block.forward_fused
+    assert "forward" not in vars(block)
+
+
+def test_wrappers_of_a_forward_and_other_attributes_are_set():
+    _, model = fusible()
+    block, expected = model.eval()[0], model(INPUTS)
+    block.note, block.bn.eps = "ours", 1e-5
+    original = block.forward
+    block.forward = lambda x: original(x)
+    assert torch.equal(model(INPUTS), expected)
+    block.forward = original  # the method of the class itself
+    assert torch.equal(model(INPUTS), expected)
+    block.act = nn.ReLU()
+    assert isinstance(block.act, nn.ReLU) and block.note == "ours"
+
+
+def test_without_activation_quantizers_another_method_is_no_concern_of_ours():
+    torch.manual_seed(0)
+    model = nn.Sequential(Fusible(), nn.Flatten(), nn.Linear(288, 4))
+    sparse = {**CONFIG, "compression": CONFIG["compression"][:1]}
+    controller, model = create_compressed_model(model, sparse)
+    block = controller.strip()[0].eval()
+    block.forward = block.forward_fused
+    assert torch.equal(block(INPUTS), block.forward_fused(INPUTS))
