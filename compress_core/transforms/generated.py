@@ -34,7 +34,6 @@ from compress_core.transforms.computed import ComputedWeight, is_read_for_a_forw
 from compress_core.transforms.generated_forward import activation_methods
 from compress_core.transforms.recomputation import layer_forward
 from compress_core.transforms.sharded import is_sharded, sharded_error
-from compress_core.transforms.wrapped_forward import is_other_method
 
 # The child module of a transformed layer that holds the chains, one for each transformed parameter.
 TRANSFORMS_ATTRIBUTE = "weight_transforms"
@@ -106,7 +105,6 @@ def _generate(base: type[nn.Module], names: frozenset[str], activations: bool) -
         namespace["forward"] = forward
     if activations:
         namespace.update(activation_methods(base, ACTIVATIONS_ATTRIBUTE, forward or base.forward))
-        namespace["__setattr__"] = _guarded_setattr(base)
     for name in names:
         namespace[name] = _weight_property(name)
     if hasattr(base, "__deepcopy__"):
@@ -159,19 +157,6 @@ def _refuse_replica(self: nn.Module) -> Any:
         f"DataParallel copies the model to each GPU, and the copy of a compressed {type(self).__name__} would not be "
         "compressed; train with one process for each GPU: DistributedDataParallel and torchrun"
     )
-
-
-def _guarded_setattr(base: type[nn.Module]) -> Callable[[nn.Module, str, Any], None]:
-    def put(self: nn.Module, name: str, value: Any) -> None:
-        if name == "forward" and is_other_method(self, value):
-            raise TransformError(
-                f"'{value.__name__}' in place of forward of a {base.__name__} (fuse() of detectors does this) would "
-                "compute without the transforms of activations, which are in 'forward'; fuse the model before it is "
-                "compressed, or do not fuse it"
-            )
-        base.__setattr__(self, name, value)
-
-    return put
 
 
 def _features_property() -> property:

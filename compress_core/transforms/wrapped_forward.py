@@ -34,13 +34,6 @@ def is_mixed_precision(module: nn.Module) -> bool:
     return _ORIGINAL in module.__dict__
 
 
-def is_other_method(module: nn.Module, value: Any) -> bool:
-    """Returns whether a value is a method of the module other than its forward, and no wrapper of that."""
-    if not isinstance(value, MethodType) or value.__self__ is not module or value.__name__ == "forward":
-        return False
-    return getattr(type(module), value.__name__, None) is value.__func__
-
-
 def _is_own(module: nn.Module, method: Any) -> bool:
     if not isinstance(method, MethodType) or method.__self__ is not module:
         return False
