@@ -22,6 +22,7 @@ _parser: Any = importlib.import_module("re._parser")
 _codes: Any = importlib.import_module("re._constants")
 
 _LONGEST_PATTERN = 2000
+_DEEPEST_PATTERN = 50
 _MOST_STEPS = 5000
 _MOST_REPETITIONS = 4
 # From this number on, a repetition counts as one without an end.
@@ -29,6 +30,15 @@ _MANY = 10
 
 _WORD, _DIGIT, _SPACE = re.compile(r"\w"), re.compile(r"\d"), re.compile(r"\s")
 _OTHER_FLAGS = re.IGNORECASE | re.MULTILINE | re.ASCII | re.LOCALE
+
+
+def _depth(text: str) -> int:
+    """Returns how deeply groups are nested, those of brackets and after backslashes not counted."""
+    depth = deepest = 0
+    for sign in re.sub(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]", "", text, flags=re.DOTALL):
+        depth += (sign == "(") - (sign == ")")
+        deepest = max(deepest, depth)
+    return deepest
 
 
 class _NotLinearError(Exception):
@@ -50,6 +60,9 @@ def compile_pattern(text: str, prefix: str = "") -> Callable[[str], bool]:
             f"a regular expression of a scope has at most {_LONGEST_PATTERN} characters, this one has {len(text)}; "
             "split it into several scopes"
         )
+    # Where Python's own limit is depends on what has been imported: some compilers raise it.
+    if _depth(text) > _DEEPEST_PATTERN:
+        raise ValueError(f"'{prefix}{text[:40]}...' is nested too deeply for a regular expression")
     try:
         pattern, tree = re.compile(text), _parser.parse(text)
     except (re.error, OverflowError) as error:

@@ -1,6 +1,7 @@
 """Patterns of scopes: they match as Python's do, in linear time, and what could take forever is refused."""
 
 import re
+import sys
 
 import pytest
 import torch
@@ -80,6 +81,7 @@ def test_work_grows_linearly_with_the_name(pattern, monkeypatch):
         ("(.)\\1.*.*.*.*.*x", "could take forever"),
         ("((a{1,99}){1,99}){1,99}", "may not repeat so much"),
         ("(" * 900 + "a" + ")" * 900, "nested too deeply"),
+        ("(" * 51 + "a" + ")" * 51, "nested too deeply"),
         ("a" * 3000, "at most 2000 characters"),
         ("a{99999999999999}", "is not a regular expression"),
         ("(", "is not a regular expression"),
@@ -89,3 +91,16 @@ def test_refused_with_the_path(pattern, part):
     section = {"algorithm": "magnitude_sparsity", "ignored_scopes": ["{re}" + pattern]}
     with pytest.raises(ConfigError, match=rf"ignored_scopes\.0: .*{part}"):
         create_compressed_model(torch.nn.Linear(2, 2), {"compression": section})
+
+
+@pytest.mark.parametrize("limit", [1000, 20_000])
+def test_the_limit_of_nesting_does_not_depend_on_what_has_been_imported(limit):
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(limit)
+    try:
+        with pytest.raises(ValueError, match="nested too deeply"):
+            compile_pattern("(" * 900 + "a" + ")" * 900)
+        assert compile_pattern("(" * 50 + "a" + ")" * 50)("a")
+        assert compile_pattern("(\\(|[(\\](]|[](])" * 60)("(" * 60)
+    finally:
+        sys.setrecursionlimit(before)
