@@ -27,7 +27,7 @@ class Progress:
     def __init__(self, controller: CompressionController) -> None:
         check_controller(controller)
         self.controller = controller
-        self.epochs_before = controller.scheduler.current_epoch + 1
+        self.start()
 
     def start(self) -> None:
         """Begins a training: its epoch 0 is the controller's next one."""
@@ -80,9 +80,9 @@ class Progress:
 
     def warn_if_unfinished(self, when: str) -> None:
         """Warns if the model is compressed less than the config asks for."""
-        stage = self.controller.compression_stage()
         if dist.is_available() and dist.is_initialized() and dist.get_rank() != 0:
             return  # once is enough
+        stage = self.controller.compression_stage()
         if stage != CompressionStage.FULLY_COMPRESSED:
             epoch = self.controller.scheduler.current_epoch
             logger.warning(

@@ -246,8 +246,8 @@ def _load_weights(model: nn.Module, folder: Path) -> None:
     except RuntimeError as error:
         raise StateError(f"the weights in '{folder}' are not those of this model: {error}") from error
     # Of tensors that share memory, files have the first alone.
-    loaded = {tensor.data_ptr() for name, tensor in model.state_dict().items() if name in weights}
     state = model.state_dict()
+    loaded = {tensor.data_ptr() for name, tensor in state.items() if name in weights}
     missing = [name for name in found.missing_keys if state[name].data_ptr() not in loaded]
     if missing or found.unexpected_keys:
         what, names = ("lack", missing) if missing else ("have", found.unexpected_keys)

@@ -31,6 +31,8 @@ PRUNING = {
     "params": {"pruning_target": 0.5, "pruning_steps": 2, "multiple_of": 1},
 }
 CONFIG = {"input_info": {"sample_size": [1, 1, 8, 8]}, "compression": [PRUNING, SPARSITY, QUANTIZATION]}
+# With an algorithm that has a loss of its own, see conftest.
+PENALTY = {"input_info": CONFIG["input_info"], "compression": [{**SPARSITY, "params": {}}, {"algorithm": "penalty"}]}
 
 
 def images(samples=SAMPLES):
@@ -82,6 +84,11 @@ def parameter_groups(model, decay):
     decayed = [p for n, p in named.items() if "_transforms." not in n and p.ndim > 1]
     others = [p for n, p in named.items() if "_transforms." in n or p.ndim <= 1]
     return [{"params": decayed, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
+
+
+def sgd(model):
+    """The optimizer of all loops."""
+    return torch.optim.SGD(parameter_groups(model, 1e-3), lr=0.05, momentum=0.9)
 
 
 def train(controller, model, optimizer, epochs, steps_per_epoch=6, micro_batches=2, batch=16, precision=None):

@@ -19,18 +19,17 @@ from compress_core.integrations import read_compression_state
 from compress_core.integrations.accelerate import CompressionCallback
 from tests.integrations.plain_loop import (
     CONFIG,
+    PENALTY,
     SPARSITY,
     Network,
     assert_same_state,
     compressed,
     images,
     masks_and_scales,
-    parameter_groups,
     saved_state,
+    sgd,
     train,
 )
-
-PENALTY = {"input_info": CONFIG["input_info"], "compression": [{**SPARSITY, "params": {}}, {"algorithm": "penalty"}]}
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +46,7 @@ class Loop:
         self.accelerator = Accelerator(cpu=True, gradient_accumulation_steps=micro_batches, **options)
         self.controller, self.network = compressed(Network, state, config)
         self.compression = CompressionCallback(self.controller, self.accelerator)
-        optimizer = torch.optim.SGD(parameter_groups(self.network, 1e-3), lr=0.05, momentum=0.9)
+        optimizer = sgd(self.network)
         loader = DataLoader(TensorDataset(*images()), 32 // micro_batches)
         self.model, self.optimizer, self.loader = self.accelerator.prepare(self.network, optimizer, loader)
 
@@ -72,7 +71,7 @@ class Loop:
 def test_ends_with_the_bits_of_the_plain_loop(precision):
     loop = Loop(mixed_precision=precision).run(0, 3)
     controller, plain = compressed()
-    optimizer = torch.optim.SGD(parameter_groups(plain, 1e-3), lr=0.05, momentum=0.9)
+    optimizer = sgd(plain)
     train(controller, plain, optimizer, 3, precision=torch.bfloat16 if precision == "bf16" else None)
     assert masks_and_scales(loop.network)
     assert_same_state(loop.network, plain)
@@ -84,7 +83,7 @@ def test_ends_with_the_bits_of_the_plain_loop(precision):
 def test_the_loss_of_algorithms_counts_once_for_each_step(micro_batches):
     loop = Loop(config=PENALTY, micro_batches=micro_batches).run(0, 3)
     controller, plain = compressed(config=PENALTY)
-    optimizer = torch.optim.SGD(parameter_groups(plain, 1e-3), lr=0.05, momentum=0.9)
+    optimizer = sgd(plain)
     train(controller, plain, optimizer, 3, micro_batches=micro_batches, batch=32 // micro_batches)
     assert_same_state(loop.network, plain)
     assert loop.controller.scheduler.current_step == 17

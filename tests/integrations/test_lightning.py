@@ -21,6 +21,7 @@ from compress_core.integrations import read_compression_state
 from compress_core.integrations.lightning import CompressionCallback
 from tests.integrations.plain_loop import (
     CONFIG,
+    PENALTY,
     SPARSITY,
     Network,
     assert_same_state,
@@ -29,10 +30,9 @@ from tests.integrations.plain_loop import (
     masks_and_scales,
     parameter_groups,
     saved_state,
+    sgd,
     train,
 )
-
-PENALTY = {"input_info": CONFIG["input_info"], "compression": [{**SPARSITY, "params": {}}, {"algorithm": "penalty"}]}
 
 
 @pytest.fixture(autouse=True)
@@ -102,7 +102,7 @@ def test_ends_with_the_bits_of_the_plain_loop(tmp_path, precision, returned):
     controller, network = compressed()
     trainer(tmp_path, CompressionCallback(controller), precision=precision).fit(Module(network, returned), loader())
     plain_controller, plain = compressed()
-    optimizer = torch.optim.SGD(parameter_groups(plain, 1e-3), lr=0.05, momentum=0.9)
+    optimizer = sgd(plain)
     train(plain_controller, plain, optimizer, 3, precision=torch.bfloat16 if precision == "bf16-mixed" else None)
     assert masks_and_scales(network)
     assert_same_state(network, plain)
@@ -119,7 +119,7 @@ def test_the_loss_of_algorithms_counts_once_for_each_step(tmp_path, kind):
     else:
         trainer(tmp_path, CompressionCallback(controller)).fit(Module(network, kind), loader())
     plain_controller, plain = compressed(config=PENALTY)
-    optimizer = torch.optim.SGD(parameter_groups(plain, 1e-3), lr=0.05, momentum=0.9)
+    optimizer = sgd(plain)
     micro = {"micro_batches": 1, "batch": 32} if kind == "manual" else {}
     train(plain_controller, plain, optimizer, 3, **micro)
     assert_same_state(network, plain)
@@ -189,7 +189,7 @@ def test_an_average_of_the_weights_keeps_the_masks(tmp_path):
     controller, network = compressed()
     trainer(tmp_path, Average(decay=0.5), CompressionCallback(controller)).fit(Module(network), loader())
     plain_controller, plain = compressed()
-    optimizer = torch.optim.SGD(parameter_groups(plain, 1e-3), lr=0.05, momentum=0.9)
+    optimizer = sgd(plain)
     train(plain_controller, plain, optimizer, 3)
     masks = {n: v for n, v in masks_and_scales(plain).items() if "mask" in n}
     assert masks and all(torch.equal(network.state_dict()[name], mask) for name, mask in masks.items())

@@ -17,6 +17,7 @@ from compress_core.integrations.transformers import CompressionCallback, load_co
 from compress_core.transforms.weight import raw_parameter
 from tests.integrations.plain_loop import (
     CONFIG,
+    PENALTY,
     SPARSITY,
     Labelled,
     Network,
@@ -24,12 +25,10 @@ from tests.integrations.plain_loop import (
     compressed,
     images,
     masks_and_scales,
-    parameter_groups,
     saved_state,
+    sgd,
     train,
 )
-
-PENALTY = {"input_info": CONFIG["input_info"], "compression": [{**SPARSITY, "params": {}}, {"algorithm": "penalty"}]}
 
 
 class Images(Dataset):
@@ -66,10 +65,6 @@ def trainer(model, folder, optimizer=None, kind=InOrder, epochs=3, **options):
     )
     constant = None if optimizer is None else torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
     return kind(model=model, args=args, train_dataset=Images(), optimizers=(optimizer, constant), **passed)
-
-
-def sgd(model):
-    return torch.optim.SGD(parameter_groups(model, 1e-3), lr=0.05, momentum=0.9)
 
 
 @pytest.mark.parametrize("precision", [None, torch.bfloat16])
