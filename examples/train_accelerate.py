@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -24,18 +25,7 @@ from examples.common.networks import demo_network
 from examples.common.training import accuracy
 from examples.common.training import train as train_without_accelerate
 
-CONFIG = {
-    "input_info": {"sample_size": [1, 1, 8, 8]},
-    "compression": [
-        {
-            "algorithm": "magnitude_sparsity",
-            "sparsity_init": 0.5,
-            "params": {"sparsity_target": 0.8, "sparsity_target_epoch": 3},
-            "initializer": {"batchnorm_adaptation": {"num_bn_adaptation_samples": 512}},
-        },
-        {"algorithm": "quantization", "initializer": {"range": {"num_init_samples": 256}}},
-    ],
-}
+CONFIG = Path(__file__).parent / "configs" / "sparse_8bit.json"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
@@ -25,18 +26,7 @@ from examples.common.datasets import digits
 from examples.common.networks import demo_network
 from examples.common.training import accuracy
 
-CONFIG = {
-    "input_info": {"sample_size": [1, 1, 8, 8]},
-    "compression": [
-        {
-            "algorithm": "magnitude_sparsity",
-            "sparsity_init": 0.5,
-            "params": {"sparsity_target": 0.8, "sparsity_target_epoch": 3},
-            "initializer": {"batchnorm_adaptation": {"num_bn_adaptation_samples": 512}},
-        },
-        {"algorithm": "quantization", "initializer": {"range": {"num_init_samples": 256}}},
-    ],
-}
+CONFIG = Path(__file__).parent / "configs" / "sparse_8bit.json"
 
 
 class Classifier(pl.LightningModule):

@@ -24,18 +24,7 @@ from compress_core import create_compressed_model, register_default_init_args
 from compress_core.integrations.transformers import CompressionCallback
 from examples.common.datasets import digits
 
-CONFIG = {
-    "input_info": {"sample_size": [1, 1, 8, 8], "keyword": "pixel_values"},
-    "compression": [
-        {
-            "algorithm": "magnitude_sparsity",
-            "sparsity_init": 0.5,
-            "params": {"sparsity_target": 0.8, "sparsity_target_epoch": 3},
-            "initializer": {"batchnorm_adaptation": {"num_bn_adaptation_samples": 512}},
-        },
-        {"algorithm": "quantization", "initializer": {"range": {"num_init_samples": 256}}},
-    ],
-}
+CONFIG = Path(__file__).parent / "configs" / "sparse_8bit.json"
 
 
 class Digits(Dataset):
