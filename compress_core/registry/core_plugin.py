@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from compress_core.contract.choices import Choice, ChoicePoint, callable_choice
 from compress_core.contract.hookspecs import hookimpl
 from compress_core.contract.schedules import exponential_level
+from compress_core.export import Exporter, OnnxExporter, OpenVinoExporter, TensorRtExporter
 
 
 def exponential(initial: float, target: float, duration: float) -> Callable[[float], float]:
@@ -31,11 +31,21 @@ def compress_choice_points() -> list[ChoicePoint]:
             "named after, without overload: `my_library.my_operator`",
             callable_choice,
         ),
+        ChoicePoint(
+            "export.target",
+            "an instance of a class derived from compress_core.export.Exporter, which writes the file of "
+            "controller.export(path, target=...), runs it and compares it with torch",
+            lambda value: None if isinstance(value, Exporter) else f"must be an Exporter, got {type(value).__name__}",
+        ),
     ]
 
 
 @hookimpl
 def compress_choices() -> list[Choice]:
-    """Returns the level schedule that sparsity and pruning share."""
-    choices: list[tuple[str, Any]] = [("exponential", exponential)]
-    return [Choice("level_schedule", name, function) for name, function in choices]
+    """Returns the level schedule that sparsity and pruning share, and the runtimes that files are written for."""
+    return [
+        Choice("level_schedule", "exponential", exponential),
+        Choice("export.target", "onnxruntime", OnnxExporter(), "ONNX files for ONNX Runtime"),
+        Choice("export.target", "openvino", OpenVinoExporter(), "ONNX files and IR for OpenVINO"),
+        Choice("export.target", "tensorrt", TensorRtExporter(), "ONNX files for TensorRT"),
+    ]

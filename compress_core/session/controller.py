@@ -8,6 +8,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import nn
 from compress_core.batchnorm.report import AdaptationReport
 from compress_core.contract.algorithm import Algorithm
 from compress_core.contract.batch import Batch
+from compress_core.contract.choices import choices_of
 from compress_core.contract.clock import Clock
 from compress_core.contract.context import Context
 from compress_core.contract.ledger import Ledger
@@ -25,8 +27,8 @@ from compress_core.data.examples import examples_of
 from compress_core.data.forwards import without_traces
 from compress_core.data.rng import preserved_rng
 from compress_core.errors import CompressionError, UsageError
-from compress_core.export import ExportReport, ExportTarget
-from compress_core.export import onnx as export
+from compress_core.export import Exporter, ExportJob, ExportReport, Options
+from compress_core.export.exporter import Copies, check_path, chosen_target
 from compress_core.export.inputs import inputs_of
 from compress_core.export.references import references_of
 from compress_core.session.agreement import refuse_sharded
@@ -288,6 +290,59 @@ class CompressionController:
         self._stripped = not do_copy and source is self.model
         return stripped
 
+    def export(
+        self,
+        path: str | os.PathLike[str],
+        args: Any = None,
+        *,
+        target: str | None = None,
+        tolerance: float | None = None,
+        opset: int | None = None,
+        input_names: Sequence[str] | None = None,
+        output_names: Sequence[str] | None = None,
+        dynamic_batch: bool = True,
+        verify: bool = True,
+    ) -> ExportReport:
+        """Writes the compressed model to a file for a runtime, after running it there and comparing it with torch.
+
+        Without quantization the file contains the plain model that `strip` returns; with quantization, integer weights
+        and the scales that the model has been trained with. The model is not changed.
+
+        Args:
+            path: The file; an existing file is replaced only after everything else has succeeded.
+            args: Arguments of forward: a tensor, a tuple, or a dict of keyword arguments. By default a batch of the
+                data that the model was created with, or `input_info`. Pass realistic inputs, so that the comparison
+                is meaningful.
+            target: Name of the runtime, a choice at `export.target`: `onnxruntime`, or what plugins add. By default
+                the runtime that the config's `target_device` names, if it reads such files, and else the first that
+                does.
+            tolerance: Largest allowed mean absolute difference between the runtime and torch, divided by the mean
+                absolute output of torch. It applies to each output, with the runtime's graph optimizations on and off.
+                By default 0.05, or more if roundings that add up are the only reason: then each layer agrees within a
+                step of its quantizer on torch's own activations, and a warning and a note in the report say so.
+            opset: Version of ONNX's default operator set, at least 21; by default 21. Only for ONNX files.
+            input_names: Names of the inputs, in order; by default those of forward's arguments.
+            output_names: Names of the outputs.
+            dynamic_batch: Whether the file accepts any batch size. If the model does not, or computes something else
+                on others, the file takes the batch size of `args` only, with a warning and a note in the report.
+            verify: Whether to compare with torch, on two batch sizes, before the file is written.
+
+        Returns:
+            The result of the comparison.
+
+        Raises:
+            ExportError: A package is missing (the message names the extra), the model cannot be exported, or the
+                difference is larger than the tolerance. No file is left then.
+            FileError: The file cannot be written; an existing one is as it was.
+            DataError: There is no example input.
+            UsageError: An option has an invalid value.
+        """
+        options = Options(tolerance, opset, input_names, output_names, dynamic_batch, verify)
+        exporters = {name: choice.value for name, choice in choices_of("export.target").items()}
+        device = self.context.config.root.target_device
+        name = chosen_target(exporters, target, Path(path), device)
+        return self._export(path, args, name, options, "export")
+
     def export_onnx(
         self,
         path: str | os.PathLike[str],
@@ -331,23 +386,32 @@ class CompressionController:
             DataError: There is no example input.
             UsageError: An option has an invalid value.
         """
+        options = Options(tolerance, opset, input_names, output_names, dynamic_batch, verify)
+        return self._export(path, args, "onnxruntime", options, "export_onnx")
+
+    def _export(
+        self, path: str | os.PathLike[str], args: Any, name: str, options: Options, caller: str
+    ) -> ExportReport:
         lifecycle = self._inspected
-        options = export.Options(tolerance, opset, input_names, output_names, dynamic_batch, verify)
-        export.check_extras()
-        target = export.check_path(path)
-        example = self.context.example("export_onnx") if args is None else examples_of(args)[0]
+        exporter: Exporter = choices_of("export.target")[name].value
+        target = exporter.target(name, options)
+        exporter.check_installed()
+        file = check_path(path)
+        example = self.context.example(caller) if args is None else examples_of(args)[0]
         model = self._copy_for_export()
         inputs = inputs_of(example, model)
         model.cpu()
         with without_traces(self.model, parameters=False):
-            references = references_of(model, inputs, is_dynamic=dynamic_batch)
-            rewrites = lifecycle.export(model, ExportTarget("onnx", opset))
+            references = references_of(model, inputs, is_dynamic=options.dynamic_batch)
+            rewrites = tuple(lifecycle.export(model, target))
             bake_transforms(model)
+            device = self.context.config.root.target_device
             names = tuple(self.algorithms)
-            return export.export(model, target, references, self._copies_for_comparison, rewrites, names, options)
+            job = ExportJob(model, file, references, self._copies_for_comparison, rewrites, names, device, options)
+            return exporter.export(job)
 
-    def _copies_for_comparison(self) -> export.Copies:
-        copies = export.Copies(self._copy_for_export().cpu(), self._copy_for_export().cpu())
+    def _copies_for_comparison(self) -> Copies:
+        copies = Copies(self._copy_for_export().cpu(), self._copy_for_export().cpu())
         self._inspected.strip_unexported(copies.stripped)
         return copies
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from compress_core import DataError, ExportError, UsageError, create_compressed_model
-from compress_core.export import onnx as export_module
+from compress_core.export import exporter as export_module
 from tests.conftest import ROOT
 from tests.onnx_helpers import File, create
 from tests.plugins.quantization.export_helpers import agrees, relative
@@ -268,7 +268,7 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
 @pytest.mark.parametrize("missing", ["onnx", "onnxscript", "onnxruntime"])
 def test_a_missing_package_is_named_with_the_command_that_installs_it(missing, tmp_path, monkeypatch):
     monkeypatch.setattr(export_module, "find_spec", lambda name: None if name == missing else object())
-    with pytest.raises(ExportError, match=rf"ONNX export needs {missing}: pip install 'compress-core\[onnx\]'"):
+    with pytest.raises(ExportError, match=rf"ONNX: the export needs {missing}: pip install 'compress-core\[onnx\]'"):
         small().export_onnx(tmp_path / "model.onnx", images(8))
 
 

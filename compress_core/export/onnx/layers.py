@@ -11,8 +11,9 @@ from __future__ import annotations
 import ast
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,10 +22,8 @@ import torch
 from torch import nn
 
 from compress_core.export.inputs import Inputs
-from compress_core.export.references import output_tensors
-from compress_core.transforms import activation_transforms
+from compress_core.export.recording import Call, recorded
 from compress_core.transforms.generated import ACTIVATIONS_ATTRIBUTE
-from compress_core.transforms.python_state import copied
 
 Array = npt.NDArray[Any]
 
@@ -35,7 +34,6 @@ _MOST_STEPS = 0.75
 # bfloat16 and float16 round a value of 255 steps by up to half a step themselves, before it is quantized.
 _MOST_STEPS_OF_HALF = 2.0
 _HALF = 0.5 + 1e-3  # of a step
-_TINY = 1e-300
 _OFF_GRID = 0.05  # of a step: float32 represents multiples of a scale with an error of 1e-5 steps
 
 
@@ -58,19 +56,6 @@ class Quantizer:
     axis: int
 
 
-@dataclass(frozen=True)
-class Call:
-    """A call of an activation transform in torch.
-
-    Attributes:
-        given: Its argument.
-        returned: Its result.
-    """
-
-    given: torch.Tensor
-    returned: torch.Tensor
-
-
 def quantizers_of(graph: Any) -> list[Quantizer]:
     """Returns the quantizers of activations in a graph that was just exported, an `onnx_ir.Model`."""
     found = []
@@ -84,69 +69,6 @@ def quantizers_of(graph: Any) -> list[Quantizer]:
         scopes = tuple(ast.literal_eval(node.metadata_props[_SCOPES]))
         found.append(Quantizer(node, scopes, scale, zero_point, node.attributes.get_int("axis", 1)))
     return found
-
-
-@dataclass(frozen=True)
-class Recorded:
-    """A forward in torch.
-
-    Attributes:
-        names: Every name of every transform of activations -> its first name (it may be at several places).
-        calls: First name -> its calls, in their order.
-        outputs: The output tensors.
-    """
-
-    names: Mapping[str, str]
-    calls: Mapping[str, list[Call]]
-    outputs: tuple[torch.Tensor, ...]
-
-
-def recorded(model: nn.Module, inputs: Inputs) -> Recorded:
-    """Runs a model and records what each activation transform is given and returns.
-
-    Args:
-        model: A copy of the compressed model, in eval mode on the CPU.
-        inputs: The arguments of its forward.
-    """
-    transforms = {id(handle.transform) for handle in activation_transforms(model)}
-    first: dict[int, str] = {}
-    names: dict[str, str] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if id(module) in transforms:
-            names[name] = first.setdefault(id(module), name)
-    found: dict[str, list[Call]] = defaultdict(list)
-
-    def hook(name: str) -> Callable[[nn.Module, Any, torch.Tensor], None]:
-        return lambda module, args, output: found[name].append(Call(args[0].clone(), output.clone()))
-
-    for name, module in model.named_modules():
-        if id(module) in transforms:  # which then neither overwrites its input nor computes the function before it
-            module.register_forward_hook(hook(name))
-    given = inputs.copied()
-    with torch.no_grad():
-        result = model(*given.args, **given.kwargs)
-    return Recorded(names, found, output_tensors(result))
-
-
-def unrounded_difference(model: nn.Module, other: nn.Module, inputs: Inputs) -> float:
-    """Returns how the outputs of two models differ without transforms of activations, relative to their magnitude.
-
-    In float64, and without quantizers, nothing amplifies roundings: models that compute the same agree.
-
-    Args:
-        model: A copy of the compressed model, in eval mode on the CPU; it is changed.
-        other: Another one, with as many outputs; it is changed.
-        inputs: The arguments of their forward.
-    """
-    for one in (model, other):
-        for handle in activation_transforms(one):
-            handle.remove()
-    try:
-        found = [recorded(copied(one).double(), inputs.to_double()).outputs for one in (model, other)]
-    except RuntimeError:  # the forward names a dtype
-        found = [recorded(one, inputs).outputs for one in (model, other)]
-    pairs = [(a.double(), b.double()) for a, b in zip(*found, strict=True) if a.numel()]
-    return max((float((a - b).abs().mean() / a.abs().mean().clamp_min(_TINY)) for a, b in pairs), default=0.0)
 
 
 @dataclass(frozen=True)
@@ -175,12 +97,12 @@ class Cut:
     """A graph cut behind its quantizers.
 
     Attributes:
-        serialized: The graph; it reads the integers behind each quantizer, and returns them after its own outputs.
+        path: The graph; it reads the integers behind each quantizer, and returns them after its own outputs.
         parts: What torch computes, in the order of these outputs.
         outputs: The outputs of the model in torch, computed from the integers of `parts`.
     """
 
-    serialized: bytes
+    path: Path
     parts: tuple[Part, ...]
     outputs: tuple[torch.Tensor, ...]
 
@@ -202,11 +124,11 @@ class Cut:
         return found
 
 
-def cut(serialized: bytes, quantizers: Sequence[Quantizer], model: nn.Module, inputs: Inputs) -> Cut | None:
+def cut(path: Path, quantizers: Sequence[Quantizer], model: nn.Module, inputs: Inputs) -> Cut | None:
     """Cuts a graph behind its quantizers.
 
     Args:
-        serialized: The graph.
+        path: The graph's file; the cut one is written beside it.
         quantizers: What `quantizers_of` has found in it.
         model: A copy of the compressed model of the sizes that the graph has, in eval mode on the CPU.
         inputs: The batch.
@@ -232,7 +154,7 @@ def cut(serialized: bytes, quantizers: Sequence[Quantizer], model: nn.Module, in
         return None
     parts = [_part(quantizer, *calls[id(quantizer)]) for quantizer in left if id(quantizer) in calls]
     feeds = {part.name: part.integers for part in parts}
-    return Cut(_cut(serialized, feeds), tuple(parts), forward.outputs)
+    return Cut(_cut(path, feeds), tuple(parts), forward.outputs)
 
 
 def _distinct(calls: Sequence[Call], number: int) -> Sequence[Call]:
@@ -282,10 +204,10 @@ def _in_steps(quantizer: Quantizer, tensor: torch.Tensor) -> Array:
     return steps
 
 
-def _cut(serialized: bytes, feeds: Mapping[str, Array]) -> bytes:
+def _cut(path: Path, feeds: Mapping[str, Array]) -> Path:
     import onnx  # noqa: PLC0415 - an extra
 
-    model = onnx.load_from_string(serialized)
+    model = onnx.load(path, load_external_data=False)
     graph = model.graph
     for node in graph.node:
         if node.output and node.output[0] in feeds:
@@ -298,8 +220,9 @@ def _cut(serialized: bytes, feeds: Mapping[str, Array]) -> bytes:
         shape = [None] * array.ndim
         graph.input.append(onnx.helper.make_tensor_value_info(name, kind, shape))
         graph.output.append(onnx.helper.make_tensor_value_info(name + _MADE, kind, shape))
-    result: bytes = model.SerializeToString()
-    return result
+    written = path.with_name("cut.onnx")  # in the folder of the weights, if these have a file of their own
+    onnx.save(model, written)
+    return written
 
 
 def _place(name: str, number: int | None) -> str:

@@ -1,0 +1,189 @@
+"""Exports a prepared model to an ONNX file: exports the graph, applies rewrites, verifies it, and writes it."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from compress_core.errors import ExportError, UsageError
+from compress_core.export.agreement import DisagreementError
+from compress_core.export.exporter import Exporter, ExportJob, Options
+from compress_core.export.onnx.cleaning import drop_what_is_unused, forget_the_machine
+from compress_core.export.onnx.layers import Cut, cut, quantizers_of
+from compress_core.export.onnx.names import name_inputs_and_outputs
+from compress_core.export.onnx.precision import compute_in_float32
+from compress_core.export.onnx.program import exported_graph
+from compress_core.export.onnx.verification import verified
+from compress_core.export.references import Reference, return_only_tensors
+from compress_core.export.report import ExportReport
+from compress_core.export.runtimes.onnxruntime import OnnxRuntime
+from compress_core.export.runtimes.runtime import Runtime
+from compress_core.export.target import ExportTarget
+from compress_core.files import replaced_file
+
+logger = logging.getLogger(__name__)
+
+METADATA_KEY = "compress_core.export"
+_OLDEST_OPSET = 21  # DequantizeLinear of int32, of 16 bits, and of any floating-point type
+_TOLERANCE = 0.05
+_LARGEST_FILE = 2**31 - 1  # the limit of protobuf
+
+
+class OnnxExporter(Exporter):
+    """Writes ONNX files and runs them in ONNX Runtime; the base of what other readers of ONNX files need.
+
+    If the model cannot be exported for any batch size, or computes something else on others, the file takes the batch
+    size of the example only; the report and a warning say so.
+    """
+
+    name: ClassVar[str] = "ONNX"
+    format: ClassVar[str] = "onnx"
+    suffixes: ClassVar[tuple[str, ...]] = (".onnx",)
+    devices: ClassVar[tuple[str, ...]] = ("ANY", "CPU", "onnxruntime-cpu")
+    packages: ClassVar[tuple[str, ...]] = ("onnx", "onnxscript", "onnxruntime")
+    extra: ClassVar[str] = "onnx"
+
+    runtime: Runtime = OnnxRuntime()
+
+    def target(self, name: str, options: Options) -> ExportTarget:
+        """Returns what algorithms are told; see `Exporter.target`."""
+        opset = _OLDEST_OPSET if options.opset is None else options.opset
+        if isinstance(opset, bool) or not isinstance(opset, int) or opset < _OLDEST_OPSET:
+            raise UsageError(f"opset: {opset!r}: quantized models need an integer of {_OLDEST_OPSET} or more")
+        return ExportTarget(self.format, opset, name)
+
+    def export(self, job: ExportJob) -> ExportReport:
+        """Writes the file; see `Exporter.export`."""
+        return_only_tensors(job.model)
+        with tempfile.TemporaryDirectory() as folder:
+            run = _Run(job, self, self.target("", job.options).opset, Path(folder) / "model.onnx")
+            graph, report = self._made(run)
+            return _written(job.path, graph, report)
+
+    def check_graph(self, graph: Any, job: ExportJob) -> tuple[str, ...]:
+        """Checks what the runtime demands of a graph, beside running it.
+
+        Args:
+            graph: An `onnx_ir.Model`.
+            job: What is exported.
+
+        Returns:
+            What to say about it in the report.
+
+        Raises:
+            ExportError: The runtime would refuse the graph, or compute something else.
+        """
+        return ()
+
+    @staticmethod
+    def _made(run: _Run) -> tuple[Any, ExportReport]:
+        references = run.job.references
+        reason = references.reason
+        if references.resized:
+            try:
+                return run.made(references.resized, is_dynamic=True)
+            except ExportError as error:
+                if isinstance(error, DisagreementError) and error.batch_size == references.resized[0].inputs.batch_size:
+                    raise
+                reason = error.found if isinstance(error, DisagreementError) else str(error)
+        return run.made([references.own], is_dynamic=False, notes=_fixed(references.own, reason))
+
+
+def _fixed(own: Reference, reason: str) -> tuple[str, ...]:
+    """Returns what to say about a file for one batch size, if any batch size was wanted."""
+    size = own.inputs.batch_size
+    return (f"takes batches of {size} only, because {reason}",) if reason else ()
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One export.
+
+    Attributes:
+        job: What is exported.
+        exporter: For what.
+        opset: Version of the operator set.
+        file: Where the file is written before it is verified.
+    """
+
+    job: ExportJob
+    exporter: OnnxExporter
+    opset: int
+    file: Path
+
+    def made(
+        self, references: Sequence[Reference], *, is_dynamic: bool, notes: tuple[str, ...] = ()
+    ) -> tuple[Any, ExportReport]:
+        """Returns the graph and its report, after comparing it with the references; exported is the first of these."""
+        job, options, inputs = self.job, self.job.options, references[0].inputs
+        graph = exported_graph(job.model, inputs, opset=self.opset, is_dynamic=is_dynamic)
+        quantizers = quantizers_of(graph)
+        forget_the_machine(graph)
+        replaced = compute_in_float32(graph, with_double=_has_double_weights(job.model))
+        for rewrite in job.rewrites:
+            rewrite(graph)
+        drop_what_is_unused(graph)
+        name_inputs_and_outputs(graph, options.input_names, options.output_names)
+        rules = self.exporter.check_graph(graph, job)
+        report = ExportReport(
+            opset=self.opset,
+            algorithms=job.algorithms,
+            tolerance=_TOLERANCE if options.tolerance is None else options.tolerance,
+            inputs=tuple(str(value.name) for value in graph.graph.inputs),
+            outputs=tuple(str(value.name) for value in graph.graph.outputs),
+            operators=dict(sorted(Counter(node.op_type for node in graph.graph).items())),
+            notes=(*notes, *_notes(references[0], replaced), *rules),
+        )
+        if options.verify:
+            self.file.write_bytes(_serialized(graph))
+
+            def cut_for(reference: Reference) -> Cut | None:
+                stripped = job.copies().checked(reference.inputs).stripped
+                return cut(self.file, quantizers, stripped, reference.inputs)
+
+            runtime = self.exporter.runtime
+            report = verified(report, runtime, self.file, references, cut_for, options.tolerance is not None)
+        return graph, report
+
+
+def _notes(reference: Reference, replaced: Sequence[str]) -> Iterator[str]:
+    if replaced:
+        kinds = " and ".join(replaced)
+        yield f"computes in float32, inputs and outputs included, where the model computes in {kinds}"
+    if constants := reference.inputs.constants():
+        yield f"holds as constants what is no tensor: {', '.join(constants)}"
+    if reference.dropped:
+        yield f"leaves out what is no tensor: {', '.join(reference.dropped)}"
+
+
+def _has_double_weights(model: nn.Module) -> bool:
+    return any(parameter.dtype == torch.float64 for parameter in model.parameters())
+
+
+def _written(path: Path, graph: Any, report: ExportReport) -> ExportReport:
+    for note in report.notes:
+        logger.warning("%s %s", path, note)
+    graph.metadata_props[METADATA_KEY] = report.to_json()
+    serialized = _serialized(graph)
+    with replaced_file(path) as file:
+        file.write(serialized)
+    return replace(report, path=str(path), size=len(serialized))
+
+
+def _serialized(graph: Any) -> bytes:
+    import onnx_ir  # noqa: PLC0415 - an extra
+
+    proto = onnx_ir.to_proto(graph)
+    size = proto.ByteSize()
+    if size > _LARGEST_FILE:
+        raise ExportError(f"the model takes {size / 1e9:.1f} GB, and one ONNX file holds 2 GB at most")
+    serialized: bytes = proto.SerializeToString()
+    return serialized

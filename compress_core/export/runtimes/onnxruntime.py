@@ -1,0 +1,100 @@
+"""ONNX Runtime on the CPU."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from compress_core.export.runtimes.runtime import Array, Executed, Port, Runtime, RuntimeSession
+
+# What its types are called, as far as files of ours have inputs of them.
+_DTYPES: dict[str, Any] = {
+    "tensor(float)": np.float32,
+    "tensor(double)": np.float64,
+    "tensor(float16)": np.float16,
+    "tensor(bool)": np.bool_,
+    **{f"tensor({name})": name for name in ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32")},
+}
+# Kernels that multiply integers. `MatMulIntegerToFloat` and `DynamicQuantizeMatMul` return floating-point numbers.
+_INTEGER = ("QLinear", "QGemm", "ConvInteger", "MatMulInteger", "DynamicQuantize", "QAttention")
+
+
+class OnnxRuntime(Runtime):
+    """ONNX Runtime with its CPU provider."""
+
+    name: ClassVar[str] = "ONNX Runtime"
+    package: ClassVar[str] = "onnxruntime"
+    extra: ClassVar[str] = "onnx"
+
+    @property
+    def label(self) -> str:
+        """Name and version."""
+        import onnxruntime  # noqa: PLC0415 - an extra
+
+        return f"{self.name} {onnxruntime.__version__}"
+
+    def load(
+        self, path: Path, *, optimized: bool = True, threads: int | None = None, profile: bool = False
+    ) -> _Session:
+        """Loads a file; see `Runtime.load`."""
+        return _Session(path, optimized, threads, profile)
+
+    def optimized_graph(self, path: Path) -> Any:
+        """Returns the graph that the runtime executes after optimizing a file, an `onnx.GraphProto` without weights."""
+        import onnx  # noqa: PLC0415 - an extra
+
+        with tempfile.TemporaryDirectory() as folder:
+            saved = Path(folder) / "optimized.onnx"
+            _Session(path, True, None, False, save_to=saved)
+            return onnx.load(saved, load_external_data=False).graph
+
+
+class _Session(RuntimeSession):
+    def __init__(
+        self, path: Path, optimized: bool, threads: int | None, profile: bool, *, save_to: Path | None = None
+    ) -> None:
+        import onnxruntime  # noqa: PLC0415 - an extra
+
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3  # errors only, because its warnings about saved graphs do not concern users
+        options.intra_op_num_threads = threads or torch.get_num_threads()
+        level = onnxruntime.GraphOptimizationLevel
+        options.graph_optimization_level = level.ORT_ENABLE_ALL if optimized else level.ORT_DISABLE_ALL
+        if save_to is not None:
+            options.optimized_model_filepath = str(save_to)
+        self._folder = tempfile.TemporaryDirectory() if profile else None
+        if self._folder is not None:
+            options.enable_profiling = True
+            options.profile_file_prefix = str(Path(self._folder.name) / "profile")
+        self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        self.inputs = tuple(
+            Port(entry.name, np.dtype(_DTYPES.get(entry.type, np.float32))) for entry in self._session.get_inputs()
+        )
+        self.outputs = tuple(entry.name for entry in self._session.get_outputs())
+
+    def run(self, feeds: Mapping[str, Array]) -> list[Array]:
+        """Returns the outputs for these inputs."""
+        outputs: list[Array] = self._session.run(None, dict(feeds))
+        return outputs
+
+    def executed(self, feeds: Mapping[str, Array]) -> list[Executed]:
+        """Runs the file and returns what was executed, from the session's profile; this works once."""
+        assert self._folder is not None, "the session was not loaded with profile=True"
+        self._session.run(None, dict(feeds))
+        text = Path(self._session.end_profiling()).read_text(encoding="utf-8")
+        self._folder.cleanup()
+        found = []
+        for event in json.loads(text):
+            name = str(event.get("name", ""))
+            if event.get("cat") != "Node" or not name.endswith("_kernel_time"):
+                continue
+            operator = str(event["args"].get("op_name", ""))
+            name = name.removesuffix("_kernel_time")
+            found.append(Executed(name, (name,), operator, operator.startswith(_INTEGER), float(event["dur"])))
+        return found

@@ -1,0 +1,103 @@
+"""`Runtime`: a program that executes exported files, as the core needs it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Port:
+    """An input of a file.
+
+    Attributes:
+        name: Its name.
+        dtype: What it takes; float32 also for tensors of other floating-point types.
+    """
+
+    name: str
+    dtype: np.dtype[Any]
+
+
+@dataclass(frozen=True)
+class Executed:
+    """An operator that a runtime has executed.
+
+    Attributes:
+        name: Its name in the runtime, which usually begins with that of a node of the file.
+        nodes: Names of the nodes of the file that it computes, as far as the runtime says.
+        operator: The runtime's operator or kernel.
+        is_integer: Whether it multiplies integers.
+        microseconds: How long it took in one run.
+    """
+
+    name: str
+    nodes: tuple[str, ...]
+    operator: str
+    is_integer: bool
+    microseconds: float
+
+
+class RuntimeSession(ABC):
+    """A file that is loaded in a runtime.
+
+    Attributes:
+        inputs: Its inputs, in order.
+        outputs: Names of its outputs, in order.
+    """
+
+    inputs: tuple[Port, ...]
+    outputs: tuple[str, ...]
+
+    @abstractmethod
+    def run(self, feeds: Mapping[str, Array]) -> list[Array]:
+        """Returns the outputs for these inputs."""
+
+    @abstractmethod
+    def executed(self, feeds: Mapping[str, Array]) -> list[Executed]:
+        """Runs the file and returns the operators that were executed, from the runtime's own profile."""
+
+
+class Runtime(ABC):
+    """A program that executes exported files.
+
+    Attributes:
+        name: Its name for messages.
+        package: The package that it needs, as it is imported.
+        extra: The extra of compress-core that installs it.
+    """
+
+    name: ClassVar[str]
+    package: ClassVar[str]
+    extra: ClassVar[str]
+
+    @property
+    @abstractmethod
+    def label(self) -> str:
+        """Name and version."""
+
+    @abstractmethod
+    def load(
+        self, path: Path, *, optimized: bool = True, threads: int | None = None, profile: bool = False
+    ) -> RuntimeSession:
+        """Loads a file.
+
+        Args:
+            path: The file.
+            optimized: Whether the runtime may optimize the graph; a runtime that always does ignores it.
+            threads: Number of threads; None for the number that torch uses.
+            profile: Whether `executed` will be called.
+        """
+
+    @property
+    def levels(self) -> tuple[bool, ...]:
+        """The values of `optimized` that make a difference."""
+        return (False, True)
