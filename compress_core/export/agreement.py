@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 
 from compress_core.errors import ExportError
-from compress_core.export.report import Agreement
+from compress_core.export.report import Agreement, ExportReport
 
 _LEVELS = 255  # steps of an 8-bit grid
 
@@ -22,12 +22,14 @@ class DisagreementError(ExportError):
     Attributes:
         batch_size: Number of samples in the batch.
         found: What was found, without advice.
+        report: What was measured so far, or None.
     """
 
-    def __init__(self, batch_size: int, found: str, advice: str = "") -> None:
+    def __init__(self, batch_size: int, found: str, advice: str = "", report: ExportReport | None = None) -> None:
         super().__init__(found + advice)
         self.batch_size = batch_size
         self.found = found
+        self.report = report
 
 
 class RunError(DisagreementError):

@@ -21,6 +21,7 @@ from compress_core.export.report import ExportReport
 from compress_core.export.target import ExportTarget, GraphRewrite
 from compress_core.transforms.python_state import copied
 
+_FOR_ANY = ("ANY", "TRIAL")  # made for no runtime in particular
 _STRIPPED = 1e-3  # of the mean absolute output: what a model may change by being stripped, in float64
 
 
@@ -34,6 +35,7 @@ class Options:
     output_names: Sequence[str] | None = None
     dynamic_batch: bool = True
     verify: bool = True
+    by_layer: bool = False
 
     def __post_init__(self) -> None:
         if self.tolerance is not None and not (isinstance(self.tolerance, (int, float)) and self.tolerance >= 0):
@@ -101,7 +103,7 @@ class Exporter(ABC):
         name: Name of the runtime for messages.
         format: `ExportTarget.format`.
         suffixes: Endings of the files that it writes, the usual one first.
-        devices: Values of `target_device` whose grids are made for it.
+        devices: Values of `target_device` whose grids are made for it, the one that names this runtime last.
         packages: Packages that it needs, as they are imported.
         extra: The extra of compress-core that installs them.
     """
@@ -138,6 +140,21 @@ class Exporter(ABC):
         if options.opset is not None:
             raise UsageError(f"opset: {options.opset!r}: only ONNX files have one; leave it out for target '{name}'")
         return ExportTarget(self.format, 0, name)
+
+    def made_for_another(self, job: ExportJob) -> tuple[str, ...]:
+        """Returns what to say about a model whose quantizers were placed for another runtime."""
+        device = job.target_device
+        if not self.devices or device in (*self.devices, *_FOR_ANY):
+            return ()
+        return (
+            f"was created for target_device '{device}', whose quantizers have the grids and the places of that device; "
+            f'for {self.name} create the model with "target_device": "{self.devices[-1]}"',
+        )
+
+    def remedy(self, job: ExportJob) -> str:
+        """Returns what to do about layers that are not computed in integers."""
+        device = self.devices[-1] if self.devices else job.target_device
+        return f'; "target_device": "{device}" places quantizers for it' if device != job.target_device else ""
 
     @abstractmethod
     def export(self, job: ExportJob) -> ExportReport:

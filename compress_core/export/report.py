@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -39,6 +39,46 @@ class Agreement:
 
 
 @dataclass(frozen=True)
+class Work:
+    """A layer that multiplies matrices, and how the runtime computes it.
+
+    Attributes:
+        place: Name of the module that it was exported from, or of the file's node.
+        operator: The file's operator.
+        macs: Its multiplications on the batch that was compared; None if they are not known.
+        is_quantized: Whether an input or the weight is quantized in the file.
+        is_integer: Whether the runtime multiplies integers.
+        kernel: The runtime's name of what it executed; empty if it does not say.
+        reason: Why it does not multiply integers.
+    """
+
+    place: str
+    operator: str
+    macs: int | None
+    is_quantized: bool
+    is_integer: bool
+    kernel: str = ""
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class LayerAgreement:
+    """The difference between runtime and torch at one quantizer of an activation.
+
+    Attributes:
+        place: Module and which of its tensors.
+        steps: Largest distance of what the runtime computes from torch's own activations, in steps of the quantizer
+            from the value that torch rounds: up to 0.5 is rounding. Infinite if the scale is another one.
+        accumulated: Mean difference between the integers in torch and in the file that runs as a whole, in steps:
+            what roundings further up and the error of this layer add up to. None if it was not measured.
+    """
+
+    place: str
+    steps: float
+    accumulated: float | None = None
+
+
+@dataclass(frozen=True)
 class ExportReport:
     """Result of an export; also stored in the file, as JSON in `metadata_props["compress_core.export"]`.
 
@@ -54,6 +94,9 @@ class ExportReport:
         runtime: Name and version of the runtime that verified the file; empty if it was not verified.
         runtime_operators: Operator -> number of nodes after the runtime has optimized the graph.
         agreements: All comparisons of outputs.
+        layers: The comparison at each quantizer, in the order of the file; empty unless the outputs differ by more than
+            the tolerance, or `by_layer` asked for it.
+        work: The layers that multiply matrices, and how the runtime computes them, from its own profile.
         notes: What the file does differently from the model: the one batch size that it takes, values that it holds
             as constants or leaves out because they are no tensors, the floating-point type it computes in.
     """
@@ -69,12 +112,26 @@ class ExportReport:
     runtime: str = ""
     runtime_operators: Mapping[str, int] = field(default_factory=dict)
     agreements: tuple[Agreement, ...] = ()
+    layers: tuple[LayerAgreement, ...] = ()
+    work: tuple[Work, ...] = ()
     notes: tuple[str, ...] = ()
 
     def worst(self, *, optimized: bool = True) -> Agreement | None:
-        """Returns the comparison with the largest `relative_mean`, or None if nothing was compared."""
+        """Returns the comparison with the largest `relative_mean`, or None if nothing was compared.
+
+        Args:
+            optimized: Whether to look at those with the runtime's optimizations; a runtime that was compared in one
+                way only ignores it.
+        """
         found = [agreement for agreement in self.agreements if agreement.optimized is optimized]
+        found = found or list(self.agreements)
         return max(found, key=lambda agreement: agreement.relative_mean, default=None)
+
+    @property
+    def integer_share(self) -> float | None:
+        """Share of the multiplications that the runtime computes in integers; None if they were not counted."""
+        macs = sum(entry.macs or 0 for entry in self.work)
+        return sum(entry.macs or 0 for entry in self.work if entry.is_integer) / macs if macs else None
 
     def to_dict(self) -> dict[str, Any]:
         """Returns JSON-able values."""
@@ -97,17 +154,55 @@ class ExportReport:
         parts = [head, tabulate(operators, headers=["operator", "in the file", "in the runtime"], tablefmt="simple")]
         if not self.runtime:
             return "\n\n".join([*parts, "not compared with torch (verify=False)"])
-        rows = [
-            [
-                a.output,
-                a.batch_size or "-",
-                "on" if a.optimized else "off",
-                f"{a.relative:.2e}",
-                f"{a.relative_mean:.2e}",
-                f"{a.steps:.3g}",
-                "-" if a.top1 is None else f"{a.top1:.1%}",
-            ]
-            for a in self.agreements
+        parts += [f"torch against {self.runtime}:", _agreements_table(self.agreements)]
+        if self.layers:
+            parts += ["at each quantizer, in steps of it:", _layers_table(self.layers)]
+        if self.work:
+            parts += _work_tables(self.work, self.integer_share)
+        return "\n\n".join(parts)
+
+
+def _agreements_table(agreements: Sequence[Agreement]) -> str:
+    rows = [
+        [
+            a.output,
+            a.batch_size or "-",
+            "on" if a.optimized else "off",
+            f"{a.relative:.2e}",
+            f"{a.relative_mean:.2e}",
+            f"{a.steps:.3g}",
+            "-" if a.top1 is None else f"{a.top1:.1%}",
         ]
-        headers = ["output", "batch", "optimized", "largest, relative", "mean, relative", "8-bit steps", "top-1"]
-        return "\n\n".join([*parts, f"torch against {self.runtime}:", tabulate(rows, headers=headers)])
+        for a in agreements
+    ]
+    headers = ["output", "batch", "optimized", "largest, relative", "mean, relative", "8-bit steps", "top-1"]
+    return tabulate(rows, headers=headers)
+
+
+def _layers_table(layers: Sequence[LayerAgreement]) -> str:
+    rows = [
+        [layer.place, f"{layer.steps:.3g}", "-" if layer.accumulated is None else f"{layer.accumulated:.3g}"]
+        for layer in layers
+    ]
+    return tabulate(rows, headers=["quantizer", "largest, this layer alone", "mean, accumulated"])
+
+
+def _work_tables(work: Sequence[Work], share: float | None) -> list[str]:
+    macs = sum(entry.macs or 0 for entry in work)
+    counted = f"{share:.1%} of {macs / 1e6:.4g} million multiplications" if share is not None else "multiplications"
+    unknown = sum(entry.macs is None for entry in work)
+    more = f" ({unknown} layers of unknown size left out)" if unknown else ""
+    in_float = [entry for entry in work if not entry.is_integer]
+    head = f"{counted}{more} run in integers, in {len(work) - len(in_float)} of {len(work)} layers"
+    rows = [
+        [
+            entry.place,
+            entry.operator,
+            "-" if entry.macs is None or not macs else f"{entry.macs / macs:.1%}",
+            entry.kernel or "-",
+            entry.reason,
+        ]
+        for entry in sorted(in_float, key=lambda entry: -(entry.macs or 0))
+    ]
+    headers = ["in floating point", "operator", "share", "kernel", "because"]
+    return [head, *([tabulate(rows, headers=headers)] if rows else [])]

@@ -302,6 +302,7 @@ class CompressionController:
         output_names: Sequence[str] | None = None,
         dynamic_batch: bool = True,
         verify: bool = True,
+        by_layer: bool = False,
     ) -> ExportReport:
         """Writes the compressed model to a file for a runtime, after running it there and comparing it with torch.
 
@@ -326,6 +327,8 @@ class CompressionController:
             dynamic_batch: Whether the file accepts any batch size. If the model does not, or computes something else
                 on others, the file takes the batch size of `args` only, with a warning and a note in the report.
             verify: Whether to compare with torch, on two batch sizes, before the file is written.
+            by_layer: Whether to compare each quantized tensor with torch, even if the outputs agree; the result is in
+                `layers` of the report.
 
         Returns:
             The result of the comparison.
@@ -337,7 +340,7 @@ class CompressionController:
             DataError: There is no example input.
             UsageError: An option has an invalid value.
         """
-        options = Options(tolerance, opset, input_names, output_names, dynamic_batch, verify)
+        options = Options(tolerance, opset, input_names, output_names, dynamic_batch, verify, by_layer)
         exporters = {name: choice.value for name, choice in choices_of("export.target").items()}
         device = self.context.config.root.target_device
         name = chosen_target(exporters, target, Path(path), device)

@@ -17,11 +17,11 @@ from compress_core.errors import ExportError, UsageError
 from compress_core.export.agreement import DisagreementError
 from compress_core.export.exporter import Exporter, ExportJob, Options
 from compress_core.export.onnx.cleaning import drop_what_is_unused, forget_the_machine
-from compress_core.export.onnx.layers import Cut, cut, quantizers_of
+from compress_core.export.onnx.layers import Cut, cut, places_of, quantizers_of
 from compress_core.export.onnx.names import name_inputs_and_outputs
 from compress_core.export.onnx.precision import compute_in_float32
 from compress_core.export.onnx.program import exported_graph
-from compress_core.export.onnx.verification import verified
+from compress_core.export.onnx.verification import Candidate, verified
 from compress_core.export.references import Reference, return_only_tensors
 from compress_core.export.report import ExportReport
 from compress_core.export.runtimes.onnxruntime import OnnxRuntime
@@ -125,14 +125,14 @@ class _Run:
         """Returns the graph and its report, after comparing it with the references; exported is the first of these."""
         job, options, inputs = self.job, self.job.options, references[0].inputs
         graph = exported_graph(job.model, inputs, opset=self.opset, is_dynamic=is_dynamic)
-        quantizers = quantizers_of(graph)
+        quantizers, places = quantizers_of(graph), places_of(graph)
         forget_the_machine(graph)
         replaced = compute_in_float32(graph, with_double=_has_double_weights(job.model))
         for rewrite in job.rewrites:
             rewrite(graph)
         drop_what_is_unused(graph)
         name_inputs_and_outputs(graph, options.input_names, options.output_names)
-        rules = self.exporter.check_graph(graph, job)
+        rules = (*self.exporter.made_for_another(job), *self.exporter.check_graph(graph, job))
         report = ExportReport(
             opset=self.opset,
             algorithms=job.algorithms,
@@ -149,8 +149,11 @@ class _Run:
                 stripped = job.copies().checked(reference.inputs).stripped
                 return cut(self.file, quantizers, stripped, reference.inputs)
 
-            runtime = self.exporter.runtime
-            report = verified(report, runtime, self.file, references, cut_for, options.tolerance is not None)
+            candidate = Candidate(
+                self.file, self.exporter.runtime, references, cut_for, places, self.exporter.remedy(job)
+            )
+            is_strict = options.tolerance is not None
+            report = verified(report, candidate, is_strict=is_strict, by_layer=options.by_layer)
         return graph, report
 
 

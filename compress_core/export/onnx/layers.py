@@ -27,7 +27,7 @@ from compress_core.transforms.generated import ACTIVATIONS_ATTRIBUTE
 
 Array = npt.NDArray[Any]
 
-_SCOPES = "pkg.torch.onnx.name_scopes"
+SCOPES = "pkg.torch.onnx.name_scopes"
 _MADE = "/made"
 # A rounded value is at most half a step away; the rest is for sums in float32 and biases in units of the accumulator.
 _MOST_STEPS = 0.75
@@ -63,11 +63,23 @@ def quantizers_of(graph: Any) -> list[Quantizer]:
         if node.op_type != "QuantizeLinear" or len(node.inputs) < 3:
             continue
         constants = [None if value is None else value.const_value for value in node.inputs[1:3]]
-        if None in constants or _SCOPES not in node.metadata_props:
+        if None in constants or SCOPES not in node.metadata_props:
             continue
         scale, zero_point = (constant.numpy() for constant in constants if constant is not None)
-        scopes = tuple(ast.literal_eval(node.metadata_props[_SCOPES]))
+        scopes = tuple(ast.literal_eval(node.metadata_props[SCOPES]))
         found.append(Quantizer(node, scopes, scale, zero_point, node.attributes.get_int("axis", 1)))
+    return found
+
+
+def places_of(graph: Any) -> dict[str, str]:
+    """Returns the names of the nodes of a graph that was just exported -> the modules that they were exported from."""
+    found = {}
+    for node in graph.graph.all_nodes():
+        scopes = ast.literal_eval(node.metadata_props[SCOPES]) if SCOPES in node.metadata_props else ()
+        # The last entry is the operator's own name, the first one the model.
+        names = [name for name in scopes[:-1] if name and "parametrizations" not in name]
+        if node.name and names:
+            found[str(node.name)] = str(names[-1])
     return found
 
 
@@ -111,17 +123,27 @@ class Cut:
         """The integers that torch computes with."""
         return {part.name: part.integers for part in self.parts}
 
-    def departures(self, outputs: Sequence[Array]) -> list[tuple[str, float]]:
-        """Returns where the graph's integers are not those that torch rounds to: place, steps between them."""
+    def distances(self, outputs: Sequence[Array]) -> list[float]:
+        """Returns how far the graph's integers are from what torch rounds, in steps: the largest of each part.
+
+        Infinite if the scale in the graph is another one.
+        """
         found = []
         for part, actual in zip(self.parts, outputs, strict=True):
             if actual.shape != part.exact.shape or not part.is_on_grid:
-                found.append((part.place, math.inf))
-                continue
-            steps = float(np.abs(actual.astype(np.float64) - part.exact).max(initial=0.0))
-            if not steps <= part.largest:
-                found.append((part.place, steps))
+                found.append(math.inf)
+            else:
+                found.append(float(np.abs(actual.astype(np.float64) - part.exact).max(initial=0.0)))
         return found
+
+    def accumulated(self, outputs: Sequence[Array]) -> list[float | None]:
+        """Returns how far the integers of the graph as a whole are from torch's, in steps: the mean of each part."""
+        return [
+            float(np.abs(actual.astype(np.float64) - part.integers).mean())
+            if actual.shape == part.integers.shape and actual.size
+            else None
+            for part, actual in zip(self.parts, outputs, strict=True)
+        ]
 
 
 def cut(path: Path, quantizers: Sequence[Quantizer], model: nn.Module, inputs: Inputs) -> Cut | None:
@@ -216,13 +238,29 @@ def _cut(path: Path, feeds: Mapping[str, Array]) -> Path:
     del graph.value_info[:]
     graph.value_info.extend(described)
     for name, array in feeds.items():
-        kind = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
-        shape = [None] * array.ndim
-        graph.input.append(onnx.helper.make_tensor_value_info(name, kind, shape))
-        graph.output.append(onnx.helper.make_tensor_value_info(name + _MADE, kind, shape))
+        graph.input.append(_described(name, array))
+        graph.output.append(_described(name + _MADE, array))
     written = path.with_name("cut.onnx")  # in the folder of the weights, if these have a file of their own
     onnx.save(model, written)
     return written
+
+
+def tapped(path: Path, cut: Cut) -> Path:
+    """Returns a file that computes the same and returns the integers behind each quantizer after its own outputs."""
+    import onnx  # noqa: PLC0415 - an extra
+
+    model = onnx.load(path, load_external_data=False)
+    model.graph.output.extend(_described(part.name, part.integers) for part in cut.parts)
+    written = path.with_name("tapped.onnx")
+    onnx.save(model, written)
+    return written
+
+
+def _described(name: str, array: Array) -> Any:
+    import onnx  # noqa: PLC0415 - an extra
+
+    kind = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
+    return onnx.helper.make_tensor_value_info(name, kind, [None] * array.ndim)
 
 
 def _place(name: str, number: int | None) -> str:

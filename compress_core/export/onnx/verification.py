@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +14,10 @@ import torch
 
 from compress_core.errors import ExportError
 from compress_core.export.agreement import DisagreementError, RunError, compared
-from compress_core.export.onnx.layers import Cut
+from compress_core.export.onnx.layers import Cut, tapped
+from compress_core.export.onnx.work import large_in_float, work_of
 from compress_core.export.references import Reference
-from compress_core.export.report import Agreement, ExportReport
-from compress_core.export.runtimes.onnxruntime import OnnxRuntime
+from compress_core.export.report import Agreement, ExportReport, LayerAgreement, Work
 from compress_core.export.runtimes.runtime import Array, Port, Runtime, RuntimeSession
 
 # Added to the error if the file agrees with torch without optimizations: then the integer kernels are the cause.
@@ -25,35 +25,47 @@ _SATURATION = (
     ". With the optimizations off they agree: on processors without VNNI instructions, integer kernels saturate when "
     "they add two products of 8 bits; weights on half-range grids (quantization's overflow_fix) prevent it"
 )
+_MOST_NAMED = 3
 _LAST_LAYERS = 0.01  # of the mean absolute output: what layers after the last quantizers may differ by
 
 
-def verified(
-    report: ExportReport,
-    runtime: Runtime,
-    path: Path,
-    references: Sequence[Reference],
-    cut_for: Callable[[Reference], Cut | None],
-    is_strict: bool,
-) -> ExportReport:
+@dataclass(frozen=True)
+class Candidate:
+    """A file that is to be verified.
+
+    Attributes:
+        path: The file.
+        runtime: What runs it.
+        references: Batches with the outputs of torch.
+        cut_for: Returns the file cut behind its quantizers, for a batch; None if that is not possible.
+        places: Name of a node -> the module that it was exported from.
+        remedy: What to do about layers that are not computed in integers, to be appended.
+    """
+
+    path: Path
+    runtime: Runtime
+    references: Sequence[Reference]
+    cut_for: Callable[[Reference], Cut | None]
+    places: Mapping[str, str]
+    remedy: str = ""
+
+
+def verified(report: ExportReport, candidate: Candidate, *, is_strict: bool, by_layer: bool) -> ExportReport:
     """Returns a report with the comparison of a file and torch.
 
     Args:
         report: The report so far.
-        runtime: What runs the file.
-        path: The file.
-        references: Batches with the outputs of torch.
-        cut_for: Returns the file cut behind its quantizers, for a batch.
+        candidate: The file.
         is_strict: Whether the tolerance holds although only roundings add up.
+        by_layer: Whether to compare each layer even if the outputs agree.
 
     Raises:
         ExportError: The runtime cannot load or run the file, or it differs by more than the tolerance.
     """
+    runtime, references = candidate.runtime, candidate.references
     levels = runtime.levels
-    agreements = [a for optimized in levels for a in compare(runtime, path, references, optimized=optimized)]
-    report = replace(
-        report, runtime=runtime.label, runtime_operators=_operators(runtime, path), agreements=tuple(agreements)
-    )
+    agreements = [a for on in levels for a in compare(runtime, candidate.path, references, optimized=on)]
+    report = _with_work(replace(report, runtime=runtime.label, agreements=tuple(agreements)), candidate)
     notes: dict[float, str] = {}
     for optimized in levels:
         worst = report.worst(optimized=optimized)
@@ -65,40 +77,68 @@ def verified(
             f"{worst.relative:.3g} of its largest value), on a batch of {worst.batch_size}"
         )
         reference = next(entry for entry in references if entry.inputs.batch_size == worst.batch_size)
-        advice, is_rounding = _explained(runtime, cut_for(reference), reference, optimized)
+        advice, is_rounding, layers = _explained(candidate, reference, optimized)
+        report = replace(report, layers=layers)
         if is_strict or not is_rounding:
             kept = f"; tolerance is {report.tolerance:.3g}. No file was written. "
-            raise DisagreementError(worst.batch_size, difference, kept + advice)
+            raise DisagreementError(worst.batch_size, difference, kept + advice, report)
         notes.setdefault(worst.relative_mean, f"is right, but its {difference}. {advice}")
+    if by_layer and not report.layers:
+        report = replace(report, layers=_explained(candidate, references[0], levels[-1])[2])
     return replace(report, notes=(*report.notes, *(notes[most] for most in sorted(notes)[-1:])))
 
 
-def _operators(runtime: Runtime, path: Path) -> dict[str, int]:
-    """Returns how many nodes of each operator the runtime executes after optimizing the graph."""
-    if not isinstance(runtime, OnnxRuntime):
-        return {}
-    graph = runtime.optimized_graph(path)
-    return dict(sorted(Counter(node.op_type for node in graph.node).items()))
+def _with_work(report: ExportReport, candidate: Candidate) -> ExportReport:
+    """Returns the report with what the runtime has executed."""
+    if not candidate.runtime.profiles:
+        return report
+    reference = candidate.references[0]
+    session = candidate.runtime.load(candidate.path, profile=True)
+    feeds = feeds_of(session, reference)
+    executed = session.executed(feeds)
+    shapes = {name: tuple(array.shape) for name, array in feeds.items()}
+    work = work_of(candidate.path, shapes, candidate.places, executed)
+    operators = dict(sorted(Counter(entry.operator for entry in executed).items()))
+    slow = large_in_float(work)
+    notes = (_said(slow, work, report.runtime) + candidate.remedy,) if slow else ()
+    return replace(report, runtime_operators=operators, work=work, notes=(*report.notes, *notes))
 
 
-def _explained(runtime: Runtime, cut: Cut | None, reference: Reference, optimized: bool) -> tuple[str, bool]:
-    """Returns what to say about a file that differs from torch, and whether roundings that add up are all there is."""
+def _said(slow: Sequence[Work], work: Sequence[Work], runtime: str) -> str:
+    total = sum(entry.macs or 0 for entry in work)
+    shown = "; ".join(
+        f"'{entry.place}' ({(entry.macs or 0) / total:.0%} of the multiplications) because {entry.reason}"
+        for entry in slow[:_MOST_NAMED]
+    )
+    more = f"; and {len(slow) - _MOST_NAMED} more" if len(slow) > _MOST_NAMED else ""
+    return f"has quantized layers that {runtime} computes in floating point: {shown}{more}"
+
+
+def _explained(
+    candidate: Candidate, reference: Reference, optimized: bool
+) -> tuple[str, bool, tuple[LayerAgreement, ...]]:
+    """Returns what to say about a file that differs from torch, whether roundings are all there is, and its layers."""
+    cut = candidate.cut_for(reference)
     if cut is None:
         advice = (
             "If this is expected (an untrained network, inputs unlike the calibration data), pass realistic inputs as "
             "args, or a larger tolerance"
         )
-        return advice + (_SATURATION if optimized else ""), False
-    agreements, departures = compare_parts(runtime, cut, reference, optimized=optimized)
+        return advice + (_SATURATION if optimized else ""), False, ()
+    agreements, layers = compare_parts(candidate, cut, reference, optimized=optimized)
+    departures = [layer for layer, part in zip(layers, cut.parts, strict=True) if not layer.steps <= part.largest]
     if departures:
-        place, steps = departures[0]
+        first = departures[0]
         what = "has another scale than in torch"
-        if math.isfinite(steps):
-            what = f"is {steps:.3g} steps away from what torch rounds, though computed from torch's own activations"
+        if math.isfinite(first.steps):
+            what = (
+                f"is {first.steps:.3g} steps away from what torch rounds, though computed from torch's own activations"
+            )
         return (
-            f"The first tensor that departs is quantized at {place}: it {what}. This is more than rounding; name the "
-            "layer before it in ignored_scopes" + (_SATURATION if optimized else ", and report it"),
+            f"The first tensor that departs is quantized at {first.place}: it {what}. This is more than rounding; name "
+            "the layer before it in ignored_scopes" + (_SATURATION if optimized else ", and report it"),
             False,
+            layers,
         )
     worst = max(agreements, key=lambda agreement: agreement.relative_mean)
     if not worst.relative_mean <= _LAST_LAYERS:
@@ -107,11 +147,13 @@ def _explained(runtime: Runtime, cut: Cut | None, reference: Reference, optimize
             f"activations, differs by {worst.relative_mean:.3g}: it is the part after the last quantizers that departs"
             + (_SATURATION if optimized else ""),
             False,
+            layers,
         )
     return (
         f"Only roundings add up: each of its {len(cut.parts)} quantized tensors agrees with torch within a step if it "
         "is computed from torch's own activations. Networks with random weights amplify roundings",
         True,
+        layers,
     )
 
 
@@ -141,24 +183,30 @@ def compare(runtime: Runtime, path: Path, references: Sequence[Reference], *, op
 
 
 def compare_parts(
-    runtime: Runtime, cut: Cut, reference: Reference, *, optimized: bool
-) -> tuple[list[Agreement], list[tuple[str, float]]]:
+    candidate: Candidate, cut: Cut, reference: Reference, *, optimized: bool
+) -> tuple[list[Agreement], tuple[LayerAgreement, ...]]:
     """Runs the parts of a graph on what torch computes, and returns how they differ from torch.
 
     Args:
-        runtime: What runs them.
-        cut: The graph, cut behind its quantizers.
+        candidate: The file.
+        cut: The file, cut behind its quantizers.
         reference: The batch for which it was cut, with the outputs of torch.
         optimized: Whether the runtime may optimize the graph.
 
     Returns:
-        The comparison of each output, and the quantizers that depart: place and steps.
+        The comparison of each output, and of each quantizer.
     """
+    runtime, size = candidate.runtime, reference.inputs.batch_size
     session = runtime.load(cut.path, optimized=optimized)
     own = len(session.outputs) - len(cut.parts)
     outputs = session.run(feeds_of(session, reference) | cut.feeds)
-    size = reference.inputs.batch_size
-    return compared(session.outputs[:own], outputs[:own], cut.outputs, size, optimized), cut.departures(outputs[own:])
+    whole = runtime.load(tapped(candidate.path, cut), optimized=optimized)
+    accumulated = cut.accumulated(whole.run(feeds_of(whole, reference))[own:])
+    layers = tuple(
+        LayerAgreement(part.place, steps, total)
+        for part, steps, total in zip(cut.parts, cut.distances(outputs[own:]), accumulated, strict=True)
+    )
+    return compared(session.outputs[:own], outputs[:own], cut.outputs, size, optimized), layers
 
 
 def _agreements(session: RuntimeSession, reference: Reference, optimized: bool) -> list[Agreement]:

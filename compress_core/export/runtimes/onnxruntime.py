@@ -45,20 +45,9 @@ class OnnxRuntime(Runtime):
         """Loads a file; see `Runtime.load`."""
         return _Session(path, optimized, threads, profile)
 
-    def optimized_graph(self, path: Path) -> Any:
-        """Returns the graph that the runtime executes after optimizing a file, an `onnx.GraphProto` without weights."""
-        import onnx  # noqa: PLC0415 - an extra
-
-        with tempfile.TemporaryDirectory() as folder:
-            saved = Path(folder) / "optimized.onnx"
-            _Session(path, True, None, False, save_to=saved)
-            return onnx.load(saved, load_external_data=False).graph
-
 
 class _Session(RuntimeSession):
-    def __init__(
-        self, path: Path, optimized: bool, threads: int | None, profile: bool, *, save_to: Path | None = None
-    ) -> None:
+    def __init__(self, path: Path, optimized: bool, threads: int | None, profile: bool) -> None:
         import onnxruntime  # noqa: PLC0415 - an extra
 
         options = onnxruntime.SessionOptions()
@@ -66,8 +55,6 @@ class _Session(RuntimeSession):
         options.intra_op_num_threads = threads or torch.get_num_threads()
         level = onnxruntime.GraphOptimizationLevel
         options.graph_optimization_level = level.ORT_ENABLE_ALL if optimized else level.ORT_DISABLE_ALL
-        if save_to is not None:
-            options.optimized_model_filepath = str(save_to)
         self._folder = tempfile.TemporaryDirectory() if profile else None
         if self._folder is not None:
             options.enable_profiling = True
@@ -89,12 +76,14 @@ class _Session(RuntimeSession):
         self._session.run(None, dict(feeds))
         text = Path(self._session.end_profiling()).read_text(encoding="utf-8")
         self._folder.cleanup()
-        found = []
+        found: dict[str, Executed] = {}
         for event in json.loads(text):
             name = str(event.get("name", ""))
             if event.get("cat") != "Node" or not name.endswith("_kernel_time"):
                 continue
             operator = str(event["args"].get("op_name", ""))
             name = name.removesuffix("_kernel_time")
-            found.append(Executed(name, (name,), operator, operator.startswith(_INTEGER), float(event["dur"])))
-        return found
+            before = found[name].microseconds if name in found else 0.0  # the body of a loop
+            took = before + float(event["dur"])
+            found[name] = Executed(name, (name,), operator, operator.startswith(_INTEGER), took)
+        return list(found.values())

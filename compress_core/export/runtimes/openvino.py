@@ -20,6 +20,7 @@ class OpenVino(Runtime):
     name: ClassVar[str] = "OpenVINO"
     package: ClassVar[str] = "openvino"
     extra: ClassVar[str] = "openvino"
+    levels: ClassVar[tuple[bool, ...]] = (True,)  # it always optimizes
 
     @property
     def label(self) -> str:
@@ -27,11 +28,6 @@ class OpenVino(Runtime):
         import openvino  # noqa: PLC0415 - an extra
 
         return f"{self.name} {openvino.__version__.partition('-')[0]}"
-
-    @property
-    def levels(self) -> tuple[bool, ...]:
-        """OpenVINO always optimizes."""
-        return (True,)
 
     def load(
         self, path: Path, *, optimized: bool = True, threads: int | None = None, profile: bool = False
@@ -73,6 +69,8 @@ class _Session(RuntimeSession):
             info = node.get_rt_info()
             values = {key: str(info[key].astype(str)) for key in _KEYS if key in info}
             operator = values.get("layerType", node.get_type_name())
+            if operator in _NOT_EXECUTED:
+                continue
             nodes = tuple(filter(None, values.get("originalLayersNames", "").split(",")))
             name = node.get_friendly_name()
             is_integer = values.get("runtimePrecision", "") in _INTEGER
@@ -80,4 +78,5 @@ class _Session(RuntimeSession):
         return found
 
 
+_NOT_EXECUTED = frozenset(["Const", "Input", "Output", "Parameter", "Result"])
 _KEYS = ("layerType", "originalLayersNames", "runtimePrecision")

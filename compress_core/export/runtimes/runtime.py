@@ -73,11 +73,15 @@ class Runtime(ABC):
         name: Its name for messages.
         package: The package that it needs, as it is imported.
         extra: The extra of compress-core that installs it.
+        levels: The values of `optimized` that make a difference.
+        profiles: Whether `RuntimeSession.executed` says how the file will be computed where it is deployed.
     """
 
     name: ClassVar[str]
     package: ClassVar[str]
     extra: ClassVar[str]
+    levels: ClassVar[tuple[bool, ...]] = (False, True)
+    profiles: ClassVar[bool] = True
 
     @property
     @abstractmethod
@@ -96,8 +100,3 @@ class Runtime(ABC):
             threads: Number of threads; None for the number that torch uses.
             profile: Whether `executed` will be called.
         """
-
-    @property
-    def levels(self) -> tuple[bool, ...]:
-        """The values of `optimized` that make a difference."""
-        return (False, True)

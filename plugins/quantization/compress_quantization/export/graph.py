@@ -100,7 +100,7 @@ def _fold_batch_norm(editor: GraphEditor, layer: Any, norm: Any) -> None:
     new_bias = editor.add_constant(f"{weight.name}.bias", shift.astype(np.float32))
     value = editor.dequantize(folded, layer)
     if layer.op_type == "MatMul":
-        node = editor.ir.node("Gemm", [layer.inputs[0], value, new_bias], version=OPSET)
+        node = editor.ir.node("Gemm", [layer.inputs[0], value, new_bias], version=OPSET, name=layer.name)
         editor.graph.insert_before(layer, node)
         node.outputs[0].shape, node.outputs[0].type = layer.outputs[0].shape, layer.outputs[0].type
         editor.remove(norm, node.outputs[0])

@@ -61,12 +61,12 @@ class QuantizeDequantize(nn.Module):
     """Replaces the quantizer of an activation by quantize and dequantize operators.
 
     Integers are unsigned for every grid, because ONNX Runtime has no fast kernels for signed ones on x86. A signed grid
-    is shifted, so that 128 represents zero. If a grid does not use all integers of the type, the tensor is first
-    clipped to the ends of the grid.
+    is shifted, so that 128 represents zero; unless the runtime demands that integers of 0 represent zero. If a grid
+    does not use all integers of the type, the tensor is first clipped to the ends of the grid.
 
     Attributes:
         scale: float32, shape () or (channels,).
-        zero_point: uint8 (uint16 for grids of more than 8 bits), the shape of the scale.
+        zero_point: uint8 (uint16 for grids of more than 8 bits), the shape of the scale; int8 if it has to be 0.
         low: Lower end of the grid, float32, of a shape that broadcasts to the tensor's.
         high: Upper end of the grid, like `low`.
     """
@@ -76,26 +76,29 @@ class QuantizeDequantize(nn.Module):
     low: torch.Tensor
     high: torch.Tensor
 
-    def __init__(self, grid: Grid, shape: tuple[int, ...]) -> None:
+    def __init__(self, grid: Grid, shape: tuple[int, ...], *, is_centered: bool = False) -> None:
         """Computes the constants of the operators from the grid of a quantizer.
 
         Args:
             grid: The grid; its `channel_dim` is a dimension of `shape`.
             shape: Shape of the quantizer's range, which broadcasts against the tensor.
+            is_centered: Whether signed grids of up to 8 bits become int8 with a zero point of 0.
         """
         super().__init__()
         levels = grid.quant_max - grid.quant_min + 1
         dtype = torch.uint8 if levels <= 2**8 else torch.uint16
-        largest = torch.iinfo(dtype).max
+        if is_centered and grid.quant_min < 0 and levels <= 2**8:
+            dtype = torch.int8
+        smallest, largest = torch.iinfo(dtype).min, torch.iinfo(dtype).max
         # Signed grids of fewer levels are shifted as far as full ones, because runtimes expect 128 as the middle.
-        shift = 0 if grid.quant_min == 0 else (largest + 1) // 2
+        shift = 0 if grid.quant_min == 0 or smallest < 0 else (largest + 1) // 2
         scale, zero_point = grid.scale.detach().float(), grid.zero_point
         self.register_buffer("scale", scale.clone())
         self.register_buffer("zero_point", (zero_point + shift).to(dtype))
         self.register_buffer("low", ((grid.quant_min - zero_point) * scale).reshape(shape if scale.ndim else ()))
         self.register_buffer("high", ((grid.quant_max - zero_point) * scale).reshape(shape if scale.ndim else ()))
         self.overflows_half = max(float(self.low.abs().max()), float(self.high.abs().max())) > LARGEST_HALF
-        self.is_narrow = grid.quant_min + shift > 0 or grid.quant_max + shift < largest
+        self.is_narrow = grid.quant_min + shift > smallest or grid.quant_max + shift < largest
         self.dtype = dtype
         self.channel_dim = None if grid.channel_dim is None else grid.channel_dim - len(shape)
 

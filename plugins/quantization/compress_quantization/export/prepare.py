@@ -11,7 +11,7 @@ from compress_quantization.export.modules import DequantizedWeight, QuantizeDequ
 from compress_quantization.fake_quantize import FakeQuantize
 
 
-def prepare(model: nn.Module) -> None:
+def prepare(model: nn.Module, *, is_centered: bool = False) -> None:
     """Replaces every quantizer of a model that is on, and removes those that are off.
 
     Weights of `nn.RNN`, `nn.LSTM` and `nn.GRU` keep their quantizers and are stored as quantized floating-point values,
@@ -21,12 +21,13 @@ def prepare(model: nn.Module) -> None:
 
     Args:
         model: A copy of the model, in eval mode on the CPU.
+        is_centered: Whether the runtime demands that integers of 0 represent zero.
     """
-    _replace_activations(model)
+    _replace_activations(model, is_centered)
     _replace_weights(model)
 
 
-def _replace_activations(model: nn.Module) -> None:
+def _replace_activations(model: nn.Module, is_centered: bool) -> None:
     made: dict[nn.Module, QuantizeDequantize] = {}
     for handle in activation_transforms(model):
         quantizer = handle.transform
@@ -36,7 +37,7 @@ def _replace_activations(model: nn.Module) -> None:
             handle.remove()
             continue
         if quantizer not in made:
-            made[quantizer] = QuantizeDequantize(quantizer.grid(), quantizer.shape)
+            made[quantizer] = QuantizeDequantize(quantizer.grid(), quantizer.shape, is_centered=is_centered)
         handle.substitute(made[quantizer])
 
 
