@@ -1,4 +1,4 @@
-"""Command line: compress-core algorithms | choices | schema | check CONFIG | trace MODEL."""
+"""Command line: compress-core algorithms | choices | schema | check CONFIG | trace MODEL | compare FILE."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from compress_core.api import check_config
-from compress_core.cli import trace
+from compress_core.cli import compare, trace
 from compress_core.contract.statistics import Table
 from compress_core.errors import CompressionError, ConfigError
 from compress_core.registry import default_registry
@@ -28,6 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     check = commands.add_parser("check", help="say whether a config is valid, and if not, what is wrong and where")
     check.add_argument("config", type=Path, help="path of a JSON file")
     trace.add_parser(commands)
+    compare.add_parser(commands)
     options = parser.parse_args(arguments)
     if options.command == "algorithms":
         # Plugins that could not be loaded are part of the answer; the log line would only repeat it.
@@ -45,6 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if options.command == "trace":
         return trace.run(options)
+    if options.command == "compare":
+        return compare.run(options)
     return _check(options.config)
 
 

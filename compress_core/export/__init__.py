@@ -4,7 +4,8 @@ from compress_core.export.exporter import Exporter, ExportJob, Options
 from compress_core.export.onnx.exporter import OnnxExporter
 from compress_core.export.onnx.openvino import OpenVinoExporter
 from compress_core.export.onnx.tensorrt import TensorRtExporter
-from compress_core.export.report import Agreement, ExportReport
+from compress_core.export.picture import draw_layers
+from compress_core.export.report import Agreement, ExportReport, LayerAgreement, Work
 from compress_core.export.runtimes import Executed, Port, Runtime, RuntimeSession
 from compress_core.export.target import ExportTarget, GraphRewrite
 
@@ -16,6 +17,7 @@ __all__ = [
     "ExportTarget",
     "Exporter",
     "GraphRewrite",
+    "LayerAgreement",
     "OnnxExporter",
     "OpenVinoExporter",
     "Options",
@@ -23,4 +25,6 @@ __all__ = [
     "Runtime",
     "RuntimeSession",
     "TensorRtExporter",
+    "Work",
+    "draw_layers",
 ]

@@ -130,8 +130,7 @@ class ExportReport:
     @property
     def integer_share(self) -> float | None:
         """Share of the multiplications that the runtime computes in integers; None if they were not counted."""
-        macs = sum(entry.macs or 0 for entry in self.work)
-        return sum(entry.macs or 0 for entry in self.work if entry.is_integer) / macs if macs else None
+        return integer_share(self.work)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns JSON-able values."""
@@ -160,6 +159,12 @@ class ExportReport:
         if self.work:
             parts += _work_tables(self.work, self.integer_share)
         return "\n\n".join(parts)
+
+
+def integer_share(work: Sequence[Work]) -> float | None:
+    """Returns the share of the multiplications that a runtime computes in integers; None if none are counted."""
+    macs = sum(entry.macs or 0 for entry in work)
+    return sum(entry.macs or 0 for entry in work if entry.is_integer) / macs if macs else None
 
 
 def _agreements_table(agreements: Sequence[Agreement]) -> str:

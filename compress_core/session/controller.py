@@ -411,7 +411,10 @@ class CompressionController:
             device = self.context.config.root.target_device
             names = tuple(self.algorithms)
             job = ExportJob(model, file, references, self._copies_for_comparison, rewrites, names, device, options)
-            return exporter.export(job)
+            report = exporter.export(job)
+        for note in report.notes:
+            logger.warning("%s %s", report.path, note)
+        return report
 
     def _copies_for_comparison(self) -> Copies:
         copies = Copies(self._copy_for_export().cpu(), self._copy_for_export().cpu())

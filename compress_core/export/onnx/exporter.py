@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -28,8 +27,6 @@ from compress_core.export.runtimes.onnxruntime import OnnxRuntime
 from compress_core.export.runtimes.runtime import Runtime
 from compress_core.export.target import ExportTarget
 from compress_core.files import replaced_file
-
-logger = logging.getLogger(__name__)
 
 METADATA_KEY = "compress_core.export"
 _OLDEST_OPSET = 21  # DequantizeLinear of int32, of 16 bits, and of any floating-point type
@@ -67,6 +64,10 @@ class OnnxExporter(Exporter):
             run = _Run(job, self, self.target("", job.options).opset, Path(folder) / "model.onnx")
             graph, report = self._made(run)
             return _written(job.path, graph, report)
+
+    def runtime_for(self, job: ExportJob) -> Runtime:
+        """Returns what runs the file."""
+        return self.runtime
 
     def check_graph(self, graph: Any, job: ExportJob) -> tuple[str, ...]:
         """Checks what the runtime demands of a graph, beside running it.
@@ -149,9 +150,8 @@ class _Run:
                 stripped = job.copies().checked(reference.inputs).stripped
                 return cut(self.file, quantizers, stripped, reference.inputs)
 
-            candidate = Candidate(
-                self.file, self.exporter.runtime, references, cut_for, places, self.exporter.remedy(job)
-            )
+            runtime, remedy = self.exporter.runtime_for(job), self.exporter.remedy(job)
+            candidate = Candidate(self.file, runtime, references, cut_for, places, remedy)
             is_strict = options.tolerance is not None
             report = verified(report, candidate, is_strict=is_strict, by_layer=options.by_layer)
         return graph, report
@@ -172,8 +172,6 @@ def _has_double_weights(model: nn.Module) -> bool:
 
 
 def _written(path: Path, graph: Any, report: ExportReport) -> ExportReport:
-    for note in report.notes:
-        logger.warning("%s %s", path, note)
     graph.metadata_props[METADATA_KEY] = report.to_json()
     serialized = _serialized(graph)
     with replaced_file(path) as file:

@@ -15,7 +15,7 @@ import torch
 from compress_core.errors import ExportError
 from compress_core.export.agreement import DisagreementError, RunError, compared
 from compress_core.export.onnx.layers import Cut, tapped
-from compress_core.export.onnx.work import large_in_float, work_of
+from compress_core.export.onnx.work import Execution, large_in_float, work_of
 from compress_core.export.references import Reference
 from compress_core.export.report import Agreement, ExportReport, LayerAgreement, Work
 from compress_core.export.runtimes.runtime import Array, Port, Runtime, RuntimeSession
@@ -92,13 +92,11 @@ def _with_work(report: ExportReport, candidate: Candidate) -> ExportReport:
     """Returns the report with what the runtime has executed."""
     if not candidate.runtime.profiles:
         return report
-    reference = candidate.references[0]
-    session = candidate.runtime.load(candidate.path, profile=True)
-    feeds = feeds_of(session, reference)
-    executed = session.executed(feeds)
-    shapes = {name: tuple(array.shape) for name, array in feeds.items()}
-    work = work_of(candidate.path, shapes, candidate.places, executed)
-    operators = dict(sorted(Counter(entry.operator for entry in executed).items()))
+    session = candidate.runtime.load(candidate.path)
+    feeds = list(feeds_of(session, candidate.references[0]).values())
+    execution = Execution.of(candidate.path, candidate.runtime, feeds)
+    work = work_of(execution, candidate.places)
+    operators = dict(sorted(Counter(entry.operator for entry in execution.executed).items()))
     slow = large_in_float(work)
     notes = (_said(slow, work, report.runtime) + candidate.remedy,) if slow else ()
     return replace(report, runtime_operators=operators, work=work, notes=(*report.notes, *notes))

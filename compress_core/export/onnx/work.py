@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import os
+import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from compress_core.export.report import Work
-from compress_core.export.runtimes.runtime import Executed
+from compress_core.export.runtimes.runtime import Array, Executed, Runtime
 
 Shape = tuple[int, ...]
 
@@ -20,28 +23,48 @@ _GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
 _BETWEEN = frozenset(["Relu", "Clip", "Identity", "Reshape", "Squeeze", "Unsqueeze", "Transpose", "Flatten", "MaxPool"])
 
 
-def work_of(
-    path: Path, shapes: Mapping[str, Shape], places: Mapping[str, str], executed: Sequence[Executed]
-) -> tuple[Work, ...]:
+@dataclass(frozen=True)
+class Execution:
+    """A file that was run in a runtime.
+
+    Attributes:
+        path: The file.
+        runtime: The runtime.
+        feeds: The inputs by name.
+        executed: What the runtime has executed.
+    """
+
+    path: Path
+    runtime: Runtime
+    feeds: Mapping[str, Array]
+    executed: Sequence[Executed]
+
+    @classmethod
+    def of(cls, path: Path, runtime: Runtime, feeds: Sequence[Array]) -> Execution:
+        """Runs a file on inputs, in order."""
+        session = runtime.load(path, profile=True)
+        named = {port.name: array for port, array in zip(session.inputs, feeds, strict=True)}
+        return cls(path, runtime, named, session.executed(named))
+
+
+def work_of(execution: Execution, places: Mapping[str, str]) -> tuple[Work, ...]:
     """Returns the nodes of a file that multiply matrices, with what the runtime made of them.
 
     Args:
-        path: The file.
-        shapes: Name of an input -> its shape in the batch that was run.
+        execution: The file and its run.
         places: Name of a node -> the module that it was exported from.
-        executed: What the runtime has executed.
     """
     import onnx  # noqa: PLC0415 - an extra
 
-    model = onnx.load(path, load_external_data=False)
-    known = _inferred(model, shapes)
+    model = onnx.load(execution.path, load_external_data=False)
+    known = _shapes(model, execution)
     makers = {name: node for node in model.graph.node for name in node.output}
     readers: dict[str, list[Any]] = {}
     for node in model.graph.node:
         for name in node.input:
             readers.setdefault(name, []).append(node)
     multiplying = {node.name: (node, macs) for node in model.graph.node if (macs := macs_of(node, known)) != 0}
-    kernels = _kernels(multiplying, executed)
+    kernels = _kernels(multiplying, execution.executed)
     found = []
     for name, (node, macs) in multiplying.items():
         own = kernels.get(name, [])
@@ -89,10 +112,45 @@ _COUNTS: dict[str, Callable[[Any, Shape, Shape, Shape], int]] = {
 }
 
 
-def _inferred(model: Any, shapes: Mapping[str, Shape]) -> dict[str, Shape]:
-    """Returns the shapes of all tensors, for inputs of these shapes."""
+def _shapes(model: Any, execution: Execution) -> dict[str, Shape]:
+    """Returns the shapes of the tensors that layers read and write, of others as far as they are known."""
+    found = _inferred(model, {name: tuple(array.shape) for name, array in execution.feeds.items()})
+    wanted = [
+        name
+        for node in model.graph.node
+        if node.op_type in _COUNTS
+        for name in (*node.input[:2], next(filter(None, node.output)))
+    ]
+    missing = [name for name in dict.fromkeys(wanted) if name not in found]
+    return found | _measured(missing, execution) if missing else found
+
+
+def _measured(names: Sequence[str], execution: Execution) -> dict[str, Shape]:
+    """Returns the shapes that tensors have in a run, for those that ONNX cannot infer."""
     import onnx  # noqa: PLC0415 - an extra
 
+    model = onnx.load(execution.path, load_external_data=False)
+    outputs = {value.name for value in model.graph.output}
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in outputs)
+    # In the folder of the weights, if these have a file of their own: runtimes look for it there and nowhere else.
+    has_data = any(tensor.external_data for tensor in model.graph.initializer)
+    folder = execution.path.parent if has_data else None
+    descriptor, path = tempfile.mkstemp(suffix=".onnx", prefix=".shapes-", dir=folder)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(model.SerializeToString())
+        session = execution.runtime.load(Path(path), optimized=False)
+        result = dict(zip(session.outputs, session.run(execution.feeds), strict=True))
+    finally:
+        Path(path).unlink()
+    return {name: tuple(result[name].shape) for name in names}
+
+
+def _inferred(model: Any, shapes: Mapping[str, Shape]) -> dict[str, Shape]:
+    """Returns the shapes of tensors that ONNX can infer, for inputs of these shapes."""
+    import onnx  # noqa: PLC0415 - an extra
+
+    model = _copy(model)
     for value in model.graph.input:
         if value.name in shapes:
             dims = value.type.tensor_type.shape.dim
@@ -109,6 +167,12 @@ def _inferred(model: Any, shapes: Mapping[str, Shape]) -> dict[str, Shape]:
         if value.type.tensor_type.HasField("shape") and all(dim.HasField("dim_value") for dim in dims):
             found[value.name] = tuple(dim.dim_value for dim in dims)
     return found
+
+
+def _copy(model: Any) -> Any:
+    copy = type(model)()
+    copy.CopyFrom(model)
+    return copy
 
 
 def _kernels(names: Iterable[str], executed: Sequence[Executed]) -> dict[str, list[Executed]]:

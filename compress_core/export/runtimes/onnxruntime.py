@@ -61,7 +61,12 @@ class _Session(RuntimeSession):
             options.profile_file_prefix = str(Path(self._folder.name) / "profile")
         self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         self.inputs = tuple(
-            Port(entry.name, np.dtype(_DTYPES.get(entry.type, np.float32))) for entry in self._session.get_inputs()
+            Port(
+                entry.name,
+                np.dtype(_DTYPES.get(entry.type, np.float32)),
+                tuple(size if isinstance(size, int) else None for size in entry.shape),
+            )
+            for entry in self._session.get_inputs()
         )
         self.outputs = tuple(entry.name for entry in self._session.get_outputs())
 

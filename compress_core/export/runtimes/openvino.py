@@ -20,7 +20,6 @@ class OpenVino(Runtime):
     name: ClassVar[str] = "OpenVINO"
     package: ClassVar[str] = "openvino"
     extra: ClassVar[str] = "openvino"
-    levels: ClassVar[tuple[bool, ...]] = (True,)  # it always optimizes
 
     @property
     def label(self) -> str:
@@ -32,12 +31,12 @@ class OpenVino(Runtime):
     def load(
         self, path: Path, *, optimized: bool = True, threads: int | None = None, profile: bool = False
     ) -> _Session:
-        """Loads a file; see `Runtime.load`."""
-        return _Session(path, threads, profile)
+        """Loads a file; see `Runtime.load`. Without optimizations, nothing is computed in integers."""
+        return _Session(path, optimized, threads, profile)
 
 
 class _Session(RuntimeSession):
-    def __init__(self, path: Path, threads: int | None, profile: bool) -> None:
+    def __init__(self, path: Path, optimized: bool, threads: int | None, profile: bool) -> None:
         import openvino  # noqa: PLC0415 - an extra
 
         options: dict[str, Any] = {
@@ -45,13 +44,19 @@ class _Session(RuntimeSession):
             # bfloat16 where the processor has it would be another model than the one that is compared.
             "INFERENCE_PRECISION_HINT": "f32",
             "PERF_COUNT": profile,
+            "LP_TRANSFORMS_MODE": "YES" if optimized else "NO",
         }
         core = openvino.Core()
         model = core.read_model(str(path))
         self._model = core.compile_model(model, "CPU", options)
         self._request = self._model.create_infer_request()
         self.inputs = tuple(
-            Port(port.get_any_name(), np.dtype(port.get_element_type().to_dtype())) for port in self._model.inputs
+            Port(
+                port.get_any_name(),
+                np.dtype(port.get_element_type().to_dtype()),
+                tuple(dim.get_length() if dim.is_static else None for dim in port.get_partial_shape()),
+            )
+            for port in self._model.inputs
         )
         self.outputs = tuple(port.get_any_name() for port in self._model.outputs)
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
+
+from compress_core.errors import ExportError
 
 Array = npt.NDArray[Any]
 
@@ -21,10 +24,12 @@ class Port:
     Attributes:
         name: Its name.
         dtype: What it takes; float32 also for tensors of other floating-point types.
+        shape: Its sizes; None for those that vary.
     """
 
     name: str
     dtype: np.dtype[Any]
+    shape: tuple[int | None, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,15 @@ class Runtime(ABC):
     extra: ClassVar[str]
     levels: ClassVar[tuple[bool, ...]] = (False, True)
     profiles: ClassVar[bool] = True
+
+    def check_installed(self) -> None:
+        """Checks that the runtime is installed.
+
+        Raises:
+            ExportError: It is not; the message says how to install it.
+        """
+        if find_spec(self.package) is None:
+            raise ExportError(f"{self.name} is not installed: pip install 'compress-core[{self.extra}]'")
 
     @property
     @abstractmethod

@@ -1,0 +1,78 @@
+"""Draws the difference between a runtime and torch along the graph."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from compress_core.errors import ExportError, UsageError
+from compress_core.export.report import ExportReport, LayerAgreement
+from compress_core.files import replaced_file
+
+_ROUNDING = 0.5  # of a step
+_FORMATS = ("png", "svg", "pdf")
+_INCHES_PER_LAYER = 0.22
+_MOST_NAMES = 200
+
+
+def draw_layers(report: ExportReport, path: str | os.PathLike[str]) -> None:
+    """Draws the error of each quantized tensor, from the first one at the top to the last one.
+
+    Two series, in steps of each quantizer: what the layer alone adds if it is computed from torch's own activations
+    (more than half a step is not rounding), and the mean difference that has accumulated up to there.
+
+    Args:
+        report: A report with `layers`: of an export with `by_layer=True`, or of one whose outputs differed.
+        path: A .png, .svg or .pdf file.
+
+    Raises:
+        UsageError: The report has no layers, or the file has another ending.
+        ExportError: matplotlib is missing (`pip install 'compress-core[plot]'`).
+        FileError: The file cannot be written.
+    """
+    kind = Path(path).suffix.lower().removeprefix(".")
+    if kind not in _FORMATS:
+        raise UsageError(f"path: '{path}' must end in .{', .'.join(_FORMATS)}")
+    if not report.layers:
+        raise UsageError("the report compares no layers; export with by_layer=True")
+    try:
+        from matplotlib.figure import Figure  # noqa: PLC0415 - an extra
+    except ImportError as error:
+        raise ExportError("a picture needs matplotlib: pip install 'compress-core[plot]'") from error
+    layers = report.layers
+    figure = Figure(
+        figsize=(9, max(3.0, _INCHES_PER_LAYER * min(len(layers), _MOST_NAMES) + 1.5)), layout="constrained"
+    )
+    axes = figure.subplots()
+    places = range(len(layers))
+    highest = max(_finite([layer.steps for layer in layers]), _ROUNDING)
+    alone = [layer.steps if math.isfinite(layer.steps) else 2 * highest for layer in layers]
+    colors = ["tab:red" if _departs(layer) else "tab:blue" for layer in layers]
+    axes.barh(places, alone, color=colors, height=0.7, label="this layer alone, largest (red: more than rounding)")
+    known = [(place, layer.accumulated) for place, layer in enumerate(layers) if layer.accumulated is not None]
+    axes.plot([mean for _, mean in known], [place for place, _ in known], "k.-", label="accumulated, mean")
+    axes.axvline(_ROUNDING, color="gray", linestyle=":", linewidth=1)
+    axes.set_yticks(places, [_shortened(layer.place) for layer in layers], fontsize=7)
+    axes.set_ylim(len(layers) - 0.5, -0.5)
+    axes.set_xlabel("difference to torch, in steps of the quantizer")
+    axes.set_title(f"{Path(report.path).name or 'not written'} in {report.runtime}", fontsize=10)
+    figure.legend(fontsize=8, loc="outside lower center", ncols=2)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format=kind, dpi=120)
+    with replaced_file(path) as file:
+        file.write(drawn.getvalue())
+
+
+def _departs(layer: LayerAgreement) -> bool:
+    return not layer.steps <= 1.5 * _ROUNDING
+
+
+def _finite(values: Sequence[float]) -> float:
+    return max((value for value in values if math.isfinite(value)), default=0.0)
+
+
+def _shortened(place: str) -> str:
+    return place if len(place) <= 48 else f"...{place[-45:]}"
