@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from compress_core.errors import ExportError, UsageError
-from compress_core.export import ExportReport, draw_layers
+from compress_core.export import ExportReport, LayerAgreement, draw_layers
+from compress_core.export.onnx import verification
 from tests.onnx_helpers import create
 from tests.zoo import images
 
@@ -73,4 +74,30 @@ def test_what_cannot_be_drawn_is_said(report, tmp_path):
         draw_layers(report, tmp_path / "layers.jpg")
     with pytest.raises(UsageError, match="export with by_layer=True"):
         draw_layers(ExportReport(), tmp_path / "layers.png")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("accumulated", "place"),
+    [
+        ([0.0, 0.01, 0.1, 0.4, 1.5, 4.0], None),  # roundings that a network amplifies
+        ([0.0, 5.5, 0.0, 9.0], "1"),  # a layer that the runtime computes in another way in the whole graph
+        ([0.0, 0.2, None, 3.0, 70.0], "4"),
+        ([0.0, 0.9], None),
+        ([], None),
+    ],
+)
+def test_a_jump_is_told_from_roundings_that_add_up(accumulated, place):
+    layers = [LayerAgreement(str(number), 0.5, steps) for number, steps in enumerate(accumulated)]
+    found = verification._jump(layers)
+    assert (None if found is None else found.place) == place
+
+
+def test_a_file_that_is_right_in_parts_only_is_refused(tmp_path, monkeypatch):
+    controller = create(net())
+    monkeypatch.setattr(verification, "_jump", lambda layers: layers[1])
+    monkeypatch.setattr(verification, "_LAST_LAYERS", 1.0)
+    monkeypatch.setattr("compress_core.export.onnx.exporter._TOLERANCE", 0.0)
+    with pytest.raises(ExportError, match=r"in the whole file the one at '1' \(output\) is .* steps away in the mean"):
+        controller.export(tmp_path / "model.onnx", images(8))
     assert not list(tmp_path.iterdir())

@@ -69,6 +69,9 @@ class OnnxExporter(Exporter):
         """Returns what runs the file."""
         return self.runtime
 
+    def adapt(self, graph: Any) -> None:
+        """Changes a graph, an `onnx_ir.Model`, into one that the runtime computes right; by default nothing."""
+
     def check_graph(self, graph: Any, job: ExportJob) -> tuple[str, ...]:
         """Checks what the runtime demands of a graph, beside running it.
 
@@ -131,6 +134,7 @@ class _Run:
         replaced = compute_in_float32(graph, with_double=_has_double_weights(job.model))
         for rewrite in job.rewrites:
             rewrite(graph)
+        self.exporter.adapt(graph)
         drop_what_is_unused(graph)
         name_inputs_and_outputs(graph, options.input_names, options.output_names)
         rules = (*self.exporter.made_for_another(job), *self.exporter.check_graph(graph, job))

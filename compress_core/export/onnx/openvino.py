@@ -8,6 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
+import numpy.typing as npt
+
 from compress_core.errors import ExportError
 from compress_core.export.agreement import DisagreementError
 from compress_core.export.exporter import ExportJob
@@ -43,6 +46,14 @@ class OpenVinoExporter(OnnxExporter):
     extra: ClassVar[str] = "openvino"
 
     runtime = OpenVino()
+
+    def adapt(self, graph: Any) -> None:
+        """Adds biases of convolutions after them: OpenVINO loses some of those inside if the batch size varies.
+
+        Seen with OpenVINO 2026.4: a convolution with a bias, whose quantized output is concatenated with a tensor that
+        is expanded to the batch size (a class token), got the bias of its first channel in all channels.
+        """
+        separate_biases(graph.graph)
 
     def runtime_for(self, job: ExportJob) -> Runtime:
         """Returns what runs the file; see `OnnxExporter.runtime_for`."""
@@ -86,6 +97,61 @@ class OpenVinoExporter(OnnxExporter):
             advice = " value, and the ONNX file that it is made from does not. No file was written; export to .onnx"
             raise DisagreementError(now.batch_size, found, advice, report)
         return report
+
+
+def separate_biases(graph: Any) -> None:
+    """Replaces the constant bias of each convolution by an addition behind it, which OpenVINO fuses again.
+
+    Args:
+        graph: An `onnx_ir.Graph`; it is changed.
+    """
+    import onnx_ir  # noqa: PLC0415 - an extra
+
+    for node in list(graph):
+        if node.op_type not in ("Conv", "ConvTranspose") or len(node.inputs) < 3 or node.inputs[2] is None:
+            continue
+        values, rank = _constant(node.inputs[2]), node.inputs[1].shape
+        if values is None or rank is None:
+            continue
+        name = f"{node.name}.bias"
+        tensor = onnx_ir.tensor(values.reshape(1, -1, *[1] * (len(rank) - 2)), name=name)
+        bias = onnx_ir.Value(
+            name=name,
+            shape=onnx_ir.Shape(tensor.numpy().shape),
+            type=onnx_ir.TensorType(tensor.dtype),
+            const_value=tensor,
+        )
+        graph.initializers[name] = bias
+        node.replace_input_with(2, None)
+        node.resize_inputs(2)
+        result = node.outputs[0]
+        addition = onnx_ir.node("Add", [result, bias], name=f"{node.name}.add")
+        total = addition.outputs[0]
+        total.shape, total.type, total.name = result.shape, result.type, result.name
+        result.name = f"{result.name}.without_bias"
+        graph.insert_after(node, addition)
+        if result.is_graph_output():
+            graph.outputs[list(graph.outputs).index(result)] = total
+        result.replace_all_uses_with(total)
+        addition.replace_input_with(0, result)
+
+
+def _constant(value: Any) -> npt.NDArray[np.floating[Any]] | None:
+    """Returns the values of a constant in float32, also of one that is stored as integers."""
+    maker = value.producer()
+    if maker is not None and maker.op_type == "DequantizeLinear":
+        integers, scale = (_constant_array(entry) for entry in maker.inputs[:2])
+        has_zero_point = len(maker.inputs) > 2 and maker.inputs[2] is not None
+        if integers is None or scale is None or has_zero_point:
+            return None
+        product: npt.NDArray[np.floating[Any]] = (integers * scale.astype(np.float64)).astype(np.float32)
+        return product
+    found: npt.NDArray[np.floating[Any]] | None = _constant_array(value)
+    return found
+
+
+def _constant_array(value: Any) -> Any:
+    return None if value.const_value is None else value.const_value.numpy()
 
 
 def _converted(onnx: Path, report: ExportReport) -> Path:

@@ -26,6 +26,9 @@ _SATURATION = (
     "they add two products of 8 bits; weights on half-range grids (quantization's overflow_fix) prevent it"
 )
 _MOST_NAMED = 3
+# One layer multiplies the mean difference of its input by less than this: a few at most with random weights.
+_LARGEST_JUMP = 20.0
+_LEAST_STEPS = 0.05
 _LAST_LAYERS = 0.01  # of the mean absolute output: what layers after the last quantizers may differ by
 
 
@@ -138,6 +141,16 @@ def _explained(
             False,
             layers,
         )
+    jump = _jump(layers)
+    if jump is not None:
+        return (
+            f"All {len(cut.parts)} quantized tensors agree if each is computed alone, but in the whole file the one at "
+            f"{jump.place} is {jump.accumulated:.3g} steps away in the mean, and those before it are not: "
+            f"{candidate.runtime.name} computes something else when it optimizes the whole graph. Name the layer "
+            "before it in ignored_scopes, or use another runtime",
+            False,
+            layers,
+        )
     worst = max(agreements, key=lambda agreement: agreement.relative_mean)
     if not worst.relative_mean <= _LAST_LAYERS:
         return (
@@ -153,6 +166,18 @@ def _explained(
         True,
         layers,
     )
+
+
+def _jump(layers: Sequence[LayerAgreement]) -> LayerAgreement | None:
+    """Returns the first tensor whose difference in the whole file cannot come from the roundings before it."""
+    before = _LEAST_STEPS
+    for layer in layers:
+        if layer.accumulated is None:
+            continue
+        if layer.accumulated > max(1.0, _LARGEST_JUMP * before):
+            return layer
+        before = max(before, layer.accumulated)
+    return None
 
 
 def compare(runtime: Runtime, path: Path, references: Sequence[Reference], *, optimized: bool) -> list[Agreement]:
