@@ -41,6 +41,9 @@ _KINDS: dict[str, str] = {
     **dict.fromkeys(("cat", "concat", "concatenate", "hstack", "vstack", "stack"), "concat"),
 }
 
+KINDS = tuple(sorted({*_KINDS.values(), "interpolate_nearest", "pixel_shuffle"}))
+"""The kinds of operators that profiles of devices can list."""
+
 # Functions that do not change values, only shape or order, so a quantizer before them is as good as one after.
 _TRANSPARENT = frozenset(
     [f"{prefix}max_pool{n}d" for prefix in ("", "adaptive_") for n in (1, 2, 3)]
@@ -85,6 +88,8 @@ _ACTIVATIONS = frozenset(
     + ["logsigmoid", "tanh", "hardtanh", "hardsigmoid", "hardswish", "hardshrink", "softplus", "softsign", "threshold"]
     + ["clamp", "clip", "clamp_min", "clamp_max"]
 )
+
+ACTIVATION_NAMES = tuple(sorted(_ACTIVATIONS))
 
 LINEAR_KINDS = frozenset(
     [f"{name}{n}d" for name in ("conv", "conv_transpose") for n in (1, 2, 3)] + ["linear", "matmul", "rnn", "embedding"]

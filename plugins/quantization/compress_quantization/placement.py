@@ -5,6 +5,9 @@ tensor is produced: through operators that only move values, and across a branch
 quantizer. So one quantizer serves all readers of the tensor, and it comes after the activation function that a runtime
 fuses with the preceding convolution. It does not move above tensors that the model also returns.
 
+Some runtimes need a quantizer at the output of an operator as well, and want none at an operand that they fuse with the
+operator that makes it (`surroundings`).
+
 Quantizers that meet at a concatenation are unified, because a runtime concatenates only integers of one scale. Others
 are unified because of the operators that they serve (`unifying`).
 """
@@ -31,11 +34,16 @@ from compress_quantization.operators import (
     kind_of,
     reads_values,
 )
+from compress_quantization.profiles import Operator
 from compress_quantization.quantizer_config import QuantizerSpec
+from compress_quantization.surroundings import OperatorOf, Surroundings
 from compress_quantization.unifying import DisjointSets, ServedInput, Unified, Unifier
 
 # What an operator demands of one of its inputs, or None.
 Demand = Callable[[Call, Path], QuantizerSpec | None]
+
+# What an operator demands of its output, or None.
+OutputDemand = Callable[[Call], QuantizerSpec | None]
 
 
 @dataclass(frozen=True)
@@ -44,16 +52,22 @@ class Rules:
 
     Attributes:
         demand: Returns the quantizer that an operator demands for an input.
+        output_demand: Returns the quantizer that an operator demands for its output.
+        operator_of: Returns what the device supports for a kind of operator.
         quantize_inputs: Whether inputs of the model are quantized.
         output_spec: How outputs of the model are quantized; None to leave them unquantized.
+        exact_outputs: Whether outputs of the model stay unquantized even if the operator that makes them demands it.
         unified_kinds: Kinds of operators whose inputs share one quantizer; for "concat", those that meet there.
         unified_calls: Operators that share one quantizer with other operators -> config path of their group.
         stored_masks: Names of buffers that hold masks of attention.
     """
 
     demand: Demand
+    output_demand: OutputDemand = lambda call: None
+    operator_of: OperatorOf = lambda kind: Operator()
     quantize_inputs: bool = True
     output_spec: QuantizerSpec | None = None
+    exact_outputs: bool = False
     unified_kinds: frozenset[str] = frozenset({"concat"})
     unified_calls: Mapping[CallRef, str] = field(default_factory=dict)
     stored_masks: frozenset[str] = frozenset()
@@ -216,6 +230,9 @@ class _Propagation:
         self._fused = fused_calls(forward, self._constants)
         self._inside = reads_inside_normalizations(forward, self._constants)
         self._masks = masks_of(forward, rules.stored_masks)
+        self._surroundings = Surroundings(forward, self._fused, rules.operator_of)
+        # Values that an operator demands to be quantized because it makes them.
+        self._made = self._demanded_outputs()
         # Values that are quantized for all readers, and values that are quantized for some readers.
         self._whole: dict[ValueId, _Wish] = {}
         self._partial: list[_Wish] = []
@@ -261,6 +278,18 @@ class _Propagation:
             return False
         return known.call is not None or (bool(known.inputs) and self._rules.quantize_inputs)
 
+    def _demanded_outputs(self) -> dict[ValueId, QuantizerSpec]:
+        found = {}
+        for call in self._forward.calls:
+            spec = None if call.index in self._network.outside else self._rules.output_demand(call)
+            value = None if spec is None else self._surroundings.output(call)
+            if spec is None or value is None:
+                continue
+            is_exact = self._rules.exact_outputs or not self._network.quantizes_output(value)
+            if not (self._forward.values[value].outputs and is_exact):
+                found[value] = spec
+        return found
+
     def _settle(self, value: ValueId) -> None:
         calls = self._forward.calls
         found = [(index, path) for index, path in self._consumers[value] if self._reads(index, path)]
@@ -269,10 +298,15 @@ class _Propagation:
         outputs = self._forward.values[value].outputs
         output_spec = self._rules.output_spec if self._network.quantizes_output(value) else None
         specs = {ask.spec for ask in asks} | ({output_spec} if outputs else set())
+        if value in self._made:
+            # It is quantized for all readers, as they ask for it if they agree; those that ask for more get that.
+            asked = {spec for spec in specs if spec is not None}
+            specs = asked if len(asked) == 1 else {self._made[value]}
         if len(specs) == 1 and None not in specs:
             (wanted,) = (spec for spec in specs if spec is not None)
-            self._whole[value] = self._wish(value, wanted, asks, ("value", self._number, value))
-            return
+            served = [ask for ask in asks if ask.spec == wanted]
+            self._whole[value] = self._wish(value, wanted, served, ("value", self._number, value))
+            asks = [ask for ask in asks if ask.spec != wanted]
         for spec in dict.fromkeys(ask.spec for ask in asks):
             own = [ask for ask in asks if ask.spec == spec and not ask.only_together]
             if spec is not None and own:
@@ -306,10 +340,17 @@ class _Propagation:
         if is_transparent(call):
             return self._transparent(call, reader) if path[0] in (0, "input", "self") else _Ask(None, reader)
         is_operand = is_data_argument(call, path) and self._network.quantizes_argument(call, value)
+        is_operand = is_operand and reader not in self._surroundings.fused_operands and self._can_be_integer(call)
         spec = self._rules.demand(call, path) if is_operand else None
         if spec is not None:
             self._demands[reader] = spec
         return _Ask(spec, reader, modules=[call.module])
+
+    def _can_be_integer(self, call: Call) -> bool:
+        """Returns whether an operator has the quantized output without which its device computes it in floats."""
+        if self._rules.operator_of(kind_of(call.function)).output != "decides":
+            return True
+        return self._surroundings.output(call) in self._whole
 
     def _transparent(self, call: Call, reader: tuple[int, Path]) -> _Ask:
         if self._makes_constants(call):
