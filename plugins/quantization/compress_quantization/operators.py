@@ -147,6 +147,15 @@ def kind_of(function: str) -> str:
     return _KINDS.get(base_name(function), "")
 
 
+def kinds_of(call: Call) -> tuple[str, ...]:
+    """Returns the kinds of operators as which a profile may list a call; the first one that it lists is meant."""
+    kind = kind_of(call.function)
+    if kind != "interpolate" or base_name(call.function) == "grid_sample":
+        return (kind,)
+    mode = call.keywords.get("mode", call.arguments[3] if len(call.arguments) > 3 else "nearest")
+    return (kind, "interpolate_nearest") if mode in ("nearest", "nearest-exact") else (kind,)
+
+
 def is_transparent(call: Call) -> bool:
     """Returns whether a call only moves values without changing them."""
     name = base_name(call.function)

@@ -53,7 +53,7 @@ class Rules:
     Attributes:
         demand: Returns the quantizer that an operator demands for an input.
         output_demand: Returns the quantizer that an operator demands for its output.
-        operator_of: Returns what the device supports for a kind of operator.
+        operator_of: Returns what the device supports for a call.
         quantize_inputs: Whether inputs of the model are quantized.
         output_spec: How outputs of the model are quantized; None to leave them unquantized.
         exact_outputs: Whether outputs of the model stay unquantized even if the operator that makes them demands it.
@@ -64,7 +64,7 @@ class Rules:
 
     demand: Demand
     output_demand: OutputDemand = lambda call: None
-    operator_of: OperatorOf = lambda kind: Operator()
+    operator_of: OperatorOf = lambda call: Operator()
     quantize_inputs: bool = True
     output_spec: QuantizerSpec | None = None
     exact_outputs: bool = False
@@ -214,6 +214,8 @@ class _Ask:
     only_together: bool = False
     # Whether all quantizers that replace those further down have to be unified.
     unified: bool = True
+    # Whether those further down stay as well.
+    keeps: bool = False
 
 
 class _Propagation:
@@ -325,7 +327,8 @@ class _Propagation:
         for ask in asks:
             modules.extend(name for name in ask.modules if name not in modules)
             for replaced in ask.instead_of:
-                self._whole.pop(replaced, None)
+                if not ask.keeps:
+                    self._whole.pop(replaced, None)
                 if ask.unified:
                     self._groups.join(group, ("value", self._number, replaced))
         shape = self._forward.values[value].shape
@@ -348,7 +351,7 @@ class _Propagation:
 
     def _can_be_integer(self, call: Call) -> bool:
         """Returns whether an operator has the quantized output without which its device computes it in floats."""
-        if self._rules.operator_of(kind_of(call.function)).output != "decides":
+        if self._rules.operator_of(call).output != "decides":
             return True
         return self._surroundings.output(call) in self._whole
 
@@ -386,7 +389,9 @@ class _Propagation:
             # Where channels are joined, each part has other ones, and the scales of its own.
             unified = unified and all(part[1] == self._shape(results[0])[1] for part in parts)
         self._lifted[call.index] = wish
-        return _Ask(wish.spec, reader, results, list(wish.modules), unified=unified)
+        # Some runtimes need a quantizer after the concatenation as well. On values of its own grid it changes nothing.
+        keeps = self._rules.operator_of(call).output == "required"
+        return _Ask(wish.spec, reader, results, list(wish.modules), unified=unified, keeps=keeps)
 
     def _keeps_channels(self, call: Call, reader: tuple[int, Path], result: ValueId) -> bool:
         """Returns whether the channels, dimension 1, are the same before and behind a call that moves values."""

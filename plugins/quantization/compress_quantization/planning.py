@@ -129,10 +129,10 @@ class Planner:
         if self._is_weight(call, path):
             return None
         position = path[0] if isinstance(path[0], int) else 0
-        return QuantizerSpec() if self._profile.quantizes_input(kind_of(call.function), position) else None
+        return QuantizerSpec() if self._profile.quantizes_input(self._profile.kind_of(call), position) else None
 
     def _device_output_demand(self, call: Call) -> QuantizerSpec | None:
-        needed = self._profile.operator(kind_of(call.function)).output == "required"
+        needed = self._profile.operator_of(call).output == "required"
         return QuantizerSpec() if needed else None
 
     def _warn_of_modes(self, placement: Placement, wanted: list[tuple[Placed, QuantizerPlace]], rules: Rules) -> None:
@@ -246,7 +246,7 @@ class Planner:
         rules = Rules(
             self._demand,
             self._output_demand,
-            self._profile.operator,
+            self._profile.operator_of,
             exact_outputs="quantize_outputs" in self._config.model_fields_set and not self._config.quantize_outputs,
             quantize_inputs=self._config.quantize_inputs,
             output_spec=output_spec,
@@ -282,7 +282,7 @@ class Planner:
     def _demand(self, call: Call, path: Path) -> QuantizerSpec | None:
         if self._is_weight(call, path):
             return None
-        kind = kind_of(call.function)
+        kind = self._profile.kind_of(call)
         position = path[0] if isinstance(path[0], int) else 0
         if not self._profile.quantizes_input(kind, position):
             return None
@@ -299,9 +299,9 @@ class Planner:
 
     def _output_demand(self, call: Call) -> QuantizerSpec | None:
         """Returns the quantizer at the output of an operator, if it needs one to be computed with integers."""
-        kind = kind_of(call.function)
-        if self._profile.operator(kind).output != "required":
-            return None
+        kind = self._profile.kind_of(call)
+        if kind == "concat" or self._profile.operator(kind).output != "required":
+            return None  # a concatenation demands nothing, but keeps what others demand
         data = next((path for path, _ in call.inputs if is_data_argument(call, path)), None)
         if data is None or self._demand(call, data) is None:
             return None

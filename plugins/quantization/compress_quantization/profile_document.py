@@ -86,7 +86,8 @@ class OperatorDocument(_Strict):
     output: Literal["free", "required", "decides"] = Field(
         "free",
         description="what an integer kernel demands of the output: nothing; a quantizer, which is then placed there; or "
-        "a quantizer, and unless others demand one there, the inputs are not quantized either",
+        "a quantizer, and unless others demand one there, the inputs are not quantized either. A concatenation demands none, "
+        "but with `required` the quantizer that others demand there stays while its inputs get the same one",
     )
     fused_activations: list[Annotated[str, AfterValidator(_activation)]] = Field(
         default_factory=list,

@@ -30,7 +30,9 @@ from typing import Any, Literal
 from compress_core import Choice, ConfigError
 from compress_core.config.errors import did_you_mean
 from compress_core.contract.choices import choices_of
+from compress_core.trace import Call
 from compress_quantization.config import Mode, QuantizerGroup
+from compress_quantization.operators import kinds_of
 from compress_quantization.profile_document import TARGET_DEVICE
 
 # Name -> file in `profiles/`, what it is.
@@ -150,6 +152,15 @@ class Profile:
     def operator(self, kind: str) -> Operator:
         """Returns what the device supports for operators of this kind."""
         return self.operators.get(kind, _NOTHING)
+
+    def operator_of(self, call: Call) -> Operator:
+        """Returns what the device supports for a call."""
+        return self.operator(self.kind_of(call))
+
+    def kind_of(self, call: Call) -> str:
+        """Returns the kind of an operator as the device lists it."""
+        kinds = kinds_of(call)
+        return next((kind for kind in kinds if kind in self.operators), kinds[0])
 
     def quantizes_inputs(self, operator: str) -> bool:
         """Returns whether inputs of operators of this kind are quantized."""

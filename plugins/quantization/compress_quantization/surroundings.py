@@ -15,8 +15,8 @@ from compress_core.transforms.places import Path
 from compress_quantization.operators import base_name, is_data_argument, kind_of, reads_values
 from compress_quantization.profiles import Operator
 
-# Returns what the device supports for a kind of operator.
-OperatorOf = Callable[[str], Operator]
+# Returns what the device supports for a call.
+OperatorOf = Callable[[Call], Operator]
 
 
 class Surroundings:
@@ -50,7 +50,7 @@ class Surroundings:
         if len(call.results) != 1:
             return None
         (value,) = call.results
-        functions = self._operator_of(kind_of(call.function)).fused_activations
+        functions = self._operator_of(call).fused_activations
         while (reader := self._only_reader(value)) is not None and len(reader.results) == 1:
             if self._is_folded(reader):
                 (value,) = reader.results
@@ -69,7 +69,7 @@ class Surroundings:
 
     def _fused_operand(self, call: Call) -> list[tuple[int, Path]]:
         """Returns the argument that a fused operator makes: the last one made, as the others have to exist before."""
-        kinds = self._operator_of(kind_of(call.function)).fuses_with
+        kinds = self._operator_of(call).fuses_with
         operands = [(path, value) for path, value in call.inputs if is_data_argument(call, path)] if kinds else []
         made = [(maker.index, path) for path, value in operands if (maker := self._maker(value, kinds)) is not None]
         return [(call.index, max(made)[1])] if made and len(operands) > 1 else []
