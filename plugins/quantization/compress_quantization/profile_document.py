@@ -56,8 +56,8 @@ class SchemeDocument(_Strict):
     )
     narrow_range: bool | None = Field(
         None,
-        description="whether symmetric grids leave out one integer, -128 of a signed one with 8 bits; without it, those "
-        "of 8-bit weights do",
+        description="whether symmetric grids leave out one integer, -128 of a signed one with 8 bits; without it, "
+        "those of 8-bit weights do",
     )
     smallest_scale: float = Field(
         0.0, ge=0, le=1, description="smallest distance of two values of a grid; calibration and training keep to it"
@@ -75,7 +75,9 @@ class OperatorDocument(_Strict):
     """What a device supports for operators of some kinds."""
 
     kinds: list[Kind] = Field(min_length=1, description="kinds of operators")
-    activations: list[str] = Field(default_factory=list, description="schemes for their inputs; without, these are not quantized")
+    activations: list[str] = Field(
+        default_factory=list, description="schemes for their inputs; without, these are not quantized"
+    )
     depthwise_activations: list[str] = Field(
         default_factory=list, description="the same for depthwise convolutions; by default as for others"
     )
@@ -85,9 +87,9 @@ class OperatorDocument(_Strict):
     )
     output: Literal["free", "required", "decides"] = Field(
         "free",
-        description="what an integer kernel demands of the output: nothing; a quantizer, which is then placed there; or "
-        "a quantizer, and unless others demand one there, the inputs are not quantized either. A concatenation demands none, "
-        "but with `required` the quantizer that others demand there stays while its inputs get the same one",
+        description="what an integer kernel demands of the output: nothing; a quantizer, which is then placed there; "
+        "or a quantizer, and unless others demand one there, the inputs are not quantized either. A concatenation "
+        "makes no demands: with `required`, a quantizer that others demand there stays while its inputs get the same",
     )
     fused_activations: list[Annotated[str, AfterValidator(_activation)]] = Field(
         default_factory=list,
@@ -95,7 +97,8 @@ class OperatorDocument(_Strict):
     )
     fuses_with: list[Kind] = Field(
         default_factory=list,
-        description="kinds of operators, one of which makes an input of these: the runtime fuses the two, and this input is not quantized",
+        description="kinds of operators with which the runtime fuses these: the input that one of them makes is not "
+        "quantized",
     )
 
 

@@ -13,8 +13,8 @@ otherwise. `profile_document` describes all keys, and plugins contribute more de
 
 Sources: for ANY, CPU, GPU and NPU the hardware profiles of NNCF 2.16. TRIAL is its table of quantizable operators plus
 one-dimensional convolutions, whose weights NNCF quantizes but whose inputs it does not. `onnxruntime-cpu`: the rules by
-which ONNX Runtime makes integer kernels of Q/DQ nodes (`qdq_selector_action_transformer.cc`). `openvino-cpu`: what
-OpenVINO's low-precision transformations and its CPU plugin execute in 8 bits. `xnnpack`: the operators that ExecuTorch's
+which ONNX Runtime makes integer kernels of Q/DQ nodes (`qdq_selector_action_transformer.cc`). `openvino-cpu`: the
+profile CPU without what OpenVINO 2026 was seen to compute in floating point. `xnnpack`: the operators that ExecuTorch's
 partitioner accepts with static quantization, and the grids of its quantizer. `tensorrt`: "Working with quantized types"
 in TensorRT's documentation. The first two are tested on the kernels that these runtimes choose.
 """
@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any, Literal
 
-from compress_core import Choice, ConfigError
+from compress_core import Choice, ConfigError, find_choice
 from compress_core.config.errors import did_you_mean
 from compress_core.contract.choices import choices_of
 from compress_core.trace import Call
@@ -189,14 +189,20 @@ def load_profile(target_device: str) -> Profile:
     Raises:
         ConfigError: There is no profile for the device.
     """
-    devices = choices_of(TARGET_DEVICE)
-    if target_device not in devices:
+    found = find_choice(target_device, TARGET_DEVICE)
+    if found is None:
+        devices = choices_of(TARGET_DEVICE)
         hint = did_you_mean(target_device, devices) if target_device != "CPU_SPR" else ""
         raise ConfigError(
             f"there is no quantization profile for the target_device '{target_device}'; choose one of "
             f'{", ".join(devices)} ("CPU" is right for Sapphire Rapids unless it is to compute in bfloat16).{hint}'
         )
-    return parse_profile({"device": target_device, **devices[target_device].value})
+    return parse_profile({"device": target_device, **found.value})
+
+
+def devices_with_half_range() -> list[str]:
+    """Returns the devices on which 8-bit weights may overflow."""
+    return [name for name, found in choices_of(TARGET_DEVICE).items() if found.value["half_range_weights"]]
 
 
 def parse_profile(document: Mapping[str, Any]) -> Profile:

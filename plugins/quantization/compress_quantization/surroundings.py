@@ -68,11 +68,11 @@ class Surroundings:
         return call.index in self._fused and kind_of(call.function) == "batch_norm"
 
     def _fused_operand(self, call: Call) -> list[tuple[int, Path]]:
-        """Returns the argument that a fused operator makes: the last one made, as the others have to exist before."""
+        """Returns the first argument that the runtime can fuse; in `out + shortcut(x)` the shortcut is the other one."""
         kinds = self._operator_of(call).fuses_with
         operands = [(path, value) for path, value in call.inputs if is_data_argument(call, path)] if kinds else []
-        made = [(maker.index, path) for path, value in operands if (maker := self._maker(value, kinds)) is not None]
-        return [(call.index, max(made)[1])] if made and len(operands) > 1 else []
+        made = [path for path, value in operands if self._maker(value, kinds) is not None]
+        return [(call.index, made[0])] if made and len(operands) > 1 else []
 
     def _maker(self, value: ValueId, kinds: Collection[str]) -> Call | None:
         """Returns the operator of one of these kinds that makes a value, directly or behind its batch norm."""
