@@ -68,7 +68,7 @@ class Surroundings:
         return call.index in self._fused and kind_of(call.function) == "batch_norm"
 
     def _fused_operand(self, call: Call) -> list[tuple[int, Path]]:
-        """Returns the first argument that the runtime can fuse; in `out + shortcut(x)` the shortcut is the other one."""
+        """Returns the first argument that the runtime can fuse: `out` in `out + shortcut(x)`."""
         kinds = self._operator_of(call).fuses_with
         operands = [(path, value) for path, value in call.inputs if is_data_argument(call, path)] if kinds else []
         made = [path for path, value in operands if self._maker(value, kinds) is not None]
