@@ -299,10 +299,10 @@ class _Propagation:
         asks = [self._ask(calls[index], path, value) for index, path in readers]
         outputs = self._forward.values[value].outputs
         output_spec = self._rules.output_spec if self._network.quantizes_output(value) else None
-        specs = {ask.spec for ask in asks} | ({output_spec} if outputs else set())
+        specs: set[QuantizerSpec | None] = {ask.spec for ask in asks} | ({output_spec} if outputs else set())
         if value in self._made:
             # It is quantized for all readers, as they ask for it if they agree; those that ask for more get that.
-            asked = {spec for spec in specs if spec is not None}
+            asked = specs - {None}
             specs = asked if len(asked) == 1 else {self._made[value]}
         if len(specs) == 1 and None not in specs:
             (wanted,) = (spec for spec in specs if spec is not None)
