@@ -8,17 +8,15 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from compress_core.errors import DataError, UsageError
+from compress_core.errors import UsageError
 from compress_core.transforms import ACTIVATION_FUNCTIONS, ActivationTransform, ProjectingTransform, WeightGrid
 from compress_quantization import kernels
+from compress_quantization.first_values import checked, logarithm, magnitudes
 from compress_quantization.grid import Grid
 from compress_quantization.kernels import Source, Task, fake_quantize
 from compress_quantization.kernels.formulas import StepLowHigh
 from compress_quantization.kernels.sources import TINY, compute_dtype, from_ends, levels_of, raised, ranges_of_channels
 from compress_quantization.participation import is_parallel, with_zero_gradients
-
-_LARGEST = 2.0**126  # ranges are moved and added to, which must not overflow float32
-_SCALE_OF_ZEROS = 0.1
 
 
 class FakeQuantize(ProjectingTransform, ActivationTransform):
@@ -246,7 +244,7 @@ class FakeQuantize(ProjectingTransform, ActivationTransform):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         key = prefix + self._logarithmic
         if self.logarithm_scale and key in state_dict:
-            state_dict = {**state_dict, key: _logarithm(state_dict[key])}
+            state_dict = {**state_dict, key: logarithm(state_dict[key])}
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _initial(self, value: float) -> nn.Parameter:
@@ -334,10 +332,10 @@ class SymmetricFakeQuantize(FakeQuantize):
         Raises:
             DataError: A value is not finite or above 2^126, or a minimum is above its maximum.
         """
-        low, high = _checked(minimum, maximum, self.shape)
-        scale, is_zero, of_zeros = _magnitudes(low, high)
+        low, high = checked(minimum, maximum, self.shape)
+        scale, is_zero, of_zeros = magnitudes(low, high)
         scale = torch.where(is_zero, of_zeros, scale)
-        self._store(self.scale, _logarithm(scale) if self.logarithm_scale else scale)
+        self._store(self.scale, logarithm(scale) if self.logarithm_scale else scale)
         self._raise_scale()
 
 
@@ -390,8 +388,8 @@ class AsymmetricFakeQuantize(FakeQuantize):
         Raises:
             DataError: A value is not finite or above 2^126, or a minimum is above its maximum.
         """
-        low, high = _checked(minimum, maximum, self.shape)
-        _, is_zero, of_zeros = _magnitudes(low, high)
+        low, high = checked(minimum, maximum, self.shape)
+        _, is_zero, of_zeros = magnitudes(low, high)
         # A width of zero would have no gradient.
         is_constant = high - low < TINY
         low, high = (
@@ -399,31 +397,5 @@ class AsymmetricFakeQuantize(FakeQuantize):
         )
         low, width = torch.where(is_zero, 0.0, low), torch.where(is_zero, of_zeros, high - low)
         self._store(self.input_low, low)
-        self._store(self.input_range, _logarithm(width) if self.logarithm_scale else width)
+        self._store(self.input_range, logarithm(width) if self.logarithm_scale else width)
         self._raise_scale()
-
-
-def _checked(minimum: torch.Tensor, maximum: torch.Tensor, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-    low, high = (values.detach().float().broadcast_to(shape) for values in (minimum, maximum))
-    for name, values in (("minimum", low), ("maximum", high)):
-        is_bad = ~(values.abs() <= _LARGEST)
-        if bool(is_bad.any()):
-            raise DataError(
-                f"the {name} of a quantizer's range is {values[is_bad][0].item():.3g}: the tensors that it was "
-                f"calibrated on have values that are not finite in float32 or too large for it (above {_LARGEST:.1e}); "
-                "check weights, data and preprocessing"
-            )
-    if bool((low > high).any()):
-        raise DataError("a quantizer's range: a minimum is above its maximum; they may have been swapped")
-    return low, high
-
-
-def _magnitudes(low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns the largest absolute values, where they count as zero, and the scale for these places."""
-    largest = torch.maximum(low.abs(), high.abs())
-    of_all = largest.max()
-    return largest, largest < TINY, torch.where(of_all < TINY, _SCALE_OF_ZEROS, of_all)
-
-
-def _logarithm(values: torch.Tensor) -> torch.Tensor:
-    return values.detach().double().abs().clamp_min(TINY).log()

@@ -30,7 +30,8 @@ from compress_quantization.calls import (
 from compress_quantization.config import QuantizationConfig
 from compress_quantization.masks import stored_masks
 from compress_quantization.operators import LINEAR_KINDS, is_data_argument, kind_of
-from compress_quantization.placement import Placed, Placement, Rules, modules_only_in_training, place_quantizers
+from compress_quantization.placement import modules_only_in_training, place_quantizers
+from compress_quantization.placement_types import Placed, Placement, Rules
 from compress_quantization.plan import InitialRange, PlannedQuantizer, QuantizationPlan
 from compress_quantization.profiles import Profile
 from compress_quantization.quantizer_config import QuantizerSpec, Resolver, check_strict_bits

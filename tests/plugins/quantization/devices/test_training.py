@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import math
 
 import pytest
@@ -9,7 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from compress_core import StateError
 from compress_quantization.fake_quantize import AsymmetricFakeQuantize, SymmetricFakeQuantize
+from compress_quantization.quantizer_config import QuantizerSpec
 from tests.plugins.quantization.devices.device_nets import IMAGES, batch, quantized
 
 SMALLEST = 2.0**-12
@@ -121,6 +125,28 @@ def test_gradients_at_the_smallest_scale_are_those_of_the_grid_that_is_computed_
         found.append((x.grad, quantizer.scale.grad))
     assert torch.equal(found[0][0], found[1][0])
     assert torch.allclose(found[0][1], found[1][1], rtol=1e-4)
+
+
+def test_it_compiles_in_one_graph_and_computes_the_same():
+    quantizer = AsymmetricFakeQuantize((1,), smallest_scale=SMALLEST)
+    with torch.no_grad():
+        quantizer.input_low.fill_(-1e-5)
+        quantizer.input_range.fill_(1e-4)
+    x = torch.linspace(-0.1, 0.1, 100)
+    assert torch.equal(torch.compile(quantizer, backend="eager", fullgraph=True)(x), quantizer(x))
+
+
+def test_states_from_before_have_no_smallest_scale_and_absurd_ones_are_refused():
+    spec = QuantizerSpec(smallest_scale=SMALLEST)
+    assert QuantizerSpec.from_dict(spec.to_dict()) == spec
+    older = {key: value for key, value in spec.to_dict().items() if key != "smallest_scale"}
+    assert QuantizerSpec.from_dict(older).smallest_scale == 0
+    controller, _ = quantized("linear_head", "xnnpack")
+    state = copy.deepcopy(controller.get_compression_state())
+    text = json.dumps(state)
+    assert text.count(str(SMALLEST)) == len(controller.non_weight_quantizers)
+    with pytest.raises(StateError, match=r"spec\.smallest_scale: must be between 0 and 1, got 2"):
+        quantized("linear_head", "xnnpack", state=json.loads(text.replace(str(SMALLEST), "2.0")))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
