@@ -145,7 +145,7 @@ def wrong_documents():
     yield changed(lambda d: d.pop("presets")), "presets: is required"
 
 
-@pytest.mark.parametrize(("wrong", "message"), wrong_documents())
+@pytest.mark.parametrize(("wrong", "message"), list(wrong_documents()))
 def test_what_is_wrong_with_a_description_is_said(wrong, message):
     with pytest.raises(PluginError, match=message):
         registry_with(Choice("quantization.target_device", "my-npu", wrong))

@@ -18,7 +18,7 @@ WEIGHTED = {
     **{"concat": 3, "linear_head": 2, "attention": 5, "layernorm": 3, "upsample": 2, "bilinear": 2, "transposed": 1},
 }
 # An export takes a second, so only these run each time.
-QUICK = {"conv_silu", "downsample", "squeeze", "concat", "attention"}
+QUICK = {"squeeze", "concat", "attention"}
 EACH = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in NETS]
 KEYS = ("layerType", "runtimePrecision")
 INTEGER = ("QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat")
