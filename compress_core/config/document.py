@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import json5
 from pydantic import BeforeValidator, Field, ValidationError
 
+from compress_core.config.choices import ChoiceOf
 from compress_core.config.errors import problems_of, shown
 from compress_core.config.frozen import FrozenDict, frozen, thawed
 from compress_core.config.sections import AlgorithmConfig, Count, Scopes, Section
@@ -45,8 +46,9 @@ class RootSection(Section):
     input_info: Annotated[list[InputInfo], BeforeValidator(_as_list_of_objects)] = Field(
         default_factory=list, description="example inputs, one for each argument of forward"
     )
-    target_device: Literal["ANY", "CPU", "GPU", "NPU", "TRIAL", "CPU_SPR"] = Field(
-        "ANY", description="hardware that the compressed model is meant for"
+    # The algorithm that reads it says what CPU_SPR, of NNCF, is here.
+    target_device: Annotated[str, ChoiceOf("quantization.target_device", also=("CPU_SPR",), lenient=True)] = Field(
+        "ANY", description="the runtime and the hardware that the compressed model is meant for"
     )
     compression_lr_multiplier: float | None = Field(
         None, gt=0, description="factor on the gradients of the parameters that algorithms add"

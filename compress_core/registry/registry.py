@@ -326,7 +326,7 @@ def use_registry(registry: Registry) -> Iterator[Registry]:
 
 
 class _InstalledChoices:
-    """Implements `compress_core.contract.choices.ChoiceSource`."""
+    """Implements `compress_core.config.choices.ChoiceSource`."""
 
     def all_choices(self, point: str) -> Mapping[str, Choice]:
         return {name: found.choice for name, found in default_registry().choices(point).items()}

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from tests.leaves.observe import Net, Routed
+from tests.leaves.observe import Net, Normalized, Routed
 from tests.leaves.schema import ABSENT
 
 EVERY_OTHER_VALUE = object()
@@ -103,11 +103,15 @@ ROOT = {
         context={"input_info": [{"sample_size": [1, 3, 8, 8]}, {"sample_size": [1, 3, 8, 8]}]},
     ),
     "target_device": Case(
-        ("ANY", "CPU", "GPU", "NPU", "TRIAL", "CPU_SPR"),
+        (
+            *("ANY", "CPU", "GPU", "NPU", "TRIAL", "CPU_SPR"),
+            *("onnxruntime-cpu", "openvino-cpu", "tensorrt", "xnnpack"),
+        ),
         section="quantization",
+        model=Normalized,
         context={"compression": {"preset": "performance"}},
-        # There is no profile for the one, and the other has no presets.
-        refused=("CPU_SPR", "NPU"),
+        # There is no profile for the one, and the others have no presets.
+        refused=("CPU_SPR", "NPU", "tensorrt"),
         refused_at="compression.quantization",
         same=(("ANY", "CPU"),),
     ),

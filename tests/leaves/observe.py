@@ -44,6 +44,17 @@ class Net(nn.Module):
         return self.fc(torch.cat([y, F.max_pool2d(x, 2)], 1).mean((2, 3)))
 
 
+class Normalized(Net):
+    """A model with a normalization of its outputs, whose input some devices quantize."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(1, 4)
+
+    def forward(self, x):
+        return self.norm(super().forward(x))
+
+
 class Routed(nn.Module):
     """A model whose way depends on everything that `input_info` says."""
 

@@ -209,7 +209,11 @@ class QuantizationConfig(AlgorithmConfig):
         "activations",
     )
     quantize_inputs: bool = Field(True, description="whether inputs of the model are quantized")
-    quantize_outputs: bool = Field(False, description="whether outputs of the model are quantized")
+    quantize_outputs: bool = Field(
+        False,
+        description="whether outputs of the model are quantized; by default, those of which the device needs it to "
+        "compute a layer with integers",
+    )
     weights: WeightsConfig = Field(default_factory=WeightsConfig, description="settings of all weights")
     activations: ActivationsConfig = Field(default_factory=ActivationsConfig, description="settings of all activations")
     scope_overrides: ScopeOverrides = Field(
@@ -218,7 +222,7 @@ class QuantizationConfig(AlgorithmConfig):
     overflow_fix: Literal["enable", "disable", "first_layer_only"] = Field(
         "enable",
         description="half-range grids for 8-bit weights, against overflow in 16-bit accumulators of older CPUs: in all "
-        "layers, in none, or in the first convolution; for target_device ANY and CPU",
+        "layers, in none, or in the first convolution; for target_device ANY, CPU, onnxruntime-cpu and openvino-cpu",
     )
     export_to_onnx_standard_ops: bool | None = Field(
         None, description="only true, without effect: export always writes QuantizeLinear and DequantizeLinear"

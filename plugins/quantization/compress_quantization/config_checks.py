@@ -21,7 +21,7 @@ from compress_quantization.config import (
     ScopeOverride,
     WeightsConfig,
 )
-from compress_quantization.profiles import Profile, described, load_profile
+from compress_quantization.profiles import Profile, described, devices_with_half_range, load_profile
 from compress_quantization.quantizer_config import PRESETS, Resolver, effective_preset
 
 _GROUPS: tuple[QuantizerGroup, ...] = ("weights", "activations")
@@ -276,7 +276,11 @@ def _dead_values(config: QuantizationConfig, profile: Profile) -> list[Problem]:
     fix = config.overflow_fix
     if "overflow_fix" in config.model_fields_set and fix != "disable" and not profile.half_range_weights:
         problems.append(
-            Problem("overflow_fix", f"'{fix}' has no effect with target_device {profile.device}, only with CPU and ANY")
+            Problem(
+                "overflow_fix",
+                f"'{fix}' has no effect with target_device {profile.device}, only with "
+                f"{', '.join(devices_with_half_range())}; remove it",
+            )
         )
     for path, entry in _all_ranges(config):
         if "percentile" not in entry.type:

@@ -8,17 +8,15 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from compress_core.errors import DataError, UsageError
+from compress_core.errors import UsageError
 from compress_core.transforms import ACTIVATION_FUNCTIONS, ActivationTransform, ProjectingTransform, WeightGrid
 from compress_quantization import kernels
+from compress_quantization.first_values import checked, logarithm, magnitudes
 from compress_quantization.grid import Grid
 from compress_quantization.kernels import Source, Task, fake_quantize
 from compress_quantization.kernels.formulas import StepLowHigh
-from compress_quantization.kernels.sources import TINY, compute_dtype, from_ends, levels_of, ranges_of_channels
+from compress_quantization.kernels.sources import TINY, compute_dtype, from_ends, levels_of, raised, ranges_of_channels
 from compress_quantization.participation import is_parallel, with_zero_gradients
-
-_LARGEST = 2.0**126  # ranges are moved and added to, which must not overflow float32
-_SCALE_OF_ZEROS = 0.1
 
 
 class FakeQuantize(ProjectingTransform, ActivationTransform):
@@ -53,6 +51,7 @@ class FakeQuantize(ProjectingTransform, ActivationTransform):
         narrow_range: bool = False,
         half_range: bool = False,
         logarithm_scale: bool = False,
+        smallest_scale: float = 0.0,
     ) -> None:
         """Creates a quantizer without a calibrated range.
 
@@ -64,6 +63,8 @@ class FakeQuantize(ProjectingTransform, ActivationTransform):
             half_range: Use the levels of one bit less, against overflow of 16-bit accumulators on old CPUs.
             logarithm_scale: Learn the logarithm of the scale or width; `state_dict` has the linear value, in float64,
                 so that a saved and loaded quantizer is the same to the last bit.
+            smallest_scale: Smallest step of the grid, for runtimes that have one: where the learned step is below it,
+                the quantizer computes with this one instead, and gradients reach the learned one as if it were this.
 
         Raises:
             UsageError: The number of bits or the shape is invalid.
@@ -76,6 +77,7 @@ class FakeQuantize(ProjectingTransform, ActivationTransform):
             raise UsageError(f"shape {tuple(shape)} of a quantizer: at most one dimension may differ from 1, none be 0")
         self._first_shape, self.bits, self.signed = tuple(shape), bits, signed
         self.narrow_range, self.half_range, self.logarithm_scale = narrow_range, half_range, logarithm_scale
+        self.smallest_scale = smallest_scale
         self.enabled = True
         self.lr_multiplier = 1.0
         self.observer: Callable[[torch.Tensor], Any] | None = None
@@ -111,6 +113,13 @@ class FakeQuantize(ProjectingTransform, ActivationTransform):
 
     def _source(self, dtype: torch.dtype) -> Source:
         """Returns the values from which the range is computed, in this dtype."""
+        source = self._learned_source(dtype)
+        if not self.smallest_scale:
+            return source
+        return Source("given", raised(ranges_of_channels(source, self.levels(), dtype), self.smallest_scale))
+
+    def _learned_source(self, dtype: torch.dtype) -> Source:
+        """Does the same without regard to the smallest scale."""
         raise NotImplementedError
 
     @torch.no_grad()
@@ -146,10 +155,23 @@ class FakeQuantize(ProjectingTransform, ActivationTransform):
 
     def set_scale(self, scale: torch.Tensor) -> None:
         """Sets the step of the grid, a tensor in the shape of the range; the zero point stays."""
-        ratio = scale.double() / self.grid().scale.reshape(self.shape).double()
+        self._raise_scale()
+        self._multiply(scale.double() / self.grid().scale.reshape(self.shape).double())
+
+    @torch.no_grad()
+    def _multiply(self, factor: torch.Tensor) -> None:
+        """Multiplies the range by a factor, float64, in the shape of the range."""
         for name, parameter in self.named_parameters(recurse=False):
-            values, is_logarithm = parameter.detach().double(), self.logarithm_scale and name == self._logarithmic
-            self._store(parameter, values + ratio.log() if is_logarithm else values * ratio)
+            values, is_logarithm = parameter.double(), self.logarithm_scale and name == self._logarithmic
+            self._store(parameter, values + factor.log() if is_logarithm else values * factor)
+
+    @torch.no_grad()
+    def _raise_scale(self) -> None:
+        """Raises what is learned to the smallest scale, so that it moves on from there and not from below."""
+        if not self.smallest_scale:
+            return
+        step, _, _ = ranges_of_channels(self._learned_source(torch.float32), self.levels(), torch.float32)
+        self._multiply((self.smallest_scale / step.double()).clamp_min(1).reshape(self.shape))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Returns `x` on the grid.
@@ -222,7 +244,7 @@ class FakeQuantize(ProjectingTransform, ActivationTransform):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         key = prefix + self._logarithmic
         if self.logarithm_scale and key in state_dict:
-            state_dict = {**state_dict, key: _logarithm(state_dict[key])}
+            state_dict = {**state_dict, key: logarithm(state_dict[key])}
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _initial(self, value: float) -> nn.Parameter:
@@ -256,6 +278,8 @@ class FakeQuantize(ProjectingTransform, ActivationTransform):
     def extra_repr(self) -> str:
         """Returns the settings for `repr`."""
         flags = [name for name in ("narrow_range", "half_range", "logarithm_scale") if getattr(self, name)]
+        if self.smallest_scale:
+            flags.append(f"smallest_scale={self.smallest_scale:g}")
         if not self.enabled:
             flags.append("disabled")
         return ", ".join([f"shape={self.shape}", f"bits={self.bits}", f"levels={self.levels()}", *flags])
@@ -274,7 +298,7 @@ class SymmetricFakeQuantize(FakeQuantize):
     follows: ClassVar[Mapping[str, str]] = {"scale": "weight"}
     _logarithmic = "scale"
 
-    def __init__(self, shape: tuple[int, ...], bits: int = 8, **options: bool) -> None:
+    def __init__(self, shape: tuple[int, ...], bits: int = 8, **options: Any) -> None:
         super().__init__(shape, bits, **options)
         self.scale = self._initial(0.0 if self.logarithm_scale else 1.0)
 
@@ -285,7 +309,7 @@ class SymmetricFakeQuantize(FakeQuantize):
             return -(2 ** (bits - 1)) + int(self.narrow_range), 2 ** (bits - 1) - 1
         return 0, 2**bits - 1 - int(self.narrow_range)
 
-    def _source(self, dtype: torch.dtype) -> Source:
+    def _learned_source(self, dtype: torch.dtype) -> Source:
         if not self.logarithm_scale:
             return Source("symmetric", (self.scale,))
         smallest, largest, top = levels_of(*self.levels(), dtype)
@@ -308,10 +332,11 @@ class SymmetricFakeQuantize(FakeQuantize):
         Raises:
             DataError: A value is not finite or above 2^126, or a minimum is above its maximum.
         """
-        low, high = _checked(minimum, maximum, self.shape)
-        scale, is_zero, of_zeros = _magnitudes(low, high)
+        low, high = checked(minimum, maximum, self.shape)
+        scale, is_zero, of_zeros = magnitudes(low, high)
         scale = torch.where(is_zero, of_zeros, scale)
-        self._store(self.scale, _logarithm(scale) if self.logarithm_scale else scale)
+        self._store(self.scale, logarithm(scale) if self.logarithm_scale else scale)
+        self._raise_scale()
 
 
 class AsymmetricFakeQuantize(FakeQuantize):
@@ -332,7 +357,7 @@ class AsymmetricFakeQuantize(FakeQuantize):
     follows: ClassVar[Mapping[str, str]] = {"input_low": "weight", "input_range": "weight"}
     _logarithmic = "input_range"
 
-    def __init__(self, shape: tuple[int, ...], bits: int = 8, **options: bool) -> None:
+    def __init__(self, shape: tuple[int, ...], bits: int = 8, **options: Any) -> None:
         super().__init__(shape, bits, **options)
         self.input_low = self._initial(0.0)
         self.input_range = self._initial(0.0 if self.logarithm_scale else 1.0)
@@ -341,7 +366,7 @@ class AsymmetricFakeQuantize(FakeQuantize):
         """Returns the smallest and the largest integer of the grid."""
         return 0, 2 ** (self.bits - 1 if self.half_range else self.bits) - 1
 
-    def _source(self, dtype: torch.dtype) -> Source:
+    def _learned_source(self, dtype: torch.dtype) -> Source:
         if not self.logarithm_scale:
             return Source("asymmetric", (self.input_low, self.input_range))
         low, width = self.input_low.detach().to(dtype), self._width(self.input_range.detach()).to(dtype)
@@ -363,8 +388,8 @@ class AsymmetricFakeQuantize(FakeQuantize):
         Raises:
             DataError: A value is not finite or above 2^126, or a minimum is above its maximum.
         """
-        low, high = _checked(minimum, maximum, self.shape)
-        _, is_zero, of_zeros = _magnitudes(low, high)
+        low, high = checked(minimum, maximum, self.shape)
+        _, is_zero, of_zeros = magnitudes(low, high)
         # A width of zero would have no gradient.
         is_constant = high - low < TINY
         low, high = (
@@ -372,30 +397,5 @@ class AsymmetricFakeQuantize(FakeQuantize):
         )
         low, width = torch.where(is_zero, 0.0, low), torch.where(is_zero, of_zeros, high - low)
         self._store(self.input_low, low)
-        self._store(self.input_range, _logarithm(width) if self.logarithm_scale else width)
-
-
-def _checked(minimum: torch.Tensor, maximum: torch.Tensor, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-    low, high = (values.detach().float().broadcast_to(shape) for values in (minimum, maximum))
-    for name, values in (("minimum", low), ("maximum", high)):
-        is_bad = ~(values.abs() <= _LARGEST)
-        if bool(is_bad.any()):
-            raise DataError(
-                f"the {name} of a quantizer's range is {values[is_bad][0].item():.3g}: the tensors that it was "
-                f"calibrated on have values that are not finite in float32 or too large for it (above {_LARGEST:.1e}); "
-                "check weights, data and preprocessing"
-            )
-    if bool((low > high).any()):
-        raise DataError("a quantizer's range: a minimum is above its maximum; they may have been swapped")
-    return low, high
-
-
-def _magnitudes(low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns the largest absolute values, where they count as zero, and the scale for these places."""
-    largest = torch.maximum(low.abs(), high.abs())
-    of_all = largest.max()
-    return largest, largest < TINY, torch.where(of_all < TINY, _SCALE_OF_ZEROS, of_all)
-
-
-def _logarithm(values: torch.Tensor) -> torch.Tensor:
-    return values.detach().double().abs().clamp_min(TINY).log()
+        self._store(self.input_range, logarithm(width) if self.logarithm_scale else width)
+        self._raise_scale()

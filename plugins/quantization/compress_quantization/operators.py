@@ -41,6 +41,9 @@ _KINDS: dict[str, str] = {
     **dict.fromkeys(("cat", "concat", "concatenate", "hstack", "vstack", "stack"), "concat"),
 }
 
+KINDS = tuple(sorted({*_KINDS.values(), "interpolate_nearest", "pixel_shuffle"}))
+"""The kinds of operators that profiles of devices can list."""
+
 # Functions that do not change values, only shape or order, so a quantizer before them is as good as one after.
 _TRANSPARENT = frozenset(
     [f"{prefix}max_pool{n}d" for prefix in ("", "adaptive_") for n in (1, 2, 3)]
@@ -85,6 +88,8 @@ _ACTIVATIONS = frozenset(
     + ["logsigmoid", "tanh", "hardtanh", "hardsigmoid", "hardswish", "hardshrink", "softplus", "softsign", "threshold"]
     + ["clamp", "clip", "clamp_min", "clamp_max"]
 )
+
+ACTIVATION_NAMES = tuple(sorted(_ACTIVATIONS))
 
 LINEAR_KINDS = frozenset(
     [f"{name}{n}d" for name in ("conv", "conv_transpose") for n in (1, 2, 3)] + ["linear", "matmul", "rnn", "embedding"]
@@ -140,6 +145,15 @@ def base_name(function: str) -> str:
 def kind_of(function: str) -> str:
     """Returns the kind of an operator, or the empty string if profiles do not list it."""
     return _KINDS.get(base_name(function), "")
+
+
+def kinds_of(call: Call) -> tuple[str, ...]:
+    """Returns the kinds of operators as which a profile may list a call; the first one that it lists is meant."""
+    kind = kind_of(call.function)
+    if kind != "interpolate" or base_name(call.function) == "grid_sample":
+        return (kind,)
+    mode = call.keywords.get("mode", call.arguments[3] if len(call.arguments) > 3 else "nearest")
+    return (kind, "interpolate_nearest") if mode in ("nearest", "nearest-exact") else (kind,)
 
 
 def is_transparent(call: Call) -> bool:

@@ -5,13 +5,16 @@ tensor is produced: through operators that only move values, and across a branch
 quantizer. So one quantizer serves all readers of the tensor, and it comes after the activation function that a runtime
 fuses with the preceding convolution. It does not move above tensors that the model also returns.
 
+Some runtimes need a quantizer at the output of an operator as well, and want none at an operand that they fuse with the
+operator that makes it (`surroundings`).
+
 Quantizers that meet at a concatenation are unified, because a runtime concatenates only integers of one scale. Others
 are unified because of the operators that they serve (`unifying`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 
 from compress_core.trace import Call, ForwardTrace, Trace
@@ -31,72 +34,10 @@ from compress_quantization.operators import (
     kind_of,
     reads_values,
 )
+from compress_quantization.placement_types import Placed, Placement, Rules
 from compress_quantization.quantizer_config import QuantizerSpec
+from compress_quantization.surroundings import Surroundings
 from compress_quantization.unifying import DisjointSets, ServedInput, Unified, Unifier
-
-# What an operator demands of one of its inputs, or None.
-Demand = Callable[[Call, Path], QuantizerSpec | None]
-
-
-@dataclass(frozen=True)
-class Rules:
-    """The settings of placement.
-
-    Attributes:
-        demand: Returns the quantizer that an operator demands for an input.
-        quantize_inputs: Whether inputs of the model are quantized.
-        output_spec: How outputs of the model are quantized; None to leave them unquantized.
-        unified_kinds: Kinds of operators whose inputs share one quantizer; for "concat", those that meet there.
-        unified_calls: Operators that share one quantizer with other operators -> config path of their group.
-        stored_masks: Names of buffers that hold masks of attention.
-    """
-
-    demand: Demand
-    quantize_inputs: bool = True
-    output_spec: QuantizerSpec | None = None
-    unified_kinds: frozenset[str] = frozenset({"concat"})
-    unified_calls: Mapping[CallRef, str] = field(default_factory=dict)
-    stored_masks: frozenset[str] = frozenset()
-
-
-@dataclass(frozen=True)
-class Placed:
-    """A placed quantizer of activations.
-
-    Attributes:
-        spec: Its settings.
-        places: Its places; several if tensors share it, at a concatenation or because config or device require it.
-        modules: Dotted names of the modules that produce the quantized tensor, and of those that demand it.
-        shape: Shape of the first of its tensors in the example.
-        call: The call of the first place, in one of the forwards; None for an input of the model.
-        is_constant: Whether its tensors do not depend on inputs of the model; they may have no sample dimension.
-    """
-
-    spec: QuantizerSpec
-    places: tuple[ActivationPlace, ...]
-    modules: tuple[str, ...]
-    shape: tuple[int, ...]
-    call: Call | None
-    is_constant: bool = False
-
-
-@dataclass(frozen=True)
-class Placement:
-    """All quantizers of activations of a model.
-
-    Attributes:
-        quantizers: The quantizers, in the order of the forward.
-        unplaced: Description of each tensor that should be quantized but has no place -> the reason.
-        unified: Config path of a group of operators -> its unified quantizer.
-        idle_in_training: Places that the forwards in training mode do not reach.
-        fixed_in_training: Places that they reach, but only where no gradient flows, so that ranges are not learned.
-    """
-
-    quantizers: tuple[Placed, ...]
-    unplaced: dict[str, str] = field(default_factory=dict)
-    unified: dict[str, Unified] = field(default_factory=dict)
-    idle_in_training: frozenset[ActivationPlace] = frozenset()
-    fixed_in_training: frozenset[ActivationPlace] = frozenset()
 
 
 def place_quantizers(trace: Trace, rules: Rules) -> Placement:
@@ -200,6 +141,8 @@ class _Ask:
     only_together: bool = False
     # Whether all quantizers that replace those further down have to be unified.
     unified: bool = True
+    # Whether those further down stay as well.
+    keeps: bool = False
 
 
 class _Propagation:
@@ -216,6 +159,9 @@ class _Propagation:
         self._fused = fused_calls(forward, self._constants)
         self._inside = reads_inside_normalizations(forward, self._constants)
         self._masks = masks_of(forward, rules.stored_masks)
+        self._surroundings = Surroundings(forward, self._fused, rules.operator_of)
+        # Values that an operator demands to be quantized because it makes them.
+        self._made = self._demanded_outputs()
         # Values that are quantized for all readers, and values that are quantized for some readers.
         self._whole: dict[ValueId, _Wish] = {}
         self._partial: list[_Wish] = []
@@ -261,6 +207,18 @@ class _Propagation:
             return False
         return known.call is not None or (bool(known.inputs) and self._rules.quantize_inputs)
 
+    def _demanded_outputs(self) -> dict[ValueId, QuantizerSpec]:
+        found = {}
+        for call in self._forward.calls:
+            spec = None if call.index in self._network.outside else self._rules.output_demand(call)
+            value = None if spec is None else self._surroundings.output(call)
+            if spec is None or value is None:
+                continue
+            is_exact = self._rules.exact_outputs or not self._network.quantizes_output(value)
+            if not (self._forward.values[value].outputs and is_exact):
+                found[value] = spec
+        return found
+
     def _settle(self, value: ValueId) -> None:
         calls = self._forward.calls
         found = [(index, path) for index, path in self._consumers[value] if self._reads(index, path)]
@@ -268,11 +226,16 @@ class _Propagation:
         asks = [self._ask(calls[index], path, value) for index, path in readers]
         outputs = self._forward.values[value].outputs
         output_spec = self._rules.output_spec if self._network.quantizes_output(value) else None
-        specs = {ask.spec for ask in asks} | ({output_spec} if outputs else set())
+        specs: set[QuantizerSpec | None] = {ask.spec for ask in asks} | ({output_spec} if outputs else set())
+        if value in self._made:
+            # It is quantized for all readers, as they ask for it if they agree; those that ask for more get that.
+            asked = specs - {None}
+            specs = asked if len(asked) == 1 else {self._made[value]}
         if len(specs) == 1 and None not in specs:
             (wanted,) = (spec for spec in specs if spec is not None)
-            self._whole[value] = self._wish(value, wanted, asks, ("value", self._number, value))
-            return
+            served = [ask for ask in asks if ask.spec == wanted]
+            self._whole[value] = self._wish(value, wanted, served, ("value", self._number, value))
+            asks = [ask for ask in asks if ask.spec != wanted]
         for spec in dict.fromkeys(ask.spec for ask in asks):
             own = [ask for ask in asks if ask.spec == spec and not ask.only_together]
             if spec is not None and own:
@@ -291,7 +254,8 @@ class _Propagation:
         for ask in asks:
             modules.extend(name for name in ask.modules if name not in modules)
             for replaced in ask.instead_of:
-                self._whole.pop(replaced, None)
+                if not ask.keeps:
+                    self._whole.pop(replaced, None)
                 if ask.unified:
                     self._groups.join(group, ("value", self._number, replaced))
         shape = self._forward.values[value].shape
@@ -306,10 +270,17 @@ class _Propagation:
         if is_transparent(call):
             return self._transparent(call, reader) if path[0] in (0, "input", "self") else _Ask(None, reader)
         is_operand = is_data_argument(call, path) and self._network.quantizes_argument(call, value)
+        is_operand = is_operand and reader not in self._surroundings.fused_operands and self._can_be_integer(call)
         spec = self._rules.demand(call, path) if is_operand else None
         if spec is not None:
             self._demands[reader] = spec
         return _Ask(spec, reader, modules=[call.module])
+
+    def _can_be_integer(self, call: Call) -> bool:
+        """Returns whether an operator has the quantized output without which its device computes it in floats."""
+        if self._rules.operator_of(call).output != "decides":
+            return True
+        return self._surroundings.output(call) in self._whole
 
     def _transparent(self, call: Call, reader: tuple[int, Path]) -> _Ask:
         if self._makes_constants(call):
@@ -345,7 +316,9 @@ class _Propagation:
             # Where channels are joined, each part has other ones, and the scales of its own.
             unified = unified and all(part[1] == self._shape(results[0])[1] for part in parts)
         self._lifted[call.index] = wish
-        return _Ask(wish.spec, reader, results, list(wish.modules), unified=unified)
+        # Some runtimes need a quantizer after the concatenation as well. On values of its own grid it changes nothing.
+        keeps = self._rules.operator_of(call).output == "required"
+        return _Ask(wish.spec, reader, results, list(wish.modules), unified=unified, keeps=keeps)
 
     def _keeps_channels(self, call: Call, reader: tuple[int, Path], result: ValueId) -> bool:
         """Returns whether the channels, dimension 1, are the same before and behind a call that moves values."""

@@ -29,8 +29,9 @@ from compress_quantization.calls import (
 )
 from compress_quantization.config import QuantizationConfig
 from compress_quantization.masks import stored_masks
-from compress_quantization.operators import LINEAR_KINDS, kind_of
-from compress_quantization.placement import Placed, Placement, Rules, modules_only_in_training, place_quantizers
+from compress_quantization.operators import LINEAR_KINDS, is_data_argument, kind_of
+from compress_quantization.placement import modules_only_in_training, place_quantizers
+from compress_quantization.placement_types import Placed, Placement, Rules
 from compress_quantization.plan import InitialRange, PlannedQuantizer, QuantizationPlan
 from compress_quantization.profiles import Profile
 from compress_quantization.quantizer_config import QuantizerSpec, Resolver, check_strict_bits
@@ -111,7 +112,14 @@ class Planner:
 
     def _potential(self, rules: Rules, activations: int) -> dict[str, int]:
         outputs = QuantizerSpec() if self._config.quantize_outputs else None
-        rules = replace(rules, demand=self._device_demand, quantize_inputs=True, output_spec=outputs)
+        rules = replace(
+            rules,
+            demand=self._device_demand,
+            output_demand=self._device_output_demand,
+            quantize_inputs=True,
+            output_spec=outputs,
+            exact_outputs=False,
+        )
         everywhere = len(place_quantizers(self._trace, rules).quantizers)
         weights = len(self._weight_tensors())
         # If readers of a tensor disagree, it gets more than one quantizer.
@@ -122,12 +130,17 @@ class Planner:
         if self._is_weight(call, path):
             return None
         position = path[0] if isinstance(path[0], int) else 0
-        return QuantizerSpec() if self._profile.quantizes_input(kind_of(call.function), position) else None
+        return QuantizerSpec() if self._profile.quantizes_input(self._profile.kind_of(call), position) else None
+
+    def _device_output_demand(self, call: Call) -> QuantizerSpec | None:
+        needed = self._profile.operator_of(call).output == "required"
+        return QuantizerSpec() if needed else None
 
     def _warn_of_modes(self, placement: Placement, wanted: list[tuple[Placed, QuantizerPlace]], rules: Rules) -> None:
         idle = [str(own) for placed, own in wanted if placement.idle_in_training.intersection(placed.places)]
         fixed = [str(own) for placed, own in wanted if placement.fixed_in_training.intersection(placed.places)]
-        trained = modules_only_in_training(self._trace, replace(rules, demand=self._device_demand))
+        anywhere = replace(rules, demand=self._device_demand, output_demand=self._device_output_demand)
+        trained = modules_only_in_training(self._trace, anywhere)
         if idle:
             logger.warning(
                 "the forward in training mode does not compute the tensors of these quantizers, so they act in eval "
@@ -233,6 +246,9 @@ class Planner:
         groups = UnifiedScales(self._config.activations, self._trace, self._calls, self._names)
         rules = Rules(
             self._demand,
+            self._output_demand,
+            self._profile.operator_of,
+            exact_outputs="quantize_outputs" in self._config.model_fields_set and not self._config.quantize_outputs,
             quantize_inputs=self._config.quantize_inputs,
             output_spec=output_spec,
             unified_kinds=self._profile.unified_scales,
@@ -267,7 +283,7 @@ class Planner:
     def _demand(self, call: Call, path: Path) -> QuantizerSpec | None:
         if self._is_weight(call, path):
             return None
-        kind = kind_of(call.function)
+        kind = self._profile.kind_of(call)
         position = path[0] if isinstance(path[0], int) else 0
         if not self._profile.quantizes_input(kind, position):
             return None
@@ -281,6 +297,20 @@ class Planner:
         if any(reasons):
             return None
         return self.resolver.resolve(place)
+
+    def _output_demand(self, call: Call) -> QuantizerSpec | None:
+        """Returns the quantizer at the output of an operator, if it needs one to be computed with integers."""
+        kind = self._profile.kind_of(call)
+        if kind == "concat" or self._profile.operator(kind).output != "required":
+            return None  # a concatenation demands nothing, but keeps what others demand
+        data = next((path for path, _ in call.inputs if is_data_argument(call, path)), None)
+        if data is None or self._demand(call, data) is None:
+            return None
+        if kind in LINEAR_KINDS - {"matmul"} and not any(self._is_weight(call, path) for path, _ in call.inputs):
+            return None
+        modules = [call.module, *owners_of_weights(call, self._trace)]
+        names = (self._calls[self._key(call)], *self._module_names(modules))
+        return self.resolver.resolve(QuantizerPlace(names, "activations", kind, "OUTPUT"))
 
     def _key(self, call: Call) -> tuple[int, int]:
         number = self._forward_of(call)

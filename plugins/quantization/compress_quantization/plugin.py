@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from compress_core import Algorithm, Choice, ChoicePoint, hookimpl
-from compress_quantization import ranges
+from compress_quantization import profile_document, profiles, ranges
 from compress_quantization.algorithm import Quantization
 
 
@@ -15,11 +15,11 @@ def compress_algorithms() -> list[type[Algorithm]]:
 
 @hookimpl
 def compress_choice_points() -> list[ChoicePoint]:
-    """Returns the choice point of range statistics."""
-    return [ranges.POINT]
+    """Returns the choice points of range statistics and of devices."""
+    return [ranges.POINT, profile_document.POINT]
 
 
 @hookimpl
 def compress_choices() -> list[Choice]:
-    """Returns NNCF's six range initializers."""
-    return list(ranges.CHOICES)
+    """Returns NNCF's six range initializers, and the devices that are built in."""
+    return [*ranges.CHOICES, *profiles.built_in_devices()]

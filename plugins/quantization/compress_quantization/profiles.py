@@ -1,4 +1,4 @@
-"""Profiles of target devices, which list what a device can quantize; read from the JSON files in `profiles/`.
+"""Profiles of target devices, which list what a device can quantize; the built-in ones are JSON files in `profiles/`.
 
 Operators have these kinds, whatever module or function of torch computes them:
 
@@ -9,23 +9,44 @@ Operators have these kinds, whatever module or function of torch computes them:
 
 A kind that a profile does not list is not quantized on that device. The order in a file is the order of preference: a
 quantizer gets the first scheme, and the first number of bits, mode and granularity in it, unless the config says
-otherwise. Source: the hardware profiles of NNCF 2.16. TRIAL is its table of quantizable operators plus one-dimensional
-convolutions, whose weights NNCF quantizes but whose inputs it does not.
+otherwise. `profile_document` describes all keys, and plugins contribute more devices.
+
+Sources: for ANY, CPU, GPU and NPU the hardware profiles of NNCF 2.16. TRIAL is its table of quantizable operators plus
+one-dimensional convolutions, whose weights NNCF quantizes but whose inputs it does not. `onnxruntime-cpu`: the rules by
+which ONNX Runtime makes integer kernels of Q/DQ nodes (`qdq_selector_action_transformer.cc`). `openvino-cpu`: the
+profile CPU without what OpenVINO 2026 was seen to compute in floating point. `xnnpack`: the operators that ExecuTorch's
+partitioner accepts with static quantization, and the grids of its quantizer. `tensorrt`: "Working with quantized types"
+in TensorRT's documentation. The first two are tested on the kernels that these runtimes choose.
 """
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any, Literal
 
-from compress_core import ConfigError
+from compress_core import Choice, ConfigError, find_choice
+from compress_core.config.errors import did_you_mean
+from compress_core.contract.choices import choices_of
+from compress_core.trace import Call
 from compress_quantization.config import Mode, QuantizerGroup
+from compress_quantization.operators import kinds_of
+from compress_quantization.profile_document import TARGET_DEVICE
 
-_FILES = {"ANY": "cpu", "CPU": "cpu", "GPU": "gpu", "NPU": "npu", "TRIAL": "trial"}
+# Name -> file in `profiles/`, what it is.
+_BUILT_IN = {
+    "ANY": ("cpu", "the same as CPU"),
+    "CPU": ("cpu", "NNCF's profile of CPUs"),
+    "GPU": ("gpu", "NNCF's profile of Intel GPUs"),
+    "NPU": ("npu", "NNCF's profile of Intel NPUs"),
+    "TRIAL": ("trial", "everything that can be quantized, in 2 to 8 bits; no real device"),
+    "onnxruntime-cpu": ("onnxruntime-cpu", "ONNX Runtime on CPUs"),
+    "openvino-cpu": ("openvino-cpu", "OpenVINO on CPUs"),
+    "xnnpack": ("xnnpack", "XNNPACK, with which ExecuTorch runs models on phones and other CPUs"),
+    "tensorrt": ("tensorrt", "TensorRT on NVIDIA's GPUs, with explicit quantization"),
+}
 
 _PER_CHANNEL = {"per_channel": True, "per_tensor": False}
 
@@ -39,12 +60,16 @@ class Scheme:
         modes: Modes.
         per_channel: Granularities: whether each channel has its own range.
         signed: Whether symmetric grids are signed; None if both are possible.
+        narrow_range: Whether symmetric grids leave out one integer; None for 8-bit weights alone.
+        smallest_scale: Smallest step of a grid; 0 if there is none.
     """
 
     bits: tuple[int, ...]
     modes: tuple[Mode, ...]
     per_channel: tuple[bool, ...]
     signed: bool | None = None
+    narrow_range: bool | None = None
+    smallest_scale: float = 0.0
 
     def fits(self, *, bits: int | None = None, mode: Mode | None = None, per_channel: bool | None = None) -> bool:
         """Returns whether the scheme supports these settings; None allows any value."""
@@ -69,12 +94,20 @@ class Operator:
         depthwise_activations: The same for depthwise convolutions.
         weights: Schemes for its weights.
         inputs: Indices of the inputs that are quantized; None for all.
+        output: What its integer kernel demands of the output: nothing, a quantizer ("required"), or a quantizer that
+            others demand, without which inputs are not quantized either ("decides").
+        fused_activations: Activation functions that may stand between it and the quantizer of its output.
+        fuses_with: Kinds of operators that the runtime fuses with it; the input that one of them makes is not
+            quantized.
     """
 
     activations: tuple[Scheme, ...] = ()
     depthwise_activations: tuple[Scheme, ...] = ()
     weights: tuple[Scheme, ...] = ()
     inputs: tuple[int, ...] | None = None
+    output: Literal["free", "required", "decides"] = "free"
+    fused_activations: frozenset[str] = frozenset()
+    fuses_with: frozenset[str] = frozenset()
 
 
 _NOTHING = Operator()
@@ -116,6 +149,19 @@ class Profile:
         ]
         return tuple(dict.fromkeys(found))
 
+    def operator(self, kind: str) -> Operator:
+        """Returns what the device supports for operators of this kind."""
+        return self.operators.get(kind, _NOTHING)
+
+    def operator_of(self, call: Call) -> Operator:
+        """Returns what the device supports for a call."""
+        return self.operator(self.kind_of(call))
+
+    def kind_of(self, call: Call) -> str:
+        """Returns the kind of an operator as the device lists it."""
+        kinds = kinds_of(call)
+        return next((kind for kind in kinds if kind in self.operators), kinds[0])
+
     def quantizes_inputs(self, operator: str) -> bool:
         """Returns whether inputs of operators of this kind are quantized."""
         return bool(self.operators.get(operator, _NOTHING).activations)
@@ -130,20 +176,33 @@ class Profile:
         return bool(self.operators.get(operator, _NOTHING).weights)
 
 
-@functools.cache
+def built_in_devices() -> list[Choice]:
+    """Returns the devices that this package contributes."""
+    folder = resources.files("compress_quantization") / "profiles"
+    documents = {file: json.loads((folder / f"{file}.json").read_text("utf-8")) for file, _ in _BUILT_IN.values()}
+    return [Choice(TARGET_DEVICE, name, documents[file], text) for name, (file, text) in _BUILT_IN.items()]
+
+
 def load_profile(target_device: str) -> Profile:
     """Returns the profile of a device; ANY is CPU.
 
     Raises:
         ConfigError: There is no profile for the device.
     """
-    if target_device not in _FILES:
+    found = find_choice(target_device, TARGET_DEVICE)
+    if found is None:
+        devices = choices_of(TARGET_DEVICE)
+        hint = did_you_mean(target_device, devices) if target_device != "CPU_SPR" else ""
         raise ConfigError(
             f"there is no quantization profile for the target_device '{target_device}'; choose one of "
-            f'{", ".join(_FILES)} ("CPU" is right for Sapphire Rapids unless it is to compute in bfloat16)'
+            f'{", ".join(devices)} ("CPU" is right for Sapphire Rapids unless it is to compute in bfloat16).{hint}'
         )
-    file = resources.files("compress_quantization") / "profiles" / f"{_FILES[target_device]}.json"
-    return parse_profile(json.loads(file.read_text(encoding="utf-8")))
+    return parse_profile({"device": target_device, **found.value})
+
+
+def devices_with_half_range() -> list[str]:
+    """Returns the devices on which 8-bit weights may overflow."""
+    return [name for name, found in choices_of(TARGET_DEVICE).items() if found.value["half_range_weights"]]
 
 
 def parse_profile(document: Mapping[str, Any]) -> Profile:
@@ -152,6 +211,8 @@ def parse_profile(document: Mapping[str, Any]) -> Profile:
     Raises:
         KeyError: A scheme is named but not described, or a key is missing.
         ValueError: A kind of operator occurs twice.
+
+    `profile_document.check_document` finds everything that is wrong; a device passes it when a plugin contributes it.
     """
     schemes = {name: _scheme(entry) for name, entry in document["schemes"].items()}
     operators: dict[str, Operator] = {}
@@ -164,12 +225,20 @@ def parse_profile(document: Mapping[str, Any]) -> Profile:
         for kind in entry["kinds"]:
             if kind in operators:
                 raise ValueError(f"the profile {document['device']} describes the operator '{kind}' twice")
-            operators[kind] = Operator(activations, depthwise or activations, weights, inputs)
+            operators[kind] = Operator(
+                activations,
+                depthwise or activations,
+                weights,
+                inputs,
+                entry.get("output", "free"),
+                frozenset(entry.get("fused_activations", ())),
+                frozenset(entry.get("fuses_with", ())),
+            )
     return Profile(
         device=document["device"],
         presets=document["presets"],
         half_range_weights=document["half_range_weights"],
-        unified_scales=frozenset(document["unified_scales"]),
+        unified_scales=frozenset(document.get("unified_scales", ())),
         operators=operators,
     )
 
@@ -185,6 +254,8 @@ def _scheme(entry: Mapping[str, Any]) -> Scheme:
         modes=tuple(entry["modes"]),
         per_channel=tuple(_PER_CHANNEL[name] for name in entry["granularities"]),
         signed=entry.get("signed"),
+        narrow_range=entry.get("narrow_range"),
+        smallest_scale=entry.get("smallest_scale", 0.0),
     )
 
 

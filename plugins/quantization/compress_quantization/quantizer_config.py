@@ -42,6 +42,7 @@ class QuantizerSpec:
         narrow_range: Symmetric mode: whether the grid leaves out -2^(bits-1), so that it is exactly symmetric.
         half_range: Whether the grid has one bit less than `bits`, so that sums of products cannot overflow 16 bits.
         logarithm_scale: Whether the logarithm of the scale is learned.
+        smallest_scale: Smallest step of the grid; 0 if there is none.
     """
 
     bits: int = 8
@@ -51,6 +52,7 @@ class QuantizerSpec:
     narrow_range: bool = False
     half_range: bool = False
     logarithm_scale: bool = False
+    smallest_scale: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """Returns JSON-able values."""
@@ -149,9 +151,10 @@ class Resolver:
             mode=mode,
             signed=(scheme.signed if scheme.signed is not None else request.signed) if symmetric else None,
             per_channel=scheme.per_channel[0] if request.per_channel is None else request.per_channel,
-            narrow_range=place.group == "weights" and symmetric and bits == 8 and not half_range,
+            narrow_range=symmetric and not half_range and _is_narrow(scheme, place, bits),
             half_range=half_range,
             logarithm_scale=request.logarithm_scale,
+            smallest_scale=scheme.smallest_scale,
         )
 
     def with_own(self, spec: QuantizerSpec, place: QuantizerPlace) -> QuantizerSpec:
@@ -353,6 +356,10 @@ class Resolver:
         names = self._used.setdefault(path, [])
         if str(place) not in names:
             names.append(str(place))
+
+
+def _is_narrow(scheme: Scheme, place: QuantizerPlace, bits: int) -> bool:
+    return (place.group == "weights" and bits == 8) if scheme.narrow_range is None else scheme.narrow_range
 
 
 def effective_preset(config: QuantizationConfig, profile: Profile) -> str | None:

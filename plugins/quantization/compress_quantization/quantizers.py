@@ -36,6 +36,7 @@ def make_quantizer(spec: QuantizerSpec, shape: tuple[int, ...], *, lr_multiplier
         narrow_range=spec.narrow_range,
         half_range=spec.half_range,
         logarithm_scale=spec.logarithm_scale,
+        smallest_scale=spec.smallest_scale,
     )
     if spec.mode == "symmetric":
         module.signed = bool(spec.signed)

@@ -133,6 +133,8 @@ def _check_settings(quantizer: PlannedQuantizer, path: str) -> None:
         raise damaged(f"{path}.spec.bits", f"must be 2 to 8, got {spec.bits}")
     if spec.mode == "asymmetric" and (spec.signed is not None or spec.narrow_range):
         raise damaged(f"{path}.spec", "sets signed or narrow_range, which the mode asymmetric does not have")
+    if not 0 <= spec.smallest_scale <= 1:
+        raise damaged(f"{path}.spec.smallest_scale", f"must be between 0 and 1, got {spec.smallest_scale}")
     if not spec.per_channel and math.prod(quantizer.shape) != 1:
         raise damaged(f"{path}.shape", f"must be ones without per_channel, got {list(quantizer.shape)}")
     if bool(quantizer.parameter) != (quantizer.group == "weights") or bool(quantizer.places) == bool(

@@ -60,6 +60,23 @@ def ranges_of_channels(source: Source, levels: tuple[int, int], dtype: torch.dty
     return step.reshape(-1), low.reshape(-1), high.reshape(-1)
 
 
+def raised(ranges: StepLowHigh, smallest: float) -> StepLowHigh:
+    """Returns the range of a grid whose step is at least `smallest`, with the same integers and zero point.
+
+    Runtimes compute with such a grid instead of one with a smaller step. Where the step is not smaller, the range stays
+    the same to the last bit.
+    """
+    step, low, high = ranges
+    is_small = step < smallest
+    wide = torch.full_like(step, smallest)
+    upward = 1 + 2 * torch.finfo(step.dtype).eps  # as in `levels_of`
+    return (
+        torch.where(is_small, wide, step),
+        torch.where(is_small, torch.round(low / step) * wide, low),
+        torch.where(is_small, torch.round(high / step) * (wide * upward), high),
+    )
+
+
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """Returns what is computed in for tensors of a dtype."""
     return torch.float64 if dtype == torch.float64 else torch.float32
