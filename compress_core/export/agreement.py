@@ -22,12 +22,14 @@ class DisagreementError(ExportError):
     Attributes:
         batch_size: Number of samples in the batch.
         found: What was found, without advice.
+        sizes: The sizes that the user has named, in words.
     """
 
-    def __init__(self, batch_size: int, found: str, advice: str = "") -> None:
+    def __init__(self, batch_size: int, found: str, advice: str = "", sizes: str = "") -> None:
         super().__init__(found + advice)
         self.batch_size = batch_size
         self.found = found
+        self.sizes = sizes
 
 
 class RunError(DisagreementError):

@@ -25,6 +25,7 @@ class Agreement:
         steps: `largest` in steps of an 8-bit grid over the range of the output in torch.
         top1: Share of the samples with the same largest entry in the last dimension; None unless the output is a
             floating-point tensor of shape (samples, ..., 2 or more).
+        sizes: The sizes that the user has named in `dynamic_shapes`, in words.
     """
 
     output: str
@@ -36,6 +37,7 @@ class Agreement:
     relative_mean: float
     steps: float
     top1: float | None = None
+    sizes: str = ""
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ class ExportReport:
         rows = [
             [
                 a.output,
-                a.batch_size or "-",
+                ", ".join(filter(None, (str(a.batch_size or ""), a.sizes))) or "-",
                 "on" if a.optimized else "off",
                 f"{a.relative:.2e}",
                 f"{a.relative_mean:.2e}",

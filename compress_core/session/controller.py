@@ -31,6 +31,7 @@ from compress_core.export import Exporter, ExportJob, ExportReport, Options
 from compress_core.export.exporter import Copies, check_path, chosen_target
 from compress_core.export.inputs import inputs_of
 from compress_core.export.references import references_of
+from compress_core.export.sizes import DynamicShapes, with_varying_sizes
 from compress_core.session.agreement import refuse_sharded
 from compress_core.session.batch_norm import BatchNorm
 from compress_core.session.batch_recorder import BatchRecorder, remove_recorders
@@ -301,6 +302,8 @@ class CompressionController:
         input_names: Sequence[str] | None = None,
         output_names: Sequence[str] | None = None,
         dynamic_batch: bool = True,
+        dynamic_shapes: DynamicShapes | None = None,
+        external_data: bool | None = None,
         verify: bool = True,
     ) -> ExportReport:
         """Writes the compressed model to a file for a runtime, after running it there and comparing it with torch.
@@ -324,7 +327,14 @@ class CompressionController:
             input_names: Names of the inputs, in order; by default those of forward's arguments.
             output_names: Names of the outputs.
             dynamic_batch: Whether the file accepts any batch size. If the model does not, or computes something else
-                on others, the file takes the batch size of `args` only, with a warning and a note in the report.
+                on others, the file takes the batch size of `args` only, with a warning and a note in the report. If
+                `dynamic_shapes` names dimension 0 of an input, or a dimension "batch", only what it names varies.
+            dynamic_shapes: Further sizes that vary: for each input, names by dimension, such as
+                `{"pixels": {2: "height", 3: "width"}, "ids": {1: "length"}}`; the same name means the same size. Inputs
+                are named as forward's arguments, or as in `input_names`; a list has an entry for each argument. What
+                the model does not take in other sizes has that of `args`, with a warning and a note in the report.
+            external_data: Whether weights are written to a second file beside the first; by default if they take more
+                than the 2 GB that one file holds. Only for ONNX files.
             verify: Whether to compare with torch, on two batch sizes, before the file is written.
 
         Returns:
@@ -337,7 +347,16 @@ class CompressionController:
             DataError: There is no example input.
             UsageError: An option has an invalid value.
         """
-        options = Options(tolerance, opset, input_names, output_names, dynamic_batch, verify)
+        options = Options(
+            tolerance,
+            opset,
+            input_names,
+            output_names,
+            dynamic_batch,
+            verify,
+            dynamic_shapes=dynamic_shapes,
+            external_data=external_data,
+        )
         exporters = {name: choice.value for name, choice in choices_of("export.target").items()}
         device = self.context.config.root.target_device
         name = chosen_target(exporters, target, Path(path), device)
@@ -353,6 +372,8 @@ class CompressionController:
         input_names: Sequence[str] | None = None,
         output_names: Sequence[str] | None = None,
         dynamic_batch: bool = True,
+        dynamic_shapes: DynamicShapes | None = None,
+        external_data: bool | None = None,
         verify: bool = True,
     ) -> ExportReport:
         """Writes the compressed model to an ONNX file, after checking that the file computes the same as torch.
@@ -373,7 +394,14 @@ class CompressionController:
             input_names: Names of the inputs, in order; by default those of forward's arguments.
             output_names: Names of the outputs.
             dynamic_batch: Whether the file accepts any batch size. If the model does not, or computes something else
-                on others, the file takes the batch size of `args` only, with a warning and a note in the report.
+                on others, the file takes the batch size of `args` only, with a warning and a note in the report. If
+                `dynamic_shapes` names dimension 0 of an input, or a dimension "batch", only what it names varies.
+            dynamic_shapes: Further sizes that vary: for each input, names by dimension, such as
+                `{"pixels": {2: "height", 3: "width"}, "ids": {1: "length"}}`; the same name means the same size. Inputs
+                are named as forward's arguments, or as in `input_names`; a list has an entry for each argument. What
+                the model does not take in other sizes has that of `args`, with a warning and a note in the report.
+            external_data: Whether weights are written to a second file beside the first; by default if they take more
+                than the 2 GB that one file holds. Only for ONNX files.
             verify: Whether to compare with torch, on two batch sizes, before the file is written.
 
         Returns:
@@ -386,7 +414,16 @@ class CompressionController:
             DataError: There is no example input.
             UsageError: An option has an invalid value.
         """
-        options = Options(tolerance, opset, input_names, output_names, dynamic_batch, verify)
+        options = Options(
+            tolerance,
+            opset,
+            input_names,
+            output_names,
+            dynamic_batch,
+            verify,
+            dynamic_shapes=dynamic_shapes,
+            external_data=external_data,
+        )
         return self._export(path, args, "onnxruntime", options, "export_onnx")
 
     def _export(
@@ -400,6 +437,7 @@ class CompressionController:
         example = self.context.example(caller) if args is None else examples_of(args)[0]
         model = self._copy_for_export()
         inputs = inputs_of(example, model)
+        inputs = with_varying_sizes(inputs, model, options.dynamic_shapes, options.input_names)
         model.cpu()
         with without_traces(self.model, parameters=False):
             references = references_of(model, inputs, is_dynamic=options.dynamic_batch)

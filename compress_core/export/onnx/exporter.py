@@ -16,13 +16,14 @@ from torch import nn
 from compress_core.errors import ExportError, UsageError
 from compress_core.export.agreement import DisagreementError
 from compress_core.export.exporter import Exporter, ExportJob, Options
+from compress_core.export.inputs import BATCH
 from compress_core.export.onnx.cleaning import drop_what_is_unused, forget_the_machine
 from compress_core.export.onnx.layers import Cut, cut, quantizers_of
 from compress_core.export.onnx.names import name_inputs_and_outputs
 from compress_core.export.onnx.precision import compute_in_float32
-from compress_core.export.onnx.program import exported_graph
+from compress_core.export.onnx.program import FixedSizeError, exported_graph
 from compress_core.export.onnx.verification import verified
-from compress_core.export.references import Reference, return_only_tensors
+from compress_core.export.references import Reference, References, return_only_tensors
 from compress_core.export.report import ExportReport
 from compress_core.export.runtimes.onnxruntime import OnnxRuntime
 from compress_core.export.runtimes.runtime import Runtime
@@ -85,22 +86,94 @@ class OnnxExporter(Exporter):
 
     @staticmethod
     def _made(run: _Run) -> tuple[Any, ExportReport]:
+        """Returns the graph and its report, for all sizes that can vary."""
         references = run.job.references
-        reason = references.reason
-        if references.resized:
+        sizes = _VaryingSizes.of(references)
+        while sizes.names or sizes.is_dynamic:
             try:
-                return run.made(references.resized, is_dynamic=True)
+                return run.made(sizes.references, sizes)
             except ExportError as error:
-                if isinstance(error, DisagreementError) and error.batch_size == references.resized[0].inputs.batch_size:
-                    raise
-                reason = error.found if isinstance(error, DisagreementError) else str(error)
-        return run.made([references.own], is_dynamic=False, notes=_fixed(references.own, reason))
+                sizes = sizes.without_blamed(error)
+        return run.made([references.own], sizes)
 
 
-def _fixed(own: Reference, reason: str) -> tuple[str, ...]:
-    """Returns what to say about a file for one batch size, if any batch size was wanted."""
-    size = own.inputs.batch_size
-    return (f"takes batches of {size} only, because {reason}",) if reason else ()
+@dataclass(frozen=True)
+class _VaryingSizes:
+    """The sizes that an export tries to leave open.
+
+    Attributes:
+        found: All references.
+        names: Names of sizes.
+        is_dynamic: Whether the batch size varies although nobody has named it.
+        notes: What to say about the others.
+    """
+
+    found: References
+    names: tuple[str, ...]
+    is_dynamic: bool
+    notes: tuple[str, ...]
+
+    @classmethod
+    def of(cls, found: References) -> _VaryingSizes:
+        names = () if found.named is None else found.named.names
+        fixed = (_fixed(BATCH, found.own, found.reason),) if found.reason else ()
+        return cls(found, names, bool(found.resized), (*found.fixed, *fixed))
+
+    @property
+    def first(self) -> Reference:
+        """What is exported."""
+        if self.is_dynamic:
+            return self.found.resized[0]
+        return self.found.own if self.found.named is None else self.found.named.base
+
+    @property
+    def references(self) -> list[Reference]:
+        """What is exported, and what is compared in addition."""
+        others = () if self.found.named is None else self.found.named.others
+        batches = self.found.resized if self.is_dynamic else (self.first,)
+        return [*batches, *(reference for names, reference in others if set(names) <= set(self.names))]
+
+    def without_blamed(self, error: ExportError) -> _VaryingSizes:
+        """Returns the sizes that are left after an error.
+
+        Raises:
+            ExportError: The error has nothing to do with sizes that vary.
+        """
+        blamed = self._blamed(error)
+        reason = error.found if isinstance(error, DisagreementError) else str(error)
+        own = self.found.own
+        for entry in own.inputs.varying:
+            # A file of one size takes that of the example.
+            if entry.name in blamed and own.inputs.size_of(entry) != self.first.inputs.size_of(entry):
+                blamed = self.names
+        names = tuple(name for name in self.names if name not in blamed)
+        is_dynamic = self.is_dynamic and BATCH not in blamed
+        found = replace(self.found, named=self.found.named if names else None)
+        sizes = [*(name for name in self.names if name in blamed), *([BATCH] if self.is_dynamic > is_dynamic else [])]
+        return _VaryingSizes(
+            found, names, is_dynamic, (*self.notes, *(_fixed(name, own, reason) for name in sizes))
+        )
+
+    def _blamed(self, error: ExportError) -> tuple[str, ...]:
+        everything = self.names or (BATCH,)
+        if not isinstance(error, DisagreementError):
+            known = error.names if isinstance(error, FixedSizeError) else ()
+            return known or everything
+        place = error.batch_size, error.sizes
+        for names, reference in () if self.found.named is None else self.found.named.others:
+            if place == (reference.inputs.batch_size, reference.inputs.label):
+                return names
+        if place == (self.first.inputs.batch_size, self.first.inputs.label):
+            raise error
+        return (BATCH,)
+
+
+def _fixed(name: str, own: Reference, reason: str) -> str:
+    """Returns what to say about a size that does not vary."""
+    entry = next((entry for entry in own.inputs.varying if entry.name == name), None)
+    if entry is None:
+        return f"takes batches of {own.inputs.batch_size} only, because {reason}"
+    return f"takes {name} of {own.inputs.size_of(entry)} only, because {reason}"
 
 
 @dataclass(frozen=True)
@@ -119,12 +192,11 @@ class _Run:
     opset: int
     file: Path
 
-    def made(
-        self, references: Sequence[Reference], *, is_dynamic: bool, notes: tuple[str, ...] = ()
-    ) -> tuple[Any, ExportReport]:
+    def made(self, references: Sequence[Reference], sizes: _VaryingSizes) -> tuple[Any, ExportReport]:
         """Returns the graph and its report, after comparing it with the references; exported is the first of these."""
         job, options, inputs = self.job, self.job.options, references[0].inputs
-        graph = exported_graph(job.model, inputs, opset=self.opset, is_dynamic=is_dynamic)
+        inputs = replace(inputs, varying=tuple(entry for entry in inputs.varying if entry.name in sizes.names))
+        graph, ranges = exported_graph(job.model, inputs, opset=self.opset, is_dynamic=sizes.is_dynamic)
         quantizers = quantizers_of(graph)
         forget_the_machine(graph)
         replaced = compute_in_float32(graph, with_double=_has_double_weights(job.model))
@@ -140,7 +212,7 @@ class _Run:
             inputs=tuple(str(value.name) for value in graph.graph.inputs),
             outputs=tuple(str(value.name) for value in graph.graph.outputs),
             operators=dict(sorted(Counter(node.op_type for node in graph.graph).items())),
-            notes=(*notes, *_notes(references[0], replaced), *rules),
+            notes=(*sizes.notes, *ranges, *_notes(references[0], replaced), *rules),
         )
         if options.verify:
             self.file.write_bytes(_serialized(graph))
