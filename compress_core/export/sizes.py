@@ -71,7 +71,9 @@ def _named(
             yield from _walked(value, entry, f"{_OPTION}[{number}]")
     else:
         example = "{'input': {1: 'length'}}"
-        raise UsageError(f"{_OPTION}: {shapes!r} must be a dict such as {example}, or a list with an entry per argument")
+        raise UsageError(
+            f"{_OPTION}: {shapes!r} must be a dict such as {example}, or a list with an entry per argument"
+        )
 
 
 class _Tensor:
@@ -118,10 +120,14 @@ def _walked(value: Any, entry: Any, place: str) -> Iterator[tuple[int, int, str]
     elif isinstance(value, (list, tuple)):
         parts = dict(enumerate(value))
     if parts is None:
-        raise UsageError(f"{place}: the argument is {value!r:.60} ({type(value).__name__}), and only tensors have sizes")
+        raise UsageError(
+            f"{place}: the argument is {value!r:.60} ({type(value).__name__}), and only tensors have sizes"
+        )
     wanted = dict(enumerate(entry)) if isinstance(entry, (list, tuple)) else entry
     if not isinstance(wanted, Mapping):
-        raise UsageError(f"{place}: {entry!r:.60} must be a dict or a list, as the argument is a {type(value).__name__}")
+        raise UsageError(
+            f"{place}: {entry!r:.60} must be a dict or a list, as the argument is a {type(value).__name__}"
+        )
     for key, part in wanted.items():
         if key not in parts:
             raise UsageError(f"{place}: the argument has no {key!r}; it has {', '.join(map(repr, parts))}")

@@ -17,6 +17,7 @@ from compress_core.errors import ExportError, UsageError
 from compress_core.export.agreement import DisagreementError
 from compress_core.export.exporter import Exporter, ExportJob, Options
 from compress_core.export.inputs import BATCH
+from compress_core.export.onnx import opsets
 from compress_core.export.onnx.cleaning import drop_what_is_unused, forget_the_machine
 from compress_core.export.onnx.layers import Cut, cut, quantizers_of
 from compress_core.export.onnx.names import name_inputs_and_outputs
@@ -33,7 +34,6 @@ from compress_core.files import replaced_file
 logger = logging.getLogger(__name__)
 
 METADATA_KEY = "compress_core.export"
-_OLDEST_OPSET = 21  # DequantizeLinear of int32, of 16 bits, and of any floating-point type
 _TOLERANCE = 0.05
 _LARGEST_FILE = 2**31 - 1  # the limit of protobuf
 
@@ -56,9 +56,11 @@ class OnnxExporter(Exporter):
 
     def target(self, name: str, options: Options) -> ExportTarget:
         """Returns what algorithms are told; see `Exporter.target`."""
-        opset = _OLDEST_OPSET if options.opset is None else options.opset
-        if isinstance(opset, bool) or not isinstance(opset, int) or opset < _OLDEST_OPSET:
-            raise UsageError(f"opset: {opset!r}: quantized models need an integer of {_OLDEST_OPSET} or more")
+        opset = opsets.USUAL if options.opset is None else options.opset
+        if isinstance(opset, bool) or not isinstance(opset, int) or opset < opsets.OLDEST:
+            raise UsageError(
+                f"opset: {opset!r}: must be an integer of {opsets.OLDEST} or more, which have a scale for each channel"
+            )
         return ExportTarget(self.format, opset, name)
 
     def export(self, job: ExportJob) -> ExportReport:
@@ -91,9 +93,13 @@ class OnnxExporter(Exporter):
         sizes = _VaryingSizes.of(references)
         while sizes.names or sizes.is_dynamic:
             try:
-                return run.made(sizes.references, sizes)
+                made = run.made(sizes.references, sizes)
             except ExportError as error:
                 sizes = sizes.without_blamed(error)
+                continue
+            if sizes.doubt is None:
+                return made
+            sizes = sizes.without(sizes.names, sizes.doubt)  # each size may vary, but not all at once
         return run.made([references.own], sizes)
 
 
@@ -106,12 +112,14 @@ class _VaryingSizes:
         names: Names of sizes.
         is_dynamic: Whether the batch size varies although nobody has named it.
         notes: What to say about the others.
+        doubt: What goes wrong if all sizes are others at once; what is left out until each of them has been tried.
     """
 
     found: References
     names: tuple[str, ...]
     is_dynamic: bool
     notes: tuple[str, ...]
+    doubt: ExportError | None = None
 
     @classmethod
     def of(cls, found: References) -> _VaryingSizes:
@@ -129,9 +137,14 @@ class _VaryingSizes:
     @property
     def references(self) -> list[Reference]:
         """What is exported, and what is compared in addition."""
-        others = () if self.found.named is None else self.found.named.others
         batches = self.found.resized if self.is_dynamic else (self.first,)
-        return [*batches, *(reference for names, reference in others if set(names) <= set(self.names))]
+        most = 1 if self.doubt is not None else len(self.names)
+        return [*batches, *(reference for names, reference in self._others if len(names) <= most)]
+
+    @property
+    def _others(self) -> list[tuple[tuple[str, ...], Reference]]:
+        others = () if self.found.named is None else self.found.named.others
+        return [entry for entry in others if set(entry[0]) <= set(self.names)]
 
     def without_blamed(self, error: ExportError) -> _VaryingSizes:
         """Returns the sizes that are left after an error.
@@ -140,19 +153,24 @@ class _VaryingSizes:
             ExportError: The error has nothing to do with sizes that vary.
         """
         blamed = self._blamed(error)
+        if isinstance(error, DisagreementError) and len(blamed) > 1 and self.doubt is None:
+            return replace(self, doubt=error)
+        return self.without(blamed, error)
+
+    def without(self, blamed: tuple[str, ...], error: ExportError) -> _VaryingSizes:
+        """Returns the other sizes, with notes on these."""
         reason = error.found if isinstance(error, DisagreementError) else str(error)
         own = self.found.own
         for entry in own.inputs.varying:
             # A file of one size takes that of the example.
             if entry.name in blamed and own.inputs.size_of(entry) != self.first.inputs.size_of(entry):
-                blamed = self.names
+                blamed = (*self.names, *blamed)
         names = tuple(name for name in self.names if name not in blamed)
         is_dynamic = self.is_dynamic and BATCH not in blamed
         found = replace(self.found, named=self.found.named if names else None)
         sizes = [*(name for name in self.names if name in blamed), *([BATCH] if self.is_dynamic > is_dynamic else [])]
-        return _VaryingSizes(
-            found, names, is_dynamic, (*self.notes, *(_fixed(name, own, reason) for name in sizes))
-        )
+        notes = (*self.notes, *(_fixed(name, own, reason) for name in sizes))
+        return _VaryingSizes(found, names, is_dynamic, notes)
 
     def _blamed(self, error: ExportError) -> tuple[str, ...]:
         everything = self.names or (BATCH,)
@@ -160,7 +178,7 @@ class _VaryingSizes:
             known = error.names if isinstance(error, FixedSizeError) else ()
             return known or everything
         place = error.batch_size, error.sizes
-        for names, reference in () if self.found.named is None else self.found.named.others:
+        for names, reference in self._others:
             if place == (reference.inputs.batch_size, reference.inputs.label):
                 return names
         if place == (self.first.inputs.batch_size, self.first.inputs.label):
@@ -196,7 +214,9 @@ class _Run:
         """Returns the graph and its report, after comparing it with the references; exported is the first of these."""
         job, options, inputs = self.job, self.job.options, references[0].inputs
         inputs = replace(inputs, varying=tuple(entry for entry in inputs.varying if entry.name in sizes.names))
-        graph, ranges = exported_graph(job.model, inputs, opset=self.opset, is_dynamic=sizes.is_dynamic)
+        graph, ranges = exported_graph(
+            job.model, inputs, opset=max(self.opset, opsets.OLDEST_OF_TORCH), is_dynamic=sizes.is_dynamic
+        )
         quantizers = quantizers_of(graph)
         forget_the_machine(graph)
         replaced = compute_in_float32(graph, with_double=_has_double_weights(job.model))
@@ -204,6 +224,7 @@ class _Run:
             rewrite(graph)
         drop_what_is_unused(graph)
         name_inputs_and_outputs(graph, options.input_names, options.output_names)
+        opsets.use_opset(graph, self.opset)
         rules = self.exporter.check_graph(graph, job)
         report = ExportReport(
             opset=self.opset,
@@ -216,6 +237,7 @@ class _Run:
         )
         if options.verify:
             self.file.write_bytes(_serialized(graph))
+            opsets.check_file(self.file, self.opset)
 
             def cut_for(reference: Reference) -> Cut | None:
                 stripped = job.copies().checked(reference.inputs).stripped

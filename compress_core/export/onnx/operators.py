@@ -36,7 +36,9 @@ def missing_operator(program: torch.export.ExportedProgram, error: BaseException
         return text
     scope, module = _place(nodes[0])
     line = _line(nodes[0])
-    text += f" in '{scope or 'the model'}'" + (f" ({module})" if module else "") + (f", called at {line}" if line else "")
+    text += (
+        f" in '{scope or 'the model'}'" + (f" ({module})" if module else "") + (f", called at {line}" if line else "")
+    )
     if not name.startswith("aten.") and ACTIVATIONS_ATTRIBUTE in scope:
         layer = scope.partition(ACTIVATIONS_ATTRIBUTE)[0].rstrip(".")
         text += f"; it belongs to the quantizer there: put '{layer}' into ignored_scopes"

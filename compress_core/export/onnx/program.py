@@ -125,9 +125,7 @@ class _Sizes:
         return tuple(name for name in self.places if re.search(rf"\b{self.symbol(name)}\b", "\n".join(lines)))
 
 
-def _program(
-    model: nn.Module, inputs: Inputs, sizes: _Sizes
-) -> tuple[torch.export.ExportedProgram, tuple[str, ...]]:
+def _program(model: nn.Module, inputs: Inputs, sizes: _Sizes) -> tuple[torch.export.ExportedProgram, tuple[str, ...]]:
     # Not strict, because strict export loses in-place writes of functions to their arguments.
     def export(shapes: Any) -> torch.export.ExportedProgram:
         return torch.export.export(model, inputs.args, inputs.kwargs or None, dynamic_shapes=shapes, strict=False)

@@ -24,7 +24,7 @@ from compress_core import (
 from compress_core.contract.clock import Clock
 from compress_core.contract.context import Context
 from compress_core.data.calibration import CalibrationData
-from compress_core.export import GraphRewrite
+from compress_core.export import ExportTarget, GraphRewrite
 from compress_core.saved import damaged
 from compress_core.transforms import add_activation_transform, add_weight_transform
 from compress_quantization.calibration import Calibrated, calibrate
@@ -205,9 +205,9 @@ class Quantization(Algorithm):
                 replace_by_native(model, planned, self.name)
 
     @hookimpl
-    def compress_export(self, model: nn.Module) -> GraphRewrite:
+    def compress_export(self, model: nn.Module, target: ExportTarget) -> GraphRewrite:
         """Replaces quantizers by integer weights and ONNX's quantize and dequantize operators."""
-        prepare(model)
+        prepare(model, target.opset)
         return rewrite
 
     # What the controller offers.

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from compress_quantization.export.channels import unify_channel_scales
-from compress_quantization.export.editor import OPSET, GraphEditor, output_axis
+from compress_quantization.export.editor import GraphEditor, output_axis
 from compress_quantization.export.weights import Array, QuantizedWeight, constant
 
 _LARGEST_BIAS = 2**31 - 1
@@ -100,7 +100,7 @@ def _fold_batch_norm(editor: GraphEditor, layer: Any, norm: Any) -> None:
     new_bias = editor.add_constant(f"{weight.name}.bias", shift.astype(np.float32))
     value = editor.dequantize(folded, layer)
     if layer.op_type == "MatMul":
-        node = editor.ir.node("Gemm", [layer.inputs[0], value, new_bias], version=OPSET)
+        node = editor.ir.node("Gemm", [layer.inputs[0], value, new_bias], version=editor.opset)
         editor.graph.insert_before(layer, node)
         node.outputs[0].shape, node.outputs[0].type = layer.outputs[0].shape, layer.outputs[0].type
         editor.remove(norm, node.outputs[0])
