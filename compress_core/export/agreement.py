@@ -75,6 +75,13 @@ def _agreement(
         return Agreement(name, size, optimized, 0.0, 0.0, 0.0, 0.0, 0.0)
     wide, other = expected.astype(np.float64), actual.astype(np.float64)
     difference = np.asarray(np.abs(wide - other))  # numpy makes a number of an array without dimensions
+    only_there = int((np.isnan(other) & ~np.isnan(wide)).sum())
+    if only_there:
+        raise DisagreementError(
+            size,
+            f"output '{name}' is NaN in the runtime in {only_there} of {wide.size} values that are numbers in torch, "
+            f"on a batch of {size}",
+        )
     # The difference of equal infinities is NaN, and masked attention scores are infinite.
     difference[wide == other] = 0.0
     difference[np.isnan(wide) & np.isnan(other)] = 0.0

@@ -29,6 +29,7 @@ from compress_core.data.rng import preserved_rng
 from compress_core.errors import CompressionError, UsageError
 from compress_core.export import Exporter, ExportJob, ExportReport, Options
 from compress_core.export.exporter import Copies, check_path, chosen_target
+from compress_core.export.files import export_errors
 from compress_core.export.inputs import inputs_of
 from compress_core.export.references import references_of
 from compress_core.export.sizes import DynamicShapes, with_varying_sizes
@@ -323,7 +324,8 @@ class CompressionController:
                 absolute output of torch. It applies to each output, with the runtime's graph optimizations on and off.
                 By default 0.05, or more if roundings that add up are the only reason: then each layer agrees within a
                 step of its quantizer on torch's own activations, and a warning and a note in the report say so.
-            opset: Version of ONNX's default operator set, at least 21; by default 21. Only for ONNX files.
+            opset: Version of ONNX's default operator set, at least 13; by default 21. Only for ONNX files. Operators
+                that an older one lacks are an `ExportError`, which names them.
             input_names: Names of the inputs, in order; by default those of forward's arguments.
             output_names: Names of the outputs.
             dynamic_batch: Whether the file accepts any batch size. If the model does not, or computes something else
@@ -343,7 +345,7 @@ class CompressionController:
         Raises:
             ExportError: A package is missing (the message names the extra), the model cannot be exported, or the
                 difference is larger than the tolerance. No file is left then.
-            FileError: The file cannot be written; an existing one is as it was.
+            ExportFileError: The file cannot be written, which is a `FileError` as well; an existing one is as it was.
             DataError: There is no example input.
             UsageError: An option has an invalid value.
         """
@@ -390,7 +392,8 @@ class CompressionController:
                 absolute output of torch. It applies to each output, with the runtime's graph optimizations on and off.
                 By default 0.05, or more if roundings that add up are the only reason: then each layer agrees within a
                 step of its quantizer on torch's own activations, and a warning and a note in the report say so.
-            opset: Version of ONNX's default operator set, at least 21.
+            opset: Version of ONNX's default operator set, at least 13. Operators that an older one lacks are an
+                `ExportError`, which names them.
             input_names: Names of the inputs, in order; by default those of forward's arguments.
             output_names: Names of the outputs.
             dynamic_batch: Whether the file accepts any batch size. If the model does not, or computes something else
@@ -410,7 +413,7 @@ class CompressionController:
         Raises:
             ExportError: A package is missing (`pip install 'compress-core[onnx]'`), the model cannot be exported, or
                 the difference is larger than the tolerance. No file is left then.
-            FileError: The file cannot be written; an existing one is as it was.
+            ExportFileError: The file cannot be written, which is a `FileError` as well; an existing one is as it was.
             DataError: There is no example input.
             UsageError: An option has an invalid value.
         """
@@ -446,7 +449,8 @@ class CompressionController:
             device = self.context.config.root.target_device
             names = tuple(self.algorithms)
             job = ExportJob(model, file, references, self._copies_for_comparison, rewrites, names, device, options)
-            return exporter.export(job)
+            with export_errors(file):
+                return exporter.export(job)
 
     def _copies_for_comparison(self) -> Copies:
         copies = Copies(self._copy_for_export().cpu(), self._copy_for_export().cpu())

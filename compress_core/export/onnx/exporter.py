@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -19,23 +18,23 @@ from compress_core.export.exporter import Exporter, ExportJob, Options
 from compress_core.export.inputs import BATCH
 from compress_core.export.onnx import opsets
 from compress_core.export.onnx.cleaning import drop_what_is_unused, forget_the_machine
+from compress_core.export.onnx.files import draft_folder, drafted, written
 from compress_core.export.onnx.layers import Cut, cut, quantizers_of
 from compress_core.export.onnx.names import name_inputs_and_outputs
 from compress_core.export.onnx.precision import compute_in_float32
 from compress_core.export.onnx.program import FixedSizeError, exported_graph
 from compress_core.export.onnx.verification import verified
+from compress_core.export.onnx.zeros import zeros_of
 from compress_core.export.references import Reference, References, return_only_tensors
 from compress_core.export.report import ExportReport
 from compress_core.export.runtimes.onnxruntime import OnnxRuntime
 from compress_core.export.runtimes.runtime import Runtime
 from compress_core.export.target import ExportTarget
-from compress_core.files import replaced_file
 
 logger = logging.getLogger(__name__)
 
 METADATA_KEY = "compress_core.export"
 _TOLERANCE = 0.05
-_LARGEST_FILE = 2**31 - 1  # the limit of protobuf
 
 
 class OnnxExporter(Exporter):
@@ -66,10 +65,10 @@ class OnnxExporter(Exporter):
     def export(self, job: ExportJob) -> ExportReport:
         """Writes the file; see `Exporter.export`."""
         return_only_tensors(job.model)
-        with tempfile.TemporaryDirectory() as folder:
-            run = _Run(job, self, self.target("", job.options).opset, Path(folder) / "model.onnx")
-            graph, report = self._made(run)
-            return _written(job.path, graph, report)
+        with draft_folder() as folder:
+            run = _Run(job, self, self.target("", job.options).opset, folder / "model.onnx")
+            made = self._made(run)
+            return _written(job.path, made)
 
     def check_graph(self, graph: Any, job: ExportJob) -> tuple[str, ...]:
         """Checks what the runtime demands of a graph, beside running it.
@@ -87,7 +86,7 @@ class OnnxExporter(Exporter):
         return ()
 
     @staticmethod
-    def _made(run: _Run) -> tuple[Any, ExportReport]:
+    def _made(run: _Run) -> _Made:
         """Returns the graph and its report, for all sizes that can vary."""
         references = run.job.references
         sizes = _VaryingSizes.of(references)
@@ -210,7 +209,7 @@ class _Run:
     opset: int
     file: Path
 
-    def made(self, references: Sequence[Reference], sizes: _VaryingSizes) -> tuple[Any, ExportReport]:
+    def made(self, references: Sequence[Reference], sizes: _VaryingSizes) -> _Made:
         """Returns the graph and its report, after comparing it with the references; exported is the first of these."""
         job, options, inputs = self.job, self.job.options, references[0].inputs
         inputs = replace(inputs, varying=tuple(entry for entry in inputs.varying if entry.name in sizes.names))
@@ -234,9 +233,11 @@ class _Run:
             outputs=tuple(str(value.name) for value in graph.graph.outputs),
             operators=dict(sorted(Counter(node.op_type for node in graph.graph).items())),
             notes=(*sizes.notes, *ranges, *_notes(references[0], replaced), *rules),
+            zeros=zeros_of(graph),
         )
+        name = job.path.resolve().name
+        draft = drafted(graph, self.file, name, external=options.external_data, write=options.verify)
         if options.verify:
-            self.file.write_bytes(_serialized(graph))
             opsets.check_file(self.file, self.opset)
 
             def cut_for(reference: Reference) -> Cut | None:
@@ -245,7 +246,22 @@ class _Run:
 
             runtime = self.exporter.runtime
             report = verified(report, runtime, self.file, references, cut_for, options.tolerance is not None)
-        return graph, report
+        return _Made(graph, report, draft.data)
+
+
+@dataclass(frozen=True)
+class _Made:
+    """What an export has made.
+
+    Attributes:
+        graph: The graph, an `onnx_ir.Model`.
+        report: Its report.
+        data: The draft of the file of its weights, if they have one.
+    """
+
+    graph: Any
+    report: ExportReport
+    data: Path | None
 
 
 def _notes(reference: Reference, replaced: Sequence[str]) -> Iterator[str]:
@@ -256,28 +272,22 @@ def _notes(reference: Reference, replaced: Sequence[str]) -> Iterator[str]:
         yield f"holds as constants what is no tensor: {', '.join(constants)}"
     if reference.dropped:
         yield f"leaves out what is no tensor: {', '.join(reference.dropped)}"
+    for number, tensor in enumerate(reference.outputs):
+        if tensor.is_floating_point() and (found := int(tensor.isnan().sum())):
+            yield f"returns NaN, as torch does: {found} of {tensor.numel()} values of output {number} on the example"
 
 
 def _has_double_weights(model: nn.Module) -> bool:
     return any(parameter.dtype == torch.float64 for parameter in model.parameters())
 
 
-def _written(path: Path, graph: Any, report: ExportReport) -> ExportReport:
+def _written(path: Path, made: _Made) -> ExportReport:
+    report, target = made.report, path.resolve()
+    if made.data is not None and target.parent != path.parent.resolve():
+        note = f"has weights in a file beside it, so it can be read as '{target}', and not through the link"
+        report = replace(report, notes=(*report.notes, note))
     for note in report.notes:
         logger.warning("%s %s", path, note)
-    graph.metadata_props[METADATA_KEY] = report.to_json()
-    serialized = _serialized(graph)
-    with replaced_file(path) as file:
-        file.write(serialized)
-    return replace(report, path=str(path), size=len(serialized))
-
-
-def _serialized(graph: Any) -> bytes:
-    import onnx_ir  # noqa: PLC0415 - an extra
-
-    proto = onnx_ir.to_proto(graph)
-    size = proto.ByteSize()
-    if size > _LARGEST_FILE:
-        raise ExportError(f"the model takes {size / 1e9:.1f} GB, and one ONNX file holds 2 GB at most")
-    serialized: bytes = proto.SerializeToString()
-    return serialized
+    made.graph.metadata_props[METADATA_KEY] = report.to_json()
+    data, size = written(path, made.graph, made.data)
+    return replace(report, path=str(path), size=size, data_path="" if data is None else str(data))

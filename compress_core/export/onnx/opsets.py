@@ -150,9 +150,8 @@ def _drop_defaults(node: Any, opset: int, written: int) -> None:
         default = default.decode() if isinstance(default, bytes) else default
         if node.attributes[name].value == default:
             del node.attributes[name]
-    if node.op_type.endswith("Pool") and "dilations" not in old.attributes:
-        if set(node.attributes.get_ints("dilations", (1,))) == {1}:
-            node.attributes.pop("dilations", None)
+    if "dilations" not in old.attributes and set(node.attributes.get_ints("dilations", ())) == {1}:
+        del node.attributes["dilations"]
 
 
 class _Builder:
