@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from compress_core.errors import ExportError, UsageError
-from compress_core.export.agreement import DisagreementError
+from compress_core.export.agreement import DisagreementError, RunError
 from compress_core.export.exporter import Exporter, ExportJob, Options
 from compress_core.export.inputs import BATCH
 from compress_core.export.onnx import opsets
@@ -152,7 +152,7 @@ class _VaryingSizes:
             ExportError: The error has nothing to do with sizes that vary.
         """
         blamed = self._blamed(error)
-        if isinstance(error, DisagreementError) and len(blamed) > 1 and self.doubt is None:
+        if isinstance(error, DisagreementError) and len(blamed) > 1 and BATCH not in blamed and self.doubt is None:
             return replace(self, doubt=error)
         return self.without(blamed, error)
 
@@ -181,6 +181,8 @@ class _VaryingSizes:
             if place == (reference.inputs.batch_size, reference.inputs.label):
                 return names
         if place == (self.first.inputs.batch_size, self.first.inputs.label):
+            if isinstance(error, RunError):  # it may run with the sizes of the example
+                return (*self.names, BATCH)
             raise error
         return (BATCH,)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from typing import Any
 
 import torch
 
@@ -30,8 +29,10 @@ def missing_operator(program: torch.export.ExportedProgram, error: BaseException
     if found is None or not any("No ONNX function" in text or "No decompositions" in text for text in texts):
         return ""
     name = found.group(1)
-    nodes = [node for node in program.graph.nodes if node.op == "call_function" and _name(node.target) == name]
     text = f"it has no ONNX form of the operator {name}"
+    nodes = _calls(program, name)
+    if not nodes:  # what torch makes of other operators
+        nodes = _calls(program, f"aten.special_{name.rpartition('.')[2]}")
     if not nodes:
         return text
     scope, module = _place(nodes[0])
@@ -45,8 +46,12 @@ def missing_operator(program: torch.export.ExportedProgram, error: BaseException
     return f"{text}. Compute it outside the model, or write it with operators that ONNX has"
 
 
-def _name(target: Any) -> str:
-    return str(target)
+def _calls(program: torch.export.ExportedProgram, name: str) -> list[torch.fx.Node]:
+    return [
+        node
+        for node in program.graph.nodes
+        if node.op == "call_function" and re.fullmatch(rf"{re.escape(name)}(\.\w+)?", str(node.target))
+    ]
 
 
 def _place(node: torch.fx.Node) -> tuple[str, str]:

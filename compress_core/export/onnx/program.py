@@ -181,7 +181,9 @@ def _reason(error: BaseException) -> str:
     if len(lines) > 1 and lines[0].startswith("Constraints violated"):
         constant = [line for line in lines[1:] if "constant" in line]
         return (constant or lines[1:])[0].strip().removeprefix("- ").partition(". ")[0]
-    return f"{type(error).__name__}: {lines[0].strip()}" if lines else type(error).__name__
+    found = re.search(r'raised this error:\s+File "([^"]+)", line (\d+)', str(error))
+    where = f" (in {found[1].rpartition('/')[2]}, line {found[2]})" if found else ""
+    return f"{type(error).__name__}: {lines[0].strip()}{where}" if lines else type(error).__name__
 
 
 @contextlib.contextmanager

@@ -137,8 +137,8 @@ def compare(runtime: Runtime, path: Path, references: Sequence[Reference], *, op
     try:
         return [agreement for reference in references for agreement in _agreements(session, reference, optimized)]
     except RunError as error:
-        message = f"{runtime.label} cannot run what was exported on {error.found}: {error.__cause__}"
-        raise DisagreementError(error.batch_size, message, _advice(path), error.sizes) from error.__cause__
+        message = f"{runtime.label} cannot run what was exported on {error.found}: {str(error.__cause__).strip()}"
+        raise RunError(error.batch_size, message, _advice(path), error.sizes) from error.__cause__
 
 
 def compare_parts(

@@ -57,6 +57,9 @@ def _is_zero(value: Any) -> tuple[str, npt.NDArray[np.bool_] | None]:
     if value.const_value is not None:
         array = value.const_value.numpy()
         return str(value.name), array == 0 if np.issubdtype(array.dtype, np.floating) else None
+    if node is not None and node.op_type == "Transpose":  # of a weight that others read as it is
+        name, is_zero = _is_zero(node.inputs[0])
+        return name, None if is_zero is None else is_zero.transpose(node.attributes.get_ints("perm", None))
     if node is None or node.op_type != "DequantizeLinear" or node.inputs[0].const_value is None:
         return str(value.name), None
     integers = node.inputs[0].const_value.numpy()

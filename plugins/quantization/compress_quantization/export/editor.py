@@ -59,6 +59,25 @@ class GraphEditor:
         self.graph.insert_before(before, node)
         return output
 
+    def dequantize_transposed(
+        self, weight: QuantizedWeight, integers: Any, permutation: tuple[int, ...], before: Any
+    ) -> Any:
+        """Returns the dequantized form of the transposed integers of a weight, which are stored once.
+
+        Runtimes transpose constants when they load a file, and still see a dequantized constant before the product.
+        """
+        transpose = self.ir.node("Transpose", [integers], {"perm": permutation}, version=self.opset)
+        transpose.outputs[0].name = self._unique(f"{weight.name}.transposed")
+        transpose.outputs[0].type = integers.type
+        self.graph.insert_before(before, transpose)
+        dequantize = before.inputs[0].producer()
+        inputs = [transpose.outputs[0], *dequantize.inputs[1:]]
+        attributes = {} if weight.axis is None else {"axis": permutation.index(weight.axis)}
+        node = self.ir.node("DequantizeLinear", inputs, attributes, version=self.opset)
+        node.outputs[0].name = self._unique(f"{weight.name}.dequantized")
+        self.graph.insert_before(before, node)
+        return node.outputs[0]
+
     def _unique(self, name: str) -> str:
         unique, number = name, 0
         while unique in self._taken:

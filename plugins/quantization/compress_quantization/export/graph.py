@@ -66,9 +66,19 @@ def _transpose_weights(editor: GraphEditor) -> None:
             continue
         dims = weight.integers.ndim
         permutation = tuple(node.attributes.get_ints("perm", tuple(reversed(range(dims)))))
-        value = editor.dequantize(weight.transposed(permutation), node)
+        integers = node.inputs[0].producer().inputs[0]
+        if _is_read_as_it_is(integers):
+            value = editor.dequantize_transposed(weight, integers, permutation, node)
+        else:
+            value = editor.dequantize(weight.transposed(permutation), node)
         node.outputs[0].replace_all_uses_with(value)
         editor.graph.remove(node, safe=True)
+
+
+def _is_read_as_it_is(integers: Any) -> bool:
+    """Returns whether something else than a transposition reads a weight: the embedding that is tied to a layer."""
+    readers = [reader for node, _ in integers.uses() for reader, _ in node.outputs[0].uses()]
+    return any(reader.op_type != "Transpose" for reader in readers)
 
 
 def _fold_batch_norms(editor: GraphEditor) -> None:
