@@ -157,7 +157,8 @@ def _with_other_sizes(model: nn.Module, own: Reference) -> tuple[NamedSizes | No
             fixed.append(f"takes {entry.name} of {size} only, because the model fails on others ({reason})")
     if not base.varying:
         return None, tuple(fixed)
-    others, together = [], base
+    others: list[tuple[tuple[str, ...], Reference]] = []
+    together = base
     for entry in base.varying:
         found, _ = _first_taken(model, base, entry)
         if found is not None:

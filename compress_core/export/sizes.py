@@ -58,21 +58,21 @@ def _named(
     if isinstance(shapes, Mapping):
         tensors = list(_tensors([*args, *kwargs.values()]))
         own = dict(zip(input_names or (), tensors, strict=False))
-        for key, entry in shapes.items():
+        for key, named in shapes.items():
             if key not in arguments and key not in own:
                 known = dict.fromkeys([*own, *arguments])
                 raise UsageError(f"{_OPTION}: the model has no input {key!r}; it has {', '.join(known)}")
-            yield from _walked(own.get(key, arguments.get(key)), entry, f"{_OPTION}[{key!r}]")
+            yield from _walked(own.get(key, arguments.get(key)), named, f"{_OPTION}[{key!r}]")
     elif isinstance(shapes, Sequence) and not isinstance(shapes, str):
         if len(shapes) > len(arguments):
-            known = ", ".join(arguments)
-            raise UsageError(f"{_OPTION}: {len(shapes)} entries for {len(arguments)} arguments ({known})")
+            names = ", ".join(arguments)
+            raise UsageError(f"{_OPTION}: {len(shapes)} entries for {len(arguments)} arguments ({names})")
         for number, (value, entry) in enumerate(zip(arguments.values(), shapes, strict=False)):
             yield from _walked(value, entry, f"{_OPTION}[{number}]")
     else:
-        example = "{'input': {1: 'length'}}"
         raise UsageError(
-            f"{_OPTION}: {shapes!r} must be a dict such as {example}, or a list with an entry per argument"
+            f"{_OPTION}: {shapes!r} must be a dict such as {{'input': {{1: 'length'}}}}, or a list with an entry for "
+            "each argument"
         )
 
 

@@ -173,7 +173,7 @@ class _Builder:
         tensor = self.ir.tensor(np.asarray(values), name=self._free(f"{near}.constant"))
         value = self.ir.Value(
             name=tensor.name,
-            shape=self.ir.Shape(tensor.shape),
+            shape=self.ir.Shape(tensor.numpy().shape),
             type=self.ir.TensorType(tensor.dtype),
             const_value=tensor,
         )
