@@ -6,9 +6,6 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from compress_quantization.export.modules import DequantizedWeight
-from compress_quantization.export.weights import QuantizedWeight
-from compress_quantization.grid import Grid
 from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
@@ -16,6 +13,9 @@ from torch import nn
 
 from compress_core import create_compressed_model
 from compress_core.export.onnx.zeros import zeros_of
+from compress_quantization.export.modules import DequantizedWeight
+from compress_quantization.export.weights import QuantizedWeight
+from compress_quantization.grid import Grid
 from tests.onnx_helpers import File, norm
 
 pytestmark = pytest.mark.usefixtures("fast_exporter")
