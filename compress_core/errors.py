@@ -90,3 +90,7 @@ class RankError(CompressionError, RuntimeError):
 
 class FileError(CompressionError, OSError):
     """A file cannot be read or written; the message names it and the cause. A file that was there is unchanged."""
+
+
+class ExportFileError(ExportError, FileError):
+    """A file of an export cannot be written; the message names it and the cause, and `errno` has its number."""

@@ -22,13 +22,17 @@ class DisagreementError(ExportError):
     Attributes:
         batch_size: Number of samples in the batch.
         found: What was found, without advice.
+        sizes: The sizes that the user has named, in words.
         report: What was measured so far, or None.
     """
 
-    def __init__(self, batch_size: int, found: str, advice: str = "", report: ExportReport | None = None) -> None:
+    def __init__(
+        self, batch_size: int, found: str, advice: str = "", sizes: str = "", report: ExportReport | None = None
+    ) -> None:
         super().__init__(found + advice)
         self.batch_size = batch_size
         self.found = found
+        self.sizes = sizes
         self.report = report
 
 
@@ -75,6 +79,13 @@ def _agreement(
         return Agreement(name, size, optimized, 0.0, 0.0, 0.0, 0.0, 0.0)
     wide, other = expected.astype(np.float64), actual.astype(np.float64)
     difference = np.asarray(np.abs(wide - other))  # numpy makes a number of an array without dimensions
+    only_there = int((np.isnan(other) & ~np.isnan(wide)).sum())
+    if only_there:
+        raise DisagreementError(
+            size,
+            f"output '{name}' is NaN in the runtime in {only_there} of {wide.size} values that are numbers in torch, "
+            f"on a batch of {size}",
+        )
     # The difference of equal infinities is NaN, and masked attention scores are infinite.
     difference[wide == other] = 0.0
     difference[np.isnan(wide) & np.isnan(other)] = 0.0

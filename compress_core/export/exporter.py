@@ -18,6 +18,7 @@ from compress_core.export.inputs import Inputs
 from compress_core.export.recording import unrounded_difference
 from compress_core.export.references import References
 from compress_core.export.report import ExportReport
+from compress_core.export.sizes import DynamicShapes
 from compress_core.export.target import ExportTarget, GraphRewrite
 from compress_core.transforms.python_state import copied
 
@@ -35,11 +36,15 @@ class Options:
     output_names: Sequence[str] | None = None
     dynamic_batch: bool = True
     verify: bool = True
+    dynamic_shapes: DynamicShapes | None = None
+    external_data: bool | None = None
     by_layer: bool = False
 
     def __post_init__(self) -> None:
         if self.tolerance is not None and not (isinstance(self.tolerance, (int, float)) and self.tolerance >= 0):
             raise UsageError(f"tolerance: {self.tolerance!r} must be a number of at least 0")
+        if self.external_data is not None and not isinstance(self.external_data, bool):
+            raise UsageError(f"external_data: {self.external_data!r} must be True, False or None")
 
 
 @dataclass(frozen=True)
@@ -139,6 +144,10 @@ class Exporter(ABC):
         """
         if options.opset is not None:
             raise UsageError(f"opset: {options.opset!r}: only ONNX files have one; leave it out for target '{name}'")
+        if options.dynamic_shapes is not None:
+            raise UsageError(f"dynamic_shapes: files for target '{name}' have fixed sizes; leave it out")
+        if options.external_data is not None:
+            raise UsageError(f"external_data: only ONNX files have this; leave it out for target '{name}'")
         return ExportTarget(self.format, 0, name)
 
     def made_for_another(self, job: ExportJob) -> tuple[str, ...]:

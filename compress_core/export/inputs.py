@@ -19,6 +19,28 @@ _MOST_SAMPLES = 16
 # Types of arguments that torch.export takes beside tensors.
 _PLAIN = (int, float, bool, str, complex, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
 
+BATCH = "batch"
+
+
+@dataclass(frozen=True)
+class Varying:
+    """A size that the user has named, because it varies.
+
+    Attributes:
+        name: Its name.
+        places: The dimensions that have this size: (number of the tensor, dimension).
+    """
+
+    name: str
+    places: tuple[tuple[int, int], ...]
+
+    def others(self, size: int) -> list[int]:
+        """Returns other sizes to compare on, the first that the model takes is used; `size` is that of the example."""
+        likely = [size + 1, 2 * size, size // 2, size - 1, *(size + step for step in (2, 4, 8, 16, 32, 64))]
+        if size > 2 and all(dim == 0 for _, dim in self.places):
+            likely.insert(0, 1)  # what a model does with single samples is most often something else
+        return [other for other in dict.fromkeys(likely) if other > 0 and other != size]
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -27,12 +49,15 @@ class Inputs:
     Attributes:
         args: Positional arguments, tensors in any nesting.
         kwargs: Keyword arguments, tensors in any nesting.
-        batch_size: Size of dimension 0 of the tensors that have a batch dimension; 0 if no tensor has dimensions.
+        batch_size: Size of dimension 0 of the tensors that have a batch dimension; 0 if no tensor has dimensions, or
+            the user has named the batch.
+        varying: The sizes that the user has named.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     batch_size: int
+    varying: tuple[Varying, ...] = ()
 
     @property
     def tensors(self) -> list[torch.Tensor]:
@@ -74,12 +99,45 @@ class Inputs:
             return leaf[torch.arange(size) % self.batch_size]
 
         args, kwargs = tree_map(change, (self.args, self.kwargs))
-        return Inputs(args, kwargs, size)
+        return replace(self, args=args, kwargs=kwargs, batch_size=size)
+
+    def size_of(self, entry: Varying) -> int:
+        """Returns the size that a name stands for."""
+        number, dim = entry.places[0]
+        return self.tensors[number].shape[dim]
+
+    def with_size(self, entry: Varying, size: int) -> Inputs:
+        """Returns inputs of which a named size is another: the beginning, repeated if there is less."""
+        numbers = iter(range(len(self.tensors)))
+
+        def change(leaf: Any) -> Any:
+            if not isinstance(leaf, torch.Tensor):
+                return leaf
+            number = next(numbers)
+            for place, dim in entry.places:
+                if place == number:
+                    leaf = leaf.index_select(dim, torch.arange(size) % leaf.shape[dim])
+            return leaf
+
+        args, kwargs = tree_map(change, (self.args, self.kwargs))
+        return replace(self, args=args, kwargs=kwargs)
+
+    @property
+    def label(self) -> str:
+        """The named sizes, in words."""
+        return ", ".join(f"{entry.name} {self.size_of(entry)}" for entry in self.varying)
+
+    @property
+    def described(self) -> str:
+        """The batch size and the named sizes, in words."""
+        if not self.varying:
+            return f"a batch of {self.batch_size}"
+        return f"inputs of {f'batch {self.batch_size}, ' if self.batch_size else ''}{self.label}"
 
     def copied(self) -> Inputs:
         """Returns copies of the tensors, because a model may write to its arguments."""
         args, kwargs = tree_map(_copied, (self.args, self.kwargs))
-        return Inputs(args, kwargs, self.batch_size)
+        return replace(self, args=args, kwargs=kwargs)
 
     def to_double(self) -> Inputs:
         """Returns copies of the tensors, floating ones in float64."""
@@ -89,7 +147,7 @@ class Inputs:
             return leaf.double() if is_float else _copied(leaf)
 
         args, kwargs = tree_map(change, (self.args, self.kwargs))
-        return Inputs(args, kwargs, self.batch_size)
+        return replace(self, args=args, kwargs=kwargs)
 
     def sizes(self) -> tuple[int, tuple[int, ...]]:
         """Returns the batch size to export with, and others to compare on, of which the first that works is used.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
@@ -11,7 +12,7 @@ from torch import nn
 
 from compress_core.data.memory import refuse_out_of_memory
 from compress_core.errors import ExportError
-from compress_core.export.inputs import Inputs
+from compress_core.export.inputs import Inputs, Varying
 from compress_core.torch_internals import tree_flatten_with_path
 
 
@@ -38,11 +39,33 @@ class References:
         own: The batch of the example, for a file of one batch size.
         resized: Two batches of other sizes, for a file of any batch size; empty if the model does not take them.
         reason: Why `resized` is empty, if any batch size was wanted.
+        named: For sizes that the user has named; None if there are none, or the model takes no others.
+        fixed: What to say about those that the model does not take otherwise.
     """
 
     own: Reference
     resized: tuple[Reference, ...] = ()
     reason: str = ""
+    named: NamedSizes | None = None
+    fixed: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class NamedSizes:
+    """Inputs of other sizes, of those that the user has named.
+
+    Attributes:
+        base: Inputs whose named sizes are 2 or more, because exporters treat a size of 1 as a constant.
+        others: Names of the sizes that differ from `base`, with the inputs: each size, and all of them.
+    """
+
+    base: Reference
+    others: tuple[tuple[tuple[str, ...], Reference], ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names."""
+        return tuple(entry.name for entry in self.base.inputs.varying)
 
 
 def output_leaves(result: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -98,9 +121,12 @@ def references_of(model: nn.Module, inputs: Inputs, *, is_dynamic: bool) -> Refe
             f"{type(model).__name__} returns a complex tensor, and ONNX has no operators on these; return "
             "torch.view_as_real(...) of it"
         )
+    named, fixed = _with_other_sizes(model, own) if inputs.varying else (None, ())
+    references = References(own, named=named, fixed=fixed)
     if not is_dynamic or not inputs.batch_size:
-        return References(own)
+        return references
     reason, usable = "", []
+    inputs = inputs if named is None else named.base.inputs
     for size in inputs.batch_sizes():
         try:
             found_references = _resized(model, replace(inputs, batch_size=size))
@@ -109,9 +135,52 @@ def references_of(model: nn.Module, inputs: Inputs, *, is_dynamic: bool) -> Refe
             reason = reason or f"{type(error).__name__}: {_first_line(error)}"
             continue
         if _scales(found_references):
-            return References(own, found_references)
+            return replace(references, resized=found_references)
         usable.append(found_references)
-    return References(own, usable[0]) if usable else References(own, (), f"the model fails on others ({reason})")
+    if usable:
+        return replace(references, resized=usable[0])
+    return replace(references, reason=f"the model fails on others ({reason})")
+
+
+def _with_other_sizes(model: nn.Module, own: Reference) -> tuple[NamedSizes | None, tuple[str, ...]]:
+    """Returns inputs of other named sizes that a model takes, and what to say about those that it does not."""
+    base, fixed = own.inputs, []
+    for entry in own.inputs.varying:
+        size = base.size_of(entry)
+        found, reason = _first_taken(model, base, entry)
+        if found is not None and size == 1:  # one for the export, and another to compare on
+            grown = found.inputs
+            found, reason = _first_taken(model, grown, entry)
+            base = grown if found is not None else base
+        if found is None:
+            base = replace(base, varying=tuple(other for other in base.varying if other is not entry))
+            fixed.append(f"takes {entry.name} of {size} only, because the model fails on others ({reason})")
+    if not base.varying:
+        return None, tuple(fixed)
+    others: list[tuple[tuple[str, ...], Reference]] = []
+    together = base
+    for entry in base.varying:
+        found, _ = _first_taken(model, base, entry)
+        if found is not None:
+            others.append(((entry.name,), found))
+            together = together.with_size(entry, found.inputs.size_of(entry))
+    if len(others) > 1:
+        with contextlib.suppress(Exception):  # sizes that the model takes one by one
+            others.append((tuple(entry.name for entry in base.varying), _reference(model, together)))
+    first = replace(own, inputs=base) if base.label == own.inputs.label else _reference(model, base)
+    return NamedSizes(first, tuple(others)), tuple(fixed)
+
+
+def _first_taken(model: nn.Module, inputs: Inputs, entry: Varying) -> tuple[Reference | None, str]:
+    """Returns inputs with another size that a model takes; None and why it fails if there are none."""
+    reason = ""
+    for size in entry.others(inputs.size_of(entry)):
+        try:
+            return _reference(model, inputs.with_size(entry, size)), ""
+        except Exception as error:
+            refuse_out_of_memory(error)
+            reason = reason or f"{type(error).__name__}: {_first_line(error)}"
+    return None, reason
 
 
 def _reference(model: nn.Module, inputs: Inputs) -> Reference:

@@ -9,6 +9,8 @@ from typing import Any
 
 from tabulate import tabulate
 
+from compress_core.export.zeros import WeightZeros, zeros_to_str
+
 
 @dataclass(frozen=True)
 class Agreement:
@@ -25,6 +27,7 @@ class Agreement:
         steps: `largest` in steps of an 8-bit grid over the range of the output in torch.
         top1: Share of the samples with the same largest entry in the last dimension; None unless the output is a
             floating-point tensor of shape (samples, ..., 2 or more).
+        sizes: The sizes that the user has named in `dynamic_shapes`, in words.
     """
 
     output: str
@@ -36,6 +39,7 @@ class Agreement:
     relative_mean: float
     steps: float
     top1: float | None = None
+    sizes: str = ""
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,7 @@ class ExportReport:
 
     Attributes:
         path: The file; not stored in it.
-        size: Its size in bytes; not stored in it.
+        size: Its size in bytes, that of its weights included; not stored in it.
         opset: Version of the operator set.
         algorithms: The algorithms that compressed the model.
         tolerance: The tolerance requested; see `CompressionController.export_onnx`.
@@ -99,6 +103,8 @@ class ExportReport:
         work: The layers that multiply matrices, and how the runtime computes them, from its own profile.
         notes: What the file does differently from the model: the one batch size that it takes, values that it holds
             as constants or leaves out because they are no tensors, the floating-point type it computes in.
+        data_path: The file of the weights, if they have a file of their own; not stored in it.
+        zeros: The zeros of each weight.
     """
 
     path: str = ""
@@ -115,6 +121,8 @@ class ExportReport:
     layers: tuple[LayerAgreement, ...] = ()
     work: tuple[Work, ...] = ()
     notes: tuple[str, ...] = ()
+    data_path: str = ""
+    zeros: tuple[WeightZeros, ...] = ()
 
     def worst(self, *, optimized: bool = True) -> Agreement | None:
         """Returns the comparison with the largest `relative_mean`, or None if nothing was compared.
@@ -139,18 +147,21 @@ class ExportReport:
     def to_json(self) -> str:
         """Returns the JSON text that is stored in the file."""
         values = self.to_dict()
-        del values["path"], values["size"]
+        del values["path"], values["size"], values["data_path"]
         return json.dumps(values)
 
     def to_str(self) -> str:
         """Returns the report as readable tables."""
-        head = f"{self.path}: {self.size / 1e6:.2f} MB, opset {self.opset}, {', '.join(self.algorithms) or 'plain'}"
+        files = f"{self.path} and {self.data_path}" if self.data_path else self.path
+        head = f"{files}: {self.size / 1e6:.2f} MB, opset {self.opset}, {', '.join(self.algorithms) or 'plain'}"
         operators = [
             [name, self.operators.get(name, 0), self.runtime_operators.get(name, 0) if self.runtime else "-"]
             for name in sorted({*self.operators, *self.runtime_operators})
         ]
         head = "\n".join([head, *(f"this file {note}" for note in self.notes)])
         parts = [head, tabulate(operators, headers=["operator", "in the file", "in the runtime"], tablefmt="simple")]
+        if self.zeros:
+            parts.append(zeros_to_str(self.zeros))
         if not self.runtime:
             return "\n\n".join([*parts, "not compared with torch (verify=False)"])
         parts += [f"torch against {self.runtime}:", _agreements_table(self.agreements)]
@@ -171,7 +182,7 @@ def _agreements_table(agreements: Sequence[Agreement]) -> str:
     rows = [
         [
             a.output,
-            a.batch_size or "-",
+            ", ".join(filter(None, (str(a.batch_size or ""), a.sizes))) or "-",
             "on" if a.optimized else "off",
             f"{a.relative:.2e}",
             f"{a.relative_mean:.2e}",

@@ -29,8 +29,10 @@ from compress_core.data.rng import preserved_rng
 from compress_core.errors import CompressionError, UsageError
 from compress_core.export import Exporter, ExportJob, ExportReport, Options
 from compress_core.export.exporter import Copies, check_path, chosen_target
+from compress_core.export.files import export_errors
 from compress_core.export.inputs import inputs_of
 from compress_core.export.references import references_of
+from compress_core.export.sizes import DynamicShapes, with_varying_sizes
 from compress_core.session.agreement import refuse_sharded
 from compress_core.session.batch_norm import BatchNorm
 from compress_core.session.batch_recorder import BatchRecorder, remove_recorders
@@ -301,6 +303,8 @@ class CompressionController:
         input_names: Sequence[str] | None = None,
         output_names: Sequence[str] | None = None,
         dynamic_batch: bool = True,
+        dynamic_shapes: DynamicShapes | None = None,
+        external_data: bool | None = None,
         verify: bool = True,
         by_layer: bool = False,
     ) -> ExportReport:
@@ -321,11 +325,19 @@ class CompressionController:
                 absolute output of torch. It applies to each output, with the runtime's graph optimizations on and off.
                 By default 0.05, or more if roundings that add up are the only reason: then each layer agrees within a
                 step of its quantizer on torch's own activations, and a warning and a note in the report say so.
-            opset: Version of ONNX's default operator set, at least 21; by default 21. Only for ONNX files.
+            opset: Version of ONNX's default operator set, at least 13; by default 21. Only for ONNX files. Operators
+                that an older one lacks are an `ExportError`, which names them.
             input_names: Names of the inputs, in order; by default those of forward's arguments.
             output_names: Names of the outputs.
             dynamic_batch: Whether the file accepts any batch size. If the model does not, or computes something else
-                on others, the file takes the batch size of `args` only, with a warning and a note in the report.
+                on others, the file takes the batch size of `args` only, with a warning and a note in the report. If
+                `dynamic_shapes` names dimension 0 of an input, or a dimension "batch", only what it names varies.
+            dynamic_shapes: Further sizes that vary: for each input, names by dimension, such as
+                `{"pixels": {2: "height", 3: "width"}, "ids": {1: "length"}}`; the same name means the same size. Inputs
+                are named as forward's arguments, or as in `input_names`; a list has an entry for each argument. What
+                the model does not take in other sizes has that of `args`, with a warning and a note in the report.
+            external_data: Whether weights are written to a second file beside the first; by default if they take more
+                than the 2 GB that one file holds. Only for ONNX files.
             verify: Whether to compare with torch, on two batch sizes, before the file is written.
             by_layer: Whether to compare each quantized tensor with torch, even if the outputs agree; the result is in
                 `layers` of the report.
@@ -336,11 +348,21 @@ class CompressionController:
         Raises:
             ExportError: A package is missing (the message names the extra), the model cannot be exported, or the
                 difference is larger than the tolerance. No file is left then.
-            FileError: The file cannot be written; an existing one is as it was.
+            ExportFileError: The file cannot be written, which is a `FileError` as well; an existing one is as it was.
             DataError: There is no example input.
             UsageError: An option has an invalid value.
         """
-        options = Options(tolerance, opset, input_names, output_names, dynamic_batch, verify, by_layer)
+        options = Options(
+            tolerance,
+            opset,
+            input_names,
+            output_names,
+            dynamic_batch,
+            verify,
+            dynamic_shapes=dynamic_shapes,
+            external_data=external_data,
+            by_layer=by_layer,
+        )
         exporters = {name: choice.value for name, choice in choices_of("export.target").items()}
         device = self.context.config.root.target_device
         name = chosen_target(exporters, target, Path(path), device)
@@ -356,6 +378,8 @@ class CompressionController:
         input_names: Sequence[str] | None = None,
         output_names: Sequence[str] | None = None,
         dynamic_batch: bool = True,
+        dynamic_shapes: DynamicShapes | None = None,
+        external_data: bool | None = None,
         verify: bool = True,
     ) -> ExportReport:
         """Writes the compressed model to an ONNX file, after checking that the file computes the same as torch.
@@ -372,11 +396,19 @@ class CompressionController:
                 absolute output of torch. It applies to each output, with the runtime's graph optimizations on and off.
                 By default 0.05, or more if roundings that add up are the only reason: then each layer agrees within a
                 step of its quantizer on torch's own activations, and a warning and a note in the report say so.
-            opset: Version of ONNX's default operator set, at least 21.
+            opset: Version of ONNX's default operator set, at least 13. Operators that an older one lacks are an
+                `ExportError`, which names them.
             input_names: Names of the inputs, in order; by default those of forward's arguments.
             output_names: Names of the outputs.
             dynamic_batch: Whether the file accepts any batch size. If the model does not, or computes something else
-                on others, the file takes the batch size of `args` only, with a warning and a note in the report.
+                on others, the file takes the batch size of `args` only, with a warning and a note in the report. If
+                `dynamic_shapes` names dimension 0 of an input, or a dimension "batch", only what it names varies.
+            dynamic_shapes: Further sizes that vary: for each input, names by dimension, such as
+                `{"pixels": {2: "height", 3: "width"}, "ids": {1: "length"}}`; the same name means the same size. Inputs
+                are named as forward's arguments, or as in `input_names`; a list has an entry for each argument. What
+                the model does not take in other sizes has that of `args`, with a warning and a note in the report.
+            external_data: Whether weights are written to a second file beside the first; by default if they take more
+                than the 2 GB that one file holds. Only for ONNX files.
             verify: Whether to compare with torch, on two batch sizes, before the file is written.
 
         Returns:
@@ -385,11 +417,20 @@ class CompressionController:
         Raises:
             ExportError: A package is missing (`pip install 'compress-core[onnx]'`), the model cannot be exported, or
                 the difference is larger than the tolerance. No file is left then.
-            FileError: The file cannot be written; an existing one is as it was.
+            ExportFileError: The file cannot be written, which is a `FileError` as well; an existing one is as it was.
             DataError: There is no example input.
             UsageError: An option has an invalid value.
         """
-        options = Options(tolerance, opset, input_names, output_names, dynamic_batch, verify)
+        options = Options(
+            tolerance,
+            opset,
+            input_names,
+            output_names,
+            dynamic_batch,
+            verify,
+            dynamic_shapes=dynamic_shapes,
+            external_data=external_data,
+        )
         return self._export(path, args, "onnxruntime", options, "export_onnx")
 
     def _export(
@@ -403,6 +444,7 @@ class CompressionController:
         example = self.context.example(caller) if args is None else examples_of(args)[0]
         model = self._copy_for_export()
         inputs = inputs_of(example, model)
+        inputs = with_varying_sizes(inputs, model, options.dynamic_shapes, options.input_names)
         model.cpu()
         with without_traces(self.model, parameters=False):
             references = references_of(model, inputs, is_dynamic=options.dynamic_batch)
@@ -411,7 +453,8 @@ class CompressionController:
             device = self.context.config.root.target_device
             names = tuple(self.algorithms)
             job = ExportJob(model, file, references, self._copies_for_comparison, rewrites, names, device, options)
-            report = exporter.export(job)
+            with export_errors(file):
+                report = exporter.export(job)
         for note in report.notes:
             logger.warning("%s %s", report.path, note)
         return report

@@ -77,14 +77,16 @@ def verified(report: ExportReport, candidate: Candidate, *, is_strict: bool, by_
         difference = (
             f"output '{worst.output}' of {report.runtime} (graph optimizations {'on' if optimized else 'off'}) "
             f"differs from torch by {worst.relative_mean:.3g} of its mean absolute value (largest difference: "
-            f"{worst.relative:.3g} of its largest value), on a batch of {worst.batch_size}"
+            f"{worst.relative:.3g} of its largest value), on "
         )
-        reference = next(entry for entry in references if entry.inputs.batch_size == worst.batch_size)
+        place = worst.batch_size, worst.sizes
+        reference = next(entry for entry in references if (entry.inputs.batch_size, entry.inputs.label) == place)
+        difference += reference.inputs.described
         advice, is_rounding, layers = _explained(candidate, reference, optimized)
         report = replace(report, layers=layers)
         if is_strict or not is_rounding:
             kept = f"; tolerance is {report.tolerance:.3g}. No file was written. "
-            raise DisagreementError(worst.batch_size, difference, kept + advice, report)
+            raise DisagreementError(worst.batch_size, difference, kept + advice, worst.sizes, report)
         notes.setdefault(worst.relative_mean, f"is right, but its {difference}. {advice}")
     if by_layer and not report.layers:
         report = replace(report, layers=_explained(candidate, references[0], levels[-1])[2])
@@ -200,9 +202,8 @@ def compare(runtime: Runtime, path: Path, references: Sequence[Reference], *, op
     try:
         return [agreement for reference in references for agreement in _agreements(session, reference, optimized)]
     except RunError as error:
-        size = error.batch_size
-        message = f"{runtime.label} cannot run what was exported on a batch of {size}: {error.__cause__}"
-        raise DisagreementError(size, message, _advice(path)) from error.__cause__
+        message = f"{runtime.label} cannot run what was exported on {error.found}: {str(error.__cause__).strip()}"
+        raise RunError(error.batch_size, message, _advice(path), error.sizes) from error.__cause__
 
 
 def compare_parts(
@@ -243,10 +244,15 @@ def _agreements(session: RuntimeSession, reference: Reference, optimized: bool) 
     try:
         outputs = session.run(feeds_of(session, reference))
     except Exception as error:
-        raise RunError(size, "") from error
+        raise RunError(size, reference.inputs.described, sizes=reference.inputs.label) from error
     if len(session.outputs) != len(reference.outputs):
         raise ExportError(f"the exported graph has {len(session.outputs)} outputs, the model {len(reference.outputs)}")
-    return compared(session.outputs, outputs, reference.outputs, size, optimized)
+    try:
+        found = compared(session.outputs, outputs, reference.outputs, size, optimized)
+    except DisagreementError as error:
+        found_out = error.found.replace(f"a batch of {size}", reference.inputs.described)
+        raise DisagreementError(size, found_out, sizes=reference.inputs.label) from error
+    return [replace(agreement, sizes=reference.inputs.label) for agreement in found]
 
 
 def feeds_of(session: RuntimeSession, reference: Reference) -> dict[str, Array]:

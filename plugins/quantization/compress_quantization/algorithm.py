@@ -207,7 +207,7 @@ class Quantization(Algorithm):
     @hookimpl
     def compress_export(self, model: nn.Module, target: ExportTarget) -> GraphRewrite:
         """Replaces quantizers by integer weights and ONNX's quantize and dequantize operators."""
-        prepare(model, is_centered=target.name == "tensorrt")
+        prepare(model, target.opset, is_centered=target.name == "tensorrt")
         return rewrite
 
     # What the controller offers.

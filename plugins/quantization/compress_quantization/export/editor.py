@@ -9,8 +9,6 @@ import numpy as np
 
 from compress_quantization.export.weights import Array, QuantizedWeight, constant
 
-OPSET = 21
-
 
 class GraphEditor:
     """Adds constants and dequantized constants to a graph.
@@ -25,6 +23,7 @@ class GraphEditor:
         self.ir = onnx_ir
         self.graph = graph
         outputs = (value.name for node in graph for value in node.outputs)
+        self.opset = graph.opset_imports[""]
         self._taken = {*outputs, *graph.initializers, *(value.name for value in graph.inputs)}
 
     def nodes(self, *operators: str) -> Iterator[Any]:
@@ -54,11 +53,30 @@ class GraphEditor:
             names.append("zero_point")
         inputs = [self.add_constant(f"{weight.name}.{name}", getattr(weight, name)) for name in names]
         attributes = {} if weight.axis is None else {"axis": weight.axis}
-        node = self.ir.node("DequantizeLinear", inputs, attributes, version=OPSET)
+        node = self.ir.node("DequantizeLinear", inputs, attributes, version=self.opset)
         output = node.outputs[0]
         output.name = self._unique(f"{weight.name}.dequantized")
         self.graph.insert_before(before, node)
         return output
+
+    def dequantize_transposed(
+        self, weight: QuantizedWeight, integers: Any, permutation: tuple[int, ...], before: Any
+    ) -> Any:
+        """Returns the dequantized form of the transposed integers of a weight, which are stored once.
+
+        Runtimes transpose constants when they load a file, and still see a dequantized constant before the product.
+        """
+        transpose = self.ir.node("Transpose", [integers], {"perm": permutation}, version=self.opset)
+        transpose.outputs[0].name = self._unique(f"{weight.name}.transposed")
+        transpose.outputs[0].type = integers.type
+        self.graph.insert_before(before, transpose)
+        dequantize = before.inputs[0].producer()
+        inputs = [transpose.outputs[0], *dequantize.inputs[1:]]
+        attributes = {} if weight.axis is None else {"axis": permutation.index(weight.axis)}
+        node = self.ir.node("DequantizeLinear", inputs, attributes, version=self.opset)
+        node.outputs[0].name = self._unique(f"{weight.name}.dequantized")
+        self.graph.insert_before(before, node)
+        return node.outputs[0]
 
     def _unique(self, name: str) -> str:
         unique, number = name, 0

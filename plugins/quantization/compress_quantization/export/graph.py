@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from compress_quantization.export.channels import unify_channel_scales
-from compress_quantization.export.editor import OPSET, GraphEditor, output_axis
+from compress_quantization.export.editor import GraphEditor, output_axis
 from compress_quantization.export.weights import Array, QuantizedWeight, constant
 
 _LARGEST_BIAS = 2**31 - 1
@@ -66,9 +66,19 @@ def _transpose_weights(editor: GraphEditor) -> None:
             continue
         dims = weight.integers.ndim
         permutation = tuple(node.attributes.get_ints("perm", tuple(reversed(range(dims)))))
-        value = editor.dequantize(weight.transposed(permutation), node)
+        integers = node.inputs[0].producer().inputs[0]
+        if _is_read_as_it_is(integers):
+            value = editor.dequantize_transposed(weight, integers, permutation, node)
+        else:
+            value = editor.dequantize(weight.transposed(permutation), node)
         node.outputs[0].replace_all_uses_with(value)
         editor.graph.remove(node, safe=True)
+
+
+def _is_read_as_it_is(integers: Any) -> bool:
+    """Returns whether something else than a transposition reads a weight: the embedding that is tied to a layer."""
+    readers = [reader for node, _ in integers.uses() for reader, _ in node.outputs[0].uses()]
+    return any(reader.op_type != "Transpose" for reader in readers)
 
 
 def _fold_batch_norms(editor: GraphEditor) -> None:
@@ -100,7 +110,7 @@ def _fold_batch_norm(editor: GraphEditor, layer: Any, norm: Any) -> None:
     new_bias = editor.add_constant(f"{weight.name}.bias", shift.astype(np.float32))
     value = editor.dequantize(folded, layer)
     if layer.op_type == "MatMul":
-        node = editor.ir.node("Gemm", [layer.inputs[0], value, new_bias], version=OPSET, name=layer.name)
+        node = editor.ir.node("Gemm", [layer.inputs[0], value, new_bias], version=editor.opset, name=layer.name)
         editor.graph.insert_before(layer, node)
         node.outputs[0].shape, node.outputs[0].type = layer.outputs[0].shape, layer.outputs[0].type
         editor.remove(norm, node.outputs[0])

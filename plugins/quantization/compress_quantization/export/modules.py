@@ -10,14 +10,15 @@ from torch import nn
 from compress_quantization.grid import Grid
 from compress_quantization.kernels.formulas import LARGEST_HALF, representable
 
-_VERSION = 21  # of QuantizeLinear and DequantizeLinear
+OPSET = 21  # the usual version of the operator set
+OLDEST_OPSET = 18  # what torch writes; the core converts to older ones
 
 
-def _emit(operator: str, inputs: list[torch.Tensor], axis: int | None, dtype: torch.dtype) -> torch.Tensor:
+def _emit(operator: str, inputs: list[torch.Tensor], axis: int | None, dtype: torch.dtype, opset: int) -> torch.Tensor:
     attributes: dict[str, Any] = {}
     if axis is not None:
         attributes["axis"] = axis
-    return torch.onnx.ops.symbolic(operator, inputs, attributes, dtype=dtype, shape=inputs[0].shape, version=_VERSION)
+    return torch.onnx.ops.symbolic(operator, inputs, attributes, dtype=dtype, shape=inputs[0].shape, version=opset)
 
 
 class DequantizedWeight(nn.Module):
@@ -33,14 +34,16 @@ class DequantizedWeight(nn.Module):
     scale: torch.Tensor
     zero_point: torch.Tensor
 
-    def __init__(self, weight: torch.Tensor, grid: Grid) -> None:
+    def __init__(self, weight: torch.Tensor, grid: Grid, opset: int = OPSET) -> None:
         """Computes the integers of a weight.
 
         Args:
             weight: The values, on the grid or to be rounded to it.
             grid: The grid.
+            opset: Version of the operator set.
         """
         super().__init__()
+        self.opset = opset
         dtype = torch.int8 if grid.quant_max - grid.quant_min < 2**8 else torch.int16
         # Unsigned and asymmetric grids begin at 0. Shifted by half of their levels they fit a signed type, and only
         # then are the integers of a half-range grid small enough for 16-bit accumulators.
@@ -53,7 +56,9 @@ class DequantizedWeight(nn.Module):
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         """Returns the weight in the exported graph; the stored `weight` is ignored."""
-        values = _emit("DequantizeLinear", [self.integers, self.scale, self.zero_point], self.axis, torch.float32)
+        values = _emit(
+            "DequantizeLinear", [self.integers, self.scale, self.zero_point], self.axis, torch.float32, self.opset
+        )
         return values.to(self.dtype)
 
 
@@ -76,15 +81,17 @@ class QuantizeDequantize(nn.Module):
     low: torch.Tensor
     high: torch.Tensor
 
-    def __init__(self, grid: Grid, shape: tuple[int, ...], *, is_centered: bool = False) -> None:
+    def __init__(self, grid: Grid, shape: tuple[int, ...], opset: int = OPSET, *, is_centered: bool = False) -> None:
         """Computes the constants of the operators from the grid of a quantizer.
 
         Args:
             grid: The grid; its `channel_dim` is a dimension of `shape`.
             shape: Shape of the quantizer's range, which broadcasts against the tensor.
+            opset: Version of the operator set.
             is_centered: Whether signed grids of up to 8 bits become int8 with a zero point of 0.
         """
         super().__init__()
+        self.opset = opset
         levels = grid.quant_max - grid.quant_min + 1
         dtype = torch.uint8 if levels <= 2**8 else torch.uint16
         if is_centered and grid.quant_min < 0 and levels <= 2**8:
@@ -110,11 +117,12 @@ class QuantizeDequantize(nn.Module):
         values = x.float()
         if self.is_narrow:
             values = self._clipped(values)
-        integers = _emit("QuantizeLinear", [values, self.scale, self.zero_point], axis, self.dtype)
-        result = _emit("DequantizeLinear", [integers, self.scale, self.zero_point], axis, torch.float32)
+        constants = [self.scale, self.zero_point]
+        integers = _emit("QuantizeLinear", [values, *constants], axis, self.dtype, self.opset)
+        result = _emit("DequantizeLinear", [integers, *constants], axis, torch.float32, self.opset)
         return (representable(result, x.dtype) if self.overflows_half else result).to(x.dtype)
 
     def _clipped(self, x: torch.Tensor) -> torch.Tensor:
         if self.channel_dim is None:
-            return _emit("Clip", [x, self.low, self.high], None, torch.float32)
+            return _emit("Clip", [x, self.low, self.high], None, torch.float32, self.opset)
         return torch.minimum(torch.maximum(x, self.low), self.high)

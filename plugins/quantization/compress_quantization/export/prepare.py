@@ -7,11 +7,11 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from compress_core.transforms import TransformedWeight, activation_transforms, transformed_weights
-from compress_quantization.export.modules import DequantizedWeight, QuantizeDequantize
+from compress_quantization.export.modules import OLDEST_OPSET, OPSET, DequantizedWeight, QuantizeDequantize
 from compress_quantization.fake_quantize import FakeQuantize
 
 
-def prepare(model: nn.Module, *, is_centered: bool = False) -> None:
+def prepare(model: nn.Module, opset: int = OPSET, *, is_centered: bool = False) -> None:
     """Replaces every quantizer of a model that is on, and removes those that are off.
 
     Weights of `nn.RNN`, `nn.LSTM` and `nn.GRU` keep their quantizers and are stored as quantized floating-point values,
@@ -21,13 +21,15 @@ def prepare(model: nn.Module, *, is_centered: bool = False) -> None:
 
     Args:
         model: A copy of the model, in eval mode on the CPU.
+        opset: Version of the operator set of the file.
         is_centered: Whether the runtime demands that integers of 0 represent zero.
     """
-    _replace_activations(model, is_centered)
-    _replace_weights(model)
+    opset = max(opset, OLDEST_OPSET)
+    _replace_activations(model, opset, is_centered)
+    _replace_weights(model, opset)
 
 
-def _replace_activations(model: nn.Module, is_centered: bool) -> None:
+def _replace_activations(model: nn.Module, opset: int, is_centered: bool) -> None:
     made: dict[nn.Module, QuantizeDequantize] = {}
     for handle in activation_transforms(model):
         quantizer = handle.transform
@@ -37,12 +39,13 @@ def _replace_activations(model: nn.Module, is_centered: bool) -> None:
             handle.remove()
             continue
         if quantizer not in made:
-            made[quantizer] = QuantizeDequantize(quantizer.grid(), quantizer.shape, is_centered=is_centered)
+            grid, shape = quantizer.grid(), quantizer.shape
+            made[quantizer] = QuantizeDequantize(grid, shape, opset, is_centered=is_centered)
         handle.substitute(made[quantizer])
 
 
 @torch.no_grad()
-def _replace_weights(model: nn.Module) -> None:
+def _replace_weights(model: nn.Module, opset: int) -> None:
     replacements: list[tuple[TransformedWeight, DequantizedWeight]] = []
     for weight in transformed_weights(model):
         *before, last = weight.chain.children()
@@ -53,7 +56,7 @@ def _replace_weights(model: nn.Module) -> None:
         values = weight.parameter.detach()
         for transform in before:
             values = transform(values)
-        replacements.append((weight, DequantizedWeight(values, last.grid()).eval()))
+        replacements.append((weight, DequantizedWeight(values, last.grid(), opset).eval()))
     # All transforms are removed before parametrizations are added, because both change the class of a layer.
     for weight, _ in replacements:
         weight.remove_transforms()
