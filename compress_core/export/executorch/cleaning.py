@@ -19,7 +19,7 @@ def drop_what_does_nothing(module: fx.GraphModule) -> None:
     Args:
         module: A graph with functional ATen operators; changed in place.
     """
-    same_type = (_ATEN.to.dtype, _ATEN._to_copy.default)  # noqa: SLF001 - the operator's name
+    same_type = (_ATEN.to.dtype, _ATEN._to_copy.default)
     copies = (_ATEN.clone.default, _ATEN.contiguous.default, _ATEN.alias.default, _ATEN.detach.default)
     for node in list(module.graph.nodes):
         if node.target in copies or (node.target in same_type and _has_type_of_its_source(node)):
@@ -27,6 +27,8 @@ def drop_what_does_nothing(module: fx.GraphModule) -> None:
                 continue  # an output that is an input has to be a copy
             node.replace_all_uses_with(node.args[0])
             module.graph.erase_node(node)
+        elif node.target == _ATEN.view.default:  # which would need the layout that a removed copy made
+            node.target = _ATEN.reshape.default
         elif node.target == _ATEN.max_pool2d.default and (len(node.args) < 3 or not node.args[2]):
             # The partitioner of ExecuTorch 1.4 fails on a pooling without an explicit stride.
             node.args = (*node.args[:2], node.args[1], *node.args[3:])
@@ -64,7 +66,7 @@ def fold_constants(module: fx.GraphModule) -> None:
             values[node] = _constant(module, str(node.target))
         elif node.op == "call_function" and _is_constant(node, values):
             with torch.no_grad():
-                made = node.target(  # type: ignore[operator]
+                made = node.target(
                     *fx.map_arg(node.args, values.__getitem__), **fx.map_arg(node.kwargs, values.__getitem__)
                 )
             values[node] = made
@@ -86,8 +88,7 @@ def _is_constant(node: fx.Node, values: dict[fx.Node, Any]) -> bool:
         return False
     if node.target is operator.getitem:
         return True
-    is_operator = isinstance(node.target, torch._ops.OpOverload)
-    return is_operator and node.target.namespace == "aten" and "random" not in str(node.target)
+    return str(node.target).startswith("aten.") and "rand" not in str(node.target)
 
 
 def _constant(module: nn.Module, name: str) -> Any:

@@ -33,6 +33,7 @@ METADATA_METHOD = "compress_core_export"
 _TOLERANCE = 0.05
 _LARGEST_BATCH = 32  # memory is reserved for it; at least twice the samples that are compared
 _MOST_NAMED = 3
+_UP_TO = "takes batches of up to"  # every program of several batch sizes, so it is no warning
 _LAST_LAYERS = 0.01  # of the mean absolute output: what layers after the last quantizers may differ by
 
 
@@ -99,7 +100,7 @@ class _Run:
     replaced: tuple[str, ...]
 
     def made(self, references: Sequence[Reference], notes: tuple[str, ...] = ()) -> tuple[bytes, ExportReport]:
-        """Returns the program and its report, after comparing it with the references; exported is the first of these."""
+        """Returns the program and its report, after comparing it with the references, the first of which it is of."""
         job, options = self.job, self.job.options
         inputs = _in_float32(references[0].inputs)
         module = graph_of(job.model, inputs, largest_batch=self.largest_batch)
@@ -238,7 +239,7 @@ def _output_names(module: fx.GraphModule) -> tuple[str, ...]:
 
 
 def _up_to(largest_batch: int) -> str:
-    return f"takes batches of up to {largest_batch} samples, for which memory is reserved"
+    return f"{_UP_TO} {largest_batch} samples, for which memory is reserved"
 
 
 def _slow(work: Sequence[Work], remedy: str) -> tuple[str, ...]:
@@ -283,7 +284,7 @@ def _in_float32(inputs: Inputs) -> Inputs:
 
 def _written(job: ExportJob, program: bytes, report: ExportReport) -> ExportReport:
     for note in report.notes:
-        logger.log(logging.INFO if note.startswith(_up_to(0)[:23]) else logging.WARNING, "%s %s", job.path, note)
+        logger.log(logging.INFO if note.startswith(_UP_TO) else logging.WARNING, "%s %s", job.path, note)
     with replaced_file(job.path) as file:
         file.write(program)
     return replace(report, path=str(job.path), size=len(program))

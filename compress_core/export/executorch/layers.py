@@ -1,7 +1,7 @@
 """Finds the first quantizer whose tensor departs from torch, each on torch's own activations.
 
-As for ONNX, the graph is cut behind every quantizer: each part reads the numbers that torch computes with, and must return
-the numbers that torch rounds to, up to the choice between two neighbours.
+As for ONNX, the graph is cut behind every quantizer: each part reads the numbers that torch computes with, and must
+return the numbers that torch rounds to, up to the choice between two neighbours.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def quantizers_of(module: fx.GraphModule) -> list[Quantizer]:
             scale, zero_point, smallest, largest = node.args[1:5]
             stack = node.meta.get("nn_module_stack") or {}
             scopes = tuple(str(entry[0]) for entry in stack.values())
-            found.append(Quantizer(node.name, scopes, (scale, zero_point, smallest, largest)))  # type: ignore[arg-type]
+            found.append(Quantizer(node.name, scopes, (scale, zero_point, smallest, largest)))
     return found
 
 
@@ -144,12 +144,14 @@ def _steps_between(quantizer: Quantizer, call: Call, actual: torch.Tensor) -> fl
     if actual.shape != call.returned.shape or not max(off_grid, beyond) < _OFF_GRID:
         return math.inf
     exact = quantizer.steps(call.given)
-    exact = torch.where((exact - rounded).abs() <= 0.5 + 1e-3, exact, rounded)  # what is clipped to the ends of the grid
+    exact = torch.where(
+        (exact - rounded).abs() <= 0.5 + 1e-3, exact, rounded
+    )  # what is clipped to the ends of the grid
     return float((quantizer.steps(actual) - exact).abs().max()) if exact.numel() else 0.0
 
 
 def _cut(module: fx.GraphModule, nodes: Sequence[str]) -> fx.GraphModule:
-    """Returns a graph that reads what is behind each quantizer, and returns what it makes there after its own outputs."""
+    """Returns a graph that reads what is behind each quantizer, and returns what it makes there as further outputs."""
     parts = copy.deepcopy(module)
     graph = parts.graph
     by_name = {node.name: node for node in graph.nodes}

@@ -1,7 +1,7 @@
 """Modules that replace quantizers during an export for ExecuTorch: they call torch's quantize and dequantize operators.
 
-The operators are those of `torch.ops.quantized_decomposed`, which XNNPACK's partitioner looks for. It takes int8 only, so
-unsigned grids are shifted by 128, which is exact.
+The operators are those of `torch.ops.quantized_decomposed`, which XNNPACK's partitioner looks for. It takes int8 only,
+so unsigned grids are shifted by 128, which is exact.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from compress_quantization.grid import Grid
 
 _LOWEST, _HIGHEST = -128, 127  # of int8
 _SCALES = (2.0**-126, 2.0**127)  # normal numbers in float32, which XNNPACK demands
-_REMEDY = "; create the model with \"target_device\": \"xnnpack\", whose grids ExecuTorch's kernels have"
+_REMEDY = '; create the model with "target_device": "xnnpack", whose grids ExecuTorch\'s kernels have'
 
 
 def _operators() -> Any:
@@ -80,10 +80,9 @@ class DecomposedWeight(nn.Module):
         if self.axis is None:
             values = _operators().dequantize_per_tensor(self.integers, float(self.scale), 0, *levels)
         else:
-            values = _operators().dequantize_per_channel(
-                self.integers, self.scale, self.zero_point, self.axis, *levels
-            )
-        return values if values.dtype == weight.dtype else values.to(weight.dtype)
+            values = _operators().dequantize_per_channel(self.integers, self.scale, self.zero_point, self.axis, *levels)
+        result: torch.Tensor = values if values.dtype == weight.dtype else values.to(weight.dtype)
+        return result
 
 
 class DecomposedActivation(nn.Module):

@@ -1,8 +1,8 @@
 """Moves quantization across operators that move values without changing them.
 
-XNNPACK looks for a dequantize operator right in front of a layer, and for a quantize operator right behind it. A reshape,
-a transposition or a pooling in between hides them. Values on a grid stay on it when they are moved, so quantizing again
-with the same grid is exact; and quantizing before the move is the same as after it.
+XNNPACK looks for a dequantize operator right in front of a layer, and for a quantize operator right behind it. A
+reshape, a transposition or a pooling in between hides them. Values on a grid stay on it when they are moved, so
+quantizing again with the same grid is exact; and quantizing before the move is the same as after it.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def move_quantizers(module: fx.GraphModule) -> None:
 
 def _moves(node: fx.Node) -> bool:
     if node.target == _ATEN.constant_pad_nd.default:  # zero is on every grid
-        return len(node.args) < 3 or node.args[2] == 0
+        return len(node.args) < 3 or bool(node.args[2] == 0)
     return node.target in _MOVING
 
 

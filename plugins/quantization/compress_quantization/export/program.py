@@ -29,7 +29,7 @@ _ATEN = torch.ops.aten
 _CONVOLUTIONS = (_ATEN.conv1d.default, _ATEN.conv2d.default, _ATEN.conv1d.padding, _ATEN.conv2d.padding)
 _TRANSPOSED = (_ATEN.conv_transpose2d.input,)
 _LAYERS = (*_CONVOLUTIONS, *_TRANSPOSED, _ATEN.linear.default)
-_NORM = _ATEN._native_batch_norm_legit_no_training.default  # noqa: SLF001 - the operator's name
+_NORM = _ATEN._native_batch_norm_legit_no_training.default
 _LARGEST_BIAS = 2**30  # in units of the accumulator, which is an int32
 # What XNNPACK takes for (input scale) * (weight scale) / (output scale).
 _SMALLEST_RATIO, _LARGEST_RATIO = 2.0**-32, 2.0**8
@@ -119,7 +119,7 @@ def _ends_of_clip(node: Any) -> tuple[float, float] | None:
         low, high = (*node.args[1:3], *standard[len(node.args) - 1 :])[:2]
         low, high = node.kwargs.get("min", low), node.kwargs.get("max", high)
         ends = (-float("inf") if low is None else low, float("inf") if high is None else high)
-        return ends if all(isinstance(end, (int, float)) for end in ends) else None  # type: ignore[return-value]
+        return ends if all(isinstance(end, (int, float)) for end in ends) else None
     return None
 
 
@@ -151,7 +151,7 @@ def _drop_clips(module: fx.GraphModule) -> None:
         low, high = (torch.round(torch.tensor(end, dtype=torch.float32) / scale) + zero_point for end in ends)
         # Of int8, and not the operator's own limits, which XNNPACK ignores.
         if float(low) <= -128 and float(high) >= 127:
-            node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+            node.replace_all_uses_with(node.args[0])
             module.graph.erase_node(node)
 
 
