@@ -27,7 +27,10 @@ def drop_what_does_nothing(module: fx.GraphModule) -> None:
                 continue  # an output that is an input has to be a copy
             node.replace_all_uses_with(node.args[0])
             module.graph.erase_node(node)
-        elif node.target == _ATEN.view.default:  # which would need the layout that a removed copy made
+        elif node.target in (
+            _ATEN.view.default,
+            _ATEN._unsafe_view.default,
+        ):  # which would need the layout that a removed copy made
             node.target = _ATEN.reshape.default
         elif node.target == _ATEN.max_pool2d.default and (len(node.args) < 3 or not node.args[2]):
             # The partitioner of ExecuTorch 1.4 fails on a pooling without an explicit stride.
@@ -72,7 +75,7 @@ def fold_constants(module: fx.GraphModule) -> None:
             values[node] = made
             if isinstance(made, torch.Tensor):
                 name = f"constant_{len(values)}_{node.name}"
-                module.register_buffer(name, made.clone().contiguous())
+                module.register_buffer(name, made.detach().clone().contiguous())
                 with module.graph.inserting_before(node):
                     replacement = module.graph.get_attr(name)
                 values[replacement] = made

@@ -45,6 +45,7 @@ def graph_of(model: nn.Module, inputs: Inputs, *, largest_batch: int | None) -> 
             f"torch cannot export {type(model).__name__} for ExecuTorch{what}: {reason_of(error)}"
         ) from error
     assert isinstance(module, fx.GraphModule)
+    module.requires_grad_(False)
     drop_what_does_nothing(module)
     return module
 
