@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import io
 import logging
 import os
 import sys
@@ -65,7 +66,8 @@ def captured() -> Iterator[list[str]]:
     """Context manager that yields a list, which is filled with the lines that the runtime writes to standard error."""
     lines: list[str] = []
     sys.stderr.flush()
-    with tempfile.TemporaryFile() as file:
+    said = io.StringIO()  # the runtime logs through Python, its libraries do not
+    with tempfile.TemporaryFile() as file, contextlib.redirect_stderr(said):
         saved = os.dup(2)
         os.dup2(file.fileno(), 2)
         try:
@@ -75,7 +77,7 @@ def captured() -> Iterator[list[str]]:
             os.dup2(saved, 2)
             os.close(saved)
             file.seek(0)
-            lines += file.read().decode(errors="replace").splitlines()
+            lines += [*said.getvalue().splitlines(), *file.read().decode(errors="replace").splitlines()]
 
 
 @contextlib.contextmanager

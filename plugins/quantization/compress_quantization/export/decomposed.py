@@ -72,13 +72,14 @@ class DecomposedWeight(nn.Module):
         self.register_buffer("scale", grid.scale.detach().float().clone())
         self.register_buffer("zero_point", torch.zeros_like(zero_point, dtype=torch.int64))
         self.axis = grid.channel_dim
+        self.step = float(grid.scale) if self.axis is None else 0.0  # a number, which the graph holds as such
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         """Returns the weight, computed from the integers; of the stored `weight` only the dtype is used."""
         # Always the whole range of int8: XNNPACK takes per-channel integers in -8..7 for packed ones of 4 bits.
         levels = (_LOWEST, _HIGHEST, torch.int8)
         if self.axis is None:
-            values = _operators().dequantize_per_tensor(self.integers, float(self.scale), 0, *levels)
+            values = _operators().dequantize_per_tensor(self.integers, self.step, 0, *levels)
         else:
             values = _operators().dequantize_per_channel(self.integers, self.scale, self.zero_point, self.axis, *levels)
         result: torch.Tensor = values if values.dtype == weight.dtype else values.to(weight.dtype)
