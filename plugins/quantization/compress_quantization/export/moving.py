@@ -63,6 +63,9 @@ def move_quantizers(module: fx.GraphModule) -> None:
 def _moves(node: fx.Node) -> bool:
     if node.target == _ATEN.constant_pad_nd.default:  # zero is on every grid
         return len(node.args) < 3 or bool(node.args[2] == 0)
+    if node.target == _ATEN.pad.default:
+        mode, value = (*node.args[2:4], "constant", None)[:2] if len(node.args) != 3 else (node.args[2], None)
+        return (node.kwargs.get("mode", mode), node.kwargs.get("value", value) or 0) == ("constant", 0)
     return node.target in _MOVING
 
 
