@@ -13,11 +13,12 @@ from torch import nn
 
 pytest.importorskip("executorch")
 
-from compress_core import create_compressed_model
+from compress_core import ExportError, create_compressed_model
 from compress_core.export.executorch.program import graph_of, rewritten
 from compress_core.export.executorch.silence import import_executorch
 from compress_core.export.inputs import Inputs
 from compress_quantization.export import prepare_decomposed, rewrite_program
+from compress_quantization.export.decomposed import DecomposedActivation, DecomposedWeight
 from compress_quantization.export.fx import IntegerWeight, is_dequantize
 from compress_quantization.fake_quantize import AsymmetricFakeQuantize, SymmetricFakeQuantize
 from tests.onnx_helpers import Wired, norm
@@ -54,8 +55,6 @@ def graphs(model, x, **section):
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("signed", [True, False])
 def test_the_operators_compute_what_the_quantizer_does(mode, bits, signed):
-    from compress_quantization.export.decomposed import DecomposedActivation
-
     quantizer = SymmetricFakeQuantize((1,), bits) if mode == "symmetric" else AsymmetricFakeQuantize((1,), bits)
     quantizer.signed = signed
     quantizer.set_range(torch.tensor(-1.3 if signed else 0.0), torch.tensor(2.1))
@@ -147,6 +146,14 @@ def test_a_layer_whose_output_is_not_quantized_reads_floats_of_the_same_values()
     before, after, _ = graphs(net, x)
     assert torch.equal(before(x), after(x))
     assert not [n for n in after.graph.nodes if IntegerWeight.behind(after, n) is not None]
+
+
+@pytest.mark.parametrize("cls", [DecomposedActivation, lambda quantizer: DecomposedWeight(torch.ones(3), quantizer)])
+def test_more_than_eight_bits_are_refused(cls):
+    quantizer = SymmetricFakeQuantize((1,), 12)
+    quantizer.label = "the place"
+    with pytest.raises(ExportError, match="quantizer 'the place': ExecuTorch's XNNPACK has no integers of 12 bits"):
+        cls(quantizer)
 
 
 def test_unused_floats_of_quantized_weights_are_not_kept():
