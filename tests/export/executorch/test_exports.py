@@ -22,7 +22,7 @@ def test_sparse_pruned_and_quantized_models_become_small_programs(tmp_path):
     model = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), norm(16), nn.ReLU(), nn.Conv2d(16, 8, 3), norm(8), nn.ReLU())
     images = torch.randn(4, 3, 8, 8)
     sparse = {"algorithm": "magnitude_sparsity", "sparsity_init": 0.5}
-    pruned = {"algorithm": "filter_pruning", "pruning_init": 0.5, "params": {"schedule": "baseline"}}
+    pruned = {"algorithm": "filter_pruning", "pruning_init": 0.5, "params": {"schedule": "baseline", "prune_first_conv": True}}
     controller = created(model, images, pruned, sparse)
     report = controller.export(tmp_path / "model.pte", images)
     assert report.integer_share == 1
