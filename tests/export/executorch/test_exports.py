@@ -22,7 +22,11 @@ def test_sparse_pruned_and_quantized_models_become_small_programs(tmp_path):
     model = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), norm(16), nn.ReLU(), nn.Conv2d(16, 8, 3), norm(8), nn.ReLU())
     images = torch.randn(4, 3, 8, 8)
     sparse = {"algorithm": "magnitude_sparsity", "sparsity_init": 0.5}
-    pruned = {"algorithm": "filter_pruning", "pruning_init": 0.5, "params": {"schedule": "baseline", "prune_first_conv": True}}
+    pruned = {
+        "algorithm": "filter_pruning",
+        "pruning_init": 0.5,
+        "params": {"schedule": "baseline", "prune_first_conv": True},
+    }
     controller = created(model, images, pruned, sparse)
     report = controller.export(tmp_path / "model.pte", images)
     assert report.integer_share == 1
@@ -76,6 +80,12 @@ def test_a_plain_sparse_model_computes_the_same_in_float32(tmp_path):
 def linear(**section):
     torch.manual_seed(0)
     return created(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)), torch.randn(16, 8), **section)
+
+
+def test_each_quantized_tensor_is_what_torch_rounds(tmp_path):
+    report = linear().export(tmp_path / "model.pte", torch.randn(16, 8), by_layer=True)
+    assert len(report.layers) == 3  # the input, behind the ReLU, and the output
+    assert all(layer.steps <= 0.51 for layer in report.layers), report.layers
 
 
 def test_a_wrong_scale_is_found_and_named_and_the_old_file_stays(tmp_path, monkeypatch):

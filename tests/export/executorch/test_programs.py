@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import tempfile
 from pathlib import Path
 
@@ -111,7 +112,7 @@ def exported(images, tmp_path_factory):
     """(model, report, path) of all branches."""
     controller = created(Branches(), images)
     path = tmp_path_factory.mktemp("programs") / "model.pte"
-    report = controller.export(path, images, by_layer=True)
+    report = controller.export(path, images)
     return controller.model, report, path
 
 
@@ -122,12 +123,6 @@ def test_each_branch_computes_what_torch_does(exported):
     assert len(report.agreements) == 2 * len(model.branches)
     for agreement in report.agreements:
         assert agreement.relative_mean < 0.01 and agreement.relative < 0.02, agreement
-
-
-def test_each_quantized_tensor_is_what_torch_rounds(exported):
-    report = exported[1]
-    assert len(report.layers) >= 15
-    assert all(layer.steps <= 0.75 for layer in report.layers), report.layers
 
 
 def test_layers_between_quantizers_run_in_integers(exported):
@@ -222,7 +217,8 @@ def delegated_graphs(program):
             schema.write_bytes(serialize._get_schema_bytes())
             binary.write_bytes(data[start : start + header.flatbuffer_size])
             _flatbuffer._flatc_decompile(folder, str(schema), str(binary))
-            found.append(json.loads((Path(folder) / "data.json").read_text()))
+            text = (Path(folder) / "data.json").read_text()
+            found.append(json.loads(re.sub(r"(?<=: )(-?)inf\b", r"\1Infinity", text)))
     return found
 
 
