@@ -453,8 +453,9 @@ def compress_export(
         target: The format and its version.
 
     Returns:
-        None, or a function that changes the exported graph in place (for the format `onnx` an `onnx_ir.Model`). These
-        functions are called in pipeline order before the graph is checked.
+        None, or a function that changes the exported graph in place (for the format `onnx` an `onnx_ir.Model`, for
+        `executorch` a `torch.fx.GraphModule` with functional ATen operators). These functions are called in pipeline
+        order before the graph is checked.
 
     Example:
         ```python

@@ -1,5 +1,6 @@
 """Exports compressed models for runtimes, and compares each file with the model in torch before it is written."""
 
+from compress_core.export.executorch.exporter import ExecuTorchExporter
 from compress_core.export.exporter import Exporter, ExportJob, Options
 from compress_core.export.onnx.exporter import OnnxExporter
 from compress_core.export.onnx.openvino import OpenVinoExporter
@@ -11,6 +12,7 @@ from compress_core.export.target import ExportTarget, GraphRewrite
 
 __all__ = [
     "Agreement",
+    "ExecuTorchExporter",
     "Executed",
     "ExportJob",
     "ExportReport",

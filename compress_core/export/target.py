@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-# Changes the exported graph in place: for the format `onnx` an `onnx_ir.Model`.
+# Changes the exported graph in place: for the format `onnx` an `onnx_ir.Model`, for `executorch` a
+# `torch.fx.GraphModule` with functional ATen operators.
 GraphRewrite: TypeAlias = Callable[[Any], None]
 
 

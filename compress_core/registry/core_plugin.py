@@ -7,7 +7,7 @@ from collections.abc import Callable
 from compress_core.contract.choices import Choice, ChoicePoint, callable_choice
 from compress_core.contract.hookspecs import hookimpl
 from compress_core.contract.schedules import exponential_level
-from compress_core.export import Exporter, OnnxExporter, OpenVinoExporter, TensorRtExporter
+from compress_core.export import ExecuTorchExporter, Exporter, OnnxExporter, OpenVinoExporter, TensorRtExporter
 
 
 def exponential(initial: float, target: float, duration: float) -> Callable[[float], float]:
@@ -48,4 +48,5 @@ def compress_choices() -> list[Choice]:
         Choice("export.target", "onnxruntime", OnnxExporter(), "ONNX files for ONNX Runtime"),
         Choice("export.target", "openvino", OpenVinoExporter(), "ONNX files and IR for OpenVINO"),
         Choice("export.target", "tensorrt", TensorRtExporter(), "ONNX files for TensorRT"),
+        Choice("export.target", "executorch", ExecuTorchExporter(), "programs for ExecuTorch's XNNPACK"),
     ]

@@ -318,9 +318,9 @@ class CompressionController:
             args: Arguments of forward: a tensor, a tuple, or a dict of keyword arguments. By default a batch of the
                 data that the model was created with, or `input_info`. Pass realistic inputs, so that the comparison
                 is meaningful.
-            target: Name of the runtime, a choice at `export.target`: `onnxruntime`, or what plugins add. By default
-                the runtime that the config's `target_device` names, if it reads such files, and else the first that
-                does.
+            target: Name of the runtime, a choice at `export.target`: `onnxruntime`, `executorch` (files that end in
+                `.pte`), or what plugins add. By default the runtime that the config's `target_device` names, if it
+                reads such files, and else the first that does.
             tolerance: Largest allowed mean absolute difference between the runtime and torch, divided by the mean
                 absolute output of torch. It applies to each output, with the runtime's graph optimizations on and off.
                 By default 0.05, or more if roundings that add up are the only reason: then each layer agrees within a

@@ -95,7 +95,7 @@ class OpenVinoExporter(OnnxExporter):
                 f"output '{now.output}' of the IR differs from torch by {now.relative_mean:.3g} of its mean absolute"
             )
             advice = " value, and the ONNX file that it is made from does not. No file was written; export to .onnx"
-            raise DisagreementError(now.batch_size, found, advice, report)
+            raise DisagreementError(now.batch_size, found, advice, now.sizes, report)
         return report
 
 

@@ -31,7 +31,7 @@ from compress_quantization.calibration import Calibrated, calibrate
 from compress_quantization.config import QuantizationConfig, QuantizerGroup
 from compress_quantization.config_checks import check_config, given_to_example_scripts
 from compress_quantization.effects import applied_to
-from compress_quantization.export import prepare, rewrite
+from compress_quantization.export import prepare, prepare_decomposed, rewrite, rewrite_program
 from compress_quantization.fake_quantize import FakeQuantize
 from compress_quantization.plan import PlannedQuantizer
 from compress_quantization.planning import Planner
@@ -206,7 +206,10 @@ class Quantization(Algorithm):
 
     @hookimpl
     def compress_export(self, model: nn.Module, target: ExportTarget) -> GraphRewrite:
-        """Replaces quantizers by integer weights and ONNX's quantize and dequantize operators."""
+        """Replaces quantizers by integer weights and the format's quantize and dequantize operators."""
+        if target.format == "executorch":
+            prepare_decomposed(model)
+            return rewrite_program
         prepare(model, target.opset, is_centered=target.name == "tensorrt")
         return rewrite
 

@@ -1,18 +1,21 @@
-"""Prepares a copy of a quantized model for export: replaces quantizers by modules that emit ONNX operators."""
+"""Prepares a copy of a quantized model for export: replaces quantizers by modules that emit a format's operators."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
 from compress_core.transforms import TransformedWeight, activation_transforms, transformed_weights
+from compress_quantization.export.decomposed import DecomposedActivation, DecomposedWeight
 from compress_quantization.export.modules import OLDEST_OPSET, OPSET, DequantizedWeight, QuantizeDequantize
 from compress_quantization.fake_quantize import FakeQuantize
 
 
 def prepare(model: nn.Module, opset: int = OPSET, *, is_centered: bool = False) -> None:
-    """Replaces every quantizer of a model that is on, and removes those that are off.
+    """Replaces every quantizer of a model that is on by ONNX's operators, and removes those that are off.
 
     Weights of `nn.RNN`, `nn.LSTM` and `nn.GRU` keep their quantizers and are stored as quantized floating-point values,
     because ONNX's recurrent operators take no integers.
@@ -24,13 +27,32 @@ def prepare(model: nn.Module, opset: int = OPSET, *, is_centered: bool = False) 
         opset: Version of the operator set of the file.
         is_centered: Whether the runtime demands that integers of 0 represent zero.
     """
-    opset = max(opset, OLDEST_OPSET)
-    _replace_activations(model, opset, is_centered)
-    _replace_weights(model, opset)
+    version = max(opset, OLDEST_OPSET)
+
+    def make(quantizer: FakeQuantize) -> QuantizeDequantize:
+        return QuantizeDequantize(quantizer.grid(), quantizer.shape, version, is_centered=is_centered)
+
+    _replace_activations(model, make)
+    _replace_weights(model, lambda values, quantizer: DequantizedWeight(values, quantizer.grid(), version))
 
 
-def _replace_activations(model: nn.Module, opset: int, is_centered: bool) -> None:
-    made: dict[nn.Module, QuantizeDequantize] = {}
+def prepare_decomposed(model: nn.Module) -> None:
+    """Replaces every quantizer of a model that is on by torch's decomposed operators, and removes those that are off.
+
+    Recurrent weights are as for `prepare`. The model computes the same in torch as before.
+
+    Args:
+        model: A copy of the model, in eval mode on the CPU.
+
+    Raises:
+        ExportError: XNNPACK does not have the grid of a quantizer.
+    """
+    _replace_activations(model, DecomposedActivation)
+    _replace_weights(model, DecomposedWeight)
+
+
+def _replace_activations(model: nn.Module, make: Callable[[FakeQuantize], nn.Module]) -> None:
+    made: dict[nn.Module, nn.Module] = {}
     for handle in activation_transforms(model):
         quantizer = handle.transform
         if not isinstance(quantizer, FakeQuantize):
@@ -39,14 +61,13 @@ def _replace_activations(model: nn.Module, opset: int, is_centered: bool) -> Non
             handle.remove()
             continue
         if quantizer not in made:
-            grid, shape = quantizer.grid(), quantizer.shape
-            made[quantizer] = QuantizeDequantize(grid, shape, opset, is_centered=is_centered)
+            made[quantizer] = make(quantizer)
         handle.substitute(made[quantizer])
 
 
 @torch.no_grad()
-def _replace_weights(model: nn.Module, opset: int) -> None:
-    replacements: list[tuple[TransformedWeight, DequantizedWeight]] = []
+def _replace_weights(model: nn.Module, make: Callable[[torch.Tensor, FakeQuantize], nn.Module]) -> None:
+    replacements: list[tuple[TransformedWeight, nn.Module]] = []
     for weight in transformed_weights(model):
         *before, last = weight.chain.children()
         if not isinstance(last, FakeQuantize) or not last.enabled:
@@ -56,7 +77,7 @@ def _replace_weights(model: nn.Module, opset: int) -> None:
         values = weight.parameter.detach()
         for transform in before:
             values = transform(values)
-        replacements.append((weight, DequantizedWeight(values, last.grid(), opset).eval()))
+        replacements.append((weight, make(values, last).eval()))
     # All transforms are removed before parametrizations are added, because both change the class of a layer.
     for weight, _ in replacements:
         weight.remove_transforms()

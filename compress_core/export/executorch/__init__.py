@@ -1,0 +1,1 @@
+"""Writes programs for ExecuTorch's XNNPACK, and runs them."""
