@@ -17,25 +17,21 @@ from torch import nn
 from compress_core.batchnorm.report import AdaptationReport
 from compress_core.contract.algorithm import Algorithm
 from compress_core.contract.batch import Batch
-from compress_core.contract.choices import choices_of
 from compress_core.contract.clock import Clock
 from compress_core.contract.context import Context
 from compress_core.contract.ledger import Ledger
 from compress_core.contract.stages import CompressionStage
 from compress_core.contract.statistics import CompressionStatistics, Statistics
-from compress_core.data.examples import examples_of
 from compress_core.data.forwards import without_traces
 from compress_core.data.rng import preserved_rng
 from compress_core.errors import CompressionError, UsageError
-from compress_core.export import Exporter, ExportJob, ExportReport, Options
-from compress_core.export.exporter import Copies, check_path, chosen_target
-from compress_core.export.files import export_errors
-from compress_core.export.inputs import inputs_of
-from compress_core.export.references import references_of
-from compress_core.export.sizes import DynamicShapes, with_varying_sizes
+from compress_core.export import ExportReport, Options
+from compress_core.export.exporter import chosen_target
+from compress_core.export.sizes import DynamicShapes
 from compress_core.session.agreement import refuse_sharded
 from compress_core.session.batch_norm import BatchNorm
 from compress_core.session.batch_recorder import BatchRecorder, remove_recorders
+from compress_core.session.exports import ModelExport, exporters
 from compress_core.session.lifecycle import Lifecycle
 from compress_core.session.live_state import LiveState
 from compress_core.session.model_copies import copy_of, take_decisions
@@ -318,8 +314,8 @@ class CompressionController:
             args: Arguments of forward: a tensor, a tuple, or a dict of keyword arguments. By default a batch of the
                 data that the model was created with, or `input_info`. Pass realistic inputs, so that the comparison
                 is meaningful.
-            target: Name of the runtime, a choice at `export.target`: `onnxruntime`, `executorch` (files that end in
-                `.pte`), or what plugins add. By default the runtime that the config's `target_device` names, if it
+            target: Name of the runtime, a choice at `export.target`: `onnxruntime`, `openvino`, `tensorrt`,
+                `executorch`, or what plugins add. By default the runtime that the config's `target_device` names, if it
                 reads such files, and else the first that does.
             tolerance: Largest allowed mean absolute difference between the runtime and torch, divided by the mean
                 absolute output of torch. It applies to each output, with the runtime's graph optimizations on and off.
@@ -363,10 +359,9 @@ class CompressionController:
             external_data=external_data,
             by_layer=by_layer,
         )
-        exporters = {name: choice.value for name, choice in choices_of("export.target").items()}
         device = self.context.config.root.target_device
-        name = chosen_target(exporters, target, Path(path), device)
-        return self._export(path, args, name, options, "export")
+        name = chosen_target(exporters(), target, Path(path), device)
+        return ModelExport(self.model, self._inspected, "export").write(path, args, name, options)
 
     def export_onnx(
         self,
@@ -382,44 +377,9 @@ class CompressionController:
         external_data: bool | None = None,
         verify: bool = True,
     ) -> ExportReport:
-        """Writes the compressed model to an ONNX file, after checking that the file computes the same as torch.
+        """Writes the compressed model to an ONNX file for ONNX Runtime; the file may have any ending.
 
-        Without quantization the file contains the plain model that `strip` returns; with quantization, integer weights
-        and quantize/dequantize pairs. The model is not changed.
-
-        Args:
-            path: The file; an existing file is replaced only after everything else has succeeded.
-            args: Arguments of forward: a tensor, a tuple, or a dict of keyword arguments. By default a batch of the
-                data that the model was created with, or `input_info`. Pass realistic inputs, so that the comparison
-                is meaningful.
-            tolerance: Largest allowed mean absolute difference between the runtime and torch, divided by the mean
-                absolute output of torch. It applies to each output, with the runtime's graph optimizations on and off.
-                By default 0.05, or more if roundings that add up are the only reason: then each layer agrees within a
-                step of its quantizer on torch's own activations, and a warning and a note in the report say so.
-            opset: Version of ONNX's default operator set, at least 13. Operators that an older one lacks are an
-                `ExportError`, which names them.
-            input_names: Names of the inputs, in order; by default those of forward's arguments.
-            output_names: Names of the outputs.
-            dynamic_batch: Whether the file accepts any batch size. If the model does not, or computes something else
-                on others, the file takes the batch size of `args` only, with a warning and a note in the report. If
-                `dynamic_shapes` names dimension 0 of an input, or a dimension "batch", only what it names varies.
-            dynamic_shapes: Further sizes that vary: for each input, names by dimension, such as
-                `{"pixels": {2: "height", 3: "width"}, "ids": {1: "length"}}`; the same name means the same size. Inputs
-                are named as forward's arguments, or as in `input_names`; a list has an entry for each argument. What
-                the model does not take in other sizes has that of `args`, with a warning and a note in the report.
-            external_data: Whether weights are written to a second file beside the first; by default if they take more
-                than the 2 GB that one file holds. Only for ONNX files.
-            verify: Whether to compare with torch, on two batch sizes, before the file is written.
-
-        Returns:
-            The result of the comparison.
-
-        Raises:
-            ExportError: A package is missing (`pip install 'compress-core[onnx]'`), the model cannot be exported, or
-                the difference is larger than the tolerance. No file is left then.
-            ExportFileError: The file cannot be written, which is a `FileError` as well; an existing one is as it was.
-            DataError: There is no example input.
-            UsageError: An option has an invalid value.
+        Arguments, result and errors are those of `export`.
         """
         options = Options(
             tolerance,
@@ -431,44 +391,7 @@ class CompressionController:
             dynamic_shapes=dynamic_shapes,
             external_data=external_data,
         )
-        return self._export(path, args, "onnxruntime", options, "export_onnx")
-
-    def _export(
-        self, path: str | os.PathLike[str], args: Any, name: str, options: Options, caller: str
-    ) -> ExportReport:
-        lifecycle = self._inspected
-        exporter: Exporter = choices_of("export.target")[name].value
-        target = exporter.target(name, options)
-        exporter.check_installed()
-        file = check_path(path)
-        example = self.context.example(caller) if args is None else examples_of(args)[0]
-        model = self._copy_for_export()
-        inputs = inputs_of(example, model)
-        inputs = with_varying_sizes(inputs, model, options.dynamic_shapes, options.input_names)
-        model.cpu()
-        with without_traces(self.model, parameters=False):
-            references = references_of(model, inputs, is_dynamic=options.dynamic_batch)
-            rewrites = tuple(lifecycle.export(model, target))
-            bake_transforms(model)
-            device = self.context.config.root.target_device
-            names = tuple(self.algorithms)
-            job = ExportJob(model, file, references, self._copies_for_comparison, rewrites, names, device, options)
-            with export_errors(file):
-                report = exporter.export(job)
-        for note in report.notes:
-            logger.warning("%s %s", report.path, note)
-        return report
-
-    def _copies_for_comparison(self) -> Copies:
-        copies = Copies(self._copy_for_export().cpu(), self._copy_for_export().cpu())
-        self._inspected.strip_unexported(copies.stripped)
-        return copies
-
-    def _copy_for_export(self) -> nn.Module:
-        model = copied(self.model).eval()
-        drop_mixed_precision(model)
-        remove_recorders(model)
-        return model
+        return ModelExport(self.model, self._inspected, "export_onnx").write(path, args, "onnxruntime", options)
 
     def initialize(self, name: str, loader: Any = None, **options: Any) -> Statistics | None:
         """Runs a shared initializer again on the current model; if that fails, the model is restored.
