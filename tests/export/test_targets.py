@@ -122,3 +122,17 @@ def test_models_for_other_hardware_are_not_compared_with_kernels_of_the_cpu(devi
     assert (
         f"was run on the CPU without integer kernels, because it is made for target_device '{device}'" in report.notes
     )
+
+
+def test_an_operator_that_the_runtime_lacks_is_named_with_its_module_and_the_remedy(tmp_path):
+    class Bits(nn.Module):
+        def forward(self, x):
+            return torch.det(x)  # ONNX's Det: OpenVINO has no such operator
+
+    torch.manual_seed(0)
+    controller = create(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), Bits()), [torch.randn(8, 4, 4)])
+    with pytest.raises(ExportError, match=r"OpenVINO .* cannot load what was exported") as caught:
+        controller.export(tmp_path / "model.onnx", torch.randn(4, 4, 4), target="openvino")
+    assert "The operator Det, from '2', is what it does not take here" in str(caught.value)
+    assert "name the module in ignored_scopes" in str(caught.value)
+    assert not list(tmp_path.iterdir())

@@ -88,7 +88,7 @@ class OpenVinoExporter(OnnxExporter):
         sizes = {agreement.batch_size for agreement in report.agreements}
         runtime = self.runtime_for(job)
         own = [job.references.own] if len(sizes) == 1 else list(job.references.resized)
-        report = replace(report, agreements=tuple(compare(runtime, xml, own, optimized=runtime.levels[-1])))
+        report = replace(report, agreements=tuple(compare(runtime, xml, own, {}, optimized=runtime.levels[-1])))
         before, now = report.tolerance, report.worst()
         if now is not None and not now.relative_mean <= before and not any("is right" in note for note in report.notes):
             found = (

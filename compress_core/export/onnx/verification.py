@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,6 +26,8 @@ _SATURATION = (
     ". With the optimizations off they agree: on processors without VNNI instructions, integer kernels saturate when "
     "they add two products of 8 bits; weights on half-range grids (quantization's overflow_fix) prevent it"
 )
+# What every runtime has, and errors mention in passing.
+_EVERYWHERE = frozenset(["Conv", "MatMul", "Add", "Mul", "Cast", "Constant", "If", "Loop"])
 _MOST_NAMED = 3
 # One layer multiplies the mean difference of its input by less than this: a few at most with random weights.
 _LARGEST_JUMP = 20.0
@@ -67,7 +70,9 @@ def verified(report: ExportReport, candidate: Candidate, *, is_strict: bool, by_
     """
     runtime, references = candidate.runtime, candidate.references
     levels = runtime.levels
-    agreements = [a for on in levels for a in compare(runtime, candidate.path, references, optimized=on)]
+    agreements = [
+        a for on in levels for a in compare(runtime, candidate.path, references, candidate.places, optimized=on)
+    ]
     report = _with_work(replace(report, runtime=runtime.label, agreements=tuple(agreements)), candidate)
     notes: dict[float, str] = {}
     for optimized in levels:
@@ -182,13 +187,16 @@ def _jump(layers: Sequence[LayerAgreement]) -> LayerAgreement | None:
     return None
 
 
-def compare(runtime: Runtime, path: Path, references: Sequence[Reference], *, optimized: bool) -> list[Agreement]:
+def compare(
+    runtime: Runtime, path: Path, references: Sequence[Reference], places: Mapping[str, str], *, optimized: bool
+) -> list[Agreement]:
     """Runs a file and returns how its outputs differ from those in torch.
 
     Args:
         runtime: What runs it.
         path: The file.
         references: Batches with the outputs of torch.
+        places: Name of a node -> the module that it was exported from.
         optimized: Whether the runtime may optimize the graph.
 
     Raises:
@@ -197,8 +205,9 @@ def compare(runtime: Runtime, path: Path, references: Sequence[Reference], *, op
     try:
         session = runtime.load(path, optimized=optimized)
     except Exception as error:
-        message = f"{runtime.label} cannot load what was exported: {str(error).strip()}{_advice(path)}"
-        raise ExportError(message) from error
+        said = str(error).strip()
+        advice = _advice(path) or _unsupported(path, said, places)
+        raise ExportError(f"{runtime.label} cannot load what was exported: {said}{advice}") from error
     try:
         return [agreement for reference in references for agreement in _agreements(session, reference, optimized)]
     except RunError as error:
@@ -279,4 +288,22 @@ def _advice(path: Path) -> str:
     return (
         f". {len(found)} activations have a scale for each channel (the first is '{found[0]}'), which runtimes support "
         'in few places: quantize activations with one scale ("per_channel": false)'
+    )
+
+
+def _unsupported(path: Path, said: str, places: Mapping[str, str]) -> str:
+    """Returns what to do about an operator that the runtime does not have, if its error names one."""
+    import onnx  # noqa: PLC0415 - an extra
+
+    graph = onnx.load(path, load_external_data=False).graph
+    words = {*re.findall(r"[\w./:-]+", said), *re.findall(r"\w+", said)}
+    named = [node for node in graph.node if node.name in words]
+    found = named or [node for node in graph.node if node.op_type in words and node.op_type not in _EVERYWHERE]
+    if not found:
+        return ""
+    node = found[0]
+    place = f", from '{places[node.name]}'," if node.name in places else ""
+    return (
+        f". The operator {node.op_type}{place} is what it does not take here; if its inputs are quantized, name the "
+        "module in ignored_scopes, else write it with other operators"
     )
