@@ -155,8 +155,7 @@ def _times(
 def _integer_share(file: Path, runtime: Runtime, feeds: Sequence[Array]) -> float | None:
     if file.suffix != ".onnx":
         return None
-    named = _named(_loaded(file, runtime), feeds)
-    return integer_share(work_of(Execution.of(file, runtime, list(named.values())), {}))
+    return integer_share(work_of(Execution.of(file, runtime, lambda session: _named(session, feeds)), {}))
 
 
 def _loaded(file: Path, runtime: Runtime, **options: Any) -> RuntimeSession:

@@ -194,3 +194,27 @@ def test_default_store_is_shared_has_a_time_limit_and_is_written_once(tmp_path):
         assert not store.check(["place"])
     finally:
         dist.destroy_process_group()
+
+
+@canary("onnx_translations_kept", breaks="that small models are exported in two thirds of the time")
+def test_exporter_takes_its_table_from_an_earlier_export(monkeypatch):
+    from torch.onnx._internal.exporter import _registration
+
+    made = []
+    original = _registration.ONNXRegistry.__dict__["from_torchlib"]
+
+    def counted(cls, **options):
+        made.append(options["opset_version"])
+        return original.__func__(cls, **options)
+
+    monkeypatch.setattr(_registration.ONNXRegistry, "from_torchlib", classmethod(counted))
+    monkeypatch.setattr(internals, "_translations", {})
+    program = torch.export.export(torch.nn.Linear(2, 2).eval(), (torch.randn(3, 2),))
+    graphs = []
+    for opset in (18, 18, 21):
+        with internals.onnx_translations_kept():
+            exported = torch.onnx.export(program, dynamo=True, opset_version=opset, verbose=False)
+        graphs.append([node.op_type for node in exported.model.graph])
+    assert made == [18, 21]
+    assert graphs[0] == graphs[1] == graphs[2] == ["Gemm"]
+    assert _registration.ONNXRegistry.__dict__["from_torchlib"].__func__ is counted, "it is as it was"

@@ -15,8 +15,10 @@ from collections.abc import Iterator
 import torch
 
 from compress_core.errors import ExportError
+from compress_core.torch_internals import tree_map
 
-_NOISY = ("torch.export", "torch.utils._pytree", "torchao", "executorch", "root")
+# Among them that of torch's trees, which warns of classes that torchao registers.
+_NOISY = ("torch.export", tree_map.__module__, "torchao", "executorch", "root")
 _MODULES = (
     "executorch.exir",
     "executorch.backends.xnnpack.partition.xnnpack_partitioner",

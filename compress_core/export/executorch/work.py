@@ -46,8 +46,9 @@ def operators_of(edge: Any) -> tuple[dict[str, int], dict[str, int]]:
 
 def operator_name(node: fx.Node) -> str:
     """Returns the name of a node's operator without namespace and overload; empty for delegates and sizes."""
-    target = node.target
-    name = str(getattr(target, "_name", None) or getattr(target, "__name__", "")).rpartition("::")[2]
+    target: Any = node.target
+    full = target.name() if callable(getattr(target, "name", None)) else getattr(target, "__name__", "")
+    name = str(full).rpartition("::")[2]
     name = name.partition(".")[0].removesuffix("_copy")
     return "" if name in ("executorch_call_delegate", "sym_size", "alloc") else name
 

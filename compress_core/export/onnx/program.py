@@ -18,6 +18,7 @@ from torch import nn
 from compress_core.errors import ExportError, UsageError
 from compress_core.export.inputs import BATCH, Inputs
 from compress_core.export.onnx.operators import missing_operator
+from compress_core.torch_internals import onnx_translations_kept
 
 
 class FixedSizeError(ExportError):
@@ -48,7 +49,7 @@ def exported_graph(model: nn.Module, inputs: Inputs, *, opset: int, is_dynamic: 
     """
     sizes = _Sizes.of(inputs, is_dynamic)
     program: torch.export.ExportedProgram | None = None
-    with quiet(), _no_fused_attention(), _spelled_out(model, inputs.kwargs):
+    with quiet(), _no_fused_attention(), _spelled_out(model, inputs.kwargs), onnx_translations_kept():
         try:
             program, notes = _program(model, inputs, sizes)
             onnx_program = torch.onnx.export(

@@ -102,9 +102,8 @@ def _with_work(report: ExportReport, candidate: Candidate) -> ExportReport:
     """Returns the report with what the runtime has executed."""
     if not candidate.runtime.profiles:
         return report
-    session = candidate.runtime.load(candidate.path)
-    feeds = list(feeds_of(session, candidate.references[0]).values())
-    execution = Execution.of(candidate.path, candidate.runtime, feeds)
+    reference = candidate.references[0]
+    execution = Execution.of(candidate.path, candidate.runtime, lambda session: feeds_of(session, reference))
     work = work_of(execution, candidate.places)
     operators = dict(sorted(Counter(entry.operator for entry in execution.executed).items()))
     slow = large_in_float(work)

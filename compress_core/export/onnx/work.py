@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from compress_core.export.report import Work
-from compress_core.export.runtimes.runtime import Array, Executed, Runtime
+from compress_core.export.runtimes.runtime import Array, Executed, Runtime, RuntimeSession
 
 Shape = tuple[int, ...]
 
@@ -40,10 +40,16 @@ class Execution:
     executed: Sequence[Executed]
 
     @classmethod
-    def of(cls, path: Path, runtime: Runtime, feeds: Sequence[Array]) -> Execution:
-        """Runs a file on inputs, in order."""
+    def of(cls, path: Path, runtime: Runtime, feeds: Callable[[RuntimeSession], Mapping[str, Array]]) -> Execution:
+        """Runs a file.
+
+        Args:
+            path: The file.
+            runtime: The runtime.
+            feeds: Returns the inputs by the names that a session gives them.
+        """
         session = runtime.load(path, profile=True)
-        named = {port.name: array for port, array in zip(session.inputs, feeds, strict=True)}
+        named = feeds(session)
         return cls(path, runtime, named, session.executed(named))
 
 
