@@ -42,7 +42,8 @@ def import_executorch() -> None:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ExportError(
             f"ExecuTorch is installed, but cannot be used with torch {torch.__version__}: {lines[0]}. Each version of "
-            "ExecuTorch is made for one of torch (1.4 and 1.5 for 2.13): pip install -U 'compress-core[executorch]' torch"
+            "ExecuTorch is made for one of torch (1.4 and 1.5 for 2.13): "
+            "pip install -U 'compress-core[executorch]' torch"
         ) from error
 
 

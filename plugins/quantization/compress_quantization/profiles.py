@@ -13,8 +13,8 @@ otherwise. `profile_document` describes all keys, and plugins contribute more de
 
 Sources: for ANY, CPU, GPU and NPU the hardware profiles of NNCF 2.16. TRIAL is its table of quantizable operators plus
 one-dimensional convolutions, whose weights NNCF quantizes but whose inputs it does not. `onnxruntime-cpu`: what ONNX
-Runtime 1.32 makes integer kernels of, seen in the graphs that it optimizes. `openvino-cpu`: the profile CPU without what
-OpenVINO 2026 was seen to compute in floating point. `xnnpack`: the operators that ExecuTorch's
+Runtime 1.32 makes integer kernels of, seen in the graphs that it optimizes. `openvino-cpu`: the profile CPU without
+what OpenVINO 2026 was seen to compute in floating point. `xnnpack`: the operators that ExecuTorch's
 partitioner accepts with static quantization, and the grids of its quantizer. `tensorrt`: "Working with quantized types"
 in TensorRT's documentation. The first two are tested on the kernels that these runtimes choose.
 """
