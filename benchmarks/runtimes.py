@@ -134,7 +134,7 @@ def main() -> None:
             results.setdefault(name, {})[runtime] = result
             title = f"{name}, batch 1, one thread, {options.rounds} rounds, median [quartiles]"
             report.show(Table(title, headers, rows_of(name, runtime, result)))
-            found = {"instructions": instructions(), "options": vars(options), "networks": results}
+            found = {"instructions": instructions(), "rounds": options.rounds, "networks": results}
             report.write("runtimes", found)
     print("instructions of the processor:", ", ".join(instructions()) or "unknown")
 
