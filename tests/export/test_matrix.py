@@ -17,8 +17,24 @@ EVERY_WAY = {
 }
 
 
-@pytest.mark.parametrize("target", EVERY_WAY)
-@pytest.mark.parametrize("name", MATRIX)
+# What differs from another model of the matrix in a function that both runtimes compute in floating point alike, or in
+# integers of the weights alone.
+ALIKE = {
+    *(
+        "leaky relu",
+        "gelu",
+        "hardswish",
+        "instance norm",
+        "prelu",
+        "padding by reflection",
+        "dilated, strided, grouped",
+    ),
+    *("mixer", "two inputs", "several outputs", "asymmetric weights", "weights of one scale", "four bits"),
+}
+CASES = [(name, target) for name in MATRIX for target in EVERY_WAY if target == "onnxruntime" or name not in ALIKE]
+
+
+@pytest.mark.parametrize(("name", "target"), CASES)
 def test_the_compressed_model_is_exported_and_agrees(name, target, tmp_path):
     small = MATRIX[name]
     torch.manual_seed(0)
