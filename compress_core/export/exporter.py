@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,6 +22,7 @@ from compress_core.export.sizes import DynamicShapes
 from compress_core.export.target import ExportTarget, GraphRewrite
 from compress_core.transforms.python_state import copied
 
+_DEFAULT = "onnxruntime"
 _FOR_ANY = ("ANY", "TRIAL")  # made for no runtime in particular
 _STRIPPED = 1e-3  # of the mean absolute output: what a model may change by being stripped, in float64
 
@@ -194,7 +195,7 @@ def chosen_target(exporters: Mapping[str, Exporter], name: str | None, path: Pat
     Args:
         exporters: What is installed.
         name: What the user has chosen; by default the runtime that `target_device` names, if it writes such files,
-            and else the first one that does.
+            and else `onnxruntime`, or the first one that does.
         path: The file.
         target_device: The device that the model was created for.
 
@@ -211,6 +212,13 @@ def chosen_target(exporters: Mapping[str, Exporter], name: str | None, path: Pat
         return name
     fitting = [key for key, exporter in exporters.items() if suffix in exporter.suffixes]
     if not fitting:
-        endings = tuple(dict.fromkeys(ending for exporter in exporters.values() for ending in exporter.suffixes))
-        raise UsageError(f"path: '{path}' does not end in {', '.join(endings)}; choose the runtime with target=")
-    return next((key for key in fitting if target_device in exporters[key].devices), fitting[0])
+        known = dict.fromkeys(ending for key in _in_order(exporters) for ending in exporters[key].suffixes)
+        raise UsageError(f"path: '{path}' does not end in {', '.join(known)}; choose the runtime with target=")
+    named = [key for key in fitting if exporters[key].devices[-1:] == (target_device,)]
+    suiting = [key for key in fitting if target_device in exporters[key].devices]
+    return _in_order(named or suiting or fitting)[0]
+
+
+def _in_order(names: Iterable[str]) -> list[str]:
+    """Returns names of targets, the default first, whatever plugins have added."""
+    return sorted(names, key=lambda name: (name != _DEFAULT, name))

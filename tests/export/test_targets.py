@@ -43,18 +43,30 @@ def exporters():
         (None, "m.xml", "ANY", "openvino"),
         (None, "M.XML", "tensorrt", "openvino"),
         ("openvino", "m.onnx", "ANY", "openvino"),
+        (None, "m.onnx", "xnnpack", "onnxruntime"),
+        (None, "m.onnx", "NPU", "openvino"),
+        (None, "m.pte", "tensorrt", "executorch"),
     ],
 )
 def test_which_runtime_a_file_is_written_for(name, file, device, expected, exporters, tmp_path):
     assert chosen_target(exporters, name, tmp_path / file, device) == expected
 
 
+def test_a_plugin_that_adds_a_runtime_does_not_change_the_default(exporters, tmp_path):
+    class Another(OnnxExporter):
+        devices = ("CPU", "another")
+
+    installed = {"another": Another(), **exporters}
+    assert chosen_target(installed, None, tmp_path / "m.onnx", "CPU") == "onnxruntime"
+    assert chosen_target(installed, None, tmp_path / "m.onnx", "another") == "another"
+
+
 @pytest.mark.parametrize(
     ("name", "file", "message"),
     [
-        ("onnx", "m.onnx", "target: there is no 'onnx'; choose one of onnxruntime, openvino"),
+        ("onnx", "m.onnx", "target: there is no 'onnx'; choose one of executorch, onnxruntime, openvino, tensorrt"),
         ("tensorrt", "m.xml", r"for target 'tensorrt', files end in \.onnx"),
-        (None, "m.trt", r"does not end in \.onnx, .*; choose the runtime with target="),
+        (None, "m.trt", r"does not end in \.onnx, \.pte, \.xml; choose the runtime with target="),
     ],
 )
 def test_what_cannot_be_chosen_is_said(name, file, message, controller, tmp_path):

@@ -276,8 +276,10 @@ def test_resumed_models_have_the_same_quantizers(tmp_path):
 @pytest.mark.parametrize(("device", "group", "scales"), [("CPU", GROUP, 2), ("NPU", {}, 3)])
 def test_files_agree_with_torch(device, group, scales, tmp_path):
     controller, _ = create(document(device, activations=group))
-    report = controller.export_onnx(tmp_path / "model.onnx", data()[0])
-    assert report.worst().relative_mean < 1e-3
+    # Integer kernels of CPUs without VNNI saturate on the full range of weights, which is for the NPU.
+    kernels = (False,) if device == "NPU" else (False, True)
+    report = controller.export_onnx(tmp_path / "model.onnx", data()[0], tolerance=float("inf"))
+    assert all(report.worst(optimized=optimized).relative_mean < 1e-3 for optimized in kernels)
     quantize = [node for node in File(tmp_path / "model.onnx").graph.node if node.op_type == "QuantizeLinear"]
     assert (len(quantize), len({node.input[1] for node in quantize})) == (4, scales)
 
