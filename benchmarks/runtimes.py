@@ -65,6 +65,15 @@ def peer(tool: str, python: str, source: Path, case: Case, result: Path) -> str:
     return "" if found.returncode == 0 and result.exists() else (found.stderr.strip().splitlines() or ["no file"])[-1]
 
 
+def refused(runtime: str, path: Path) -> str:
+    """Returns why a runtime does not take a file; empty if it does."""
+    try:
+        runtime_of(runtime).load(path)
+    except Exception as error:
+        return str(error).strip().splitlines()[-1]
+    return ""
+
+
 def measured(name: str, runtime: str, python: str | None, rounds: int, folder: Path) -> dict[str, Any]:
     """Measures all files of a network in a runtime."""
     case = CASES[name]
@@ -78,7 +87,7 @@ def measured(name: str, runtime: str, python: str | None, rounds: int, folder: P
         if interpreter is None:
             continue
         result = folder / f"{tool}{suffix}"
-        failure = peer(tool, interpreter, files["FP32"], case, result)
+        failure = peer(tool, interpreter, files["FP32"], case, result) or refused(runtime, result)
         if failure:
             failures[label] = failure
         else:
