@@ -181,7 +181,6 @@ def test_a_quantized_model_is_compared_by_layer_beside_its_weights(tmp_path):
 
 def test_metadata_of_a_plugin_survives(tmp_path, monkeypatch):
     """Of the model, the graph, a node and a value; through an older operator set and weights in another file."""
-    from compress_core.session import controller as module
 
     def rewrite(model):
         model.metadata_props["license"], model.doc_string = "MIT", "a text"
@@ -189,16 +188,11 @@ def test_metadata_of_a_plugin_survives(tmp_path, monkeypatch):
         for node in model.graph:
             node.metadata_props["seen"], node.doc_string = "yes", "of a node"
 
-    original = module.ExportJob
-    monkeypatch.setattr(
-        module,
-        "ExportJob",
-        lambda model, path, references, copies, rewrites, *rest: original(
-            model, path, references, copies, (*rewrites, rewrite), *rest
-        ),
-    )
+    controller = controller_of()
+    export = controller._lifecycle.export
+    monkeypatch.setattr(controller._lifecycle, "export", lambda *args: [*export(*args), rewrite])
     path = tmp_path / "model.onnx"
-    controller_of().export_onnx(path, X, external_data=True, opset=17)
+    controller.export_onnx(path, X, external_data=True, opset=17)
     file = File(path)
     assert file.metadata["license"] == "MIT" and "compress_core.export" in file.metadata
     assert file.proto.doc_string == "a text" and file.graph.doc_string == "another"
