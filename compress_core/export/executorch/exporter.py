@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -20,20 +19,16 @@ from compress_core.export.executorch.silence import import_executorch
 from compress_core.export.executorch.work import operators_of, work_of
 from compress_core.export.exporter import Exporter, ExportJob, Options
 from compress_core.export.inputs import Inputs
-from compress_core.export.onnx.work import large_in_float
+from compress_core.export.notes import notes_on_large_layers, notes_on_values
 from compress_core.export.references import Reference, return_only_tensors
 from compress_core.export.report import Agreement, ExportReport, LayerAgreement, Work
 from compress_core.export.target import ExportTarget
 from compress_core.files import replaced_file
 from compress_core.torch_internals import tree_map
 
-logger = logging.getLogger(__name__)
-
 METADATA_METHOD = "compress_core_export"
 _TOLERANCE = 0.05
 _LARGEST_BATCH = 32  # memory is reserved for it; at least twice the samples that are compared
-_MOST_NAMED = 3
-_UP_TO = "takes batches of up to"  # every program of several batch sizes, so it is no warning
 _LAST_LAYERS = 0.01  # of the mean absolute output: what layers after the last quantizers may differ by
 
 
@@ -113,7 +108,7 @@ class _Run:
             tolerance=_TOLERANCE if options.tolerance is None else options.tolerance,
             inputs=tuple(node.name for node in module.graph.nodes if node.op == "placeholder"),
             outputs=_output_names(module),
-            notes=(*notes, *_notes(references[0], self.replaced), *self.exporter.made_for_another(job)),
+            notes=(*notes, *notes_on_values(references[0], self.replaced), *self.exporter.made_for_another(job)),
         )
         seen = _Seen()
         program = lowered(
@@ -127,7 +122,7 @@ class _Run:
             report,
             operators={**{f"xnnpack.{name}": number for name, number in seen.delegated.items()}, **seen.portable},
             work=seen.work,
-            notes=(*report.notes, *_slow(seen.work, self.exporter.remedy(job))),
+            notes=(*report.notes, *notes_on_large_layers(seen.work, "XNNPACK", self.exporter.remedy(job))),
         )
         if options.verify:
             report = self._verified(report, program, module, quantizers, references)
@@ -239,30 +234,7 @@ def _output_names(module: fx.GraphModule) -> tuple[str, ...]:
 
 
 def _up_to(largest_batch: int) -> str:
-    return f"{_UP_TO} {largest_batch} samples, for which memory is reserved"
-
-
-def _slow(work: Sequence[Work], remedy: str) -> tuple[str, ...]:
-    """Returns what to say about large layers that are quantized and still computed in floating point."""
-    slow, total = large_in_float(work), sum(entry.macs or 0 for entry in work)
-    if not slow:
-        return ()
-    shown = "; ".join(
-        f"'{entry.place}' ({(entry.macs or 0) / total:.0%} of the multiplications) because {entry.reason}"
-        for entry in slow[:_MOST_NAMED]
-    )
-    more = f"; and {len(slow) - _MOST_NAMED} more" if len(slow) > _MOST_NAMED else ""
-    return (f"has quantized layers that XNNPACK computes in floating point: {shown}{more}{remedy}",)
-
-
-def _notes(reference: Reference, replaced: Sequence[str]) -> Iterator[str]:
-    if replaced:
-        kinds = " and ".join(replaced)
-        yield f"computes in float32, inputs and outputs included, where the model computes in {kinds}"
-    if constants := reference.inputs.constants():
-        yield f"holds as constants what is no tensor: {', '.join(constants)}"
-    if reference.dropped:
-        yield f"leaves out what is no tensor: {', '.join(reference.dropped)}"
+    return f"takes batches of up to {largest_batch} samples, for which memory is reserved"
 
 
 def _compute_in_float32(model: nn.Module) -> tuple[str, ...]:
@@ -283,8 +255,6 @@ def _in_float32(inputs: Inputs) -> Inputs:
 
 
 def _written(job: ExportJob, program: bytes, report: ExportReport) -> ExportReport:
-    for note in report.notes:
-        logger.log(logging.INFO if note.startswith(_UP_TO) else logging.WARNING, "%s %s", job.path, note)
     with replaced_file(job.path) as file:
         file.write(program)
     return replace(report, path=str(job.path), size=len(program))

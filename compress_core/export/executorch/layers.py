@@ -20,9 +20,9 @@ from compress_core.export.agreement import compared
 from compress_core.export.executorch.program import lowered
 from compress_core.export.executorch.runtime import Loaded
 from compress_core.export.inputs import Inputs
+from compress_core.export.notes import place_in_words
 from compress_core.export.recording import Call, recorded
 from compress_core.export.report import Agreement, LayerAgreement
-from compress_core.transforms.generated import ACTIVATIONS_ATTRIBUTE
 
 _MOST_STEPS = 0.75  # half a step, and the rest for sums in float32 and biases in units of the accumulator
 _OFF_GRID = 0.05  # of a step
@@ -111,7 +111,7 @@ def compare_parts(
     if not of or any(len(found) != len(forward.calls[name]) for name, found in of.items()):
         return None
     parts = [
-        (quantizer, _place(name, number if len(found) > 1 else None), call)
+        (quantizer, place_in_words(name, number if len(found) > 1 else None), call)
         for name, found in of.items()
         for number, (quantizer, call) in enumerate(zip(found, forward.calls[name], strict=True))
         if quantizer.node in there
@@ -174,10 +174,3 @@ def _cut(module: fx.GraphModule, nodes: Sequence[str]) -> fx.GraphModule:
     graph.set_codegen(fx.graph.CodeGen())
     parts.recompile()
     return parts
-
-
-def _place(name: str, number: int | None) -> str:
-    """Returns the place of a transform in words: the module, which of its tensors, and the number of the call."""
-    module, _, rest = name.partition(ACTIVATIONS_ATTRIBUTE)
-    which = rest.strip(".").partition(".")[0] + ("" if number is None else f", call {number}")
-    return f"'{module.rstrip('.') or 'the model'}' ({which})"

@@ -15,6 +15,7 @@ from compress_core.errors import ExportError, UsageError
 from compress_core.export.agreement import DisagreementError, RunError
 from compress_core.export.exporter import Exporter, ExportJob, Options
 from compress_core.export.inputs import BATCH
+from compress_core.export.notes import notes_on_values
 from compress_core.export.onnx import opsets
 from compress_core.export.onnx.cleaning import drop_what_is_unused, forget_the_machine
 from compress_core.export.onnx.files import draft_folder, drafted, written
@@ -274,13 +275,7 @@ class _Made:
 
 
 def _notes(reference: Reference, replaced: Sequence[str]) -> Iterator[str]:
-    if replaced:
-        kinds = " and ".join(replaced)
-        yield f"computes in float32, inputs and outputs included, where the model computes in {kinds}"
-    if constants := reference.inputs.constants():
-        yield f"holds as constants what is no tensor: {', '.join(constants)}"
-    if reference.dropped:
-        yield f"leaves out what is no tensor: {', '.join(reference.dropped)}"
+    yield from notes_on_values(reference, replaced)
     for number, tensor in enumerate(reference.outputs):
         if tensor.is_floating_point() and (found := int(tensor.isnan().sum())):
             yield f"returns NaN, as torch does: {found} of {tensor.numel()} values of output {number} on the example"

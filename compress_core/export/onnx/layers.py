@@ -22,8 +22,8 @@ import torch
 from torch import nn
 
 from compress_core.export.inputs import Inputs
+from compress_core.export.notes import place_in_words
 from compress_core.export.recording import Call, recorded
-from compress_core.transforms.generated import ACTIVATIONS_ATTRIBUTE
 
 Array = npt.NDArray[Any]
 
@@ -171,7 +171,7 @@ def cut(path: Path, quantizers: Sequence[Quantizer], model: nn.Module, inputs: I
     calls = {}
     for name, found in nodes.items():
         for number, (quantizer, call) in enumerate(zip(found, made[name], strict=True)):
-            calls[id(quantizer)] = _place(name, number if len(found) > 1 else None), call
+            calls[id(quantizer)] = place_in_words(name, number if len(found) > 1 else None), call
     if any(not _fits(quantizer, calls[id(quantizer)][1]) for quantizer in left if id(quantizer) in calls):
         return None
     parts = [_part(quantizer, *calls[id(quantizer)]) for quantizer in left if id(quantizer) in calls]
@@ -261,10 +261,3 @@ def _described(name: str, array: Array) -> Any:
 
     kind = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
     return onnx.helper.make_tensor_value_info(name, kind, [None] * array.ndim)
-
-
-def _place(name: str, number: int | None) -> str:
-    """Returns the place of a transform in words: the module, which of its tensors, and the number of the call."""
-    module, _, rest = name.partition(ACTIVATIONS_ATTRIBUTE)
-    which = rest.strip(".").partition(".")[0] + ("" if number is None else f", call {number}")
-    return f"'{module.rstrip('.') or 'the model'}' ({which})"

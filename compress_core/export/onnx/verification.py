@@ -15,10 +15,11 @@ import torch
 
 from compress_core.errors import ExportError
 from compress_core.export.agreement import DisagreementError, RunError, compared
+from compress_core.export.notes import notes_on_large_layers
 from compress_core.export.onnx.layers import Cut, tapped
-from compress_core.export.onnx.work import Execution, large_in_float, work_of
+from compress_core.export.onnx.work import Execution, work_of
 from compress_core.export.references import Reference
-from compress_core.export.report import Agreement, ExportReport, LayerAgreement, Work
+from compress_core.export.report import Agreement, ExportReport, LayerAgreement
 from compress_core.export.runtimes.runtime import Array, Port, Runtime, RuntimeSession
 
 # Added to the error if the file agrees with torch without optimizations: then the integer kernels are the cause.
@@ -28,7 +29,6 @@ _SATURATION = (
 )
 # What every runtime has, and errors mention in passing.
 _EVERYWHERE = frozenset(["Conv", "MatMul", "Add", "Mul", "Cast", "Constant", "If", "Loop"])
-_MOST_NAMED = 3
 # One layer multiplies the mean difference of its input by less than this: a few at most with random weights.
 _LARGEST_JUMP = 20.0
 _LEAST_STEPS = 0.05
@@ -106,19 +106,8 @@ def _with_work(report: ExportReport, candidate: Candidate) -> ExportReport:
     execution = Execution.of(candidate.path, candidate.runtime, lambda session: feeds_of(session, reference))
     work = work_of(execution, candidate.places)
     operators = dict(sorted(Counter(entry.operator for entry in execution.executed).items()))
-    slow = large_in_float(work)
-    notes = (_said(slow, work, report.runtime) + candidate.remedy,) if slow else ()
+    notes = notes_on_large_layers(work, report.runtime, candidate.remedy)
     return replace(report, runtime_operators=operators, work=work, notes=(*report.notes, *notes))
-
-
-def _said(slow: Sequence[Work], work: Sequence[Work], runtime: str) -> str:
-    total = sum(entry.macs or 0 for entry in work)
-    shown = "; ".join(
-        f"'{entry.place}' ({(entry.macs or 0) / total:.0%} of the multiplications) because {entry.reason}"
-        for entry in slow[:_MOST_NAMED]
-    )
-    more = f"; and {len(slow) - _MOST_NAMED} more" if len(slow) > _MOST_NAMED else ""
-    return f"has quantized layers that {runtime} computes in floating point: {shown}{more}"
 
 
 def _explained(

@@ -17,7 +17,6 @@ Shape = tuple[int, ...]
 
 # What only moves tensors may carry the name of the layer for which it does so.
 _MOVING = frozenset(["Const", "Input", "Output", "Parameter", "Reorder", "Reshape", "Result", "Transpose"])
-_LARGE = 0.05  # of all multiplications
 _GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
 # Activations that runtimes fuse with the operator before, and what passes values on.
 _BETWEEN = frozenset(["Relu", "Clip", "Identity", "Reshape", "Squeeze", "Unsqueeze", "Transpose", "Flatten", "MaxPool"])
@@ -80,13 +79,6 @@ def work_of(execution: Execution, places: Mapping[str, str]) -> tuple[Work, ...]
         kernel = next((entry.operator for entry in own), "")
         found.append(Work(places.get(name, name), node.op_type, macs, is_quantized, is_integer, kernel, reason))
     return tuple(found)
-
-
-def large_in_float(work: Sequence[Work]) -> list[Work]:
-    """Returns the large layers that are quantized in the file but not computed in integers, the largest first."""
-    total = sum(entry.macs or 0 for entry in work)
-    found = [e for e in work if e.is_quantized and not e.is_integer and (e.macs or 0) >= _LARGE * total > 0]
-    return sorted(found, key=lambda entry: -(entry.macs or 0))
 
 
 def macs_of(node: Any, shapes: Mapping[str, Shape]) -> int | None:
