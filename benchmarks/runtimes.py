@@ -4,11 +4,12 @@ Usage: python -m benchmarks.runtimes [--networks resnet18 vit ...] [--peer PYTHO
 
 Each network has random weights, batch 1, and is quantized without training: with `target_device` of the runtime by
 compress-core, by NNCF 3 (in the environment of `--peer`, made with `pip install nncf openvino onnx onnxruntime`; left
-out without one), and by ONNX Runtime's static quantization. All files of a runtime run one after the other in each
-round, with one thread; a ratio is that to the FP32 file in the same round (below 1 is faster). `again` is the FP32 file
-a second time: the noise. `in integers` is the share of multiplications that the runtime's own profile reports.
-Differences are to FP32, on random inputs in networks that were never trained: they tell a broken file from a whole one,
-and say nothing about accuracy (see benchmarks.exported_accuracy for that).
+out without one), and by ONNX Runtime's static quantization; for XNNPACK by torch's own (PT2E, XNNPACKQuantizer). All
+files of a runtime run one after the other in each round, with one thread; a ratio is that to the FP32 file in the same
+round (below 1 is faster). `again` is the FP32 file a second time: the noise. `in integers` is the share of
+multiplications that the runtime's own profile reports. Differences are to FP32, on random inputs in networks that were
+never trained: they tell a broken file from a whole one, and say nothing about accuracy (see
+benchmarks.exported_accuracy for that).
 """
 
 from __future__ import annotations
@@ -29,12 +30,14 @@ import torch
 from benchmarks import report
 from benchmarks.exported_latency import instructions
 from benchmarks.runtime_networks import CASES, Case, network
+from benchmarks.runtime_programs import measured_programs
 from compress_core import create_compressed_model
 from compress_core.cli.compare import runtime_of
 from compress_core.contract.statistics import Table
+from compress_core.export.report import ExportReport
 from compress_core.export.side_by_side import Measured, measure
 
-RUNTIMES = {"onnxruntime": "onnxruntime-cpu", "openvino": "openvino-cpu"}
+RUNTIMES = {"onnxruntime": "onnxruntime-cpu", "openvino": "openvino-cpu", "xnnpack": "xnnpack"}
 CALIBRATION = 16
 PEERS = {
     "onnxruntime": {"NNCF 3": ("nncf-onnx", ".onnx"), "ORT static": ("onnxruntime", ".onnx")},
@@ -42,7 +45,7 @@ PEERS = {
 }
 
 
-def exported(name: str, device: str | None, path: Path) -> None:
+def exported(name: str, device: str | None, path: Path) -> ExportReport:
     """Writes the file of a network: FP32, or quantized for a device."""
     case, model = CASES[name], network(name)
     size = {"sample_size": [1, *case.shape], "type": "long" if case.vocabulary else "float"}
@@ -52,8 +55,9 @@ def exported(name: str, device: str | None, path: Path) -> None:
         document["target_device"] = device
         section = {"algorithm": "quantization", "initializer": {"range": {"num_init_samples": CALIBRATION}}}
         document["compression"] = section
-    controller, _ = create_compressed_model(model, document, init_loader=[(sample, 0) for sample in batch.split(4)])
-    controller.export(path, case.batch(2, 3), verify=False, input_names=["x"])
+    controller, _ = create_compressed_model(model, document, init_loader=[(sample, 0) for sample in torch.split(batch, 4)])
+    names = None if path.suffix == ".pte" else ["x"]
+    return controller.export(path, case.batch(2, 3), verify=False, input_names=names)
 
 
 def peer(tool: str, python: str, source: Path, case: Case, result: Path) -> str:
@@ -76,6 +80,9 @@ def refused(runtime: str, path: Path) -> str:
 
 def measured(name: str, runtime: str, python: str | None, rounds: int, folder: Path) -> dict[str, Any]:
     """Measures all files of a network in a runtime."""
+    if runtime == "xnnpack":
+        programs, failures = measured_programs(name, rounds, folder, exported)
+        return {"files": {label: asdict(entry) for label, entry in programs.items()}, "failures": failures}
     case = CASES[name]
     files = {"FP32": folder / "fp32.onnx", "FP32 again": folder / "again.onnx", "ours": folder / "ours.onnx"}
     exported(name, None, files["FP32"])
