@@ -80,7 +80,9 @@ def measured_programs(
     failures = {}
     try:
         with quiet():
-            program, shares[PEER] = quantized_by_torch(network(name), torch.split(case.batch(16, 2), 1), case.batch(1, 4))
+            program, shares[PEER] = quantized_by_torch(
+                network(name), torch.split(case.batch(16, 2), 1), case.batch(1, 4)
+            )
     except Exception as error:
         failures[PEER] = (str(error).strip().splitlines() or [type(error).__name__])[0]
     else:

@@ -55,7 +55,9 @@ def exported(name: str, device: str | None, path: Path) -> ExportReport:
         document["target_device"] = device
         section = {"algorithm": "quantization", "initializer": {"range": {"num_init_samples": CALIBRATION}}}
         document["compression"] = section
-    controller, _ = create_compressed_model(model, document, init_loader=[(sample, 0) for sample in torch.split(batch, 4)])
+    controller, _ = create_compressed_model(
+        model, document, init_loader=[(sample, 0) for sample in torch.split(batch, 4)]
+    )
     names = None if path.suffix == ".pte" else ["x"]
     return controller.export(path, case.batch(2, 3), verify=False, input_names=names)
 

@@ -21,6 +21,7 @@ from compress_core.export.onnx.cleaning import drop_what_is_unused, forget_the_m
 from compress_core.export.onnx.files import draft_folder, drafted, written
 from compress_core.export.onnx.layers import Cut, cut, places_of, quantizers_of
 from compress_core.export.onnx.names import name_inputs_and_outputs
+from compress_core.export.onnx.onnxruntime import repeat_grids
 from compress_core.export.onnx.precision import compute_in_float32
 from compress_core.export.onnx.program import FixedSizeError, exported_graph
 from compress_core.export.onnx.verification import Candidate, verified
@@ -73,7 +74,8 @@ class OnnxExporter(Exporter):
         return self.runtime
 
     def adapt(self, graph: Any) -> None:
-        """Changes a graph, an `onnx_ir.Model`, into one that the runtime computes right; by default nothing."""
+        """Changes a graph, an `onnx_ir.Model`, into one that the runtime computes right, and in integers."""
+        repeat_grids(graph.graph)
 
     def check_graph(self, graph: Any, job: ExportJob) -> tuple[str, ...]:
         """Checks what the runtime demands of a graph, beside running it.

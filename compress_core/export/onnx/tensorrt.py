@@ -41,6 +41,9 @@ class TensorRtExporter(OnnxExporter):
 
     runtime = _Unoptimized()
 
+    def adapt(self, graph: Any) -> None:
+        """Changes nothing: TensorRT moves quantizers over what selects or moves values by itself."""
+
     def check_graph(self, graph: Any, job: ExportJob) -> tuple[str, ...]:
         """Checks TensorRT's rules on quantizers.
 

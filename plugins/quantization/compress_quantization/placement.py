@@ -316,8 +316,10 @@ class _Propagation:
             # Where channels are joined, each part has other ones, and the scales of its own.
             unified = unified and all(part[1] == self._shape(results[0])[1] for part in parts)
         self._lifted[call.index] = wish
-        # Some runtimes need a quantizer after the concatenation as well. On values of its own grid it changes nothing.
+        # Some runtimes need a quantizer after the concatenation as well. On values of its own grid it changes nothing,
+        # and it lets parts keep their own, which they need if only some of them come from a fused activation function.
         keeps = self._rules.operator_of(call).output == "required"
+        unified = unified and not (keeps and self._surroundings.mixes_clamped(call))
         return _Ask(wish.spec, reader, results, list(wish.modules), unified=unified, keeps=keeps)
 
     def _keeps_channels(self, call: Call, reader: tuple[int, Path], result: ValueId) -> bool:

@@ -89,7 +89,8 @@ class OperatorDocument(_Strict):
         "free",
         description="what an integer kernel demands of the output: nothing; a quantizer, which is then placed there; "
         "or a quantizer, and unless others demand one there, the inputs are not quantized either. A concatenation "
-        "makes no demands: with `required`, a quantizer that others demand there stays while its inputs get the same",
+        "makes no demands: with `required`, a quantizer that others demand there stays while its inputs get the same, "
+        "or each its own if a fused activation function makes some of them and none makes the others",
     )
     fused_activations: list[Annotated[str, AfterValidator(_activation)]] = Field(
         default_factory=list,

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection
 from compress_core.trace import Call, ForwardTrace
 from compress_core.trace.graph import ValueId
 from compress_core.transforms.places import Path
-from compress_quantization.operators import base_name, is_data_argument, kind_of, reads_values
+from compress_quantization.operators import base_name, is_data_argument, is_transparent, kind_of, reads_values
 from compress_quantization.profiles import Operator
 
 # Returns what the device supports for a call.
@@ -40,6 +40,7 @@ class Surroundings:
             ]
             for value, found in forward.consumers().items()
         }
+        self._clamped = {value for call in forward.calls if (value := self._behind_function(call)) is not None}
         self.fused_operands = {reader for call in forward.calls for reader in self._fused_operand(call)}
 
     def output(self, call: Call) -> ValueId | None:
@@ -59,6 +60,35 @@ class Surroundings:
             else:
                 break
         return value
+
+    def _behind_function(self, call: Call) -> ValueId | None:
+        """Returns the value behind a fused activation function of an operator, if it has one."""
+        functions = self._operator_of(call).fused_activations
+        value = self.output(call) if functions else None
+        index = None if value is None else self._forward.values[value].call
+        if index is None or base_name(self._forward.calls[index].function) not in functions:
+            return None
+        return value
+
+    def mixes_clamped(self, call: Call) -> bool:
+        """Returns whether a fused activation function makes some of a concatenation's parts, and none makes others.
+
+        A grid for all of them has values that the function cannot return (negative ones behind a ReLU), and a runtime
+        that computes it by the quantizer's clamping then cannot fuse it.
+        """
+        found = {self._is_clamped(value) for path, value in call.inputs if is_data_argument(call, path)}
+        return len(found) > 1
+
+    def _is_clamped(self, value: ValueId) -> bool:
+        """Returns whether a value, or all of which it is put together, is the result of a fused activation function."""
+        index = self._forward.values[value].call
+        if index is None:
+            return False
+        call = self._forward.calls[index]
+        parts = [part for path, part in call.inputs if is_data_argument(call, path)]
+        if kind_of(call.function) == "concat" or is_transparent(call):
+            return bool(parts) and all(self._is_clamped(part) for part in parts)
+        return value in self._clamped
 
     def _only_reader(self, value: ValueId) -> Call | None:
         readers = self._readers[value]
