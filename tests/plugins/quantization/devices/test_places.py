@@ -146,6 +146,31 @@ def test_nothing_stands_between_a_convolution_its_batch_norm_and_a_fused_activat
     )
 
 
+@pytest.mark.parametrize("pooled", [False, True])
+@pytest.mark.parametrize("device", ["onnxruntime-cpu", "openvino-cpu"])
+def test_parts_of_a_concatenation_keep_their_grids_if_only_some_come_from_a_fused_relu(device, pooled):
+    # ONNX Runtime fuses a ReLU only if the grid behind it begins at 0, and concatenates integers of several scales.
+    def net(first, second):
+        def forward(m, x):
+            left = first(m.a(x))
+            left = F.max_pool2d(left, 3, 1, 1) if pooled else left
+            return m.c(torch.cat([left, second(m.b(x))], 1))
+
+        return Wired(forward, a=conv(), b=conv(), c=conv(16, 8)).eval()
+
+    def sharing(first, second):
+        found = places(plan(net(first, second), torch.ones(2, *IMAGES), device=device))
+        return max(len(at) for at in found) > 1
+
+    identity = torch.nn.Identity()
+    assert sharing(F.relu, F.relu)
+    assert sharing(identity, identity)
+    assert sharing(F.silu, F.silu)
+    assert sharing(F.relu, identity) == sharing(identity, F.relu6) == (device == "openvino-cpu")
+    # A part that is itself put together of both kinds is of the second one.
+    assert sharing(lambda x: torch.cat([F.relu(x), x], 1)[:, 4:12], identity)
+
+
 def test_the_shortcut_of_a_fused_addition_has_the_quantizer_whatever_its_side():
     def block(swap):
         def forward(m, x):
