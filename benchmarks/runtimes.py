@@ -15,6 +15,7 @@ benchmarks.exported_accuracy for that).
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import shutil
 import subprocess
@@ -30,7 +31,7 @@ import torch
 from benchmarks import report
 from benchmarks.exported_latency import instructions
 from benchmarks.runtime_networks import CASES, Case, network
-from benchmarks.runtime_programs import measured_programs
+from benchmarks.runtime_programs import PEER, measured_programs
 from compress_core import create_compressed_model
 from compress_core.cli.compare import runtime_of
 from compress_core.contract.statistics import Table
@@ -133,6 +134,34 @@ def rows_of(name: str, runtime: str, result: dict[str, Any]) -> list[tuple[Any, 
     return rows
 
 
+def summary(results: dict[str, Any]) -> Table:
+    """Returns the time of each 8-bit file as a share of FP32's: a row for each network and runtime."""
+    columns = ("ours", "NNCF 3", "ORT static", PEER)
+    rows = []
+    for name, runtimes in results.items():
+        for runtime, result in runtimes.items():
+            cells = []
+            for label in columns:
+                entry, failed = result["files"].get(label), label in result["failures"]
+                if entry is None:
+                    cells.append("no file" if failed else "-")
+                    continue
+                median = entry["ratios"].get("1", entry["ratios"].get(1))[1]
+                worst = max((a["relative_mean"] for a in entry["agreements"]), default=float("nan"))
+                cells.append(f"{median:.2f} ({worst:.2f})")
+            rows.append((name, runtime, *cells))
+    return Table("time / FP32 (difference to FP32)", ("network", "runtime", *columns), rows)
+
+
+def earlier() -> dict[str, Any]:
+    """Returns the results of an earlier call on a processor with the same instructions."""
+    path = report.RESULTS / "runtimes.json"
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    same = found.get("instructions") == instructions()
+    networks: dict[str, Any] = found["networks"] if same else {}
+    return networks
+
+
 def main() -> None:
     """Measures, prints, and writes results/runtimes.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -140,20 +169,21 @@ def main() -> None:
     parser.add_argument("--runtimes", nargs="+", default=list(RUNTIMES), choices=list(RUNTIMES))
     parser.add_argument("--peer", metavar="PYTHON", help="the Python of an environment with NNCF 3")
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--keep", action="store_true", help="keep the results of other networks and runtimes")
     options = parser.parse_args()
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
-    results: dict[str, Any] = {}
+    results = earlier() if options.keep else {}
     headers = ("network", "runtime", "file", "ms", "time / FP32", "MB", "in integers", "difference")
     for name in options.networks:
         for runtime in options.runtimes:
             with tempfile.TemporaryDirectory() as folder:
                 result = measured(name, runtime, options.peer, options.rounds, Path(folder))
-            results.setdefault(name, {})[runtime] = result
+            results.setdefault(name, {})[runtime] = {"rounds": options.rounds, **result}
             title = f"{name}, batch 1, one thread, {options.rounds} rounds, median [quartiles]"
             report.show(Table(title, headers, rows_of(name, runtime, result)))
-            found = {"instructions": instructions(), "rounds": options.rounds, "networks": results}
-            report.write("runtimes", found)
+            report.write("runtimes", {"instructions": instructions(), "networks": results})
+    report.show(summary(results))
     print("instructions of the processor:", ", ".join(instructions()) or "unknown")
 
 
