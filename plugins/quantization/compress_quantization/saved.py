@@ -13,7 +13,7 @@ from compress_core import Plan, StateError
 from compress_core.errors import CompressionError
 from compress_core.saved import STRICT, Items, Whole, damaged, parsed, shown
 from compress_core.transforms.places import CallPattern
-from compress_quantization.plan import PlannedQuantizer
+from compress_quantization.plan import GATE_SPEC, PlannedQuantizer
 
 _Path = Items[Whole | str]
 
@@ -47,6 +47,7 @@ class _SavedQuantizer(BaseModel):
     parameter: str
     places: Items[_SavedPlace]
     initial_range: _SavedRange
+    is_gate: bool = False
 
 
 class _SavedDetails(BaseModel):
@@ -141,6 +142,8 @@ def _check_settings(quantizer: PlannedQuantizer, path: str) -> None:
         quantizer.parameter
     ):
         raise damaged(path, "must have a parameter in the group 'weights', and places in 'activations'")
+    if quantizer.is_gate and (quantizer.group != "activations" or spec != GATE_SPEC or math.prod(quantizer.shape) != 1):
+        raise damaged(path, "must be of activations, with 8 bits, unsigned and one scale, if is_gate is set")
     try:
         quantizer.initial_range.to_config()
     except (CompressionError, ValueError) as error:
