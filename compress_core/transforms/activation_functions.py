@@ -16,7 +16,7 @@ ACTIVATION_FUNCTIONS: dict[str, Callable[..., torch.Tensor]] = {
 """Activation functions by name. It has those for which one pass was measured to be faster than two. All take
 `inplace`."""
 
-COMPUTABLE_ACTIVATIONS = frozenset({*ACTIVATION_FUNCTIONS, "silu"})
+COMPUTABLE_ACTIVATIONS = (*ACTIVATION_FUNCTIONS, "silu")
 """Names of the activation functions in whose place transforms can stand (`ActivationTransform.computes_activation`)."""
 
 _CALLS = {
