@@ -50,7 +50,11 @@ def notes_on_large_layers(work: Sequence[Work], runtime: str, remedy: str) -> tu
 
 
 def place_in_words(name: str, number: int | None) -> str:
-    """Returns the place of a transform: the module, which of its tensors, and the number of the call."""
+    """Returns the place of a transform: the module, which of its tensors, and the number of the call.
+
+    Of a transform that is inside of another one, it also says the key of that.
+    """
     module, _, rest = name.partition(ACTIVATIONS_ATTRIBUTE)
-    which = rest.strip(".").partition(".")[0] + ("" if number is None else f", call {number}")
-    return f"'{module.rstrip('.') or 'the model'}' ({which})"
+    chain, *inside = rest.strip(".").split(".")
+    words = [chain, *inside[: 1 if len(inside) > 1 else 0], *([] if number is None else [f"call {number}"])]
+    return f"'{module.rstrip('.') or 'the model'}' ({', '.join(words)})"

@@ -12,7 +12,7 @@ from torch import nn
 
 from compress_core.export.inputs import Inputs
 from compress_core.export.references import output_tensors
-from compress_core.transforms import activation_transforms
+from compress_core.transforms import ActivationTransform, activation_transforms
 from compress_core.transforms.python_state import copied
 
 _TINY = 1e-300
@@ -53,7 +53,13 @@ def recorded(model: nn.Module, inputs: Inputs) -> Recorded:
         model: A copy of the compressed model, in eval mode on the CPU.
         inputs: The arguments of its forward.
     """
-    transforms = {id(handle.transform) for handle in activation_transforms(model)}
+    # Those inside of others, too, which may be all that a graph shows of a transform.
+    transforms = {
+        id(module)
+        for handle in activation_transforms(model)
+        for module in handle.transform.modules()
+        if module is handle.transform or isinstance(module, ActivationTransform)
+    }
     first: dict[int, str] = {}
     names: dict[str, str] = {}
     for name, module in model.named_modules(remove_duplicate=False):

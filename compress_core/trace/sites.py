@@ -119,6 +119,15 @@ class Sites:
         found = self._pattern(where) if can_be_transformed(call.function) else None
         return of_module if found is None else CallOutput(found[0], call.function, found[1], path)
 
+    def call_output(self, where: CallRef) -> CallOutput | None:
+        """Returns the place at the result of a call itself, even if a module only returns it; None as `output_place`.
+
+        For transforms that stand in the place of a function.
+        """
+        call = self._call(where)
+        found = self._pattern(where) if can_be_transformed(call.function) else None
+        return None if found is None else CallOutput(found[0], call.function, found[1])
+
     def _module_output(self, where: CallRef, path: Path) -> ActivationPlace | None:
         call = self._call(where)
         if not self._is_unique(where, len(call.frames) - 1):

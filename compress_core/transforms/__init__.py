@@ -14,7 +14,7 @@ from compress_core.transforms.activation import (
     get_activation_transform,
     strip_activation_transforms,
 )
-from compress_core.transforms.activation_functions import ACTIVATION_FUNCTIONS
+from compress_core.transforms.activation_functions import ACTIVATION_FUNCTIONS, COMPUTABLE_ACTIVATIONS
 from compress_core.transforms.base import (
     ActivationTransform,
     ProjectingTransform,
@@ -50,6 +50,7 @@ from compress_core.transforms.weight import (
 
 __all__ = [
     "ACTIVATION_FUNCTIONS",
+    "COMPUTABLE_ACTIVATIONS",
     "ActivationPlace",
     "ActivationTransform",
     "ActivationTransformHandle",

@@ -11,8 +11,9 @@ from torch import nn
 
 from compress_core.errors import TransformError
 from compress_core.transforms.activation_forward import ActivationTransforms
+from compress_core.transforms.activation_functions import COMPUTABLE_ACTIVATIONS, activation_called
 from compress_core.transforms.call_sites import functions_named
-from compress_core.transforms.chain import TransformChain
+from compress_core.transforms.chain import TransformChain, computed_activation
 from compress_core.transforms.generated import ACTIVATIONS_ATTRIBUTE, base_class, transformed_class, update_class
 from compress_core.transforms.places import ActivationPlace, CallInput, CallOutput, ModuleOutput
 from compress_core.transforms.stage import Stage
@@ -57,9 +58,10 @@ class ActivationTransformHandle:
             transform: The new transform; see `add_activation_transform`.
 
         Raises:
-            TransformError: This transform has been removed before.
+            TransformError: This transform has been removed before, or the new one cannot be at this place.
         """
         container, name = self._found()
+        _check_computing(self.place, transform, [t for k, t in container.chain(name)._modules.items() if k != self.key])
         container.chain(name).replace(self.key, transform)
         return replace(self, transform=transform)
 
@@ -86,7 +88,8 @@ def add_activation_transform(
             module of the place. It must return a new tensor or its argument itself (not a view of it). Its backward
             must not need the returned tensor, because the next operation may write to it in place. Classes that derive
             from `ActivationTransform` declare further capabilities: to compute the preceding activation function as
-            well, to overwrite a tensor that has no other reader, to follow when channels are removed.
+            well, to stand in its place, to overwrite a tensor that has no other reader, to follow when channels are
+            removed.
         stage: Its stage, which determines its position in the chain of this place.
         key: Its name in the chain and so in `state_dict`, unique at each place; by default its class name in lower
             case. Algorithms use their own name.
@@ -95,8 +98,9 @@ def add_activation_transform(
         A handle whose `remove()` undoes this.
 
     Raises:
-        TransformError: There is no such module or function, the forward of the module cannot be changed, or the key is
-            taken or invalid. Nothing has been changed.
+        TransformError: There is no such module or function, the forward of the module cannot be changed, the key is
+            taken or invalid, or the transform computes an activation function that is not at this place, or that
+            another transform computes. Nothing has been changed.
     """
     key = type(transform).__name__.lower() if key is None else key
     if not key or "." in key:
@@ -114,6 +118,7 @@ def add_activation_transform(
     name = None if container is None else container.chain_name(_stored(container, place))
     if container is not None and name is not None and key in container.chain(name)._modules:
         raise TransformError(f"'{place}' already has a transform named '{key}'; remove it first, or choose another key")
+    _check_computing(place, transform, () if name is None or container is None else container.chain(name).children())
     container = _attach(owner)
     if name is None:
         name = _free_name(container, place)
@@ -218,6 +223,19 @@ def _check_reachable(model: nn.Module, owner: nn.Module, place: ActivationPlace,
             f"{what} has an attribute '{ACTIVATIONS_ATTRIBUTE}' of its own; rename it, compress-core keeps its "
             "transforms under that name"
         )
+
+
+def _check_computing(place: ActivationPlace, transform: nn.Module, others: Iterable[nn.Module | None]) -> None:
+    activation = computed_activation(transform)
+    if not activation:
+        return
+    what = f"'{place}': {type(transform).__name__} computes the activation function '{activation}' itself"
+    if activation not in COMPUTABLE_ACTIVATIONS:
+        raise TransformError(f"{what}, and a transform can do that for {', '.join(sorted(COMPUTABLE_ACTIVATIONS))}")
+    if not isinstance(place, CallOutput) or place.item or activation_called(place.function) != activation:
+        raise TransformError(f"{what}, so its place is the CallOutput of that function")
+    if any(computed_activation(other) for other in others):
+        raise TransformError(f"{what}, and so does another transform there; remove that one first")
 
 
 def _attach(owner: nn.Module) -> ActivationTransforms:

@@ -255,7 +255,11 @@ class ActivationTransforms(TransformContainer):
             args, kwargs = run_quietly(replace_argument, args, kwargs, site.path, self.chain(site.chain), site.place)
         result = None
         if function.activation is not None and len(outputs) == 1:
-            result = self._fused(function, function.activation, outputs[0].chain, args, kwargs)
+            chain = self.chain(outputs[0].chain)
+            if chain.computes and not chain.bypassed:
+                result = self._computed(function, chain, args, kwargs)
+            else:
+                result = self._fused(function, function.activation, outputs[0].chain, args, kwargs)
         if result is None:
             result = func(*args, **kwargs)
             for site in outputs:
@@ -264,6 +268,27 @@ class ActivationTransforms(TransformContainer):
             run_quietly(torch.Tensor.copy_, written, result)
             return written
         return result
+
+    def _computed(
+        self, function: TransformedFunction, chain: TransformChain, args: Any, kwargs: Any
+    ) -> torch.Tensor | None:
+        """Computes an activation function, and all transforms of its result, by transforms alone.
+
+        Returns None for a call without an argument, which torch refuses.
+        """
+        argument = args[0] if args else kwargs.get("input")
+        in_place = bool(args[1] if len(args) > 1 else kwargs.get("inplace", False))
+        if argument is None:
+            return None
+        if not count_replaced(function.objects):
+            raise TransformError(
+                f"'{chain.first_name}' computes {function.name} itself, and a transform of an outer module is at the "
+                "same call; name one of them in ignored_scopes"
+            )
+        # A copy, because what is written to below must not be what autograd has saved.
+        given = run_quietly(torch.clone, argument) if in_place and torch.is_grad_enabled() else argument
+        result = run_quietly(chain.computed, given)
+        return run_quietly(torch.Tensor.copy_, argument, result) if in_place else result
 
     def _fused(
         self, function: TransformedFunction, activation: str, chain_name: str, args: Any, kwargs: Any

@@ -1,4 +1,4 @@
-"""Activation functions that the transform directly after them can compute as well, in one pass."""
+"""Activation functions that a transform can compute: along with itself, in one pass, or in place of the function."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ ACTIVATION_FUNCTIONS: dict[str, Callable[..., torch.Tensor]] = {
 """Activation functions by name. It has those for which one pass was measured to be faster than two. All take
 `inplace`."""
 
+COMPUTABLE_ACTIVATIONS = (*ACTIVATION_FUNCTIONS, "silu")
+"""Names of the activation functions in whose place transforms can stand (`ActivationTransform.computes_activation`)."""
+
 _CALLS = {
     "torch.relu": "relu",
     "torch.relu_": "relu",
@@ -25,6 +28,7 @@ _CALLS = {
     "torch.nn.functional.relu_": "relu",
     "torch.nn.functional.relu6": "relu6",
     "torch.nn.functional.hardswish": "hardswish",
+    "torch.nn.functional.silu": "silu",
 }
 
 # Modules that only compute an activation function, and the function that they call.

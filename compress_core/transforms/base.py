@@ -156,6 +156,12 @@ class ActivationTransform(Transform):
         fused_activations: Names (in `ACTIVATION_FUNCTIONS`) of the activation functions that `fused` computes as well,
             if the transform comes directly after one of them.
         fuses_in_place: Whether `fused_in_place` does the same for in-place activation functions.
+        computes_activation: Name (in `COMPUTABLE_ACTIVATIONS`) of the activation function in whose place the transform
+            stands; empty if in none's. `forward` then takes the argument of the function, and its result takes the
+            place of the function's result; the function itself is called only while transforms are bypassed. Such a
+            transform is added at the `CallOutput` of its function, one at each place, and comes before all others of
+            the place, whatever their stages. This is no optimization: where the core cannot hand it the argument, the
+            forward raises `TransformError`.
         owns_input: Whether `forward_owned` may be called, which overwrites its argument; the core calls it if the
             tensor has no other reader.
         label: The name under which users know it, which `ignored_scopes` takes; for messages. An algorithm sets it.
@@ -164,6 +170,7 @@ class ActivationTransform(Transform):
     fused_activations: ClassVar[frozenset[str]] = frozenset()
     fuses_in_place: ClassVar[bool] = False
     owns_input: ClassVar[bool] = False
+    computes_activation: ClassVar[str] = ""
     label: str = ""
 
     def fused(self, x: torch.Tensor, activation: str) -> torch.Tensor:

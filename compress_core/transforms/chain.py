@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from compress_core.errors import TransformError
 from compress_core.torch_internals import has_hooks
 from compress_core.transforms.base import ActivationTransform
 from compress_core.transforms.checkpoints import (
@@ -29,9 +30,11 @@ class TransformChain(nn.Module):
         bypassed: Whether tensors are returned as they are.
         places: Number of places of the chain: layers with tied weights share one.
         awaited: While a resumed model waits for its checkpoint, what it waits for.
+        computes: Name of the activation function in whose place the first transform stands; empty if in none's.
     """
 
     awaited: Awaited | None = None
+    computes: str = ""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,26 +43,36 @@ class TransformChain(nn.Module):
         self._stages: dict[str, int] = {}
 
     def add(self, key: str, transform: nn.Module, stage: int) -> None:
-        """Inserts `transform` after all transforms of the same or an earlier stage."""
+        """Inserts `transform` after all transforms of the same or an earlier stage.
+
+        One that stands in the place of an activation function becomes the first.
+        """
         # Not add_module: it refuses names that the chain has as attributes, such as "add" or "training".
         self._modules[key] = transform
         count_chains(transform, 1)
         self._stages[key] = stage
-        in_order = sorted(self._modules, key=lambda name: self._stages[name])  # sorted() is stable
-        for name in in_order:
-            self._modules[name] = self._modules.pop(name)
+        self._order()
 
     def discard(self, key: str) -> None:
         """Removes the transform `key` from the chain."""
         count_chains(self.get_submodule(key), -1)
         del self._modules[key]
         del self._stages[key]
+        self._order()
 
     def replace(self, key: str, transform: nn.Module) -> None:
         """Puts another transform in the place of the transform `key`."""
         count_chains(self.get_submodule(key), -1)
         self._modules[key] = transform.train(self.training)
         count_chains(transform, 1)
+        self._order()
+
+    def _order(self) -> None:
+        computing = {name: computed_activation(transform) for name, transform in self._modules.items()}
+        in_order = sorted(self._modules, key=lambda name: (not computing[name], self._stages[name]))  # it is stable
+        for name in in_order:
+            self._modules[name] = self._modules.pop(name)
+        self.computes = computing[in_order[0]] if in_order else ""
 
     def stage_of(self, key: str) -> int:
         """Returns the stage of the transform `key`."""
@@ -71,9 +84,18 @@ class TransformChain(nn.Module):
             self._check_awaited()
         if self.bypassed:
             return tensor
+        self._check_called()
         for transform in self._modules.values():
             tensor = transform(tensor)  # type: ignore[misc]
         return tensor
+
+    def computed(self, argument: torch.Tensor) -> torch.Tensor:
+        """Maps the argument of the activation function `computes` to what takes the place of its result."""
+        if self.awaited is not None:
+            self._check_awaited()
+        for transform in self._modules.values():
+            argument = transform(argument)  # type: ignore[misc]
+        return argument
 
     def up_to(self, tensor: torch.Tensor, stage: int | None) -> torch.Tensor:
         """Applies the transforms of stages before `stage` (None for all stages), even if the chain is bypassed."""
@@ -88,6 +110,7 @@ class TransformChain(nn.Module):
             self._check_awaited()
         if self.bypassed:
             return tensor
+        self._check_called()
         for transform in self._modules.values():
             if isinstance(transform, ActivationTransform) and transform.owns_input and not has_hooks(transform):
                 tensor = transform.forward_owned(tensor)
@@ -102,7 +125,7 @@ class TransformChain(nn.Module):
             activation: Name of the activation function.
             in_place: Whether the function works in place; then the chain must have no other transform.
         """
-        if self.bypassed:
+        if self.bypassed or self.computes:
             return False
         for first in self._modules.values():  # not next(iter(...)), which torch.compile of 2.8 cannot follow
             if not isinstance(first, ActivationTransform) or has_hooks(first):
@@ -126,6 +149,18 @@ class TransformChain(nn.Module):
             first = False
         return tensor
 
+    @property
+    def first_name(self) -> str:
+        """The name under which users know the first transform, or its key."""
+        return next((getattr(transform, "label", "") or key for key, transform in self._modules.items()), "")
+
+    def _check_called(self) -> None:
+        if self.computes:
+            raise TransformError(
+                f"'{self.first_name}' computes the activation function '{self.computes}' itself and was given its "
+                "result: here no transform can take the place of the function; name this one in ignored_scopes"
+            )
+
     def _check_awaited(self) -> None:
         if not torch.compiler.is_compiling() and self.awaited is not None:
             self.awaited.say()
@@ -141,6 +176,11 @@ class TransformChain(nn.Module):
                 for name in transform.state_dict():
                     del destination[f"{prefix}{key}.{name}"]
         return result
+
+
+def computed_activation(transform: nn.Module | None) -> str:
+    """Returns the activation function in whose place a transform stands, or the empty string."""
+    return transform.computes_activation if isinstance(transform, ActivationTransform) else ""
 
 
 class TransformContainer(nn.Module):

@@ -26,7 +26,6 @@ from compress_core.contract.context import Context
 from compress_core.data.calibration import CalibrationData
 from compress_core.export import ExportTarget, GraphRewrite
 from compress_core.saved import damaged
-from compress_core.transforms import add_activation_transform, add_weight_transform
 from compress_quantization.calibration import Calibrated, calibrate
 from compress_quantization.config import QuantizationConfig, QuantizerGroup
 from compress_quantization.config_checks import check_config, given_to_example_scripts
@@ -36,7 +35,7 @@ from compress_quantization.fake_quantize import FakeQuantize
 from compress_quantization.plan import PlannedQuantizer
 from compress_quantization.planning import Planner
 from compress_quantization.profiles import load_profile
-from compress_quantization.quantizers import find_quantizer, make_quantizer, replace_by_native
+from compress_quantization.quantizers import add_quantizer, find_quantizer, make_quantizer, replace_by_native
 from compress_quantization.ranges import collector_for
 from compress_quantization.saved import SavedQuantization, saved_quantizers
 from compress_quantization.staging import StagedQuantization
@@ -126,13 +125,9 @@ class Quantization(Algorithm):
         """Adds the quantizers, with provisional ranges."""
         multiplier = context.lr_multiplier(self)
         for planned in self._planned:
-            module = make_quantizer(planned.spec, planned.shape, lr_multiplier=multiplier)
+            module = make_quantizer(planned.spec, planned.shape, is_gate=planned.is_gate, lr_multiplier=multiplier)
             module.to(device=_device_of(model))
-            module.label = planned.name
-            if planned.parameter:
-                add_weight_transform(model, planned.parameter, module, stage=self.stage, key=self.name)
-            for place in planned.places:
-                add_activation_transform(model, place, module, stage=self.stage, key=self.name)
+            add_quantizer(model, planned, module, self.stage, self.name)
         if self.config.params.staged:
             self._staging = StagedQuantization(self.config.params)
             self._apply_stage()

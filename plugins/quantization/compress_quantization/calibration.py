@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -46,7 +46,7 @@ class Calibrated:
 
 def calibrate(
     model: nn.Module,
-    quantizers: Iterable[Calibrated],
+    quantizers: Collection[Calibrated],
     data: CalibrationData | None,
     *,
     batch_norm: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
@@ -75,12 +75,13 @@ def calibrate(
     chosen = [quantizer for quantizer in quantizers if quantizer.samples]
     weights = [quantizer for quantizer in chosen if quantizer.planned.group == "weights"]
     activations = [quantizer for quantizer in chosen if quantizer.planned.group == "activations"]
+    gates = [quantizer for quantizer in quantizers if quantizer.planned.is_gate]
     for quantizer in weights:
         _see_weight(model, quantizer)
         _set_range(quantizer)
     if data is None or not activations:
         return []
-    with _observing([], silenced=activations), batch_norm():
+    with _observing([], silenced=[*activations, *gates]), batch_norm():
         _see_activations(model, activations, data)
     unreached = _unreached(activations, data, strict=strict)
     for quantizer in activations:

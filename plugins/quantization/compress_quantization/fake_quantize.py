@@ -147,7 +147,7 @@ class FakeQuantize(ProjectingTransform, ActivationTransform):
 
     def allowed_values(self, weight: torch.Tensor) -> WeightGrid | None:
         """Returns the grid, or None while the quantizer is off."""
-        if not self._is_active(weight):
+        if not self.is_active(weight):
             return None
         g = self.grid()
         scale, zero_point = g.scale.reshape(self.shape), g.zero_point.reshape(self.shape)
@@ -182,7 +182,7 @@ class FakeQuantize(ProjectingTransform, ActivationTransform):
         Raises:
             UsageError: `x` does not have the number of channels of the quantizer.
         """
-        if self._is_active(x):
+        if self.is_active(x):
             return self._quantize(x, None)
         if self.observer is not None:
             self.observer(x)
@@ -190,7 +190,7 @@ class FakeQuantize(ProjectingTransform, ActivationTransform):
 
     def forward_owned(self, x: torch.Tensor) -> torch.Tensor:
         """Does what `forward` does, but may overwrite `x`, which has no other reader."""
-        if self._is_active(x):
+        if self.is_active(x):
             return self._quantize(x, None, owned=True)
         result: torch.Tensor = self.forward(x)
         return result
@@ -202,7 +202,7 @@ class FakeQuantize(ProjectingTransform, ActivationTransform):
             x: What the activation function takes.
             activation: Its name, of `compress_core.transforms.ACTIVATION_FUNCTIONS`.
         """
-        if self._is_active(x):
+        if self.is_active(x):
             return self._quantize(x, activation)
         result: torch.Tensor = self.forward(ACTIVATION_FUNCTIONS[activation](x))
         return result
@@ -214,12 +214,13 @@ class FakeQuantize(ProjectingTransform, ActivationTransform):
             x: What the activation function takes.
             activation: Its name, of `compress_core.transforms.ACTIVATION_FUNCTIONS`.
         """
-        if self._is_active(x) and kernels.can_replace(x, activation):
+        if self.is_active(x) and kernels.can_replace(x, activation):
             return self._quantize(x, activation, owned=True)
         result: torch.Tensor = self.forward(ACTIVATION_FUNCTIONS[activation](x, inplace=True))
         return result
 
-    def _is_active(self, x: torch.Tensor) -> bool:
+    def is_active(self, x: torch.Tensor) -> bool:
+        """Returns whether `forward` would quantize a tensor."""
         return self.observer is None and self.enabled and x.is_floating_point()
 
     def _quantize(self, x: torch.Tensor, activation: str | None, *, owned: bool = False) -> torch.Tensor:

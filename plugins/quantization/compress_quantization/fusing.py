@@ -37,6 +37,11 @@ def fused_calls(forward: ForwardTrace, constants: Container[ValueId]) -> set[int
     return _Fusing(forward, constants).run()
 
 
+def written_silus(forward: ForwardTrace, constants: Container[ValueId]) -> list[tuple[ValueId, set[int]]]:
+    """Returns x of each written-out x * sigmoid(x), and the numbers of its two calls; arguments as in `fused_calls`."""
+    return _Fusing(forward, constants).silus()
+
+
 class _Fusing:
     def __init__(self, forward: ForwardTrace, constants: Container[ValueId]) -> None:
         self._forward = forward
@@ -62,6 +67,15 @@ class _Fusing:
             if (is_shift or kind == "batch_norm") and len(data) == 1 and self._continues(data[0], is_shift):
                 self._fused.add(call.index)
         return self._fused
+
+    def silus(self) -> list[tuple[ValueId, set[int]]]:
+        found = []
+        for call in self._forward.calls:
+            gate = self._gate(call) - {call.index} if kind_of(call.function) == "mul" else set()
+            functions = [self._forward.calls[index] for index in gate]
+            if [base_name(function.function) for function in functions] == ["sigmoid"]:
+                found.append((self._data(functions[0])[0], {*gate, call.index}))
+        return found
 
     def _data(self, call: Call) -> list[ValueId]:
         """Returns the activations among a call's arguments, without parameters and constants."""

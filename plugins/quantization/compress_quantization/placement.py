@@ -23,7 +23,8 @@ from compress_core.trace.hook_results import USER_HOOK
 from compress_core.trace.sites import CallRef, Sites
 from compress_core.transforms.call_sites import can_be_transformed
 from compress_core.transforms.places import ActivationPlace, Path
-from compress_quantization.fusing import fused_calls
+from compress_quantization.fusing import fused_calls, written_silus
+from compress_quantization.gating import Gates, sources_of
 from compress_quantization.masks import masks_of, reads_mask
 from compress_quantization.network import Network
 from compress_quantization.normalizing import reads_inside_normalizations
@@ -54,10 +55,16 @@ def place_quantizers(trace: Trace, rules: Rules) -> Placement:
     served: list[ServedInput] = []
     trained: set[ActivationPlace] = set()
     learned: set[ActivationPlace] = set()
+    gates = Gates(rules.quantized_gates, sites)
     for number, forward in enumerate(trace.forwards):
         propagation = _Propagation(forward, rules, groups, number)
+        quantized: dict[ValueId, list[ActivationPlace]] = {}
         for wish in propagation.wishes():
-            for place, call in _places(wish, number, forward, sites):
+            found = _places(wish, number, forward, sites)
+            there = [place for place, _ in found if place is not None]
+            if wish.readers is None and not wish.is_constant and len(there) == len(found):
+                quantized[wish.value] = there
+            for place, call in found:
                 if place is None:
                     unplaced[_name(call)] = _reason(call)
                     continue
@@ -70,9 +77,11 @@ def place_quantizers(trace: Trace, rules: Rules) -> Placement:
                 if where is None or sites.is_differentiated(where):
                     learned.add(place)
         served += propagation.served()
+        gates.add(number, forward, quantized)
     unified = _unify(served, trace, rules, Unifier(groups, wishes, sites))
     idle, fixed = wishes.keys() - trained, trained - learned
-    return Placement(tuple(_merged(wishes, groups, calls)), unplaced, unified, frozenset(idle), frozenset(fixed))
+    quantizers = tuple(_merged(wishes, groups, calls))
+    return Placement(quantizers, unplaced, unified, frozenset(idle), frozenset(fixed), gates.placed())
 
 
 def modules_only_in_training(trace: Trace, rules: Rules) -> list[str]:
@@ -162,6 +171,7 @@ class _Propagation:
         self._surroundings = Surroundings(forward, self._fused, rules.operator_of)
         # Values that an operator demands to be quantized because it makes them.
         self._made = self._demanded_outputs()
+        self._open_gates()
         # Values that are quantized for all readers, and values that are quantized for some readers.
         self._whole: dict[ValueId, _Wish] = {}
         self._partial: list[_Wish] = []
@@ -218,6 +228,18 @@ class _Propagation:
             if not (self._forward.values[value].outputs and is_exact):
                 found[value] = spec
         return found
+
+    def _open_gates(self) -> None:
+        """Takes apart x * sigmoid(x) that the device computes with integers, if x is quantized where it is made."""
+        if "silu" not in self._rules.quantized_gates:
+            return
+        for value, calls in written_silus(self._forward, self._constants):
+            if self._is_made(value):
+                self._fused -= calls
+
+    def _is_made(self, value: ValueId) -> bool:
+        above = sources_of(value, self._forward)
+        return value in self._made or (bool(above) and all(map(self._is_made, above)))
 
     def _settle(self, value: ValueId) -> None:
         calls = self._forward.calls

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from compress_core.trace import Call
 from compress_core.trace.sites import CallRef
 from compress_core.transforms.places import ActivationPlace, Path
+from compress_quantization.gating import PlacedGate
 from compress_quantization.profiles import Operator
 from compress_quantization.quantizer_config import QuantizerSpec
 from compress_quantization.surroundings import OperatorOf
@@ -34,6 +35,7 @@ class Rules:
         unified_kinds: Kinds of operators whose inputs share one quantizer; for "concat", those that meet there.
         unified_calls: Operators that share one quantizer with other operators -> config path of their group.
         stored_masks: Names of buffers that hold masks of attention.
+        quantized_gates: Activation functions whose gate the device computes with integers.
     """
 
     demand: Demand
@@ -45,6 +47,7 @@ class Rules:
     unified_kinds: frozenset[str] = frozenset({"concat"})
     unified_calls: Mapping[CallRef, str] = field(default_factory=dict)
     stored_masks: frozenset[str] = frozenset()
+    quantized_gates: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,7 @@ class Placement:
         unified: Config path of a group of operators -> its unified quantizer.
         idle_in_training: Places that the forwards in training mode do not reach.
         fixed_in_training: Places that they reach, but only where no gradient flows, so that ranges are not learned.
+        gates: The activation functions whose gate is quantized.
     """
 
     quantizers: tuple[Placed, ...]
@@ -85,3 +89,4 @@ class Placement:
     unified: dict[str, Unified] = field(default_factory=dict)
     idle_in_training: frozenset[ActivationPlace] = frozenset()
     fixed_in_training: frozenset[ActivationPlace] = frozenset()
+    gates: tuple[PlacedGate, ...] = ()

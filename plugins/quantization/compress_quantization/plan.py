@@ -10,6 +10,9 @@ from compress_core.transforms.places import ActivationPlace, place_from_dict
 from compress_quantization.config import QuantizerGroup, RangeConfig
 from compress_quantization.quantizer_config import QuantizerSpec
 
+GATE_SPEC = QuantizerSpec(bits=8, mode="symmetric", signed=False)
+"""The settings of the quantizer of a gate."""
+
 
 @dataclass(frozen=True)
 class InitialRange:
@@ -60,6 +63,7 @@ class PlannedQuantizer:
         parameter: Dotted name of the weight; empty for activations.
         places: Its places; empty for weights.
         initial_range: How its range is initialized: type, number of samples and percentiles.
+        is_gate: Whether it is the quantizer of a gate (`gates`), whose range is fixed, and not that of a tensor.
     """
 
     name: str
@@ -69,6 +73,13 @@ class PlannedQuantizer:
     parameter: str = ""
     places: tuple[ActivationPlace, ...] = ()
     initial_range: InitialRange = InitialRange()
+    is_gate: bool = False
+
+    @classmethod
+    def of_gate(cls, name: str, place: ActivationPlace) -> PlannedQuantizer:
+        """Returns the entry of a gate, which is not calibrated."""
+        unmeasured = InitialRange(num_init_samples=0)
+        return cls(name, "activations", GATE_SPEC, (1,), places=(place,), initial_range=unmeasured, is_gate=True)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns JSON-able values."""
@@ -80,6 +91,7 @@ class PlannedQuantizer:
             "parameter": self.parameter,
             "places": [place.to_dict() for place in self.places],
             "initial_range": asdict(self.initial_range),
+            **({"is_gate": True} if self.is_gate else {}),
         }
 
     @classmethod
@@ -93,6 +105,7 @@ class PlannedQuantizer:
             parameter=values["parameter"],
             places=tuple(place_from_dict(place) for place in values["places"]),
             initial_range=InitialRange.from_dict(values["initial_range"]),
+            is_gate=values.get("is_gate", False),
         )
 
 

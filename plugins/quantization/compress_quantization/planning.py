@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import replace
 
 import torch
@@ -120,7 +120,8 @@ class Planner:
             output_spec=outputs,
             exact_outputs=False,
         )
-        everywhere = len(place_quantizers(self._trace, rules).quantizers)
+        placement = place_quantizers(self._trace, rules)
+        everywhere = len(placement.quantizers) + len(placement.gates)
         weights = len(self._weight_tensors())
         # If readers of a tensor disagree, it gets more than one quantizer.
         return {"weights": weights, "activations": max(everywhere, activations)}
@@ -254,6 +255,7 @@ class Planner:
             unified_kinds=self._profile.unified_scales,
             unified_calls=groups.calls,
             stored_masks=self._stored_masks,
+            quantized_gates=self._profile.quantized_gates,
         )
         placement = place_quantizers(self._trace, rules)
         self._plan.skipped |= placement.unplaced
@@ -265,15 +267,37 @@ class Planner:
                 self._plan.skipped[own.names[0].name] = reason
             else:
                 wanted.append((placed, own))
+        gates = self._gates(placement, {place for placed, _ in wanted for place in placed.places})
         if self._config.validate_scopes:
             self._by_name.check()
-        self._plan.potential = self._potential(rules, len(wanted))
+        self._plan.potential = self._potential(rules, len(wanted) + len(gates))
         self._warn_of_modes(placement, wanted, rules)
         self.unified = {
             path: [f"{place_name(place)}|{_port(place)}" for place in found.places]
             for path, found in groups.check(placement.unified).items()
         }
-        return [self._planned(placed, own) for placed, own in wanted]
+        return [*(self._planned(placed, own) for placed, own in wanted), *gates]
+
+    def _gates(self, placement: Placement, quantized: Set[ActivationPlace]) -> list[PlannedQuantizer]:
+        """Returns the gates that no scope excludes, and that have their quantizers in front and behind."""
+        found = []
+        for gate in placement.gates:
+            key, name = self._key(gate.call), place_name(gate.place)
+            modules = [gate.call.module]
+            own = ScopedModule(name, (name,))
+            place = QuantizerPlace((own, self._calls[key], *self._module_names(modules)), "activations", "", "GATE")
+            # All are asked, so that each entry counts as used.
+            reasons = [
+                self._ignored_by_name(place),
+                self._scopes.reason_to_skip([*modules, call_key(*key)]),
+                self.resolver.reason_to_skip(place),
+            ]
+            reason = next(filter(None, reasons), None)
+            if reason:
+                self._plan.skipped[str(place)] = reason
+            elif gate.needs <= quantized:
+                found.append(PlannedQuantizer.of_gate(str(place), gate.place))
+        return found
 
     def _ignored_by_name(self, place: QuantizerPlace) -> str | None:
         # Both are asked, so that each entry counts as used.

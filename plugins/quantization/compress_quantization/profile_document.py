@@ -114,6 +114,11 @@ class ProfileDocument(_Strict):
     unified_scales: list[Kind] = Field(
         default_factory=list, description="kinds of operators whose inputs have to share one quantizer"
     )
+    quantized_gates: list[Literal["silu"]] = Field(
+        default_factory=list,
+        description="self-gated activation functions that the runtime computes with integers, as a sigmoid and a "
+        "product: between two quantizers, the model computes x * q(sigmoid(x)), where q rounds to multiples of 1/255",
+    )
     schemes: dict[str, SchemeDocument] = Field(min_length=1, description="the schemes by a name of your choice")
     operators: list[OperatorDocument] = Field(
         min_length=1, description="the operators that are computed with integers; others are not quantized"

@@ -122,6 +122,7 @@ class Profile:
         presets: Whether `preset` sets the modes: always, only if the config names one, or never.
         half_range_weights: Whether 8-bit weights may overflow on the device, so that `overflow_fix` applies.
         unified_scales: Kinds of operators whose inputs must share one quantizer.
+        quantized_gates: Activation functions whose gate the device computes with integers.
         operators: What the device supports for each kind of operator.
     """
 
@@ -129,6 +130,7 @@ class Profile:
     presets: Literal["always", "if_given", "never"]
     half_range_weights: bool
     unified_scales: frozenset[str] = frozenset()
+    quantized_gates: frozenset[str] = frozenset()
     operators: Mapping[str, Operator] = field(default_factory=dict)
 
     def schemes(self, group: QuantizerGroup, operator: str, *, depthwise: bool = False) -> tuple[Scheme, ...]:
@@ -239,6 +241,7 @@ def parse_profile(document: Mapping[str, Any]) -> Profile:
         presets=document["presets"],
         half_range_weights=document["half_range_weights"],
         unified_scales=frozenset(document.get("unified_scales", ())),
+        quantized_gates=frozenset(document.get("quantized_gates", ())),
         operators=operators,
     )
 

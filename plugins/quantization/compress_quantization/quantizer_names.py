@@ -14,7 +14,7 @@ from compress_core.errors import Problem
 from compress_core.transforms.places import ActivationPlace
 from compress_quantization.config import QuantizerGroup
 
-_QUANTIZER = re.compile(r"^(?P<scope>.+)\|(?P<port>WEIGHT|OUTPUT|INPUT\d*)$")
+_QUANTIZER = re.compile(r"^(?P<scope>.+)\|(?P<port>WEIGHT|OUTPUT|INPUT\d*|GATE)$")
 _REGEX_PREFIX = "{re}"
 _NNCF_INPUT = "/nncf_model_input_"
 
@@ -28,7 +28,7 @@ class QuantizerPlace:
             calls at an activation. A call that is not a module has a name below that of its module, and its NNCF name.
         group: Whether it is for weights or for activations.
         operator: Kind of its operator (`compress_quantization.profiles`).
-        port: `WEIGHT`, `OUTPUT` or `INPUT<n>`, as NNCF names it.
+        port: `WEIGHT`, `OUTPUT` or `INPUT<n>`, as NNCF names it; `GATE` for that of an activation function.
         depthwise: Whether the operator is a depthwise convolution.
         first_layer: Whether the operator is the first convolution that an input of the model reaches.
     """

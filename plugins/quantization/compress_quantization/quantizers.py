@@ -8,27 +8,35 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import nn
 
+from compress_core import Stage
 from compress_core.transforms import (
     ActivationTransform,
     activation_transforms,
     add_activation_transform,
+    add_weight_transform,
     get_activation_transform,
     get_weight_transform,
 )
 from compress_quantization.fake_quantize import AsymmetricFakeQuantize, FakeQuantize, SymmetricFakeQuantize
+from compress_quantization.gates import KEY, FixedQuantize, QuantizedGate, quantizer_in, with_quantizer
 from compress_quantization.kernels.formulas import representable
 from compress_quantization.plan import PlannedQuantizer
 from compress_quantization.quantizer_config import QuantizerSpec
 
 
-def make_quantizer(spec: QuantizerSpec, shape: tuple[int, ...], *, lr_multiplier: float = 1.0) -> FakeQuantize:
+def make_quantizer(
+    spec: QuantizerSpec, shape: tuple[int, ...], *, is_gate: bool = False, lr_multiplier: float = 1.0
+) -> FakeQuantize:
     """Returns a quantizer without a calibrated range.
 
     Args:
         spec: Its settings.
         shape: Shape of its scale.
+        is_gate: Whether it is for the gate of an activation function, whose grid is fixed.
         lr_multiplier: Factor on the gradients of its scale or range.
     """
+    if is_gate:
+        return FixedQuantize()
     cls = SymmetricFakeQuantize if spec.mode == "symmetric" else AsymmetricFakeQuantize
     module = cls(
         shape,
@@ -44,6 +52,24 @@ def make_quantizer(spec: QuantizerSpec, shape: tuple[int, ...], *, lr_multiplier
     return module
 
 
+def add_quantizer(model: nn.Module, planned: PlannedQuantizer, module: FakeQuantize, stage: Stage, key: str) -> None:
+    """Adds the quantizer of a planned entry to a model, under the key of the algorithm.
+
+    Raises:
+        TransformError: A tensor of the entry cannot be transformed.
+    """
+    module.label = planned.name
+    if planned.parameter:
+        add_weight_transform(model, planned.parameter, module, stage=stage, key=key)
+        return
+    transform: ActivationTransform = module
+    if planned.is_gate:
+        transform, key = QuantizedGate(module), f"{key}_{KEY}"
+        transform.label = planned.name
+    for place in planned.places:
+        add_activation_transform(model, place, transform, stage=stage, key=key)
+
+
 def find_quantizer(model: nn.Module, planned: PlannedQuantizer, key: str) -> FakeQuantize | None:
     """Returns the quantizer of a planned entry in a model or in a copy of it.
 
@@ -51,8 +77,9 @@ def find_quantizer(model: nn.Module, planned: PlannedQuantizer, key: str) -> Fak
     """
     if planned.parameter:
         return cast("FakeQuantize | None", get_weight_transform(model, planned.parameter, key))
+    key = f"{key}_{KEY}" if planned.is_gate else key
     found = (get_activation_transform(model, place, key) for place in planned.places)
-    return cast("FakeQuantize | None", next((module for module in found if module is not None), None))
+    return quantizer_in(next((module for module in found if module is not None), None))
 
 
 class NativeFakeQuantize(ActivationTransform):
@@ -112,7 +139,8 @@ def replace_by_native(model: nn.Module, planned: PlannedQuantizer, key: str) -> 
         return
     native = NativeFakeQuantize(quantizer)
     for handle in activation_transforms(model):
-        if handle.transform is quantizer:
+        if quantizer_in(handle.transform) is quantizer:
             handle.remove()
             if quantizer.enabled:
-                add_activation_transform(model, handle.place, native, stage=handle.stage, key=key)
+                new = with_quantizer(handle.transform, native)
+                add_activation_transform(model, handle.place, new, stage=handle.stage, key=handle.key)

@@ -12,8 +12,9 @@ from torch import nn
 from compress_core import Plan, StateError
 from compress_core.errors import CompressionError
 from compress_core.saved import STRICT, Items, Whole, damaged, parsed, shown
-from compress_core.transforms.places import CallPattern
-from compress_quantization.plan import PlannedQuantizer
+from compress_core.transforms.activation_functions import activation_called
+from compress_core.transforms.places import CallOutput, CallPattern
+from compress_quantization.plan import GATE_SPEC, PlannedQuantizer
 
 _Path = Items[Whole | str]
 
@@ -47,6 +48,7 @@ class _SavedQuantizer(BaseModel):
     parameter: str
     places: Items[_SavedPlace]
     initial_range: _SavedRange
+    is_gate: bool = False
 
 
 class _SavedDetails(BaseModel):
@@ -141,10 +143,23 @@ def _check_settings(quantizer: PlannedQuantizer, path: str) -> None:
         quantizer.parameter
     ):
         raise damaged(path, "must have a parameter in the group 'weights', and places in 'activations'")
+    _check_gate(quantizer, path)
     try:
         quantizer.initial_range.to_config()
     except (CompressionError, ValueError) as error:
         raise damaged(f"{path}.initial_range", f"is no range ({str(error).splitlines()[0]})") from error
+
+
+def _check_gate(quantizer: PlannedQuantizer, path: str) -> None:
+    if quantizer.is_gate != quantizer.name.endswith("|GATE"):
+        raise damaged(f"{path}.is_gate", "must be true for names that end with |GATE, and only for these")
+    if not quantizer.is_gate:
+        return
+    if quantizer.spec != GATE_SPEC or quantizer.shape != (1,):
+        raise damaged(path, "must have 8 bits, unsigned and symmetric, and one scale, because it is a gate")
+    functions = [place.function if isinstance(place, CallOutput) else "" for place in quantizer.places]
+    if [activation_called(function) for function in functions] != ["silu"]:
+        raise damaged(f"{path}.places", "must be the output of one call of silu, because it is a gate")
 
 
 def _check_sizes(quantizers: Sequence[_SavedQuantizer], path: str, model: nn.Module) -> None:

@@ -12,6 +12,7 @@ from compress_core.transforms import TransformedWeight, activation_transforms, t
 from compress_quantization.export.decomposed import DecomposedActivation, DecomposedWeight
 from compress_quantization.export.modules import OLDEST_OPSET, OPSET, DequantizedWeight, QuantizeDequantize
 from compress_quantization.fake_quantize import FakeQuantize
+from compress_quantization.gates import quantizer_in, with_quantizer
 
 
 def prepare(model: nn.Module, opset: int = OPSET, *, is_centered: bool = False) -> None:
@@ -54,14 +55,14 @@ def prepare_decomposed(model: nn.Module) -> None:
 def _replace_activations(model: nn.Module, make: Callable[[FakeQuantize], nn.Module]) -> None:
     made: dict[nn.Module, nn.Module] = {}
     for handle in activation_transforms(model):
-        quantizer = handle.transform
-        if not isinstance(quantizer, FakeQuantize):
+        quantizer = quantizer_in(handle.transform)
+        if quantizer is None:
             continue
         if not quantizer.enabled:
             handle.remove()
             continue
         if quantizer not in made:
-            made[quantizer] = make(quantizer)
+            made[quantizer] = with_quantizer(handle.transform, make(quantizer))
         handle.substitute(made[quantizer])
 
 

@@ -17,7 +17,7 @@ from tests.plugins.quantization.devices.device_nets import IMAGES, NETS, NEW_DEV
 EXPECTED = {
     "onnxruntime-cpu": {
         "conv_relu": "input 0 relu#0 relu#1",
-        "conv_silu": "input 0 bn silu#0 b",
+        "conv_silu": "input 0 bn silu#0 b silu#0|GATE",
         "relu6": "input 0 relu6#0 b",
         "residual": "input 0 relu#0 relu#1 n2 relu#2 pool",
         "downsample": "input 0 relu#0 n2 n3 relu#1 last",
