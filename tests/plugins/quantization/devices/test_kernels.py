@@ -79,4 +79,5 @@ def test_openvino_computes_every_quantized_weight_with_integers(name, tmp_path):
         assert kernels["Concatenation", "u8"] == 1
     if name == "upsample":
         assert kernels["Interpolate", "u8"] == 1
-    assert not any(kind == "MVN" and precision != "f32" for kind, precision in kernels)
+    # Processors with such instructions compute what stays in floating point in bfloat16.
+    assert not any(kind == "MVN" and precision not in ("f32", "bf16") for kind, precision in kernels)
