@@ -119,6 +119,8 @@ class CompressionController:
     def created(self) -> None:
         """Notes where the model has transforms; called at the end of creation."""
         self._places = TransformPlaces(self.model)
+        if self._recorder is not None and (names := self.context.recorded_modules):
+            self._recorder.attach_outputs(self.model, names)
         self.context.transaction = self._transaction
 
     def _begin(self, function: Callable[[], None], lazily: bool, call: str) -> None:
@@ -160,17 +162,21 @@ class CompressionController:
 
         Args:
             outputs: Outputs of the model in this step, for algorithms whose loss needs them; by default those of the
-                last forward in training mode, which is recorded if an algorithm needs it.
+                last forward in training mode, which is recorded if an algorithm needs it. What modules inside of the
+                model have returned is always that of the last forward.
             inputs: Positional arguments that the model was called with.
             keywords: Keyword arguments that the model was called with.
 
         Raises:
-            UsageError: An algorithm needs a forward, and there has been none.
+            UsageError: An algorithm needs a forward, and there has been none, or its inputs or outputs have been
+                written to in place since.
             PluginError: An algorithm returned something other than a scalar.
         """
-        batch = None if self._recorder is None else self._recorder.batch
-        if outputs is not None:
-            batch = Batch(inputs, keywords, outputs)
+        recorder = self._recorder
+        if outputs is None:
+            batch = None if recorder is None else recorder.batch
+        else:
+            batch = Batch(inputs, keywords, outputs, {} if recorder is None else recorder.module_outputs)
         losses = self._active.losses(self.model, batch)
         if not losses:
             device = next((p.device for p in self.model.parameters()), torch.device("cpu"))

@@ -127,7 +127,12 @@ class Lifecycle(HookCalls):
             complete = ConfigError(problems)
             complete.__notes__ = error.__notes__
             raise complete from error
-        if not plan.targets:
+        if plan.targets and not algorithm.changes_model:
+            raise PluginError(
+                f"compress_plan() of {self.who(algorithm)} returned targets, such as '{plan.targets[0]}', and it "
+                "declares changes_model = False; return Plan(()), and name in its details what the state depends on"
+            )
+        if not plan.targets and algorithm.changes_model:
             path, _ = self.context.section(algorithm)
             reasons = "; ".join(f"'{name}' {reason}" for name, reason in list(plan.skipped.items())[:3])
             why = f" ({len(plan.skipped)} left alone: {reasons})" if reasons else ""
@@ -163,7 +168,19 @@ class Lifecycle(HookCalls):
             self.context.kept_trace.forget()
         self._call("compress_commit", algorithm, model=model, plan=self.plans[algorithm.name])
         self._refuse_losses("compress_commit", algorithm, before, model)
+        self._refuse_additions(algorithm, before, model)
         self._refuse_multiplier(algorithm, before, model)
+
+    def _refuse_additions(
+        self, algorithm: Algorithm, before: Mapping[int, tuple[str, str, nn.Module]], model: nn.Module
+    ) -> None:
+        """Refuses transforms of an algorithm that declares that it changes nothing."""
+        added = [name for number, (name, _, _) in transforms_by_key(model).items() if number not in before]
+        if added and not algorithm.changes_model:
+            raise PluginError(
+                f"compress_commit() of {self.who(algorithm)} has added a transform at '{added[0]}', and the class "
+                "declares changes_model = False; remove the declaration"
+            )
 
     def _refuse_multiplier(
         self, algorithm: Algorithm, before: Mapping[int, tuple[str, str, nn.Module]], model: nn.Module
@@ -281,8 +298,9 @@ class Lifecycle(HookCalls):
         return {name: statistics for name, statistics in found.items() if statistics is not None}
 
     def stage(self, model: nn.Module) -> CompressionStage:
-        """Returns the common stage of all algorithms."""
-        stages = [self._optional("compress_stage", a, CompressionStage, model=model) for a in self.algorithms]
+        """Returns the common stage of all algorithms that change the model."""
+        members = [algorithm for algorithm in self.algorithms if algorithm.changes_model]
+        stages = [self._optional("compress_stage", a, CompressionStage, model=model) for a in members]
         return CompressionStage.combine(CompressionStage.FULLY_COMPRESSED if s is None else s for s in stages)
 
     def state(self, model: nn.Module) -> dict[str, Mapping[str, Any]]:

@@ -28,6 +28,7 @@ from compress_core.transforms.model_wide import (
     bake_transforms,
     bypass_transforms,
     has_transforms,
+    module_names,
     transformed_weights,
 )
 from compress_core.transforms.places import (
@@ -74,6 +75,7 @@ __all__ = [
     "get_weight_transform",
     "has_transforms",
     "mask_weight",
+    "module_names",
     "place_from_dict",
     "raw_parameter",
     "recompute_weights",
