@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from compress_core import Batch
+from compress_core.data.structures import copied
 
 # Of each tensor so many evenly spaced elements count for the mark of a teacher.
 _ELEMENTS = 1024
@@ -41,7 +42,7 @@ def run_teacher(teacher: nn.Module, batch: Batch, layers: Iterable[str]) -> tupl
 
 def _kept_in(calls: list[Any]) -> Callable[[nn.Module, Any, Any], None]:
     def keep(module: nn.Module, args: Any, outputs: Any) -> None:
-        calls.append(outputs)
+        calls.append(copied(outputs))  # what comes behind the layer may write to them
 
     return keep
 
