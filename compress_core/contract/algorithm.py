@@ -110,8 +110,9 @@ class Algorithm:
             `"no"`, `"creation"` (while the model is being created), or `"training"` (a frozen teacher that stays, a
             copy of it unless the user has registered another one, see `Context.teacher`).
         needs_batch: Whether its `compress_loss` needs the inputs and outputs of the model's last forward.
-        applies_lr_multiplier: Whether it multiplies the gradients of the parameters that it adds by
-            `context.lr_multiplier(self)`. If it adds parameters and does not, a config with a multiplier is refused.
+        applies_lr_multiplier: Whether its transforms multiply the gradients of their parameters by their attribute
+            `lr_multiplier`, which the core sets, and read it in each forward: `scaled_gradient(self.scores,
+            self.lr_multiplier)`. If it adds parameters and does not, a config with a multiplier is refused.
         reads_later: Values of the section (dotted, as `params.rate`) that are first read in training, for example in
             `compress_loss`. They are not reported as unused when the model is created.
         controller_api: Names of public methods and attributes that the controller offers as its own. The methods are

@@ -155,7 +155,10 @@ class Context:
         self.recorded_modules = tuple(dict.fromkeys((*self.recorded_modules, *wanted)))
 
     def lr_multiplier(self, algorithm: Algorithm) -> float:
-        """Returns the configured factor on gradients: that of the section, else that of the config, else 1."""
+        """Returns the configured factor on what the algorithm learns: that of the section, of the config, or else 1.
+
+        Transforms are told by their attribute `lr_multiplier`, see `Algorithm.applies_lr_multiplier`.
+        """
         own = getattr(algorithm.config, "compression_lr_multiplier", None)
         return float(own or self.config.root.compression_lr_multiplier or 1.0)
 

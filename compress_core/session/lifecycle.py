@@ -23,6 +23,7 @@ from compress_core.errors import ConfigError, PluginError, Problem, UsageError
 from compress_core.export.target import ExportTarget, GraphRewrite
 from compress_core.registry import Registry
 from compress_core.session.hook_calls import HookCalls
+from compress_core.session.learning_rates import apply_multiplier
 from compress_core.transforms.model_wide import evaluating, transforms_by_key
 
 
@@ -168,33 +169,17 @@ class Lifecycle(HookCalls):
             self.context.kept_trace.forget()
         self._call("compress_commit", algorithm, model=model, plan=self.plans[algorithm.name])
         self._refuse_losses("compress_commit", algorithm, before, model)
-        self._refuse_additions(algorithm, before, model)
-        self._refuse_multiplier(algorithm, before, model)
+        after = transforms_by_key(model)
+        added = [(name, transform) for number, (name, _, transform) in after.items() if number not in before]
+        self._check_additions(algorithm, added)
+        apply_multiplier(algorithm, self.context, added)
 
-    def _refuse_additions(
-        self, algorithm: Algorithm, before: Mapping[int, tuple[str, str, nn.Module]], model: nn.Module
-    ) -> None:
+    def _check_additions(self, algorithm: Algorithm, added: list[tuple[str, nn.Module]]) -> None:
         """Refuses transforms of an algorithm that declares that it changes nothing."""
-        added = [name for number, (name, _, _) in transforms_by_key(model).items() if number not in before]
         if added and not algorithm.changes_model:
             raise PluginError(
-                f"compress_commit() of {self.who(algorithm)} has added a transform at '{added[0]}', and the class "
+                f"compress_commit() of {self.who(algorithm)} has added a transform at '{added[0][0]}', and the class "
                 "declares changes_model = False; remove the declaration"
-            )
-
-    def _refuse_multiplier(
-        self, algorithm: Algorithm, before: Mapping[int, tuple[str, str, nn.Module]], model: nn.Module
-    ) -> None:
-        """Refuses a factor on gradients for an algorithm that would silently ignore it."""
-        if algorithm.applies_lr_multiplier or self.context.lr_multiplier(algorithm) == 1.0:
-            return
-        added = [entry for number, entry in transforms_by_key(model).items() if number not in before]
-        learned = [name for name, _, transform in added if any(p.requires_grad for p in transform.parameters())]
-        if learned:
-            raise ConfigError(
-                f"'{algorithm.name}' learns something (at '{learned[0]}') and does not apply this factor. Remove it, "
-                "or set it in the sections of those that do; a plugin that does declares applies_lr_multiplier = True",
-                path="compression_lr_multiplier",
             )
 
     def _refuse_losses(

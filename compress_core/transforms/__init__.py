@@ -40,6 +40,7 @@ from compress_core.transforms.places import (
     ModuleOutput,
     place_from_dict,
 )
+from compress_core.transforms.scaled_gradient import scaled_gradient
 from compress_core.transforms.weight import (
     WeightTransformHandle,
     add_weight_transform,
@@ -79,6 +80,7 @@ __all__ = [
     "place_from_dict",
     "raw_parameter",
     "recompute_weights",
+    "scaled_gradient",
     "strip_activation_transforms",
     "transformed_weight",
     "transformed_weights",

@@ -37,7 +37,6 @@ def case_for(model_name: str, kind: str) -> Case:
         inputs=inputs,
         config={"compression": [section] if kind == "alone" else [SPARSITY, section]},
         loader=[(inputs[0], torch.zeros(len(inputs[0])))] * 2,
-        tags=["inductor"] if (model_name, kind) == ("resnet", "sparse") else [],
     )
 
 

@@ -122,11 +122,10 @@ class Quantization(Algorithm):
         )
 
     @hookimpl
-    def compress_commit(self, model: nn.Module, context: Context) -> None:
+    def compress_commit(self, model: nn.Module) -> None:
         """Adds the quantizers, with provisional ranges."""
-        multiplier = context.lr_multiplier(self)
         for planned in self._planned:
-            module = make_quantizer(planned.spec, planned.shape, lr_multiplier=multiplier)
+            module = make_quantizer(planned.spec, planned.shape)
             module.to(device=_device_of(model))
             module.label = planned.name
             if planned.parameter:

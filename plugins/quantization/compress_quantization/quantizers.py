@@ -21,13 +21,12 @@ from compress_quantization.plan import PlannedQuantizer
 from compress_quantization.quantizer_config import QuantizerSpec
 
 
-def make_quantizer(spec: QuantizerSpec, shape: tuple[int, ...], *, lr_multiplier: float = 1.0) -> FakeQuantize:
+def make_quantizer(spec: QuantizerSpec, shape: tuple[int, ...]) -> FakeQuantize:
     """Returns a quantizer without a calibrated range.
 
     Args:
         spec: Its settings.
         shape: Shape of its scale.
-        lr_multiplier: Factor on the gradients of its scale or range.
     """
     cls = SymmetricFakeQuantize if spec.mode == "symmetric" else AsymmetricFakeQuantize
     module = cls(
@@ -40,7 +39,6 @@ def make_quantizer(spec: QuantizerSpec, shape: tuple[int, ...], *, lr_multiplier
     )
     if spec.mode == "symmetric":
         module.signed = bool(spec.signed)
-    module.lr_multiplier = lr_multiplier
     return module
 
 
