@@ -215,6 +215,12 @@ def _problems(config: KnowledgeDistillationConfig) -> list[Problem]:
         for name in _SCOPES
         if name in given
     ]
+    if "initializer" in given:
+        found.append(
+            Problem(
+                "initializer", "distillation changes nothing that data could correct; move it to a section that does"
+            )
+        )
     for number, entry in enumerate(config.features):
         if entry.channel_dim is not None and entry.type == "mse":
             found.append(Problem(f"features.{number}.channel_dim", "is for the types cosine and attention; remove it"))

@@ -35,6 +35,7 @@ def problems(**values):
         ({"type": "mse", "ignored_scopes": ["fc"]}, "ignored_scopes", "has no scopes"),
         ({"type": "mse", "target_scopes": ["fc"]}, "target_scopes", "has no scopes"),
         ({"type": "mse", "validate_scopes": False}, "validate_scopes", "has no scopes"),
+        ({"type": "mse", "initializer": {"batchnorm_adaptation": {}}}, "initializer", "changes nothing that data"),
         ({"features": [FEATURE], "scale": 2.0}, "scale", "can have no effect"),
         ({"features": [FEATURE], "outputs": {"a": "b"}}, "outputs", "can have no effect"),
         ({"features": [{**FEATURE, "channel_dim": 1}]}, "features.0.channel_dim", "for the types cosine and attention"),
