@@ -24,7 +24,7 @@ from compress_core.contract.stages import CompressionStage
 from compress_core.contract.statistics import CompressionStatistics, Statistics
 from compress_core.data.forwards import without_traces
 from compress_core.data.rng import preserved_rng
-from compress_core.errors import CompressionError, UsageError
+from compress_core.errors import CompressionError, PluginError, UsageError
 from compress_core.export import ExportReport, Options
 from compress_core.export.exporter import chosen_target
 from compress_core.export.sizes import DynamicShapes
@@ -121,7 +121,12 @@ class CompressionController:
     def created(self) -> None:
         """Notes where the model has transforms; called at the end of creation."""
         self._places = TransformPlaces(self.model)
-        if self._recorder is not None and (names := self.context.recorded_modules):
+        if names := self.context.recorded_modules:
+            if self._recorder is None:
+                raise PluginError(
+                    f"an algorithm has called context.record_outputs() for '{names[0]}', and none declares needs_batch, "
+                    "with which it would get them; set needs_batch = True"
+                )
             self._recorder.attach_outputs(self.model, names)
         self.context.transaction = self._transaction
         warn_if_nothing_learns(self.algorithms.values(), self.context, self.model)

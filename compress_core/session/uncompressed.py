@@ -15,6 +15,7 @@ from compress_core.contract.algorithm import Algorithm
 from compress_core.contract.initializer import Initializer
 from compress_core.data.calibration import TeacherArgs
 from compress_core.errors import ModelError, PluginError, UsageError
+from compress_core.session.batch_recorder import remove_recorders
 from compress_core.session.lifecycle import Lifecycle
 from compress_core.transforms.model_wide import bypass_transforms, has_transforms
 from compress_core.transforms.python_state import copied
@@ -79,6 +80,7 @@ class UncompressedModel:
         if needed or (self._given is not None and any(need != "no" for need in self._needed.values())):
             source = model if self._given is None else self._given
             self._copy = copied(source).eval().requires_grad_(False)
+            remove_recorders(self._copy)
         self._given = None
 
     def end_of_creation(self) -> None:

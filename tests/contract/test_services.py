@@ -380,7 +380,14 @@ def test_outputs_of_modules_that_are_replaced_are_those_of_the_new_ones():
         controller, model = create_compressed_model(net(), sections("recording", "replacing"))
         outputs = model(images())
         assert torch.allclose(controller.loss(), outputs.sum() + model[4][0](model[:4](images())).sum(), rtol=1e-4)
-    with use_registry(fresh(Recording)):
+
+    class Careless(Recording):
+        name = "careless"
+        needs_batch = False
+
+    with use_registry(fresh(Recording, Careless)):
+        with pytest.raises(PluginError, match=r"record_outputs\(\) for '0', and none declares needs_batch"):
+            create_compressed_model(net(), sections("careless"))
         model = nn.Sequential(nn.Linear(3, 3))
         with pytest.raises(PluginError, match=r"the model has no module '2'"):
             create_compressed_model(model, sections("recording"))

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.distillation import few_labels, student_after
-from compress_core import create_compressed_model, register_default_init_args
+from compress_core import ModelError, create_compressed_model, register_default_init_args
 from compress_core.registry import Registry, use_registry
 from examples.common.datasets import digits
 from examples.common.networks import demo_network
@@ -139,6 +139,35 @@ def test_beside_sparsity_pruning_and_quantization_in_one_config():
     assert losses[-1] < losses[0]
     x = images(8)
     torch.testing.assert_close(controller.strip().eval()(x), model.eval()(x), rtol=0.02, atol=0.05)
+
+
+def test_after_channels_are_gone_outputs_and_attention_go_on_and_others_say_why_not():
+    pruning = {
+        "algorithm": "filter_pruning",
+        "pruning_init": 0.5,
+        "params": {"prune_first_conv": True, "multiple_of": 1},
+    }
+    for kind in ("attention", "mse"):
+        features = [{"student": ["block1", "block2"], "type": kind}]
+        document = {"compression": [pruning, section(type="mse", features=features)]}
+        controller, model = create_compressed_model(make(), register_default_init_args(document, [images(8)] * 2))
+        model.dropout.p = 0.0
+        model(images(8))
+        controller.loss()
+        before = controller.statistics().to_dict()["knowledge_distillation"]["losses"]
+        controller.shrink()
+        assert model.block1[0].out_channels < 6
+        model(images(8))
+        if kind == "mse":
+            with pytest.raises(
+                ModelError, match=r"'?block1 <- block1 \(mse\)'? has the shape .* or the type attention"
+            ):
+                controller.loss()
+            continue
+        assert controller.loss() > 0
+        after = controller.statistics().to_dict()["knowledge_distillation"]["losses"]
+        assert after["output"] == pytest.approx(before["output"], rel=1e-3)
+        gradients(model, controller.loss())
 
 
 @pytest.mark.slow
