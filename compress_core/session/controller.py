@@ -124,8 +124,8 @@ class CompressionController:
         if names := self.context.recorded_modules:
             if self._recorder is None:
                 raise PluginError(
-                    f"an algorithm has called context.record_outputs() for '{names[0]}', and none declares needs_batch, "
-                    "with which it would get them; set needs_batch = True"
+                    f"an algorithm has called context.record_outputs() for '{names[0]}', and none declares needs_batch,"
+                    " with which it would get them; set needs_batch = True"
                 )
             self._recorder.attach_outputs(self.model, names)
         self.context.transaction = self._transaction
