@@ -92,4 +92,6 @@ def dimension(given: int | None, tensor: torch.Tensor, *, key: str, what: str) -
 def comparable(student: torch.Tensor, teacher: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns both in one dtype of at least 32 bits, so that half precision rounds no loss, on the student's device."""
     dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
-    return student.to(dtype), teacher.to(student.device, dtype)
+    if teacher.device != student.device:
+        teacher = teacher.to(student.device)
+    return student.to(dtype), teacher.to(dtype)
