@@ -53,7 +53,7 @@ def fingerprint(teacher: nn.Module) -> str:
     for name, tensor in teacher.state_dict().items():
         digest.update(f"{name} {tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else ''}".encode())
         if isinstance(tensor, torch.Tensor) and tensor.numel():
-            flat = tensor.detach().reshape(-1)
+            flat = (tensor if tensor.layout == torch.strided else tensor.to_dense()).detach().reshape(-1)
             chosen = flat[:: max(1, flat.numel() // _ELEMENTS)].cpu().contiguous()
             digest.update(chosen.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]

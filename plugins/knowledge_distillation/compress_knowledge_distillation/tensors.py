@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from compress_core import ModelError
 from compress_core.data.structures import named_entries, tensors_of
 
 
@@ -15,8 +16,16 @@ def by_path(value: Any) -> dict[str, torch.Tensor]:
 
     Paths have the names and numbers of the entries, with dots between them: `logits`, `0.hidden.2`; a value that is a
     tensor itself has the empty path.
+
+    Raises:
+        ModelError: Two tensors have the same path, because a key has a dot in it.
     """
-    return {path: tensor for path, tensor in _walk(value, "") if tensor.is_floating_point()}
+    found: dict[str, torch.Tensor] = {}
+    for path, tensor in _walk(value, ""):
+        if path in found:
+            raise ModelError(f"two tensors in what a model or layer returns have the path '{path}'; rename one")
+        found[path] = tensor
+    return {path: tensor for path, tensor in found.items() if tensor.is_floating_point()}
 
 
 def _walk(value: Any, path: str) -> Iterator[tuple[str, torch.Tensor]]:

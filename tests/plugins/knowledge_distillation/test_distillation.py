@@ -126,6 +126,13 @@ def test_outputs_are_matched_by_path_and_what_has_no_partner_is_named(caplog):
     assert [message.rpartition(": ")[2] for message in messages] == ["'mine'", "'theirs'", "'idle'", "'loss'"]
 
 
+def test_two_outputs_with_one_path_are_refused():
+    controller, model = create(Returning((4,), lambda y: {"a.b": y, "a": {"b": 2 * y}}), type="mse")
+    model(torch.randn(5, 3, dtype=torch.float64))
+    with pytest.raises(ModelError, match=r"have the path 'a\.b'"):
+        controller.loss()
+
+
 def test_outputs_with_other_names_are_paired_by_the_config():
     student = Returning((4,), lambda y: {"logits": y, "auxiliary": -y})
     teacher = Returning((4,), seed=1)
