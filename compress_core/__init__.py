@@ -19,6 +19,7 @@ from compress_core.data.calibration import (
     InitArgs,
     ModelEvaluationArgs,
     QuantizationRangeInitArgs,
+    TeacherArgs,
 )
 from compress_core.errors import (
     CompressionError,
@@ -80,6 +81,7 @@ __all__ = [
     "Statistics",
     "Table",
     "TableStatistics",
+    "TeacherArgs",
     "TransformError",
     "UsageError",
     "WeightTensor",

@@ -432,15 +432,19 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def remove_forward_hooks(module: nn.Module, kind: type) -> None:
-    """Removes the forward hooks of a class from a module that was copied or pickled, where their handles are lost.
+    """Removes forward hooks and forward pre-hooks of a class from a module whose copy or pickle has no handles of them.
 
     Why: the recorder of the batch for a loss is a hook of the model, and a stripped model must be plain.
     Public way: handles, which copies do not have.
     Without it: AttributeError at `strip` of models that have such a hook.
     """
-    for key in [key for key, hook in module._forward_hooks.items() if isinstance(hook, kind)]:
-        del module._forward_hooks[key]
-        module._forward_hooks_with_kwargs.pop(key, None)
+    for hooks, with_keywords in (
+        (module._forward_hooks, module._forward_hooks_with_kwargs),
+        (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
+    ):
+        for key in [key for key, hook in hooks.items() if isinstance(hook, kind)]:
+            del hooks[key]
+            with_keywords.pop(key, None)
 
 
 MODULE_CALL = nn.Module._call_impl.__code__

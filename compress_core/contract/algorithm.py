@@ -32,7 +32,7 @@ class Plan:
     """What an algorithm is going to change.
 
     Attributes:
-        targets: Dotted names of what will be changed, usually parameters.
+        targets: Dotted names of what will be changed, usually parameters; none for an algorithm that changes nothing.
         skipped: Dotted names of candidates that will not be changed -> the reason.
         details: Anything else that must be the same when a state is resumed; JSON-able.
     """
@@ -101,13 +101,18 @@ class Algorithm:
         stage: Its position in the pipeline.
         changes_in_place: Whether commit or calibration write to parameters and buffers, instead of adding transforms.
             Such changes cannot be bypassed, so data-driven initializers need a pass over the model before them.
+        changes_model: Whether it changes what the model computes. An algorithm that adds a loss and nothing else
+            (distillation, a penalty on weights) sets this to False: it adds no transforms, its plan has no targets, and
+            the compression stage is that of the others.
         replaces_modules: Whether commit replaces modules of the model. The algorithm then plans and commits before the
             other algorithms of its stage, which plan on the new modules.
         needs_uncompressed: Whether it needs the model as it was before the first commit (`context.uncompressed()`):
-            `"no"`, `"creation"` (while the model is being created), or `"training"` (a frozen copy that stays).
+            `"no"`, `"creation"` (while the model is being created), or `"training"` (a frozen teacher that stays, a
+            copy of it unless the user has registered another one, see `Context.teacher`).
         needs_batch: Whether its `compress_loss` needs the inputs and outputs of the model's last forward.
-        applies_lr_multiplier: Whether it multiplies the gradients of the parameters that it adds by
-            `context.lr_multiplier(self)`. If it adds parameters and does not, a config with a multiplier is refused.
+        applies_lr_multiplier: Whether its transforms multiply the gradients of their parameters by their attribute
+            `lr_multiplier`, which the core sets, and read it in each forward: `scaled_gradient(self.scores,
+            self.lr_multiplier)`. If it adds parameters and does not, a config with a multiplier is refused.
         reads_later: Values of the section (dotted, as `params.rate`) that are first read in training, for example in
             `compress_loss`. They are not reported as unused when the model is created.
         controller_api: Names of public methods and attributes that the controller offers as its own. The methods are
@@ -118,6 +123,7 @@ class Algorithm:
     Config: ClassVar[type[AlgorithmConfig]] = AlgorithmConfig
     stage: ClassVar[Stage]
     changes_in_place: ClassVar[bool] = False
+    changes_model: ClassVar[bool] = True
     replaces_modules: ClassVar[bool] = False
     needs_uncompressed: ClassVar[NeedsUncompressed] = "no"
     needs_batch: ClassVar[bool] = False

@@ -27,7 +27,7 @@ from compress_core.data.calibration import (
 )
 from compress_core.data.ranks import alone
 from compress_core.data.rng import generators_of, preserved_rng
-from compress_core.errors import ConfigError, DataError, ModelError, Problem
+from compress_core.errors import ConfigError, DataError, ModelError, PluginError, Problem
 from compress_core.torch_internals import AnyBatchNorm
 from compress_core.trace import Example, Trace, TraceError, trace
 from compress_core.trace.weights import WeightUse
@@ -55,6 +55,7 @@ class Context:
         transaction: Runs changes of the model after its creation, all or nothing.
         uncompressed_model: Provides `uncompressed` and `teacher`.
         announce_shrinkage: The function that `shrunk` calls.
+        recorded_modules: Names of the modules whose outputs losses need, see `record_outputs`.
         saved_plans: The plans in the compression state that is being resumed, by algorithm. They hold what was traced
             or measured at planning time, so that it need not be repeated.
     """
@@ -69,6 +70,7 @@ class Context:
         self.ledger = Ledger()
         self.resuming = resuming
         self.bypassable = True
+        self.recorded_modules: tuple[str, ...] = ()
         self.saved_plans: Mapping[str, Plan] = {}
         # Copies, because each section records which values were read, and another model may share the config.
         self.sections = tuple(s.unread() if isinstance(s, AlgorithmConfig) else s for s in config.sections)
@@ -119,18 +121,44 @@ class Context:
 
     @property
     def teacher(self) -> nn.Module:
-        """The uncompressed model for training: a frozen copy in eval mode, on the device of the compressed model.
+        """The frozen model to learn from, in eval mode and on the device of the compressed model.
 
-        Only for algorithms that declare `needs_uncompressed = "training"`. It is in no `state_dict` and no checkpoint;
-        to resume, the user passes it again (`uncompressed_model=`).
+        It is the model that the user has registered as `TeacherArgs`, else the uncompressed model; a copy, unless
+        `TeacherArgs(copy=False)` says otherwise. Only for algorithms that declare `needs_uncompressed = "training"`. It
+        is in no `state_dict` and no checkpoint; to resume, the user gives it again (`TeacherArgs`, or
+        `uncompressed_model=`).
 
         Raises:
             PluginError: Nobody has declared that it is needed.
+            UsageError: A teacher that is not copied is not frozen any more.
         """
         return self.uncompressed_model.teacher()
 
+    def record_outputs(self, model: nn.Module, names: Iterable[str]) -> None:
+        """Asks for what modules return in each forward in training mode, as `Batch.module_outputs`.
+
+        For `compress_commit` of algorithms that declare `needs_batch = True`. The modules are looked up at the end of
+        the creation, when all algorithms have replaced what they replace.
+
+        Args:
+            model: The model.
+            names: Dotted names of modules.
+
+        Raises:
+            PluginError: The model has no module of this name.
+        """
+        wanted = tuple(names)
+        modules = {name for name, _ in model.named_modules(remove_duplicate=False)}
+        missing = [name for name in wanted if name not in modules]
+        if missing:
+            raise PluginError(f"record_outputs(): the model has no module '{missing[0]}'")
+        self.recorded_modules = tuple(dict.fromkeys((*self.recorded_modules, *wanted)))
+
     def lr_multiplier(self, algorithm: Algorithm) -> float:
-        """Returns the configured factor on gradients: that of the section, else that of the config, else 1."""
+        """Returns the configured factor on what the algorithm learns: that of the section, of the config, or else 1.
+
+        Transforms are told by their attribute `lr_multiplier`, see `Algorithm.applies_lr_multiplier`.
+        """
         own = getattr(algorithm.config, "compression_lr_multiplier", None)
         return float(own or self.config.root.compression_lr_multiplier or 1.0)
 

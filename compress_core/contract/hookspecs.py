@@ -147,7 +147,7 @@ def compress_plan(model: nn.Module, algorithm: Algorithm, context: Context) -> P
     """Returns what the algorithm will change, and why it skips the rest. Required.
 
     Called before any algorithm of its stage has changed anything; must not change the model. A plan without a target
-    is reported to the user as an error.
+    is reported to the user as an error, unless the algorithm declares `changes_model = False`.
 
     Args:
         model: The model after all earlier stages.
@@ -325,7 +325,8 @@ def compress_loss(model: nn.Module, algorithm: Algorithm, batch: Batch | None, c
         model: The compressed model.
         algorithm: The algorithm.
         batch: Arguments and outputs of the last forward in training mode, for algorithms that declare
-            `needs_batch = True`; None for the others.
+            `needs_batch = True`; None for the others. It holds what modules inside of the model have returned, too,
+            if the algorithm has called `context.record_outputs` for them in `compress_commit`.
         context: The context.
 
     Example:
@@ -358,6 +359,8 @@ def compress_statistics(model: nn.Module, algorithm: Algorithm, context: Context
 @hookspec
 def compress_stage(model: nn.Module, algorithm: Algorithm, context: Context) -> CompressionStage:  # type: ignore[empty-body]
     """Returns the progress of this algorithm; an algorithm without this hook counts as fully compressed.
+
+    Not called for algorithms that declare `changes_model = False`: the stage is that of the others.
 
     Args:
         model: The compressed model.

@@ -55,6 +55,20 @@ class ModelEvaluationArgs:
     eval_fn: Callable[[nn.Module], Any]
 
 
+@dataclass(frozen=True)
+class TeacherArgs:
+    """A model to learn from in training, other than the uncompressed model.
+
+    Attributes:
+        model: The model, with its trained weights. It is called with what the compressed model is called with.
+        copy: Whether a frozen copy in eval mode is made. Otherwise the model itself is used, for teachers that are too
+            large to copy; it has to be in eval mode, frozen, on the device of the compressed model, and stay so.
+    """
+
+    model: nn.Module
+    copy: bool = True
+
+
 class CalibrationData:
     """Batches for one purpose, and how to call the model with them.
 

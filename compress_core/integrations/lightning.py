@@ -109,6 +109,7 @@ class CompressionCallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begins a training, unless one is resumed."""
+        self.controller.check_optimizers(*trainer.optimizers)
         if not self._resumed:
             self._progress.start()
             self._progress.epochs_before -= trainer.current_epoch

@@ -172,6 +172,7 @@ class CompressionCallback(TrainerCallback):
                 "CompressionCallback: call callback.attach(trainer) once the Trainer is made; in callbacks=[...] alone "
                 "it sees neither the loss nor what is saved"
             )
+        self.controller.check_optimizers(kwargs.get("optimizer"))
         self._epoch = 0
         if self._resumed is None:
             self._progress.start()

@@ -57,6 +57,7 @@ def save_checkpoint(
     """
     _check_controller(controller)
     given = given_parts(optimizer=optimizer, scheduler=scheduler, scaler=scaler, ema=ema)
+    controller.check_optimizers(*given.get("optimizer", ()))
     content = {
         "extra": {name: plain(value, f"extra['{name}']") for name, value in extra.items()},
         "parts": saved_parts(given, controller.model),
@@ -188,6 +189,7 @@ class Checkpoint:
         with interrupts_held():
             changed = [part for parts in given.values() for part in parts]
             controller.context.transaction.run(load, changed, local=True)
+        controller.check_optimizers(*given.get("optimizer", ()))
 
     def _check(self, controller: CompressionController, given: Given) -> None:
         check_same_algorithms(self.compression_state, controller.get_compression_state(), self._what, self._remedy)

@@ -24,7 +24,7 @@ from compress_core.contract.stages import CompressionStage
 from compress_core.contract.statistics import CompressionStatistics, Statistics
 from compress_core.data.forwards import without_traces
 from compress_core.data.rng import preserved_rng
-from compress_core.errors import CompressionError, UsageError
+from compress_core.errors import CompressionError, PluginError, UsageError
 from compress_core.export import ExportReport, Options
 from compress_core.export.exporter import chosen_target
 from compress_core.export.sizes import DynamicShapes
@@ -32,6 +32,7 @@ from compress_core.session.agreement import refuse_sharded
 from compress_core.session.batch_norm import BatchNorm
 from compress_core.session.batch_recorder import BatchRecorder, remove_recorders
 from compress_core.session.exports import ModelExport, exporters
+from compress_core.session.learning_rates import check_optimizers, parameter_groups, warn_if_nothing_learns
 from compress_core.session.lifecycle import Lifecycle
 from compress_core.session.live_state import LiveState
 from compress_core.session.model_copies import copy_of, take_decisions
@@ -69,6 +70,7 @@ class CompressionController:
         self.scheduler = CompressionScheduler(self._step, self._epoch_step, self._begin)
         self._transaction = Transaction(model, self, lifecycle, self.scheduler)
         self._places: TransformPlaces | None = None
+        self._warned_of_optimizers = False
         self._batch_norm = BatchNorm(model, lifecycle)
         lifecycle.context.batch_norm = self._batch_norm
         lifecycle.context.uncompressed_model = uncompressed
@@ -119,7 +121,15 @@ class CompressionController:
     def created(self) -> None:
         """Notes where the model has transforms; called at the end of creation."""
         self._places = TransformPlaces(self.model)
+        if names := self.context.recorded_modules:
+            if self._recorder is None:
+                raise PluginError(
+                    f"an algorithm has called context.record_outputs() for '{names[0]}', and none declares needs_batch,"
+                    " with which it would get them; set needs_batch = True"
+                )
+            self._recorder.attach_outputs(self.model, names)
         self.context.transaction = self._transaction
+        warn_if_nothing_learns(self.algorithms.values(), self.context, self.model)
 
     def _begin(self, function: Callable[[], None], lazily: bool, call: str) -> None:
         self._transaction.run(function, lazily=lazily, call=call)
@@ -160,22 +170,68 @@ class CompressionController:
 
         Args:
             outputs: Outputs of the model in this step, for algorithms whose loss needs them; by default those of the
-                last forward in training mode, which is recorded if an algorithm needs it.
+                last forward in training mode, which is recorded if an algorithm needs it. What modules inside of the
+                model have returned is always that of the last forward.
             inputs: Positional arguments that the model was called with.
             keywords: Keyword arguments that the model was called with.
 
         Raises:
-            UsageError: An algorithm needs a forward, and there has been none.
+            UsageError: An algorithm needs a forward, and there has been none, or its inputs or outputs have been
+                written to in place since.
             PluginError: An algorithm returned something other than a scalar.
         """
-        batch = None if self._recorder is None else self._recorder.batch
-        if outputs is not None:
-            batch = Batch(inputs, keywords, outputs)
+        recorder = self._recorder
+        if outputs is None:
+            batch = None if recorder is None else recorder.batch
+        else:
+            batch = Batch(inputs, keywords, outputs, {} if recorder is None else recorder.module_outputs)
         losses = self._active.losses(self.model, batch)
         if not losses:
             device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
             return torch.zeros((), device=device)
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+
+    def parameter_groups(
+        self, lr: float, *, weight_decay: float | None = None, compression_weight_decay: float | None = None
+    ) -> list[dict[str, Any]]:
+        """Returns groups of parameters for an optimizer, with `compression_lr_multiplier` in the learning rates.
+
+        The first group has the model's own parameters and the learning rate `lr`; then comes one for each algorithm
+        that learns something, such as scales, with `lr` times the multiplier of its section or else of the config. From
+        this call on gradients are not multiplied by it any more, which optimizers such as Adam would undo. The groups
+        hold frozen parameters too; their key `name` is `"model"` or the name of the algorithm.
+
+        Args:
+            lr: Learning rate of the model's own parameters.
+            weight_decay: Weight decay; by default that of the optimizer.
+            compression_weight_decay: Weight decay of what algorithms learn, such as 0; by default `weight_decay`.
+
+        Raises:
+            UsageError: A value is not a number from 0 on.
+
+        Example:
+            ```python
+            groups = controller.parameter_groups(1e-3, weight_decay=0.01, compression_weight_decay=0.0)
+            optimizer = torch.optim.AdamW(groups)
+            ```
+        """
+        self._inspected  # noqa: B018 - refuses a model that was stripped in place
+        return parameter_groups(
+            self.model,
+            self.algorithms,
+            self.context,
+            lr,
+            weight_decay=weight_decay,
+            compression_weight_decay=compression_weight_decay,
+        )
+
+    def check_optimizers(self, *optimizers: object) -> None:
+        """Logs a warning, once, if `compression_lr_multiplier` is a factor on gradients that these optimizers undo.
+
+        Saving and loading checkpoints and the callbacks for training libraries call this.
+        """
+        if not self._warned_of_optimizers:
+            self._warned_of_optimizers = check_optimizers(self.model, optimizers)
 
     def compression_stage(self) -> CompressionStage:
         """Returns the progress of compression, measured on the model."""

@@ -23,6 +23,7 @@ from compress_core.errors import ConfigError, PluginError, Problem, UsageError
 from compress_core.export.target import ExportTarget, GraphRewrite
 from compress_core.registry import Registry
 from compress_core.session.hook_calls import HookCalls
+from compress_core.session.learning_rates import apply_multiplier
 from compress_core.transforms.model_wide import evaluating, transforms_by_key
 
 
@@ -127,7 +128,12 @@ class Lifecycle(HookCalls):
             complete = ConfigError(problems)
             complete.__notes__ = error.__notes__
             raise complete from error
-        if not plan.targets:
+        if plan.targets and not algorithm.changes_model:
+            raise PluginError(
+                f"compress_plan() of {self.who(algorithm)} returned targets, such as '{plan.targets[0]}', and it "
+                "declares changes_model = False; return Plan(()), and name in its details what the state depends on"
+            )
+        if not plan.targets and algorithm.changes_model:
             path, _ = self.context.section(algorithm)
             reasons = "; ".join(f"'{name}' {reason}" for name, reason in list(plan.skipped.items())[:3])
             why = f" ({len(plan.skipped)} left alone: {reasons})" if reasons else ""
@@ -163,21 +169,17 @@ class Lifecycle(HookCalls):
             self.context.kept_trace.forget()
         self._call("compress_commit", algorithm, model=model, plan=self.plans[algorithm.name])
         self._refuse_losses("compress_commit", algorithm, before, model)
-        self._refuse_multiplier(algorithm, before, model)
+        after = transforms_by_key(model)
+        added = [(name, transform) for number, (name, _, transform) in after.items() if number not in before]
+        self._check_additions(algorithm, added)
+        apply_multiplier(algorithm, self.context, added)
 
-    def _refuse_multiplier(
-        self, algorithm: Algorithm, before: Mapping[int, tuple[str, str, nn.Module]], model: nn.Module
-    ) -> None:
-        """Refuses a factor on gradients for an algorithm that would silently ignore it."""
-        if algorithm.applies_lr_multiplier or self.context.lr_multiplier(algorithm) == 1.0:
-            return
-        added = [entry for number, entry in transforms_by_key(model).items() if number not in before]
-        learned = [name for name, _, transform in added if any(p.requires_grad for p in transform.parameters())]
-        if learned:
-            raise ConfigError(
-                f"'{algorithm.name}' learns something (at '{learned[0]}') and does not apply this factor. Remove it, "
-                "or set it in the sections of those that do; a plugin that does declares applies_lr_multiplier = True",
-                path="compression_lr_multiplier",
+    def _check_additions(self, algorithm: Algorithm, added: list[tuple[str, nn.Module]]) -> None:
+        """Refuses transforms of an algorithm that declares that it changes nothing."""
+        if added and not algorithm.changes_model:
+            raise PluginError(
+                f"compress_commit() of {self.who(algorithm)} has added a transform at '{added[0][0]}', and the class "
+                "declares changes_model = False; remove the declaration"
             )
 
     def _refuse_losses(
@@ -281,8 +283,9 @@ class Lifecycle(HookCalls):
         return {name: statistics for name, statistics in found.items() if statistics is not None}
 
     def stage(self, model: nn.Module) -> CompressionStage:
-        """Returns the common stage of all algorithms."""
-        stages = [self._optional("compress_stage", a, CompressionStage, model=model) for a in self.algorithms]
+        """Returns the common stage of all algorithms that change the model."""
+        members = [algorithm for algorithm in self.algorithms if algorithm.changes_model]
+        stages = [self._optional("compress_stage", a, CompressionStage, model=model) for a in members]
         return CompressionStage.combine(CompressionStage.FULLY_COMPRESSED if s is None else s for s in stages)
 
     def state(self, model: nn.Module) -> dict[str, Mapping[str, Any]]:

@@ -99,7 +99,7 @@ def _require_present(controller: CompressionController, name: str, partner: str)
     keys = {key for _, key, _ in transforms_by_key(model).values()}
     keys |= {handle.key for handle in activation_transforms(model)}
     algorithm = controller.algorithms[name]
-    if not (algorithm.changes_in_place or algorithm.replaces_modules):
+    if algorithm.changes_model and not (algorithm.changes_in_place or algorithm.replaces_modules):
         require(
             name in keys,
             f"together with '{partner}' there is no transform with the key '{name}'",

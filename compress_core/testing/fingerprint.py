@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -43,10 +44,17 @@ def generators() -> dict[str, Any]:
     }
 
 
-def hooks_of(owner: nn.Module | torch.Tensor) -> dict[str, list[int]]:
-    """Returns the ids of the hooks of a module or tensor, by kind; those kinds of which there is none are left out."""
+def hooks_of(
+    owner: nn.Module | torch.Tensor, *, without: Callable[[object], bool] = lambda hook: False
+) -> dict[str, list[int]]:
+    """Returns the ids of the hooks of a module or tensor, by kind; those kinds of which there is none are left out.
+
+    Args:
+        owner: The module or tensor.
+        without: Tells which hooks are left out, too, such as those of the core.
+    """
     kinds = HOOK_ATTRIBUTES if isinstance(owner, nn.Module) else TENSOR_HOOK_ATTRIBUTES
-    found = {key: [id(hook) for hook in (getattr(owner, key, None) or {}).values()] for key in kinds}
+    found = {key: [id(h) for h in (getattr(owner, key, None) or {}).values() if not without(h)] for key in kinds}
     return {key: hooks for key, hooks in found.items() if hooks}
 
 

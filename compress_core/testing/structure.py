@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from compress_core.errors import ConfigError
+from compress_core.session.batch_recorder import is_recording
 from compress_core.session.controller import CompressionController
 from compress_core.testing.case import Case, fail, require
 from compress_core.testing.changes import (
@@ -81,7 +82,8 @@ def check_keeps_modes_and_flags(case: Case) -> None:
 
 def _flags(model: nn.Module) -> dict[str, dict[str, Any]]:
     flags: dict[str, dict[str, Any]] = {
-        name: {"training": module.training, "hooks": hooks_of(module)} for name, module in model.named_modules()
+        name: {"training": module.training, "hooks": hooks_of(module, without=is_recording)}
+        for name, module in model.named_modules()
     }
     for name, parameter in model.named_parameters():
         flags[name] = {"requires_grad": parameter.requires_grad, "hooks": hooks_of(parameter)}

@@ -28,6 +28,7 @@ from compress_core.transforms.model_wide import (
     bake_transforms,
     bypass_transforms,
     has_transforms,
+    module_names,
     transformed_weights,
 )
 from compress_core.transforms.places import (
@@ -39,6 +40,7 @@ from compress_core.transforms.places import (
     ModuleOutput,
     place_from_dict,
 )
+from compress_core.transforms.scaled_gradient import scaled_gradient
 from compress_core.transforms.weight import (
     WeightTransformHandle,
     add_weight_transform,
@@ -75,9 +77,11 @@ __all__ = [
     "get_weight_transform",
     "has_transforms",
     "mask_weight",
+    "module_names",
     "place_from_dict",
     "raw_parameter",
     "recompute_weights",
+    "scaled_gradient",
     "strip_activation_transforms",
     "transformed_weight",
     "transformed_weights",

@@ -35,9 +35,13 @@ class Transform(nn.Module):
             Every tensor of more than one element has to be listed, otherwise channels cannot be removed. The core does
             not guess from sizes, because a codebook of 15 entries is not related to a weight with 15 inputs. Names of
             tensors that do not exist (yet) are allowed.
+        lr_multiplier: By what `forward` multiplies the gradients of the transform's parameters (`scaled_gradient`), if
+            its algorithm declares `applies_lr_multiplier`. The core sets it: to what the config says, and to 1 when the
+            factor has become one of learning rates (`controller.parameter_groups`).
     """
 
     follows: ClassVar[Mapping[str, str] | None] = None
+    lr_multiplier: float = 1.0
 
 
 class WeightTransform(Transform):

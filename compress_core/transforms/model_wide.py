@@ -19,6 +19,16 @@ def has_transforms(model: nn.Module) -> bool:
     return any(isinstance(module, TransformContainer) for module in model.modules())
 
 
+def module_names(model: nn.Module) -> list[str]:
+    """Returns the dotted names of a model's own modules, in order, without the model itself and without transforms.
+
+    A module that is at several places has several names.
+    """
+    added = tuple(f"{n}." for n, module in model.named_modules() if isinstance(module, TransformContainer))
+    names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
+    return [name for name in names if not f"{name}.".startswith(added)]
+
+
 def transforms_by_key(model: nn.Module) -> dict[int, tuple[str, str, nn.Module]]:
     """Returns every transform of a model: its id -> (dotted name of its place, key, the transform)."""
     return {

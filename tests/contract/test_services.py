@@ -1,14 +1,18 @@
 """What algorithms are given: data, weights, the uncompressed model, the batch, factors on gradients, news of channels."""
 
+import copy
 import json
+import pickle
 
 import pytest
 import torch
 from torch import nn
 
 from compress_core import (
+    CompressionStage,
     ConfigError,
     InitArgs,
+    Plan,
     PluginError,
     Stage,
     UsageError,
@@ -20,7 +24,7 @@ from compress_core import (
 from compress_core.config import CompressionConfig
 from compress_core.contract.context import Context
 from compress_core.registry import use_registry
-from compress_core.transforms import add_weight_transform, raw_parameter
+from compress_core.transforms import add_weight_transform, raw_parameter, scaled_gradient
 from tests.contract.algorithms import Base, Replacing, fresh, images, net, pruned, sections
 
 
@@ -203,25 +207,191 @@ class Learning(Base):
             add_weight_transform(model, name, Learned(), stage=self.stage, key=self.name)
 
 
-def test_factor_on_gradients_reaches_a_third_party_or_is_refused():
-    class Applying(Learning):
-        name = "applying"
-        applies_lr_multiplier = True
-        factor = None
+class LearnedSlowly(Learned):
+    def forward(self, weight):
+        return weight * scaled_gradient(self.factor, self.lr_multiplier)
 
-        @hookimpl
-        def compress_calibrate(self, context):
-            self.factor = context.lr_multiplier(self)
+    lr_multiplier = 1.0
+
+
+class Applying(Learning):
+    name = "applying"
+    applies_lr_multiplier = True
+
+    @hookimpl
+    def compress_commit(self, model, plan):
+        for name in plan.targets:
+            add_weight_transform(model, name, LearnedSlowly(), stage=self.stage, key=self.name)
+
+
+def test_factor_on_gradients_reaches_a_third_party_or_is_refused():
 
     with use_registry(fresh(Learning, Applying)):
         create_compressed_model(net(), sections("learning"))
         config = {**sections("learning"), "compression_lr_multiplier": 0.5}
         with pytest.raises(ConfigError, match="compression_lr_multiplier: 'learning' learns something"):
             create_compressed_model(net(), config)
-        controller, _ = create_compressed_model(net(), {**sections("applying"), "compression_lr_multiplier": 0.5})
-        assert controller.algorithms["applying"].factor == 0.5
-        # Masks learn nothing: the factor is for others in the document.
-        create_compressed_model(net(), {**sections("magnitude_sparsity"), "compression_lr_multiplier": 0.5})
+        models = [
+            create_compressed_model(net(), {**sections("applying"), **root})[1]
+            for root in ({}, {"compression_lr_multiplier": 0.5})
+        ]
+    for model in models:
+        model(images()).square().sum().backward()
+    gradients = [{n: p.grad for n, p in model.named_parameters()} for model in models]
+    for name, gradient in gradients[0].items():
+        factor = 0.5 if "transforms" in name else 1.0
+        torch.testing.assert_close(gradients[1][name], factor * gradient)
+    twin = pickle.loads(pickle.dumps(copy.deepcopy(models[1])))
+    twin.zero_grad()
+    twin(images()).square().sum().backward()
+    for name, parameter in twin.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[1][name])
+
+
+def test_a_factor_that_nothing_learns_with_is_warned_about(caplog):
+    # Masks learn nothing: the factor is for others in the document, if there are any.
+    create_compressed_model(net(), {**sections("magnitude_sparsity"), "compression_lr_multiplier": 0.5})
+    assert "config: compression_lr_multiplier can have no effect" in caplog.text
+    caplog.clear()
+    data = {"init_loader": [images()]}
+    both = {**sections("magnitude_sparsity", "quantization"), "compression_lr_multiplier": 0.5}
+    create_compressed_model(net(), both, **data)
+    create_compressed_model(net(), {**sections("magnitude_sparsity"), "compression_lr_multiplier": 1.0})
+    assert "can have no effect" not in caplog.text
+    both["compression"][1]["compression_lr_multiplier"] = 2.0
+    create_compressed_model(net(), both, **data)
+    assert "config: compression_lr_multiplier can have no effect" in caplog.text  # the section has its own
+
+
+class Penalty(Base):
+    name = "penalty"
+    changes_model = False
+
+    @hookimpl
+    def compress_plan(self):
+        return Plan(())
+
+    @hookimpl
+    def compress_commit(self):
+        pass
+
+    @hookimpl
+    def compress_loss(self, model):
+        return raw_parameter(model, "4.weight").abs().sum()
+
+
+def test_an_algorithm_that_adds_a_loss_alone_has_no_part_in_the_stage():
+    with use_registry(fresh(Penalty, Base)):
+        controller, _ = create_compressed_model(net(), sections("penalty"))
+        assert controller.compression_stage() == CompressionStage.UNCOMPRESSED
+        controller, _ = create_compressed_model(net(), sections("penalty", "base"))
+        assert controller.compression_stage() == CompressionStage.FULLY_COMPRESSED
+        config = {**sections("penalty"), "compression": [{"algorithm": "penalty"}, {"algorithm": "magnitude_sparsity"}]}
+        controller, _ = create_compressed_model(net(), config)
+        assert controller.compression_stage() == CompressionStage.UNCOMPRESSED
+        state = json.loads(json.dumps(controller.get_compression_state()))
+        create_compressed_model(net(), config, state)
+
+
+def test_an_algorithm_that_changes_nothing_may_not_change_anything():
+    class Planning(Penalty):
+        name = "planning"
+
+        @hookimpl
+        def compress_plan(self):
+            return Plan(("4.weight",))
+
+    class Masking(Penalty):
+        name = "masking"
+
+        @hookimpl
+        def compress_commit(self, model):
+            mask_weight(model, "4.weight", torch.zeros(()), key=self.name)
+
+    with use_registry(fresh(Planning, Masking)):
+        with pytest.raises(PluginError, match=r"'planning'.*returned targets, such as '4.weight'"):
+            create_compressed_model(net(), sections("planning"))
+        model = net()
+        with pytest.raises(PluginError, match=r"'masking'.*has added a transform at '4.*changes_model = False"):
+            create_compressed_model(model, sections("masking"))
+        assert type(model[4]) is nn.Linear
+
+
+class Recording(Penalty):
+    name = "recording"
+    needs_batch = True
+    seen = None
+
+    @hookimpl
+    def compress_commit(self, model, context):
+        context.record_outputs(model, ["0", "2"])
+
+    @hookimpl
+    def compress_loss(self, batch):
+        Recording.seen = batch.module_outputs
+        return batch.module_outputs["2"][0].sum()
+
+
+def test_outputs_of_modules_are_recorded_as_they_were_returned():
+    class InPlace(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = net()
+            self.layers[2].inplace = True
+
+        def forward(self, x):
+            return self.layers(x)
+
+    class Below(Recording):
+        @hookimpl
+        def compress_commit(self, model, context):
+            context.record_outputs(model, ["layers.1", "layers.1", "layers.2"])
+
+        @hookimpl
+        def compress_loss(self, batch):
+            Recording.seen = batch.module_outputs
+            return batch.module_outputs["layers.1"][0].sum()
+
+    with use_registry(fresh(Below)):
+        controller, model = create_compressed_model(InPlace(), sections("recording"))
+    outputs = model(images())
+    assert controller.loss().requires_grad
+    normalized, activated = Recording.seen["layers.1"][0], Recording.seen["layers.2"][0]
+    assert len(Recording.seen["layers.1"]) == 1
+    assert normalized.min() < 0 and torch.equal(normalized.relu(), activated)
+    model.eval()(images() * 2)
+    controller.loss(outputs, images())
+    assert torch.equal(Recording.seen["layers.1"][0], normalized)  # of the last forward in training mode
+
+
+def test_outputs_of_modules_that_are_replaced_are_those_of_the_new_ones():
+    class OfFour(Recording):
+        stage = Stage.PRECISION
+
+        @hookimpl
+        def compress_commit(self, model, context):
+            context.record_outputs(model, ["4", "4.0"])
+
+        @hookimpl
+        def compress_loss(self, batch):
+            return batch.module_outputs["4"][0].sum() + batch.module_outputs["4.0"][0].sum()
+
+    with use_registry(fresh(OfFour, Replacing)):
+        controller, model = create_compressed_model(net(), sections("recording", "replacing"))
+        outputs = model(images())
+        assert torch.allclose(controller.loss(), outputs.sum() + model[4][0](model[:4](images())).sum(), rtol=1e-4)
+
+    class Careless(Recording):
+        name = "careless"
+        needs_batch = False
+
+    with use_registry(fresh(Recording, Careless)):
+        with pytest.raises(PluginError, match=r"record_outputs\(\) for '0', and none declares needs_batch"):
+            create_compressed_model(net(), sections("careless"))
+        model = nn.Sequential(nn.Linear(3, 3))
+        with pytest.raises(PluginError, match=r"the model has no module '2'"):
+            create_compressed_model(model, sections("recording"))
+        assert not model._forward_hooks and not model._forward_pre_hooks
 
 
 def test_algorithms_are_told_that_channels_are_gone():

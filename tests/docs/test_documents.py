@@ -200,6 +200,15 @@ def test_keys_of_quantization_are_all_documented(registry):
     assert set(leaves(config)) - documented - {f"initializer.{name}" for name in SHARED} == set()
 
 
+def test_keys_of_distillation_are_all_documented(registry):
+    text = (ROOT / "docs" / "knowledge_distillation.md").read_text()
+    config = registry.section_class("knowledge_distillation").model_fields
+    (pair,) = typing.get_args(config["features"].annotation)
+    schedule = config["weight_schedule"].annotation
+    keys = {*config, *pair.model_fields, *schedule.model_fields} - set(AlgorithmConfig.model_fields)
+    assert {key for key in keys if not re.search(rf"`(?:weight_schedule\.)?{key}`", text)} <= {"weight_schedule"}
+
+
 # Shared initializers and their pages.
 SHARED = {
     "batchnorm_adaptation": "adaptation.md",

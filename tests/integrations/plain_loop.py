@@ -128,3 +128,19 @@ def assert_same_state(one, two):
     assert left.keys() == right.keys()
     different = [name for name in left if not torch.equal(left[name], right[name])]
     assert not different, different[:5]
+
+
+# With a loss that needs the batch, and a factor on gradients that Adam undoes.
+DISTILLED = {
+    "input_info": CONFIG["input_info"],
+    "compression_lr_multiplier": 0.5,
+    "compression": [
+        {**SPARSITY, "params": {}},
+        QUANTIZATION,
+        {
+            "algorithm": "knowledge_distillation",
+            "type": "softmax",
+            "features": [{"student": "bn2", "type": "attention"}],
+        },
+    ],
+}

@@ -21,6 +21,7 @@ from compress_core.integrations import read_compression_state
 from compress_core.integrations.lightning import CompressionCallback
 from tests.integrations.plain_loop import (
     CONFIG,
+    DISTILLED,
     PENALTY,
     SPARSITY,
     Network,
@@ -108,6 +109,26 @@ def test_ends_with_the_bits_of_the_plain_loop(tmp_path, precision, returned):
     assert_same_state(network, plain)
     assert saved_state(controller) == saved_state(plain_controller)
     assert torch.equal(controller.strip().eval()(images(8)[0]), plain_controller.strip().eval()(images(8)[0]))
+
+
+def test_distillation_sees_every_micro_batch_and_ends_as_in_the_plain_loop(tmp_path):
+    controller, network = compressed(config=DISTILLED)
+    trainer(tmp_path, CompressionCallback(controller), epochs=1).fit(Module(network), loader())
+    plain_controller, plain = compressed(config=DISTILLED)
+    train(plain_controller, plain, sgd(plain), 1)
+    assert_same_state(network, plain)
+    figures = [c.statistics().knowledge_distillation.to_dict() for c in (controller, plain_controller)]
+    assert figures[0] == figures[1] and figures[0]["loss"] > 0
+
+
+def test_an_optimizer_that_undoes_a_factor_on_gradients_is_warned_about(tmp_path, caplog):
+    class Adaptive(Module):
+        def configure_optimizers(self):
+            return torch.optim.Adam(self.network.parameters(), 1e-3)
+
+    controller, network = compressed(config=DISTILLED)
+    trainer(tmp_path, CompressionCallback(controller), epochs=1).fit(Adaptive(network), loader())
+    assert caplog.text.count("Adam takes nearly the same steps whatever the size of gradients") == 1
 
 
 @pytest.mark.parametrize("kind", ["tensor", "dict", "manual"])

@@ -17,6 +17,7 @@ from compress_core.integrations.transformers import CompressionCallback, load_co
 from compress_core.transforms.weight import raw_parameter
 from tests.integrations.plain_loop import (
     CONFIG,
+    DISTILLED,
     PENALTY,
     SPARSITY,
     Labelled,
@@ -78,6 +79,25 @@ def test_ends_with_the_bits_of_the_plain_loop(tmp_path, precision):
     assert saved_state(controller) == saved_state(plain_controller)
     stripped, expected = controller.strip(), plain_controller.strip()
     assert torch.equal(stripped.eval()(images(8)[0])["logits"], expected.eval()(images(8)[0]))
+
+
+def test_distillation_sees_every_micro_batch_and_ends_as_in_the_plain_loop(tmp_path, caplog):
+    controller, model = compressed(Labelled, config=DISTILLED)
+    CompressionCallback(controller).attach(trainer(model, tmp_path, sgd(model), epochs=1)).train()
+    plain_controller, plain = compressed(config=DISTILLED)
+    train(plain_controller, plain, sgd(plain), 1)
+    torch.testing.assert_close(model.state_dict(), plain.state_dict(), rtol=0, atol=2e-5)
+    assert controller.statistics().knowledge_distillation.to_dict()["losses"].keys() == {
+        "output 'logits'",
+        "bn2 <- bn2 (attention)",
+    }
+    assert "parameter_groups" not in caplog.text
+
+
+def test_an_optimizer_that_undoes_a_factor_on_gradients_is_warned_about(tmp_path, caplog):
+    controller, model = compressed(Labelled, config=DISTILLED)
+    CompressionCallback(controller).attach(trainer(model, tmp_path, epochs=1)).train()  # with AdamW
+    assert caplog.text.count("AdamW takes nearly the same steps whatever the size of gradients") == 1
 
 
 def own_loss(outputs, labels, num_items_in_batch=None):

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from tests.leaves.observe import Net, Normalized, Routed
+from tests.leaves.observe import Net, Normalized, Routed, Several
 from tests.leaves.schema import ABSENT
 
 EVERY_OTHER_VALUE = object()
@@ -65,6 +65,7 @@ BASES: dict[str, dict[str, Any]] = {
         },
     },
     "quantization": {"algorithm": "quantization"},
+    "knowledge_distillation": {"algorithm": "knowledge_distillation", "type": "mse"},
 }
 
 ADAPTED = {"initializer": {"batchnorm_adaptation": {"num_bn_adaptation_samples": 16}}}
@@ -330,6 +331,59 @@ QUANTIZATION = {
     },
 }
 
+FEATURES = {"features": [{"student": "bn1"}]}
+FADING = {"weight_schedule": {"type": "linear", "end_epoch": 4}}
+# It changes nothing, so that it has no scopes and no initializers.
+OF_OTHERS = {
+    "ignored_scopes": ["conv1"],
+    "target_scopes": ["conv1"],
+    "validate_scopes": False,
+    **{f"initializer.{name}": {} for name in ("batchnorm_adaptation", "data_free_correction", "weight_reconstruction")},
+    "initializer.batchnorm_adaptation.num_bn_adaptation_samples": 4,
+    "initializer.batchnorm_adaptation.guard": True,
+    "initializer.batchnorm_adaptation.ignored_scopes": ["bn1"],
+    "initializer.data_free_correction.ignored_scopes": ["conv1"],
+    "initializer.weight_reconstruction.num_samples": 4,
+    "initializer.weight_reconstruction.guard": True,
+    "initializer.weight_reconstruction.ignored_scopes": ["conv1"],
+    "initializer.weight_reconstruction.damping": 0.5,
+    "initializer.weight_reconstruction.positions": 1,
+    "initializer.weight_reconstruction.memory": 0.5,
+}
+
+
+def _of_others(path: str, *values: Any) -> Case:
+    at = path.partition(".")[0]
+    return Case((ABSENT, *values), refused=EVERY_OTHER_VALUE, refused_at=at)
+
+
+def _feature(*values: Any, **entry: Any) -> Case:
+    return Case(values, context={"features": [{"student": "bn1", **entry}]})
+
+
+DISTILLATION = {
+    **{path: _of_others(path, value) for path, value in OF_OTHERS.items()},
+    "initializer.batchnorm_adaptation.method": _of_others("initializer.", "exact", "momentum", "paired"),
+    "temperature": Case((1.0, 3.0), context={"type": "softmax"}),
+    "class_dim": Case((ABSENT, 2), context={"type": "softmax", "outputs": {"first": ""}}, model=Several),
+    "outputs": Case(({"first": ""}, {"second": ""}), model=Several),
+    "features.[].student": Case((["bn1"], ["bn2"]), context=FEATURES),
+    "features.[].teacher": Case((ABSENT, ["bn0"]), context=FEATURES),
+    "features.[].type": Case(context=FEATURES),
+    "features.[].scale": Case(context=FEATURES),
+    "features.[].channel_dim": _feature(ABSENT, 2, type="attention"),
+    "features.[].output": Case(
+        ("0", "1"), context={"features": [{"student": "two"}], "outputs": {"first": ""}}, model=Several
+    ),
+    "weight_schedule.type": Case(
+        ("linear", "cosine", "constant"), context=FADING, refused=("constant",), refused_at="weight_schedule.end_epoch"
+    ),
+    "weight_schedule.initial": Case(context=FADING),
+    "weight_schedule.target": Case(context=FADING),
+    "weight_schedule.start_epoch": Case(context=FADING),
+    "weight_schedule.end_epoch": Case((2, 4), context=FADING),
+}
+
 CASES: dict[str, Case] = {
     **ROOT,
     **{f"{section}:{path}": case for section in BASES for path, case in SHARED.items()},
@@ -342,4 +396,5 @@ CASES: dict[str, Case] = {
     **{f"magnitude_sparsity:{path}": case for path, case in MAGNITUDE.items()},
     **{f"filter_pruning:{path}": case for path, case in PRUNING.items()},
     **{f"quantization:{path}": case for path, case in QUANTIZATION.items()},
+    **{f"knowledge_distillation:{path}": case for path, case in DISTILLATION.items()},
 }

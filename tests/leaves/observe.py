@@ -18,6 +18,7 @@ from torch import nn
 
 from compress_core import CompressionError, create_compressed_model
 from compress_core.config.errors import shown
+from compress_core.data.structures import tensors_of
 from compress_core.transforms.chain import TransformChain
 
 EPOCHS, STEPS = 6, 2
@@ -80,6 +81,26 @@ class Routed(nn.Module):
             if taken:
                 y = self._modules[name](y).relu()
         return self.fc(y.mean((2, 3)))
+
+
+class Several(nn.Module):
+    """A model with a layer that returns two tensors, and which returns both in training and one in eval mode."""
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.left, self.right = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 3, padding=1)
+
+        def forward(self, x):
+            return self.left(x), self.right(x)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.two = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), Several.Two()
+
+    def forward(self, x):
+        first, second = self.two(self.norm(self.conv(x)))
+        return {"first": first, "second": second} if self.training else first * 2 + 1
 
 
 def batches(count: int = 6) -> list[torch.Tensor]:
@@ -153,6 +174,7 @@ def observe(document: dict[str, Any], *, kind: type[nn.Module] = Net, data: bool
             "tensors": _tensors(model),
             "outputs": _outputs(model),
             **_backward(model),
+            "losses": list(_losses(controller, model)),
             "schedule": list(_schedule(controller, model)),
         }
     return Observation(aspects, tuple(warnings))
@@ -196,11 +218,25 @@ def _outputs(model: nn.Module) -> str:
 def _backward(model: nn.Module) -> dict[str, Any]:
     """The gradients, and how many weights are computed again for them."""
     model = copy.deepcopy(model)
-    output = model(batches(1)[0])
+    outputs = list(tensors_of(model(batches(1)[0])))
     with mock.patch.object(TransformChain, "forward", autospec=True, side_effect=TransformChain.forward) as again:
-        output.square().sum().backward()
+        torch.stack([output.square().sum() for output in outputs]).sum().backward()
     gradients = {name: _bits(parameter.grad) for name, parameter in model.named_parameters()}
     return {"gradients": gradients, "weights computed again": again.call_count}
+
+
+def _losses(controller: Any, model: nn.Module) -> Iterator[Any]:
+    """What algorithms add to the loss, along the schedule."""
+    if not any(hasattr(algorithm, "compress_loss") for algorithm in controller.algorithms.values()):
+        return
+    controller, model = copy.deepcopy((controller, model))
+    for _ in range(EPOCHS):
+        controller.scheduler.epoch_step()
+        model.train()(batches(1)[0])
+        try:
+            yield shown(controller.loss().item())
+        except CompressionError as error:
+            yield str(error)
 
 
 def _schedule(controller: Any, model: nn.Module) -> Iterator[Any]:
@@ -228,6 +264,7 @@ def _warnings() -> Iterator[list[str]]:
 
 _PLUGINS = (
     "compress_filter_pruning",
+    "compress_knowledge_distillation",
     "compress_magnitude_sparsity",
     "compress_quantization",
     "compress_weight_reconstruction",

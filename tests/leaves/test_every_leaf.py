@@ -124,7 +124,7 @@ def test_every_leaf_has_an_effect(leaf, case):
 @pytest.mark.parametrize("section", BASES)
 def test_the_same_document_gives_the_same_observation(section):
     more = {"initializer": {"batchnorm_adaptation": {"num_bn_adaptation_samples": 8}}}
-    document = {"compression": merged(BASES[section], more)}
+    document = {"compression": merged(BASES[section], more if section != "knowledge_distillation" else {})}
     first, second = observe(document), observe(document)
     assert first.error is None
     assert first.differences(second) == set()

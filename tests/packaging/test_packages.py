@@ -44,7 +44,7 @@ def environment(tmp_path, wheel):
     return python
 
 
-ALGORITHMS = ("filter_pruning", "magnitude_sparsity", "quantization")
+ALGORITHMS = ("filter_pruning", "knowledge_distillation", "magnitude_sparsity", "quantization")
 PACKAGES = ("compress_core", *(f"compress_{name}" for name in ALGORITHMS), "compress_weight_reconstruction")
 
 

@@ -157,6 +157,13 @@ def test_of_frozen_masks_that_each_step_computed_before():
     assert reads_of_a_step(ResidualNet, (images(),), section, prepare=lambda controller: controller.freeze()) == []
 
 
+def test_of_distillation_from_outputs_and_features():
+    features = [{"student": "bn1", "type": kind} for kind in ("mse", "cosine", "attention")]
+    for outputs in ("mse", "softmax", "cosine"):
+        distillation = {"algorithm": "knowledge_distillation", "type": outputs, "features": features}
+        assert reads_of_a_step(lambda: trained_model("resnet"), (images(),), [sparsity(), distillation]) == []
+
+
 def test_of_masks_of_large_weights():
     def make():
         return nn.Sequential(nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 3))

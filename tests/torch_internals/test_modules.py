@@ -48,11 +48,13 @@ def test_calls_of_hooks_are_told_from_calls_of_the_forward(compiled):
 @canary("remove_forward_hooks", breaks="stripping models whose loss needs the batch")
 def test_forward_hooks_of_a_class_can_be_taken_away():
     class Hook:
-        def __call__(self, module, args, kwargs, output):
+        def __call__(self, *args):
             raise AssertionError("called")
 
     model = torch.nn.Linear(1, 1)
-    model.register_forward_hook(Hook(), with_kwargs=True)
+    for with_keywords in (True, False):
+        model.register_forward_hook(Hook(), with_kwargs=with_keywords)
+        model.register_forward_pre_hook(Hook(), with_kwargs=with_keywords)
     other = model.register_forward_hook(lambda module, args, output: output * 0)
     internals.remove_forward_hooks(model, Hook)
     assert model(torch.ones(1)) == 0

@@ -121,11 +121,10 @@ class Quantization(Algorithm):
         )
 
     @hookimpl
-    def compress_commit(self, model: nn.Module, context: Context) -> None:
+    def compress_commit(self, model: nn.Module) -> None:
         """Adds the quantizers, with provisional ranges."""
-        multiplier = context.lr_multiplier(self)
         for planned in self._planned:
-            module = make_quantizer(planned.spec, planned.shape, is_gate=planned.is_gate, lr_multiplier=multiplier)
+            module = make_quantizer(planned.spec, planned.shape, is_gate=planned.is_gate)
             module.to(device=_device_of(model))
             add_quantizer(model, planned, module, self.stage, self.name)
         if self.config.params.staged:

@@ -32,7 +32,6 @@ class FakeQuantize(ProjectingTransform, ActivationTransform):
         bits: Number of bits.
         signed: Whether the grid has values below zero (symmetric quantizers only; an asymmetric range determines it).
         enabled: Whether it quantizes; otherwise tensors are returned unchanged.
-        lr_multiplier: Factor on the gradients of the range.
         observer: If set, it is called with each tensor, and the tensor is returned unchanged.
     """
 
@@ -79,7 +78,6 @@ class FakeQuantize(ProjectingTransform, ActivationTransform):
         self.narrow_range, self.half_range, self.logarithm_scale = narrow_range, half_range, logarithm_scale
         self.smallest_scale = smallest_scale
         self.enabled = True
-        self.lr_multiplier = 1.0
         self.observer: Callable[[torch.Tensor], Any] | None = None
         channels = [dim for dim, size in enumerate(shape) if size > 1]
         self._channel_dim = channels[0] if channels else None

@@ -24,16 +24,13 @@ from compress_quantization.plan import PlannedQuantizer
 from compress_quantization.quantizer_config import QuantizerSpec
 
 
-def make_quantizer(
-    spec: QuantizerSpec, shape: tuple[int, ...], *, is_gate: bool = False, lr_multiplier: float = 1.0
-) -> FakeQuantize:
+def make_quantizer(spec: QuantizerSpec, shape: tuple[int, ...], *, is_gate: bool = False) -> FakeQuantize:
     """Returns a quantizer without a calibrated range.
 
     Args:
         spec: Its settings.
         shape: Shape of its scale.
         is_gate: Whether it is for the gate of an activation function, whose grid is fixed.
-        lr_multiplier: Factor on the gradients of its scale or range.
     """
     if is_gate:
         return FixedQuantize()
@@ -48,7 +45,6 @@ def make_quantizer(
     )
     if spec.mode == "symmetric":
         module.signed = bool(spec.signed)
-    module.lr_multiplier = lr_multiplier
     return module
 
 
