@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import json5
 from pydantic import BeforeValidator, Field, ValidationError
 
+from compress_core.config.accuracy_aware import AccuracyAwareTraining, problems_of_accuracy_aware
 from compress_core.config.choices import ChoiceOf
 from compress_core.config.errors import problems_of, shown
 from compress_core.config.frozen import FrozenDict, frozen, thawed
@@ -60,6 +61,9 @@ class RootSection(Section):
         description="in training, compute compressed weights again in the backward pass instead of keeping them: less "
         "memory, a little more time",
     )
+    accuracy_aware_training: AccuracyAwareTraining | None = Field(
+        None, description="what create_accuracy_aware_training_loop does: how much accuracy may be lost, and how long"
+    )
     unused_values: Literal["error", "warn"] = Field(
         "error", description="what happens when a value in an algorithm's section can have no effect"
     )
@@ -73,7 +77,6 @@ class RootSection(Section):
 
 # Sections of NNCF configs that this version does not support: ignoring them silently would mislead the user.
 _REFUSED = {
-    "accuracy_aware_training": "accuracy-aware training is not available yet; drive the level from your loop",
     "bootstrapNAS": "neural architecture search is not part of compress-core; remove this section",
 }
 
@@ -317,7 +320,9 @@ def _validated_root(source: Mapping[str, Any], problems: list[Problem]) -> RootS
     if idle := [key for key in _WITHOUT_EFFECT if key in source]:
         logger.warning("config: %s: accepted for compatibility with NNCF, but without effect", ", ".join(idle))
     try:
-        return RootSection.model_validate({key: source[key] for key in source if key in RootSection.model_fields})
+        root = RootSection.model_validate({key: source[key] for key in source if key in RootSection.model_fields})
+        problems.extend(problems_of_accuracy_aware(root.unread().accuracy_aware_training))
+        return root
     except ValidationError as error:
         problems.extend(problems_of(error, RootSection, ""))
         return RootSection()

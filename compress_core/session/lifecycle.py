@@ -282,8 +282,12 @@ class Lifecycle(HookCalls):
 
     def stage(self, model: nn.Module) -> CompressionStage:
         """Returns the common stage of all algorithms."""
-        stages = [self._optional("compress_stage", a, CompressionStage, model=model) for a in self.algorithms]
-        return CompressionStage.combine(CompressionStage.FULLY_COMPRESSED if s is None else s for s in stages)
+        return CompressionStage.combine(self.stages(model).values())
+
+    def stages(self, model: nn.Module) -> dict[str, CompressionStage]:
+        """Returns the stage of every algorithm; one that reports none is fully compressed."""
+        found = {a.name: self._optional("compress_stage", a, CompressionStage, model=model) for a in self.algorithms}
+        return {name: CompressionStage.FULLY_COMPRESSED if s is None else s for name, s in found.items()}
 
     def state(self, model: nn.Module) -> dict[str, Mapping[str, Any]]:
         """Returns the state of every algorithm."""

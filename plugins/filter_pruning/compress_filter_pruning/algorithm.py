@@ -243,6 +243,11 @@ class FilterPruning(LevelAlgorithm):
         """Number of each group -> names of the layers that produce its channels."""
         return {group.number: group.modules for group in self._active.groups}
 
+    @property
+    def highest_level(self) -> float:
+        """The highest level that leaves each group what it has to keep, in the unit that the target counts."""
+        return self._active.selector().most_level()
+
     def level(self) -> float:
         """Returns the pruned share, of channels or operations as the target counts."""
         return self._active.level()
