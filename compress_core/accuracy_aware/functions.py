@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -18,6 +18,8 @@ from compress_core.errors import UsageError
 from compress_core.session.controller import CompressionController
 
 logger = logging.getLogger(__name__)
+
+Value = TypeVar("Value")
 
 # What NNCF declares as optional, and cannot do without.
 _OPTIMIZERS = (
@@ -125,9 +127,7 @@ class UserFunctions:
         """Returns whether the user asks to stop."""
         if self.early_stopping is None:
             return False
-        return bool(
-            of_first_rank("early_stopping_fn", bool(self.early_stopping(math.nan if metric is None else metric)))
-        )
+        return of_first_rank("early_stopping_fn", bool(self.early_stopping(math.nan if metric is None else metric)))
 
 
 def _number(value: Any) -> float | None:
@@ -139,7 +139,10 @@ def _number(value: Any) -> float | None:
     return number
 
 
-def of_first_rank(what: str, value: Any) -> Any:
+def of_first_rank(what: str, value: Value) -> Value:
     """Returns the value of the first process, so that all go the same way."""
     with together(f"accuracy-aware training: {what}"):
-        return exchange(what, value)[0] if number_of_ranks() > 1 else value
+        if number_of_ranks() == 1:
+            return value
+        first: Value = exchange(what, value)[0]
+        return first

@@ -118,7 +118,8 @@ class RateSearch:
             return None
         turns = state.sign not in (0, sign)
         step = state.step * (rules.step_factor if turns else 1.0)
-        rate = round(min(max(state.rate + sign * step, rules.lowest), rules.highest), _DIGITS)
+        # Rounded first: a bound is met exactly, so that the next change finds itself there.
+        rate = min(max(round(state.rate + sign * step, _DIGITS), rules.lowest), rules.highest)
         lr = state.lr * (rules.lr_factor if turns else 1.0)
         self.state = SearchState(rate=rate, step=step, lr=lr, sign=sign, forced=False)
         return rate

@@ -132,4 +132,4 @@ def assert_same(one, other, path=""):
         for number, (a, b) in enumerate(zip(one, other, strict=True)):
             assert_same(a, b, f"{path}.{number}")
     else:
-        assert one == other or one != one, path
+        assert one == other, path
