@@ -17,7 +17,7 @@ class CompressionStage(enum.IntEnum):
     PARTIALLY_COMPRESSED = 1
     FULLY_COMPRESSED = 2
 
-    def __add__(self, other: int) -> CompressionStage:  # type: ignore[override]
+    def __add__(self, other: int) -> CompressionStage:
         """Returns the common stage of two; not the sum of their numbers: UNCOMPRESSED + FULLY is PARTIALLY."""
         if not isinstance(other, CompressionStage):
             return NotImplemented
