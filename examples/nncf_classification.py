@@ -3,7 +3,8 @@
 It is written anew, from NNCF's public documentation: config from JSON, data registered with it, a loop that calls the
 scheduler, adds the compression loss, saves checkpoints and resumes from them, and at the end an ONNX file.
 
-Usage: python -m examples.nncf_classification [--config FILE] [--epochs 3] [--resume FILE] [--mode train|accuracy_aware]
+Usage: python -m examples.nncf_classification [--config FILE] [--epochs 3] [--resume FILE] [--to-onnx FILE]
+    [--mode train|accuracy_aware]
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ from compress_core.nncf import (
     register_default_init_args,
 )
 from examples.common.datasets import digits
-from examples.common.networks import demo_network
 from examples.common.training import accuracy, train
 
 CONFIG = Path(__file__).parent / "configs" / "nncf_classification.json"
@@ -84,7 +84,8 @@ def plain_loop(options: argparse.Namespace, nncf_config: NNCFConfig, loaders: tu
         }
         torch.save(state, options.output / "last.pth")
     print(compression_ctrl.statistics().to_str())
-    compression_ctrl.export_model(str(options.output / "model.onnx"))
+    if options.to_onnx is not None:
+        compression_ctrl.export_model(str(options.to_onnx))
     return validate(model, val_loader)
 
 
@@ -118,7 +119,11 @@ def accuracy_aware_loop(
 def pretrained(train_loader: DataLoader, options: argparse.Namespace) -> nn.Module:
     """Returns a network that has been trained without compression."""
     torch.manual_seed(0)
-    model = demo_network("digits")
+    model = nn.Sequential(
+        *(nn.Conv2d(1, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()),
+        *(nn.Conv2d(16, 32, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU()),
+        *(nn.Flatten(), nn.Linear(32 * 16, 10)),
+    )
     train(model, train_loader, epochs=options.pretraining, max_lr=0.2)
     return model
 
@@ -129,8 +134,9 @@ def main(arguments: list[str] | None = None) -> float:
     parser.add_argument("--config", type=Path, default=CONFIG)
     parser.add_argument("--mode", choices=["train", "accuracy_aware"], default="train")
     parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--pretraining", type=int, default=8)
+    parser.add_argument("--pretraining", type=int, default=5)
     parser.add_argument("--resume", type=Path)
+    parser.add_argument("--to-onnx", type=Path)
     parser.add_argument("--output", type=Path, default=Path("runs") / "nncf_classification")
     options = parser.parse_args(arguments)
     options.output.mkdir(parents=True, exist_ok=True)

@@ -464,3 +464,15 @@ def test_functions_for_files_of_the_user(tmp_path):
     training = Training(early(maximal_total_epochs=3), metrics=[1.0, 5.0, 2.0, 3.0])
     training.run(training.loop(10.0), tmp_path, dump_checkpoint_fn=dump, load_checkpoint_fn=load)
     assert loaded == ["1 5.0"]
+
+
+def test_a_search_from_the_start_may_begin_above_the_target_of_the_schedule(tmp_path):
+    section = copy.deepcopy(PRUNING)
+    section["pruning_init"] = 0.8
+    with pytest.raises(ConfigError, match="below pruning_init"):
+        check_config(adaptive(section, initial_training_phase_epochs=1))
+    training = Training(adaptive(section, initial_training_phase_epochs=0, patience_epochs=1), holds_up_to(0.5))
+    assert training.controller.compression_rate == pytest.approx(0.79, abs=0.05)
+    loop = training.loop()
+    training.run(loop, tmp_path)
+    assert loop.statistics.compression_rate == pytest.approx(0.46, abs=0.05)

@@ -146,6 +146,7 @@ ROOT = {
     ),
     "target_scopes": TARGETS,
     "log_dir": Case(warned=True),
+    "scopes_without_shape_matching": Case((ABSENT, ["conv1"], []), warned=True),
     "disable_shape_matching": Case((ABSENT, True, False), warned=True),
 }
 

@@ -90,7 +90,7 @@ class FilterPruning(LevelAlgorithm):
     @hookimpl
     def compress_configure(self, context: Context) -> None:
         """Refuses settings that contradict one another."""
-        check_config(self.config)
+        check_config(self.config, may_begin_above=context.config.root.searches_from_the_start)
         self._schedule = make_schedule(self.config, self.target_pruning_level)
         context.refuse_unread(self)
 
