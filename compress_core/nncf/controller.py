@@ -19,6 +19,32 @@ from compress_core.session.scheduler import CompressionScheduler
 
 logger = logging.getLogger(__name__)
 
+# Figures of NNCF's pruning -> those of the statistics here.
+_FIGURES = {
+    "full_flops": "full_flops",
+    "current_flops": "current_flops",
+    "full_params_num": "full_parameters",
+    "current_params_num": "current_parameters",
+}
+# Attributes of NNCF's controllers that are not here -> what to use.
+_INSTEAD = {
+    "disable_scheduler": "freeze(); the accuracy-aware loop stops the schedule of the level that it moves",
+    "get_state": "get_compression_state(); save_checkpoint() saves it with the weights",
+    "current_groupwise_pruning_level": "statistics() has the level of each layer",
+    "nodes_flops": "statistics() has the operations of the whole model",
+    "run_batchnorm_adaptation": "adapt_batchnorm()",
+    "compression_level": "compression_rate, or compression_stage()",
+}
+# The same for its schedulers.
+_OF_SCHEDULES = {
+    "target_level": "controller.target_level, or the config",
+    "initial_level": "the config: sparsity_init, pruning_init",
+    "target_epoch": "the config: sparsity_target_epoch",
+    "freeze_epoch": "the config: sparsity_freeze_epoch",
+    "num_warmup_epochs": "the config: num_init_steps",
+    "num_pruning_epochs": "the config: pruning_steps",
+}
+
 _FORMAT = re.compile(r"^onnx(?:_(\d+))?$")
 _LATEST = 21
 
@@ -27,6 +53,11 @@ class NNCFScheduler(CompressionScheduler):
     """The scheduler, with the levels that NNCF's have."""
 
     owner: CompressionController
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _OF_SCHEDULES:
+            raise UsageError(f"the scheduler has no '{name}' here; use {_OF_SCHEDULES[name]}")
+        raise AttributeError(f"the scheduler has no '{name}'")
 
     @property
     def current_sparsity_level(self) -> float:
@@ -72,6 +103,19 @@ class ChildController:
 
 class NNCFController(CompressionController):
     """The controller, with NNCF's methods."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _FIGURES:
+            return self._figure(name)
+        if name in _INSTEAD:
+            raise UsageError(f"the controller has no '{name}' here; use {_INSTEAD[name]}")
+        return super().__getattr__(name)
+
+    def _figure(self, name: str) -> Any:
+        for part in self.statistics().parts.values():
+            if hasattr(part, _FIGURES[name]):
+                return getattr(part, _FIGURES[name])
+        raise UsageError(f"'{name}' is counted by algorithms that remove channels, and this config has none of them")
 
     @property
     def child_ctrls(self) -> list[ChildController]:

@@ -187,6 +187,15 @@ def test_the_controller_stays_one_for_everything_else(tmp_path, caplog):
     assert controller.algorithms["magnitude_sparsity"].frozen
     with pytest.raises(UsageError, match=r"controller\.loss"):
         children[0].loss()
+    assert controller.full_flops == controller.statistics().filter_pruning.full_flops > controller.current_flops
+    assert controller.full_params_num > controller.current_params_num
+    for name in ("disable_scheduler", "get_state", "nodes_flops"):
+        with pytest.raises(UsageError, match=f"no '{name}' here; use"):
+            getattr(controller, name)
+    with pytest.raises(UsageError, match="sparsity_target_epoch"):
+        _ = controller.scheduler.target_epoch
+    with pytest.raises(AttributeError, match="nothing_of_the_kind"):
+        _ = controller.nothing_of_the_kind
     controller.distributed()
     controller.prepare_for_export()
     assert "prepare_for_export() does nothing" in caplog.text
