@@ -1,5 +1,13 @@
 """compress-core: model compression for PyTorch training loops, with every algorithm a plugin."""
 
+from compress_core.accuracy_aware import (
+    AccuracyAwareStatistics,
+    AdaptiveCompressionTrainingLoop,
+    EarlyExitCompressionTrainingLoop,
+    EpochRecord,
+    create_accuracy_aware_training_loop,
+    draw_accuracy_aware,
+)
 from compress_core.api import check_config, create_compressed_model, register_default_init_args
 from compress_core.channels import load_compressed_model
 from compress_core.config import AlgorithmConfig, CompressionConfig, Count, InitializerConfig, Scopes, Section
@@ -42,6 +50,8 @@ from compress_core.transforms.folding import fold_computed_weights
 from compress_core.transforms.layers import WeightTensor, register_module
 
 __all__ = [
+    "AccuracyAwareStatistics",
+    "AdaptiveCompressionTrainingLoop",
     "Algorithm",
     "AlgorithmConfig",
     "BNAdaptationInitArgs",
@@ -60,6 +70,8 @@ __all__ = [
     "Context",
     "Count",
     "DataError",
+    "EarlyExitCompressionTrainingLoop",
+    "EpochRecord",
     "ExportError",
     "ExportFileError",
     "FileError",
@@ -89,7 +101,9 @@ __all__ = [
     "callable_choice",
     "check_config",
     "choice",
+    "create_accuracy_aware_training_loop",
     "create_compressed_model",
+    "draw_accuracy_aware",
     "find_choice",
     "fold_computed_weights",
     "for_one_process",

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from compress_core.accuracy_aware import check_accuracy_aware
 from compress_core.config import CompressionConfig
 from compress_core.contract.context import Context
 from compress_core.data.calibration import (
@@ -82,6 +83,7 @@ def create_compressed_model(
         if not lifecycle.algorithms:
             logger.warning("the config names no algorithm in 'compression': the model stays uncompressed")
         lifecycle.configure()
+        check_accuracy_aware(lifecycle.context, lifecycle.algorithms)
         uncompressed = UncompressedModel(lifecycle, uncompressed_model)
         with same_start(model, lifecycle, compression_state):
             if compression_state is not None:
@@ -215,4 +217,6 @@ def check_config(config: CompressionConfig | Mapping[str, Any] | str | Path) -> 
     Raises:
         ConfigError: Lists all problems with their paths and remedies.
     """
-    Lifecycle(default_registry(), Context(CompressionConfig.load(config))).configure()
+    lifecycle = Lifecycle(default_registry(), Context(CompressionConfig.load(config)))
+    lifecycle.configure()
+    check_accuracy_aware(lifecycle.context, lifecycle.algorithms)

@@ -26,6 +26,7 @@ PACKAGES = (
     ("compress_core.channels", "Which channels belong together, and the model without some of them."),
     ("compress_core.trace", "How a model is read."),
     ("compress_core.config", "Building blocks of config sections."),
+    ("compress_core.nncf", "NNCF's names, for scripts that were written for it."),
     ("compress_core.testing", "The conformance kit."),
 )
 _SECTION = re.compile(r"^(Args|Attributes|Returns|Yields|Raises|Example|Public way|Without it|Why):\s*$")

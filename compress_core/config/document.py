@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import json5
 from pydantic import BeforeValidator, Field, ValidationError
 
+from compress_core.config.accuracy_aware import ADAPTIVE, AccuracyAwareTraining, problems_of_accuracy_aware
 from compress_core.config.choices import ChoiceOf
 from compress_core.config.errors import problems_of, shown
 from compress_core.config.frozen import FrozenDict, frozen, thawed
@@ -60,6 +61,9 @@ class RootSection(Section):
         description="in training, compute compressed weights again in the backward pass instead of keeping them: less "
         "memory, a little more time",
     )
+    accuracy_aware_training: AccuracyAwareTraining | None = Field(
+        None, description="what create_accuracy_aware_training_loop does: how much accuracy may be lost, and how long"
+    )
     unused_values: Literal["error", "warn"] = Field(
         "error", description="what happens when a value in an algorithm's section can have no effect"
     )
@@ -69,17 +73,30 @@ class RootSection(Section):
     disable_shape_matching: bool | None = Field(
         None, description="accepted for compatibility with NNCF, without effect"
     )
+    scopes_without_shape_matching: Scopes | None = Field(
+        None, description="accepted for compatibility with NNCF, without effect"
+    )
+
+    @property
+    def searches_from_the_start(self) -> bool:
+        """Whether accuracy-aware training moves a level before any schedule has set one."""
+        section = self.unread().accuracy_aware_training
+        if section is None or section.mode != ADAPTIVE:
+            return False
+        return section.params.initial_training_phase_epochs == 0
 
 
 # Sections of NNCF configs that this version does not support: ignoring them silently would mislead the user.
 _REFUSED = {
-    "accuracy_aware_training": "accuracy-aware training is not available yet; drive the level from your loop",
     "bootstrapNAS": "neural architecture search is not part of compress-core; remove this section",
 }
 
 
 # Keys of NNCF configs that have no effect here: they are accepted with a warning.
-_WITHOUT_EFFECT = ("log_dir", "disable_shape_matching")
+_WITHOUT_EFFECT = ("log_dir", "disable_shape_matching", "scopes_without_shape_matching")
+
+# Spellings in NNCF's documentation -> the key that is meant; NNCF itself ignores them without a word.
+_OLD_SPELLINGS = {"input_infos": "input_info"}
 
 
 # Keys of an algorithm's section that users put at the top level by mistake.
@@ -295,7 +312,21 @@ def _raw_sections(source: Mapping[str, Any], problems: list[Problem]) -> list[An
     return []
 
 
+def _respelled(source: Mapping[str, Any], problems: list[Problem]) -> Mapping[str, Any]:
+    """Returns the document with old spellings of keys replaced, and names them in a warning."""
+    old = [key for key in _OLD_SPELLINGS if key in source]
+    problems.extend(
+        Problem(key, f"is an old spelling of '{_OLD_SPELLINGS[key]}', which is there, too; remove one")
+        for key in old
+        if _OLD_SPELLINGS[key] in source
+    )
+    if old:
+        logger.warning("config: %s", ", ".join(f"'{key}' is read as '{_OLD_SPELLINGS[key]}'" for key in old))
+    return {_OLD_SPELLINGS.get(key, key): value for key, value in source.items()}
+
+
 def _validated_root(source: Mapping[str, Any], problems: list[Problem]) -> RootSection:
+    source = _respelled(source, problems)
     known = {**RootSection.model_fields, "compression": None, **_REFUSED}
     strangers = []
     for key in source:
@@ -317,7 +348,9 @@ def _validated_root(source: Mapping[str, Any], problems: list[Problem]) -> RootS
     if idle := [key for key in _WITHOUT_EFFECT if key in source]:
         logger.warning("config: %s: accepted for compatibility with NNCF, but without effect", ", ".join(idle))
     try:
-        return RootSection.model_validate({key: source[key] for key in source if key in RootSection.model_fields})
+        root = RootSection.model_validate({key: source[key] for key in source if key in RootSection.model_fields})
+        problems.extend(problems_of_accuracy_aware(root.unread().accuracy_aware_training))
+        return root
     except ValidationError as error:
         problems.extend(problems_of(error, RootSection, ""))
         return RootSection()

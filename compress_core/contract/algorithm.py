@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import FunctionType
 from typing import TYPE_CHECKING, Any, ClassVar, Concatenate, Literal, ParamSpec, TypeVar
 
+import torch
 from torch import nn
 
 from compress_core.config.sections import AlgorithmConfig
+from compress_core.contract.nncf_tensors import NncfTensor
 from compress_core.contract.stages import Stage
 from compress_core.errors import UsageError
 
@@ -169,6 +171,20 @@ class Algorithm:
         if self._context is None:
             raise UsageError(f"'{self.name}' has no context before compress_configure()")
         return self._context
+
+    def take_nncf(self, tensors: Sequence[NncfTensor]) -> dict[str, tuple[str, torch.Tensor] | None]:
+        """Takes what belongs to this algorithm from a `state_dict` that NNCF saved.
+
+        Called by `compress_core.nncf.load_state` within a transaction; the weights are loaded afterwards.
+
+        Args:
+            tensors: The masks, scales and so on in it, of all algorithms.
+
+        Returns:
+            Key in the file -> name in the `state_dict` of this model, and the tensor to load there; None if the method
+            has set what the tensor says itself. What is not in it counts as not loaded.
+        """
+        return {}
 
     @property
     def compression_rate(self) -> float | None:

@@ -9,15 +9,31 @@ from compress_core.contract.algorithm import Algorithm, all_or_nothing
 from compress_core.errors import UsageError
 
 
+def has_settable_rate(algorithm: Algorithm | type[Algorithm]) -> bool:
+    """Returns whether `compression_rate` of an algorithm can be set, so that accuracy-aware training can move it.
+
+    A rate that is set has to hold, measured in the same unit as it is set in, until the masks are allowed to change
+    again: the schedule must not move it. `LevelAlgorithm` does so.
+    """
+    kind = algorithm if isinstance(algorithm, type) else type(algorithm)
+    return getattr(kind.compression_rate, "fset", None) is not None
+
+
 class LevelAlgorithm(Algorithm):
     """Base class of algorithms that compress to a level in [0, 1), such as the share of weights that become zero.
 
-    A subclass implements `set_level` and `level`; it inherits `freeze`, `frozen`, and a settable `compression_rate`.
+    A subclass implements `set_level` and `level`; it inherits `freeze`, `frozen`, and a settable `compression_rate`,
+    which accuracy-aware training moves. If some levels below 1 cannot be reached, it overrides `highest_level`.
     """
 
     def __init__(self, config: AlgorithmConfig) -> None:
         super().__init__(config)
         self._frozen = False
+
+    @property
+    def highest_level(self) -> float:
+        """The highest level that the model can have; 1 if nothing but the definition limits it."""
+        return 1.0
 
     def level(self) -> float:
         """Returns the level measured on the model."""

@@ -17,6 +17,12 @@ class CompressionStage(enum.IntEnum):
     PARTIALLY_COMPRESSED = 1
     FULLY_COMPRESSED = 2
 
+    def __add__(self, other: int) -> CompressionStage:
+        """Returns the common stage of two; not the sum of their numbers: UNCOMPRESSED + FULLY is PARTIALLY."""
+        if not isinstance(other, CompressionStage):
+            return NotImplemented
+        return CompressionStage.combine((self, other))
+
     @staticmethod
     def combine(stages: Iterable[CompressionStage]) -> CompressionStage:
         """Returns the common stage if all are equal, else `PARTIALLY_COMPRESSED`; `UNCOMPRESSED` if there are none."""

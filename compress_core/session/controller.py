@@ -20,6 +20,7 @@ from compress_core.contract.batch import Batch
 from compress_core.contract.clock import Clock
 from compress_core.contract.context import Context
 from compress_core.contract.ledger import Ledger
+from compress_core.contract.levels import has_settable_rate
 from compress_core.contract.stages import CompressionStage
 from compress_core.contract.statistics import CompressionStatistics, Statistics
 from compress_core.data.forwards import without_traces
@@ -237,6 +238,10 @@ class CompressionController:
         """Returns the progress of compression, measured on the model."""
         return self._inspected.stage(self.model)
 
+    def compression_stages(self) -> dict[str, CompressionStage]:
+        """Returns the progress of each algorithm, by name."""
+        return self._inspected.stages(self.model)
+
     @property
     def compression_rate(self) -> float:
         """Measured share, 0 to 1, of the compressed part of the model that was removed.
@@ -248,7 +253,7 @@ class CompressionController:
 
     @compression_rate.setter
     def compression_rate(self, rate: float) -> None:
-        settable = [a for a in self.algorithms.values() if getattr(type(a).compression_rate, "fset", None) is not None]
+        settable = [a for a in self.algorithms.values() if has_settable_rate(a)]
         if len(settable) != 1:
             names = [a.name for a in settable] or "no algorithm"
             raise CompressionError(

@@ -284,9 +284,13 @@ class Lifecycle(HookCalls):
 
     def stage(self, model: nn.Module) -> CompressionStage:
         """Returns the common stage of all algorithms that change the model."""
+        return CompressionStage.combine(self.stages(model).values())
+
+    def stages(self, model: nn.Module) -> dict[str, CompressionStage]:
+        """Returns the stage of every algorithm that changes the model; one that reports none is fully compressed."""
         members = [algorithm for algorithm in self.algorithms if algorithm.changes_model]
-        stages = [self._optional("compress_stage", a, CompressionStage, model=model) for a in members]
-        return CompressionStage.combine(CompressionStage.FULLY_COMPRESSED if s is None else s for s in stages)
+        found = {a.name: self._optional("compress_stage", a, CompressionStage, model=model) for a in members}
+        return {name: CompressionStage.FULLY_COMPRESSED if s is None else s for name, s in found.items()}
 
     def state(self, model: nn.Module) -> dict[str, Mapping[str, Any]]:
         """Returns the state of every algorithm."""

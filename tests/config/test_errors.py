@@ -85,7 +85,7 @@ from tests.config.document_helpers import message, section
         ),
         (
             {**section(), "accuracy_aware_training": {}},
-            ["accuracy_aware_training: accuracy-aware training is not available"],
+            ["accuracy_aware_training.mode: is required"],
         ),
         ({**section(), "target_device": "TPU"}, ["target_device:", "'TPU'"]),
         (

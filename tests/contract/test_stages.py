@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from compress_core import (
+    CompressionStage,
     Plan,
     PluginError,
     Stage,
@@ -76,3 +77,17 @@ def test_plan_that_is_no_json_is_refused_by_name():
 
     with use_registry(fresh(Odd)), pytest.raises(PluginError, match=r"compress_plan\(\) of the algorithm 'odd'.*JSON"):
         create_compressed_model(net(), sections("odd"))
+
+
+def test_stages_are_added_by_meaning():
+    none, part, full = CompressionStage
+    assert none + full is part and full + full is full and none + none is none and full + part is part
+
+
+def test_stages_by_algorithm():
+    config = {"compression": [{"algorithm": "magnitude_sparsity"}, {"algorithm": "quantization"}]}
+    controller, _ = create_compressed_model(net(), config, init_loader=[images()])
+    assert controller.compression_stages() == {
+        "magnitude_sparsity": CompressionStage.UNCOMPRESSED,
+        "quantization": CompressionStage.FULLY_COMPRESSED,
+    }

@@ -93,9 +93,31 @@ def _input(*values: Any, **more: Any) -> Case:
     return Case(values, model=Routed, data=False, section="quantization", **more)
 
 
+def _aware(*values: Any, **more: Any) -> Case:
+    params = {"initial_training_phase_epochs": 2, "patience_epochs": 1, "maximal_total_epochs": 40}
+    section = {"mode": "adaptive_compression_level", "params": params}
+    return Case(values, context={"accuracy_aware_training": section}, **more)
+
+
 TARGETS = Case((ABSENT, ["conv2"], []), refused=([],))
 
 ROOT = {
+    "accuracy_aware_training": Case((ABSENT, {"mode": "early_exit"})),
+    "accuracy_aware_training.mode": Case(("early_exit", "adaptive_compression_level")),
+    "accuracy_aware_training.params.maximal_relative_accuracy_degradation": _aware(ABSENT, 30.0),
+    "accuracy_aware_training.params.maximal_absolute_accuracy_degradation": _aware(ABSENT, 0.3),
+    "accuracy_aware_training.params.maximal_total_epochs": _aware(3, 40),
+    "accuracy_aware_training.params.algorithm": _aware(
+        *(ABSENT, "magnitude_sparsity", "quantization"),
+        refused=("quantization",),
+        same=((ABSENT, "magnitude_sparsity"),),
+    ),
+    "accuracy_aware_training.params.initial_training_phase_epochs": _aware(0, 2),
+    "accuracy_aware_training.params.patience_epochs": _aware(1, 2),
+    "accuracy_aware_training.params.initial_compression_rate_step": _aware(0.1, 0.2),
+    "accuracy_aware_training.params.compression_rate_step_reduction_factor": _aware(0.5, 0.25),
+    "accuracy_aware_training.params.lr_reduction_factor": _aware(0.5, 1.0),
+    "accuracy_aware_training.params.minimal_compression_rate_step": _aware(0.025, 0.05),
     "input_info.[].sample_size": _input([1, 3, 8, 8], [1, 3, 16, 16], context=_example()),
     "input_info.[].type": _input("float", "long", context=_example()),
     "input_info.[].filler": _input("zeros", "ones", "random", context=_example()),
@@ -125,6 +147,7 @@ ROOT = {
     ),
     "target_scopes": TARGETS,
     "log_dir": Case(warned=True),
+    "scopes_without_shape_matching": Case((ABSENT, ["conv1"], []), warned=True),
     "disable_shape_matching": Case((ABSENT, True, False), warned=True),
 }
 

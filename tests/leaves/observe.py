@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import logging
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from compress_core import CompressionError, create_compressed_model
+from compress_core import CompressionError, create_accuracy_aware_training_loop, create_compressed_model
 from compress_core.config.errors import shown
 from compress_core.data.structures import tensors_of
 from compress_core.transforms.chain import TransformChain
@@ -177,6 +178,8 @@ def observe(document: dict[str, Any], *, kind: type[nn.Module] = Net, data: bool
             "losses": list(_losses(controller, model)),
             "schedule": list(_schedule(controller, model)),
         }
+        if "accuracy_aware_training" in document:
+            aspects["accuracy-aware training"] = _accuracy_aware(document, kind)
     return Observation(aspects, tuple(warnings))
 
 
@@ -245,6 +248,22 @@ def _schedule(controller: Any, model: nn.Module) -> Iterator[Any]:
             tick()
             stage = controller.compression_stage().name
             yield shown(controller.compression_rate), stage, _tensors(model), _outputs(model)
+
+
+def _accuracy_aware(document: dict[str, Any], kind: type[nn.Module]) -> list[Any]:
+    """What the loop does with a metric that falls with the rate and rises with each epoch."""
+    controller, model = create_compressed_model(make_model(kind), document, init_loader=batches())
+    loop = create_accuracy_aware_training_loop(document, controller, 0.6, verbose=False)
+
+    def optimizers() -> Any:
+        return torch.optim.SGD(model.parameters(), 0.01), None
+
+    def validate(model: nn.Module, epoch: int) -> float:
+        return 1 - 1.2 * controller.compression_rate + 0.01 * epoch
+
+    with tempfile.TemporaryDirectory() as folder, mock.patch("compress_core.accuracy_aware.loops.draw_accuracy_aware"):
+        loop.run(model, lambda *args, **keywords: controller.scheduler.step(), validate, optimizers, log_dir=folder)
+    return [record.model_dump() for record in loop.statistics.epochs]
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -25,6 +25,7 @@ from compress_core import (
 from compress_core.channels import Certificate, Shrinkage
 from compress_core.contract.clock import Clock
 from compress_core.contract.context import Context
+from compress_core.contract.nncf_tensors import NncfTensor
 from compress_core.data.forwards import without_traces
 from compress_core.saved import damaged
 from compress_filter_pruning.config import IMPORTANCE, FilterPruningConfig
@@ -89,7 +90,7 @@ class FilterPruning(LevelAlgorithm):
     @hookimpl
     def compress_configure(self, context: Context) -> None:
         """Refuses settings that contradict one another."""
-        check_config(self.config)
+        check_config(self.config, may_begin_above=context.config.root.searches_from_the_start)
         self._schedule = make_schedule(self.config, self.target_pruning_level)
         context.refuse_unread(self)
 
@@ -243,6 +244,11 @@ class FilterPruning(LevelAlgorithm):
         """Number of each group -> names of the layers that produce its channels."""
         return {group.number: group.modules for group in self._active.groups}
 
+    @property
+    def highest_level(self) -> float:
+        """The highest level that leaves each group what it has to keep, in the unit that the target counts."""
+        return self._active.selector().most_level()
+
     def level(self) -> float:
         """Returns the pruned share, of channels or operations as the target counts."""
         return self._active.level()
@@ -318,6 +324,23 @@ class FilterPruning(LevelAlgorithm):
             self._latency = measured_latency(pruner.model, pruner.pairs(), pruner.inputs, rounds)
         return self._latency
 
+    def take_nncf(self, tensors: Sequence[NncfTensor]) -> dict[str, tuple[str, torch.Tensor] | None]:
+        """Takes the masks of filters, where those of a group agree; see `Algorithm.take_nncf`."""
+        given = {f"{t.module}.weight": t for t in tensors if t.name == "binary_filter_pruning_mask"}
+        pruner = self._active
+        gone, taken = [list(channels) for channels in pruner.gone], []
+        for number, group in enumerate(pruner.groups):
+            masks = [(m, given[m.parameter]) for m in group.makers if m.parameter in given]
+            fits = all(len(member.channels) == tensor.value.numel() for member, tensor in masks)
+            wanted = [masked_channels(member.channels, tensor.value) for member, tensor in masks] if fits else []
+            if wanted and len(wanted) == len(group.makers) and all(channels == wanted[0] for channels in wanted):
+                gone[number] = wanted[0]
+                taken += [tensor.key for _, tensor in masks]
+        if taken:
+            pruner.mask(gone)
+            self._requested, self._time = self.pruning_level, None
+        return dict.fromkeys(taken)
+
     # Implementation.
 
     @property
@@ -388,3 +411,14 @@ class FilterPruning(LevelAlgorithm):
         for leaf, value, _ in config.given_leaves():
             context.ledger.record(f"{path}.{leaf}", value, "resumed: groups are those of the compression state")
         return plan
+
+
+def masked_channels(channels: Any, mask: torch.Tensor) -> list[int]:
+    """Returns the channels of which a filter is masked.
+
+    Args:
+        channels: Channel of each filter, -1 for none.
+        mask: 1 for each filter that is kept, else 0.
+    """
+    masked = torch.as_tensor(channels)[mask.flatten().cpu() == 0]
+    return sorted({int(channel) for channel in masked if channel >= 0})

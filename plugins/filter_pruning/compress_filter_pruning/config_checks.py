@@ -7,13 +7,18 @@ from compress_core.errors import Problem
 from compress_filter_pruning.config import FilterPruningConfig
 
 
-def check_config(config: FilterPruningConfig) -> None:
+def check_config(config: FilterPruningConfig, *, may_begin_above: bool = False) -> None:
     """Refuses values that contradict each other, and reads the values that take effect once there is a model.
+
+    Args:
+        config: The section.
+        may_begin_above: Whether the initial level may lie above the target, because a search and not the schedule sets
+            the levels.
 
     Raises:
         ConfigError: Lists all problems.
     """
-    problems = _problems(config.unread())
+    problems = _problems(config.unread(), may_begin_above)
     if problems:
         raise ConfigError(problems)
     params = config.params
@@ -21,7 +26,7 @@ def check_config(config: FilterPruningConfig) -> None:
     _ = (params.prune_batch_norms, params.multiple_of, params.interlayer_ranking_type)
 
 
-def _problems(config: FilterPruningConfig) -> list[Problem]:
+def _problems(config: FilterPruningConfig, may_begin_above: bool) -> list[Problem]:
     params, problems = config.params, []
     if params.interlayer_ranking_type == "learned_ranking":
         problems.append(
@@ -40,7 +45,7 @@ def _problems(config: FilterPruningConfig) -> list[Problem]:
         )
     key = "pruning_target" if params.pruning_flops_target is None else "pruning_flops_target"
     target = getattr(params, key)
-    if target is not None and target < config.pruning_init:
+    if target is not None and target < config.pruning_init and not may_begin_above:
         problems.append(
             Problem(
                 f"params.{key}",

@@ -53,6 +53,14 @@ class Selector:
         least = [group.rounded(self._floor(group)) for group in self.groups]
         return 1 - self.operations.of(least) / self._full
 
+    def most_level(self) -> float:
+        """Returns the highest level, of operations or channels as levels count.
+
+        Below 1 with operations, because at least one channel of each group stays. Levels in channels are rounded for
+        each group, so all below 1 can be asked for.
+        """
+        return self.most() if self.counts_operations else 1.0
+
     @property
     def _full(self) -> int:
         return self.operations.of([group.full_size for group in self.groups])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
@@ -23,6 +23,7 @@ from compress_core import (
 )
 from compress_core.contract.clock import Clock
 from compress_core.contract.context import Context
+from compress_core.contract.nncf_tensors import NncfTensor
 from compress_core.data.calibration import CalibrationData
 from compress_core.saved import Whole, damaged, parsed
 from compress_core.transforms import get_weight_transform, raw_parameter
@@ -266,6 +267,23 @@ class MagnitudeSparsity(LevelAlgorithm):
         self._time = None
         if module_info is None:
             self._requested = level
+
+    def take_nncf(self, tensors: Sequence[NncfTensor]) -> dict[str, tuple[str, torch.Tensor] | None]:
+        """Takes the masks `_binary_mask` of magnitude, const and RB sparsity; see `Algorithm.take_nncf`."""
+        present = set(self._present)
+        found = {t.key: t for t in tensors if t.name == "_binary_mask" and f"{t.module}.weight" in present}
+        taken: dict[str, tuple[str, torch.Tensor] | None] = {}
+        for key, tensor in found.items():
+            name = f"{tensor.module}.weight"
+            if tensor.value.shape == self._mask(name).mask.shape:
+                entry = f"{tensor.module}.weight_transforms.weight.{self.name}.mask"
+                taken[key] = (entry, tensor.value != 0)
+        if taken:
+            self._requested = 1 - sum(_kept(found[key].value) for key in taken) / sum(
+                found[k].value.numel() for k in taken
+            )
+            self._time = None
+        return taken
 
     # Implementation.
 

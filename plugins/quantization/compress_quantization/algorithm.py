@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import reprlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
+import torch
 from torch import nn
 
 from compress_core import (
@@ -23,6 +24,7 @@ from compress_core import (
 )
 from compress_core.contract.clock import Clock
 from compress_core.contract.context import Context
+from compress_core.contract.nncf_tensors import NncfTensor
 from compress_core.data.calibration import CalibrationData
 from compress_core.export import ExportTarget, GraphRewrite
 from compress_core.saved import damaged
@@ -32,6 +34,7 @@ from compress_quantization.config_checks import check_config, given_to_example_s
 from compress_quantization.effects import applied_to
 from compress_quantization.export import prepare, prepare_decomposed, rewrite, rewrite_program
 from compress_quantization.fake_quantize import FakeQuantize
+from compress_quantization.nncf_quantizers import taken_from_nncf
 from compress_quantization.plan import PlannedQuantizer
 from compress_quantization.planning import Planner
 from compress_quantization.profiles import load_profile
@@ -266,6 +269,10 @@ class Quantization(Algorithm):
             raise UsageError(f"freeze_quantizers takes True or False, got {freeze!r}")
         for module in self.all_quantizations.values():
             module.requires_grad_(not freeze)
+
+    def take_nncf(self, tensors: Sequence[NncfTensor]) -> dict[str, tuple[str, torch.Tensor] | None]:
+        """Takes scales and ranges of quantizers that have as many bits; see `Algorithm.take_nncf`."""
+        return taken_from_nncf(tensors, self._present, self.model)
 
     # Implementation.
 

@@ -1,0 +1,186 @@
+"""`NNCFConfig`: a dict with NNCF's methods."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from compress_core.config import CompressionConfig
+from compress_core.data.calibration import (
+    BNAdaptationInitArgs,
+    InitArgs,
+    ModelEvaluationArgs,
+    QuantizationRangeInitArgs,
+)
+from compress_core.errors import UsageError
+from compress_core.nncf.structures import (
+    AutoQPrecisionInitArgs,
+    DistributedCallbacksArgs,
+    ExecutionParameters,
+    LeGRInitArgs,
+    QuantizationPrecisionInitArgs,
+    nncf_forward,
+)
+from compress_core.registry import default_registry
+from compress_core.registry.schema import json_schema
+
+logger = logging.getLogger(__name__)
+
+Struct = TypeVar("Struct")
+
+
+class NNCFConfig(dict[str, Any]):
+    """A config document as a dict, which can be changed, and the objects that are registered with it.
+
+    `from_json` and `from_dict` check the document, as with NNCF. What is changed afterwards is checked, unlike there,
+    when the config is used: by `create_compressed_model` and the like.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._structs: dict[type, Any] = {}
+
+    @classmethod
+    def from_dict(cls, nncf_dict: Mapping[str, Any]) -> NNCFConfig:
+        """Returns a config from a dict, which is copied.
+
+        Raises:
+            ConfigError: The document is not valid.
+        """
+        return cls(CompressionConfig.from_dict(nncf_dict).source)
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> NNCFConfig:
+        """Reads a JSON file; comments and trailing commas are allowed.
+
+        Raises:
+            ConfigError: The file cannot be read, or is not valid.
+        """
+        return cls(CompressionConfig.from_json(path).source)
+
+    @classmethod
+    def validate(cls, loaded_json: Mapping[str, Any]) -> None:
+        """Checks a document.
+
+        Raises:
+            ConfigError: It is not valid.
+        """
+        CompressionConfig.from_dict(loaded_json)
+
+    @staticmethod
+    def schema() -> dict[str, Any]:
+        """Returns the JSON schema of everything that is installed."""
+        return json_schema(default_registry())
+
+    def register_extra_structs(self, struct_list: Iterable[object]) -> None:
+        """Attaches objects that JSON cannot hold; unlike with NNCF, one replaces an earlier one of its type."""
+        for struct in struct_list:
+            self._structs[type(struct)] = struct
+
+    def get_extra_struct(self, struct_cls: type[Struct]) -> Struct:
+        """Returns the attached object of a type.
+
+        Raises:
+            UsageError: There is none.
+        """
+        if struct_cls not in self._structs:
+            raise UsageError(f"no {struct_cls.__name__} was registered with this config; call register_extra_structs")
+        found: Struct = self._structs[struct_cls]
+        return found
+
+    def has_extra_struct(self, struct_cls: type) -> bool:
+        """Returns whether there is an attached object of a type."""
+        return struct_cls in self._structs
+
+    def get_all_extra_structs_for_copy(self) -> list[Any]:
+        """Returns all attached objects."""
+        return list(self._structs.values())
+
+    def compression_config(self) -> CompressionConfig:
+        """Returns the document as compress-core's config, checked as it is now, with the attached objects.
+
+        Raises:
+            ConfigError: The document is not valid.
+        """
+        config = CompressionConfig.from_dict(dict(self))
+        for struct in self._structs.values():
+            given = struct
+            if isinstance(struct, InitArgs) and struct.forward_fn is None:
+                given = type(struct)(struct.data_loader, struct.device, nncf_forward(struct.data_loader))
+            config.register_extra_structs([given])
+        return config
+
+
+def register_default_init_args(
+    nncf_config: NNCFConfig,
+    train_loader: Any,
+    criterion: Any = None,
+    criterion_fn: Any = None,
+    train_steps_fn: Any = None,
+    validate_fn: Any = None,
+    val_loader: Any = None,
+    autoq_eval_fn: Any = None,
+    model_eval_fn: Any = None,
+    distributed_callbacks: Any = None,
+    execution_parameters: Any = None,
+    legr_train_optimizer: Any = None,
+    device: Any = None,
+) -> NNCFConfig:
+    """Attaches the data and functions for initialization to a config, with NNCF's arguments.
+
+    Args:
+        nncf_config: The config.
+        train_loader: Batches (input, target), or a loader with `get_inputs`.
+        criterion: The loss, for mixed precision with a Hessian.
+        criterion_fn: `(outputs, target, criterion)`; by default it calls the criterion.
+        train_steps_fn: For learned ranking, with `val_loader` and `validate_fn`.
+        validate_fn: As above.
+        val_loader: As above; also for `autoq_eval_fn`.
+        autoq_eval_fn: `(model, loader) -> number`, for mixed precision with an evaluation.
+        model_eval_fn: `(model) -> number`, larger is better: the metric of `"guard": true`.
+        distributed_callbacks: Not used, with a warning: nothing here wraps a model.
+        execution_parameters: Not used, with a warning: batches are moved to where the model is; see `device`.
+        legr_train_optimizer: For learned ranking.
+        device: Device that batches are moved to; by default that of the model.
+
+    Returns:
+        The config. Unlike with NNCF, calling the function again replaces the data.
+
+    Raises:
+        UsageError: The config is no `NNCFConfig`, or an argument lacks another one.
+    """
+    if not isinstance(nncf_config, NNCFConfig):
+        raise UsageError(f"nncf_config: got a {type(nncf_config).__name__}; NNCFConfig.from_dict(...) makes one")
+    structs: list[Any] = [
+        QuantizationRangeInitArgs(train_loader, device),
+        BNAdaptationInitArgs(train_loader, device),
+    ]
+    if criterion is not None:
+        compute = criterion_fn or (lambda outputs, target, criterion: criterion(outputs, target))
+        structs.append(QuantizationPrecisionInitArgs(compute, criterion, train_loader, device))
+    elif criterion_fn is not None:
+        raise UsageError("criterion_fn: is of no use without criterion, which it would be called with; give both")
+    if autoq_eval_fn is not None:
+        loader = train_loader if val_loader is None else val_loader
+        structs.append(AutoQPrecisionInitArgs(loader, autoq_eval_fn, nncf_config))
+    legr = {"train_steps_fn": train_steps_fn, "val_loader": val_loader, "validate_fn": validate_fn}
+    if train_steps_fn is not None:
+        if missing := [name for name, value in legr.items() if value is None]:
+            raise UsageError(f"train_steps_fn: learned ranking needs {' and '.join(missing)}, too")
+        structs.append(
+            LeGRInitArgs(train_loader, train_steps_fn, legr_train_optimizer, val_loader, validate_fn, nncf_config)
+        )
+    elif legr_train_optimizer is not None:
+        raise UsageError("legr_train_optimizer: is of no use without train_steps_fn, val_loader and validate_fn")
+    if model_eval_fn is not None:
+        structs.append(ModelEvaluationArgs(model_eval_fn))
+    if distributed_callbacks is not None:
+        structs.append(DistributedCallbacksArgs(*distributed_callbacks))
+        logger.warning("distributed_callbacks: not used, because nothing here wraps a model for several GPUs")
+    if isinstance(execution_parameters, ExecutionParameters) or execution_parameters is not None:
+        structs.append(execution_parameters)
+        logger.warning("execution_parameters: not used; batches are moved to the model, or to device=")
+    nncf_config.register_extra_structs(structs)
+    return nncf_config
