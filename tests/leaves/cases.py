@@ -65,6 +65,12 @@ BASES: dict[str, dict[str, Any]] = {
         },
     },
     "quantization": {"algorithm": "quantization"},
+    "const_sparsity": {"algorithm": "const_sparsity"},
+    "rb_sparsity": {
+        "algorithm": "rb_sparsity",
+        "sparsity_init": 0.2,
+        "params": {"sparsity_target": 0.7, "sparsity_target_epoch": 4},
+    },
 }
 
 ADAPTED = {"initializer": {"batchnorm_adaptation": {"num_bn_adaptation_samples": 16}}}
@@ -168,6 +174,22 @@ MAGNITUDE = {
     "params.step": Case((0.05, 0.1), context=ADAPTIVE, without=("params",)),
     "params.eps": Case((0.03, 0.0), context=ADAPTIVE, without=("params",)),
     "params.importance_steps": Case((1, 4), context={"params": {"weight_importance": "reconstruction"}}),
+}
+
+# Without training the level stays 0: the adaptive schedule waits for it, as far as `eps` lets it.
+RB_ADAPTIVE: dict[str, Any] = {"sparsity_init": 0.0, "params": {"schedule": "adaptive", "step": 0.1}}
+RB = {
+    "params.schedule": Case(
+        ("polynomial", "exponential", "adaptive", "multistep", "baseline", "exponential_with_bias"), without=("params",)
+    ),
+    **{name: MAGNITUDE[name] for name in MAGNITUDE if "epoch" in name or "target" in name or "multistep" in name},
+    "params.power": Case((0.9, 2.0), context=_schedule("polynomial")),
+    "params.concave": Case((True, False), context=_schedule("polynomial")),
+    "params.update_per_optimizer_step": Case((False, True), context=_schedule("polynomial")),
+    "params.patience": Case((1, 2), context=RB_ADAPTIVE, without=("params",)),
+    "params.step": Case((0.05, 0.1), context=RB_ADAPTIVE, without=("params",)),
+    "params.eps": Case((0.03, 0.2), context=RB_ADAPTIVE, without=("params",)),
+    "compression_lr_multiplier": Case((ABSENT, 0.5)),
 }
 
 PRUNING = {
@@ -330,16 +352,53 @@ QUANTIZATION = {
     },
 }
 
+
+def _idle(name: str, *values: Any, **more: Any) -> Case:
+    """A setting of an initializer of an algorithm that changes nothing before training: there is nothing to make up."""
+    given = values or SHARED[name].values
+    compared = [value for value in given if value not in more.get("refused", ())]
+    context = {} if name.count(".") == 1 else {"initializer": {name.split(".")[1]: {}}}
+    return Case(given, context=context, same=tuple(itertools.combinations(compared, 2)), **more)
+
+
+def _idle_initializers(*names: str) -> dict[str, Case]:
+    """For each initializer, it itself and its settings."""
+    found: dict[str, Case] = {}
+    for name in names:
+        path = f"initializer.{name}"
+        found[path] = _idle(path, ABSENT, {})
+        for shared, case in SHARED.items():
+            if shared.startswith(f"{path}."):
+                found[shared] = _idle(shared, refused=case.refused)
+    return found
+
+
+# What is zero is zero in the uncompressed model too, and all gates are open: the model computes what it did.
+CONST = {
+    **_idle_initializers("batchnorm_adaptation", "data_free_correction"),
+    "initializer.data_free_correction.ignored_scopes": _idle(
+        "initializer.data_free_correction.ignored_scopes", [], ["conv2"]
+    ),
+}
+GATES = {
+    **CONST,
+    **_idle_initializers("weight_reconstruction"),
+    "initializer.weight_reconstruction.damping": _idle("initializer.weight_reconstruction.damping", 0.1, 0.5),
+    "initializer.weight_reconstruction.positions": _idle("initializer.weight_reconstruction.positions", 16, 1),
+}
+
 CASES: dict[str, Case] = {
     **ROOT,
     **{f"{section}:{path}": case for section in BASES for path, case in SHARED.items()},
     **{
         f"{section}:algorithm": Case(
-            (section, "rb_sparsity"), refused=EVERY_OTHER_VALUE, refused_at="compression.algorithm"
+            (section, "no_such_sparsity"), refused=EVERY_OTHER_VALUE, refused_at="compression.algorithm"
         )
         for section in BASES
     },
     **{f"magnitude_sparsity:{path}": case for path, case in MAGNITUDE.items()},
     **{f"filter_pruning:{path}": case for path, case in PRUNING.items()},
+    **{f"const_sparsity:{path}": case for path, case in CONST.items()},
+    **{f"rb_sparsity:{path}": case for path, case in (GATES | RB).items()},
     **{f"quantization:{path}": case for path, case in QUANTIZATION.items()},
 }

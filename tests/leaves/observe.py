@@ -208,7 +208,8 @@ def _schedule(controller: Any, model: nn.Module) -> Iterator[Any]:
         for tick in (controller.scheduler.epoch_step, *[controller.scheduler.step] * STEPS):
             tick()
             stage = controller.compression_stage().name
-            yield shown(controller.compression_rate), stage, _tensors(model), _outputs(model)
+            loss = _bits(controller.loss())
+            yield shown(controller.compression_rate), stage, loss, _tensors(model), _outputs(model)
 
 
 @contextmanager
@@ -228,6 +229,7 @@ def _warnings() -> Iterator[list[str]]:
 
 _PLUGINS = (
     "compress_filter_pruning",
+    "compress_learned_sparsity",
     "compress_magnitude_sparsity",
     "compress_quantization",
     "compress_weight_reconstruction",
