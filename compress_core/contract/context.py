@@ -55,6 +55,8 @@ class Context:
         transaction: Runs changes of the model after its creation, all or nothing.
         uncompressed_model: Provides `uncompressed` and `teacher`.
         announce_shrinkage: The function that `shrunk` calls.
+        removed_so_far: In `compress_strip` and `compress_export`: what algorithms before have removed from this model,
+            so that names and indices of channels can be brought up to date (`compress_core.channels.smaller_group`).
         saved_plans: The plans in the compression state that is being resumed, by algorithm. They hold what was traced
             or measured at planning time, so that it need not be repeated.
     """
@@ -70,6 +72,7 @@ class Context:
         self.resuming = resuming
         self.bypassable = True
         self.saved_plans: Mapping[str, Plan] = {}
+        self.removed_so_far = Shrinkage()
         # Copies, because each section records which values were read, and another model may share the config.
         self.sections = tuple(s.unread() if isinstance(s, AlgorithmConfig) else s for s in config.sections)
         self._init_loader = init_loader
