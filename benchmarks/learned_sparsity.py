@@ -4,7 +4,7 @@ A network is trained on digits, then fine-tuned for the same number of epochs wi
 of learned masks have a learning rate of their own, and no weight decay, as their authors advise. Prints the accuracy on
 the test images, and the level that is really there.
 
-Usage: python -m benchmarks.learned_sparsity [--level 0.95] [--epochs 12] [--seeds 3]
+Usage: python -m benchmarks.learned_sparsity [--level 0.95] [--epochs 20] [--seeds 3]
 """
 
 from __future__ import annotations
@@ -33,15 +33,25 @@ def perceptron() -> nn.Module:
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {"ResNet": lambda: demo_network("digits"), "MLP": perceptron}
 SCORE_RATE = {"rb_sparsity": 0.1, "movement_sparsity": 0.01}
+# Factor of the loss of movement sparsity with which the perceptron ends near 95 %; it has no target level.
+FACTOR = 10.0
+# The loss of rb sparsity asks for a little more than what is wanted, because the task pulls against it.
+MARGIN = 0.01
 
 
-def sections(level: float, epochs: int) -> dict[str, dict[str, Any]]:
+def sections(level: float, epochs: int, factor: float) -> dict[str, dict[str, Any]]:
     """Returns the section of each algorithm: the level is asked for after two thirds of the epochs."""
     ramp = 2 * epochs // 3
     scheduled = {"schedule": "polynomial", "sparsity_target": level, "sparsity_target_epoch": ramp}
+    gates = scheduled | {"sparsity_target": level + MARGIN, "sparsity_freeze_epoch": epochs - 2}
+    warmup = {"warmup_start_epoch": 1, "warmup_end_epoch": epochs - 2, "importance_regularization_factor": factor}
     return {
         "magnitude_sparsity": {"algorithm": "magnitude_sparsity", "params": scheduled},
-        "rb_sparsity": {"algorithm": "rb_sparsity", "params": scheduled | {"sparsity_freeze_epoch": epochs - 2}},
+        "rb_sparsity": {"algorithm": "rb_sparsity", "params": gates},
+        "movement_sparsity": {
+            "algorithm": "movement_sparsity",
+            "params": warmup | {"enable_structured_masking": False},
+        },
     }
 
 
@@ -53,20 +63,20 @@ def fine_tuned(
     controller, model = create_compressed_model(model, {"compression": section})
     scores = [p for name, p in model.named_parameters() if name.endswith(".scores")]
     weights = [p for name, p in model.named_parameters() if not name.endswith(".scores")]
-    groups = [{"params": weights, "lr": 2e-3}]
-    if scores:
-        groups.append({"params": scores, "lr": SCORE_RATE[section["algorithm"]]})
-    optimizer = torch.optim.Adam(groups)
     loader = data.loader(train=True, batch_size=64, shuffle=True, seed=seed)
-    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * len(loader))
+    optimizers = [torch.optim.Adam(weights, 2e-3)]
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizers[0], epochs * len(loader))
+    if scores:
+        optimizers.append(torch.optim.Adam(scores, SCORE_RATE[section["algorithm"]]))
     model.train()
     for _ in range(epochs):
         controller.scheduler.epoch_step()
         for inputs, labels in loader:
             controller.scheduler.step()
-            optimizer.zero_grad()
+            model.zero_grad()
             (F.cross_entropy(model(inputs), labels) + controller.loss()).backward()
-            optimizer.step()
+            for optimizer in optimizers:
+                optimizer.step()
             decay.step()
     return controller, model.eval()
 
@@ -75,7 +85,8 @@ def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--level", type=float, default=0.95)
-    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--factor", type=float, default=FACTOR, help="of the loss of movement sparsity")
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -84,9 +95,16 @@ def main() -> None:
         for seed in range(options.seeds):
             torch.manual_seed(seed)
             start = make()
-            train(start, data.loader(train=True, batch_size=128, shuffle=True), epochs=15, max_lr=0.2)
+            train(
+                start,
+                data.loader(train=True, batch_size=128, shuffle=True),
+                epochs=15,
+                max_lr=0.2 if network == "ResNet" else 0.02,
+            )
             rows.append([network, seed, "uncompressed", 0.0, accuracy(start, data.test)])
-            for name, section in sections(options.level, options.epochs).items():
+            for name, section in sections(options.level, options.epochs, options.factor).items():
+                if name == "movement_sparsity" and network != "MLP":
+                    continue  # it has a single linear layer
                 controller, model = fine_tuned(copy.deepcopy(start), data, section, options.epochs, seed)
                 rows.append([network, seed, name, controller.compression_rate, accuracy(model, data.test)])
     print(tabulate(rows, ["network", "seed", "algorithm", "level", "accuracy, %"], floatfmt=".3f"))

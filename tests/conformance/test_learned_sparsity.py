@@ -18,6 +18,11 @@ CONFIGS = {
         "sparsity_init": 0.2,
         "params": {"sparsity_target": 0.6, "sparsity_target_epoch": 3},
     },
+    "movement": {
+        "algorithm": "movement_sparsity",
+        "params": {"warmup_start_epoch": 1, "warmup_end_epoch": 3, "importance_regularization_factor": 0.1},
+        "sparse_structure_by_scopes": [{"mode": "per_dim", "axis": 0, "target_scopes": "{re}linear1"}],
+    },
 }
 EXPECTED_FAILURES = {
     "const": {"check_stage_is_measured": "what is masked is zero already, so the masks change nothing before training"},
@@ -39,7 +44,9 @@ def model_of(name, config):
 def case_for(model_name: str, config_name: str) -> Case:
     inputs = ZOO[model_name][1]()
     config = {"compression": CONFIGS[config_name]}
+    loader = [(inputs[0], torch.zeros(len(inputs[0])))] * 2 if config_name == "movement" else None
     return Case(
+        loader=loader,
         make_model=lambda: model_of(model_name, config_name),
         inputs=inputs,
         config=config,

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from tests.leaves.observe import Net, Normalized, Routed
+from tests.leaves.observe import Linears, Net, Normalized, Routed
 from tests.leaves.schema import ABSENT
 
 EVERY_OTHER_VALUE = object()
@@ -70,6 +70,15 @@ BASES: dict[str, dict[str, Any]] = {
         "algorithm": "rb_sparsity",
         "sparsity_init": 0.2,
         "params": {"sparsity_target": 0.7, "sparsity_target_epoch": 4},
+    },
+    "movement_sparsity": {
+        "algorithm": "movement_sparsity",
+        "params": {
+            "warmup_start_epoch": 1,
+            "warmup_end_epoch": 3,
+            "importance_regularization_factor": 0.1,
+            "init_importance_threshold": -0.5,
+        },
     },
 }
 
@@ -189,6 +198,37 @@ RB = {
     "params.patience": Case((1, 2), context=RB_ADAPTIVE, without=("params",)),
     "params.step": Case((0.05, 0.1), context=RB_ADAPTIVE, without=("params",)),
     "params.eps": Case((0.03, 0.2), context=RB_ADAPTIVE, without=("params",)),
+    "compression_lr_multiplier": Case((ABSENT, 0.5)),
+}
+
+
+def _structure(**entry: Any) -> dict[str, Any]:
+    return {"sparse_structure_by_scopes": [{"target_scopes": ["fc"], **entry}]}
+
+
+_STRUCTURE = "sparse_structure_by_scopes.[]"
+MOVEMENT = {
+    "target_scopes": Case((ABSENT, ["first"], []), refused=([],), model=Linears),
+    "ignored_scopes": Case(([], ["first"]), model=Linears),
+    "initializer.weight_reconstruction.ignored_scopes": Case(([], ["fc"]), context=RECONSTRUCTED),
+    "validate_scopes": SHARED["validate_scopes"],
+    "params.warmup_start_epoch": Case((1, 2)),
+    "params.warmup_end_epoch": Case((3, 4)),
+    "params.importance_regularization_factor": Case((0.1, 0.2)),
+    "params.power": Case((1.0, 3.0)),
+    "params.init_importance_threshold": Case((-0.5, -0.25)),
+    "params.final_importance_threshold": Case((0.0, -0.1)),
+    "params.steps_per_epoch": Case((2, 4)),
+    "params.enable_structured_masking": Case((True, False), data=False, refused=(True,)),
+    _STRUCTURE: Case(({"mode": "fine", "target_scopes": "fc"}, {"mode": "per_dim", "axis": 0, "target_scopes": "fc"})),
+    f"{_STRUCTURE}.mode": Case(
+        ("fine", "block", "per_dim"), context=_structure(), refused=("block", "per_dim"), refused_at=_STRUCTURE[:-3]
+    ),
+    f"{_STRUCTURE}.sparse_factors": Case(([2, 4], [4, 4]), context=_structure(mode="block")),
+    f"{_STRUCTURE}.axis": Case((0, 1), context=_structure(mode="per_dim")),
+    f"{_STRUCTURE}.target_scopes": Case(
+        (["first"], ["second"], []), context=_structure(mode="per_dim", axis=0), refused=([],), model=Linears
+    ),
     "compression_lr_multiplier": Case((ABSENT, 0.5)),
 }
 
@@ -387,6 +427,9 @@ GATES = {
     "initializer.weight_reconstruction.positions": _idle("initializer.weight_reconstruction.positions", 16, 1),
 }
 
+# A linear layer has one position.
+MOVED = CONST | {"initializer.weight_reconstruction.positions": GATES["initializer.weight_reconstruction.positions"]}
+
 CASES: dict[str, Case] = {
     **ROOT,
     **{f"{section}:{path}": case for section in BASES for path, case in SHARED.items()},
@@ -400,5 +443,6 @@ CASES: dict[str, Case] = {
     **{f"filter_pruning:{path}": case for path, case in PRUNING.items()},
     **{f"const_sparsity:{path}": case for path, case in CONST.items()},
     **{f"rb_sparsity:{path}": case for path, case in (GATES | RB).items()},
+    **{f"movement_sparsity:{path}": case for path, case in (MOVED | MOVEMENT).items()},
     **{f"quantization:{path}": case for path, case in QUANTIZATION.items()},
 }

@@ -55,6 +55,17 @@ class Normalized(Net):
         return self.norm(super().forward(x))
 
 
+class Linears(nn.Module):
+    """Two linear layers on the mean of an image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 6), nn.Linear(6, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(x.mean((2, 3))).relu())
+
+
 class Routed(nn.Module):
     """A model whose way depends on everything that `input_info` says."""
 

@@ -19,6 +19,14 @@ SECTIONS = {
         "sparsity_init": 0.3,
         "params": {"sparsity_target": 0.6, "sparsity_target_epoch": 2, "sparsity_freeze_epoch": 3},
     },
+    "movement_sparsity": {
+        "params": {
+            "warmup_start_epoch": 1,
+            "warmup_end_epoch": 3,
+            "importance_regularization_factor": 0.1,
+            "enable_structured_masking": False,
+        },
+    },
 }
 
 
