@@ -22,7 +22,7 @@ from torch import nn
 from compress_core import CompressionController, create_compressed_model
 from examples.common.datasets import Dataset, digits
 from examples.common.networks import demo_network
-from examples.common.training import accuracy, train
+from examples.common.training import accuracy
 
 
 def perceptron() -> nn.Module:
@@ -34,9 +34,9 @@ def perceptron() -> nn.Module:
 NETWORKS: dict[str, Callable[[], nn.Module]] = {"ResNet": lambda: demo_network("digits"), "MLP": perceptron}
 SCORE_RATE = {"rb_sparsity": 0.1, "movement_sparsity": 0.01}
 # Factor of the loss of movement sparsity with which the perceptron ends near 95 %; it has no target level.
-FACTOR = 10.0
+FACTOR = 80.0
 # The loss of rb sparsity asks for a little more than what is wanted, because the task pulls against it.
-MARGIN = 0.01
+MARGIN = 0.02
 
 
 def sections(level: float, epochs: int, factor: float) -> dict[str, dict[str, Any]]:
@@ -55,30 +55,36 @@ def sections(level: float, epochs: int, factor: float) -> dict[str, dict[str, An
     }
 
 
-def fine_tuned(
-    model: nn.Module, data: Dataset, section: dict[str, Any], epochs: int, seed: int
-) -> tuple[CompressionController, nn.Module]:
-    """Returns the model after `epochs` of training with an algorithm."""
+def fitted(
+    model: nn.Module, data: Dataset, epochs: int, seed: int, section: dict[str, Any] | None = None
+) -> CompressionController | None:
+    """Trains a model for some epochs, with an algorithm if there is a section; returns its controller."""
     torch.manual_seed(seed)
-    controller, model = create_compressed_model(model, {"compression": section})
+    controller = None
+    if section is not None:
+        controller, model = create_compressed_model(model, {"compression": section})
     scores = [p for name, p in model.named_parameters() if name.endswith(".scores")]
     weights = [p for name, p in model.named_parameters() if not name.endswith(".scores")]
     loader = data.loader(train=True, batch_size=64, shuffle=True, seed=seed)
     optimizers = [torch.optim.Adam(weights, 2e-3)]
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizers[0], epochs * len(loader))
-    if scores:
+    if section is not None and scores:
         optimizers.append(torch.optim.Adam(scores, SCORE_RATE[section["algorithm"]]))
     model.train()
     for _ in range(epochs):
-        controller.scheduler.epoch_step()
+        if controller is not None:
+            controller.scheduler.epoch_step()
         for inputs, labels in loader:
-            controller.scheduler.step()
+            if controller is not None:
+                controller.scheduler.step()
             model.zero_grad()
-            (F.cross_entropy(model(inputs), labels) + controller.loss()).backward()
+            loss = F.cross_entropy(model(inputs), labels)
+            (loss if controller is None else loss + controller.loss()).backward()
             for optimizer in optimizers:
                 optimizer.step()
             decay.step()
-    return controller, model.eval()
+    model.eval()
+    return controller
 
 
 def main() -> None:
@@ -95,17 +101,14 @@ def main() -> None:
         for seed in range(options.seeds):
             torch.manual_seed(seed)
             start = make()
-            train(
-                start,
-                data.loader(train=True, batch_size=128, shuffle=True),
-                epochs=15,
-                max_lr=0.2 if network == "ResNet" else 0.02,
-            )
+            fitted(start, data, 15, seed)
             rows.append([network, seed, "uncompressed", 0.0, accuracy(start, data.test)])
             for name, section in sections(options.level, options.epochs, options.factor).items():
                 if name == "movement_sparsity" and network != "MLP":
                     continue  # it has a single linear layer
-                controller, model = fine_tuned(copy.deepcopy(start), data, section, options.epochs, seed)
+                model = copy.deepcopy(start)
+                controller = fitted(model, data, options.epochs, seed, section)
+                assert controller is not None
                 rows.append([network, seed, name, controller.compression_rate, accuracy(model, data.test)])
     print(tabulate(rows, ["network", "seed", "algorithm", "level", "accuracy, %"], floatfmt=".3f"))
 
