@@ -7,6 +7,7 @@ transforms are cut as each transform declares (`following`), after decisions ove
 (`decisions`).
 """
 
+from compress_core.channels.after_removal import lost_channels, renumbered, smaller_group
 from compress_core.channels.algebra import Dims, Obstacle, Role
 from compress_core.channels.costs import Costs, operation_costs, parameter_costs
 from compress_core.channels.errors import ShrinkError
@@ -15,6 +16,7 @@ from compress_core.channels.heads import channel_groups_of_heads
 from compress_core.channels.inputs import InputSpec, batch_size, example_arguments, input_specs
 from compress_core.channels.proof import Certificate, prove
 from compress_core.channels.rules import Step
+from compress_core.channels.saved_groups import SavedGroup, check_channels, group_from_dict, group_to_dict
 from compress_core.channels.shrink_model import (
     apply_all_or_nothing,
     averaged_module,
@@ -37,6 +39,7 @@ __all__ = [
     "Member",
     "Obstacle",
     "Role",
+    "SavedGroup",
     "ShrinkError",
     "Shrinkage",
     "Step",
@@ -45,16 +48,22 @@ __all__ = [
     "batch_size",
     "channel_groups",
     "channel_groups_of_heads",
+    "check_channels",
     "check_optimizer",
     "example_arguments",
+    "group_from_dict",
+    "group_to_dict",
     "input_specs",
     "load_compressed_model",
+    "lost_channels",
     "operation_costs",
     "parameter_costs",
     "planned_shrinkage",
     "prove",
     "removable_groups",
+    "renumbered",
     "shrink_model",
     "shrink_optimizer",
     "shrinkage",
+    "smaller_group",
 ]

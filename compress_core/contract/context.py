@@ -56,6 +56,8 @@ class Context:
         uncompressed_model: Provides `uncompressed` and `teacher`.
         announce_shrinkage: The function that `shrunk` calls.
         recorded_modules: Names of the modules whose outputs losses need, see `record_outputs`.
+        removed_so_far: In `compress_strip` and `compress_export`: what algorithms before have removed from this model,
+            so that names and indices of channels can be brought up to date (`compress_core.channels.smaller_group`).
         saved_plans: The plans in the compression state that is being resumed, by algorithm. They hold what was traced
             or measured at planning time, so that it need not be repeated.
     """
@@ -72,6 +74,7 @@ class Context:
         self.bypassable = True
         self.recorded_modules: tuple[str, ...] = ()
         self.saved_plans: Mapping[str, Plan] = {}
+        self.removed_so_far = Shrinkage()
         # Copies, because each section records which values were read, and another model may share the config.
         self.sections = tuple(s.unread() if isinstance(s, AlgorithmConfig) else s for s in config.sections)
         self._init_loader = init_loader

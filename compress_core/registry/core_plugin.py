@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from compress_core.contract import sparsity_schedules
 from compress_core.contract.choices import Choice, ChoicePoint, callable_choice
 from compress_core.contract.hookspecs import hookimpl
 from compress_core.contract.schedules import exponential_level
@@ -25,6 +26,7 @@ def compress_choice_points() -> list[ChoicePoint]:
             "`initial` at 0 and `target` from `duration` on",
             callable_choice,
         ),
+        sparsity_schedules.POINT,
         ChoicePoint(
             "channels.rule",
             "a function (compress_core.channels.Step) -> labels of the results of the operator that the choice is "
@@ -42,8 +44,9 @@ def compress_choice_points() -> list[ChoicePoint]:
 
 @hookimpl
 def compress_choices() -> list[Choice]:
-    """Returns the level schedule that sparsity and pruning share, and the runtimes that files are written for."""
+    """Returns the schedules that algorithms share, and the runtimes that files are written for."""
     return [
+        *sparsity_schedules.CHOICES,
         Choice("level_schedule", "exponential", exponential),
         Choice("export.target", "onnxruntime", OnnxExporter(), "ONNX files for ONNX Runtime"),
         Choice("export.target", "openvino", OpenVinoExporter(), "ONNX files and IR for OpenVINO"),

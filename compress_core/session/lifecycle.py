@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -43,6 +44,7 @@ class Lifecycle(HookCalls):
     def __init__(self, registry: Registry, context: Context, observers: Iterable[object] = ()) -> None:
         super().__init__(context, observers)
         self.plans: dict[str, Plan] = {}
+        self._removing = False
         # Stable: within a stage the user's order counts.
         self.algorithms = sorted(self._instances(registry), key=_position)
         found = sorted(self._shared_initializers(registry), key=lambda item: (item[1].phase, item[0]))
@@ -264,6 +266,8 @@ class Lifecycle(HookCalls):
 
     def shrunk(self, model: nn.Module, shrinkage: Shrinkage) -> None:
         """Tells every algorithm that tensors have become smaller."""
+        if self._removing:
+            self.context.removed_so_far = self.context.removed_so_far.then(shrinkage)
         for algorithm in self.algorithms:
             self._call("compress_shrunk", algorithm, model=model, shrinkage=shrinkage)
 
@@ -304,8 +308,18 @@ class Lifecycle(HookCalls):
 
     def strip(self, model: nn.Module) -> None:
         """Lets the algorithms bake their changes, in reverse pipeline order."""
-        for algorithm in reversed(self.algorithms):
-            self._call("compress_strip", algorithm, model=model)
+        with self._stripping():
+            for algorithm in reversed(self.algorithms):
+                self._call("compress_strip", algorithm, model=model)
+
+    @contextlib.contextmanager
+    def _stripping(self) -> Iterator[None]:
+        """Context manager in which the context knows what the algorithms have removed from one model."""
+        self._removing, self.context.removed_so_far = True, Shrinkage()
+        try:
+            yield
+        finally:
+            self._removing, self.context.removed_so_far = False, Shrinkage()
 
     def export(self, model: nn.Module, target: ExportTarget) -> list[GraphRewrite]:
         """Lets the algorithms prepare a copy of the model for an export, in pipeline order.
@@ -316,13 +330,14 @@ class Lifecycle(HookCalls):
             Functions that change the exported graph, in the order in which to call them.
         """
         rewrites = []
-        for algorithm in self.algorithms:
-            if not self._exports(algorithm):
-                self._call("compress_strip", algorithm, model=model)
-                continue
-            rewrite = self._optional("compress_export", algorithm, Callable, model=model, target=target)
-            if rewrite is not None:
-                rewrites.append(self._attributed_rewrite(rewrite, algorithm))
+        with self._stripping():
+            for algorithm in self.algorithms:
+                if not self._exports(algorithm):
+                    self._call("compress_strip", algorithm, model=model)
+                    continue
+                rewrite = self._optional("compress_export", algorithm, Callable, model=model, target=target)
+                if rewrite is not None:
+                    rewrites.append(self._attributed_rewrite(rewrite, algorithm))
         return rewrites
 
     def strip_unexported(self, model: nn.Module) -> None:
@@ -330,9 +345,10 @@ class Lifecycle(HookCalls):
 
         The result computes in torch, with the sizes that the exported graph has.
         """
-        for algorithm in self.algorithms:
-            if not self._exports(algorithm):
-                self._call("compress_strip", algorithm, model=model)
+        with self._stripping():
+            for algorithm in self.algorithms:
+                if not self._exports(algorithm):
+                    self._call("compress_strip", algorithm, model=model)
 
     def _exports(self, algorithm: Algorithm) -> bool:
         implementations = self._manager.hook.compress_export.get_hookimpls()

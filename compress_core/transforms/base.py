@@ -89,6 +89,22 @@ class WeightTransform(Transform):
         """
         raise NotImplementedError(f"{type(self).__name__} has no freeze_decision(weight)")
 
+    def adopted(
+        self, others: Mapping[str, Mapping[str, torch.Tensor]]
+    ) -> tuple[set[str], Mapping[str, torch.Tensor]] | None:
+        """Returns what to load from a checkpoint that has no entries of this transform, but of others at its weight.
+
+        Called by `load_state_dict`, for a transform that can make something of what another algorithm has saved. What
+        it does not take is left, and torch reports it.
+
+        Args:
+            others: Key of a transform that this weight does not have -> the names of its tensors -> the tensors.
+
+        Returns:
+            The keys that are used, and this transform's own entries, all of them; None if there is nothing to take.
+        """
+        return None
+
 
 @dataclass(frozen=True)
 class WeightGrid:

@@ -9,7 +9,7 @@ from torch import nn
 
 from compress_core.errors import TransformError
 from compress_core.torch_internals import has_hooks
-from compress_core.transforms.base import ActivationTransform
+from compress_core.transforms.base import ActivationTransform, WeightTransform
 from compress_core.transforms.checkpoints import (
     Awaited,
     awaits_checkpoint,
@@ -204,6 +204,7 @@ class TransformContainer(nn.Module):
         for name, chain in self.named_children():
             for key, transform in chain.named_children():
                 own_prefix = f"{prefix}{name}.{key}."
+                _adopt(state_dict, f"{prefix}{name}.", chain, key, transform)
                 if any(entry.startswith(own_prefix) for entry in state_dict):
                     loading.note_found(transform, missing_keys)
                 elif own := transform.state_dict(prefix=own_prefix):
@@ -212,3 +213,32 @@ class TransformContainer(nn.Module):
                     state_dict.update(own)
         loading.report(missing_keys)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *lists)
+
+
+def _adopt(state_dict: dict[str, Any], prefix: str, chain: nn.Module, key: str, transform: nn.Module) -> None:
+    """Replaces entries of transforms that a chain does not have by those that one of its own makes of them.
+
+    Args:
+        state_dict: The entries for the chain's container; it belongs to the caller.
+        prefix: The chain's prefix in it.
+        chain: The chain.
+        key: Key of the transform.
+        transform: The transform.
+    """
+    if not isinstance(transform, WeightTransform):
+        return
+    others: dict[str, dict[str, torch.Tensor]] = {}
+    for entry, value in state_dict.items():
+        owner, _, name = entry.removeprefix(prefix).partition(".")
+        if entry.startswith(prefix) and owner == key:
+            return
+        if entry.startswith(prefix) and owner not in chain._modules and isinstance(value, torch.Tensor):
+            others.setdefault(owner, {})[name] = value
+    found = transform.adopted(others) if others else None
+    if found is None:
+        return
+    used, entries = found
+    for owner in used:
+        for name in others[owner]:
+            del state_dict[f"{prefix}{owner}.{name}"]
+    state_dict.update({f"{prefix}{key}.{name}": value for name, value in entries.items()})

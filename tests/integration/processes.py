@@ -16,6 +16,7 @@ _IMPORTED = [
     "compress_core",
     "compress_core.testing",
     "compress_filter_pruning.plugin",
+    "compress_learned_sparsity.plugin",
     "compress_magnitude_sparsity.plugin",
     "compress_quantization.plugin",
     "compress_weight_reconstruction.plugin",

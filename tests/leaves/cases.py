@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from tests.leaves.observe import Net, Normalized, Routed, Several
+from tests.leaves.observe import Linears, Net, Normalized, Routed, Several
 from tests.leaves.schema import ABSENT
 
 EVERY_OTHER_VALUE = object()
@@ -66,6 +66,21 @@ BASES: dict[str, dict[str, Any]] = {
     },
     "quantization": {"algorithm": "quantization"},
     "knowledge_distillation": {"algorithm": "knowledge_distillation", "type": "mse"},
+    "const_sparsity": {"algorithm": "const_sparsity"},
+    "rb_sparsity": {
+        "algorithm": "rb_sparsity",
+        "sparsity_init": 0.2,
+        "params": {"sparsity_target": 0.7, "sparsity_target_epoch": 4},
+    },
+    "movement_sparsity": {
+        "algorithm": "movement_sparsity",
+        "params": {
+            "warmup_start_epoch": 1,
+            "warmup_end_epoch": 3,
+            "importance_regularization_factor": 0.1,
+            "init_importance_threshold": -0.5,
+        },
+    },
 }
 
 ADAPTED = {"initializer": {"batchnorm_adaptation": {"num_bn_adaptation_samples": 16}}}
@@ -192,6 +207,53 @@ MAGNITUDE = {
     "params.step": Case((0.05, 0.1), context=ADAPTIVE, without=("params",)),
     "params.eps": Case((0.03, 0.0), context=ADAPTIVE, without=("params",)),
     "params.importance_steps": Case((1, 4), context={"params": {"weight_importance": "reconstruction"}}),
+}
+
+# Without training the level stays 0: the adaptive schedule waits for it, as far as `eps` lets it.
+RB_ADAPTIVE: dict[str, Any] = {"sparsity_init": 0.0, "params": {"schedule": "adaptive", "step": 0.1}}
+RB = {
+    "params.schedule": Case(
+        ("polynomial", "exponential", "adaptive", "multistep", "baseline", "exponential_with_bias"), without=("params",)
+    ),
+    **{name: MAGNITUDE[name] for name in MAGNITUDE if "epoch" in name or "target" in name or "multistep" in name},
+    "params.power": Case((0.9, 2.0), context=_schedule("polynomial")),
+    "params.concave": Case((True, False), context=_schedule("polynomial")),
+    "params.update_per_optimizer_step": Case((False, True), context=_schedule("polynomial")),
+    "params.patience": Case((1, 2), context=RB_ADAPTIVE, without=("params",)),
+    "params.step": Case((0.05, 0.1), context=RB_ADAPTIVE, without=("params",)),
+    "params.eps": Case((0.03, 0.2), context=RB_ADAPTIVE, without=("params",)),
+    "compression_lr_multiplier": Case((ABSENT, 0.5)),
+}
+
+
+def _structure(**entry: Any) -> dict[str, Any]:
+    return {"sparse_structure_by_scopes": [{"target_scopes": ["fc"], **entry}]}
+
+
+_STRUCTURE = "sparse_structure_by_scopes.[]"
+MOVEMENT = {
+    "target_scopes": Case((ABSENT, ["first"], []), refused=([],), model=Linears),
+    "ignored_scopes": Case(([], ["first"]), model=Linears),
+    "initializer.weight_reconstruction.ignored_scopes": Case(([], ["fc"]), context=RECONSTRUCTED),
+    "validate_scopes": SHARED["validate_scopes"],
+    "params.warmup_start_epoch": Case((1, 2)),
+    "params.warmup_end_epoch": Case((3, 4)),
+    "params.importance_regularization_factor": Case((0.1, 0.2)),
+    "params.power": Case((1.0, 3.0)),
+    "params.init_importance_threshold": Case((-0.5, -0.25)),
+    "params.final_importance_threshold": Case((0.0, -0.1)),
+    "params.steps_per_epoch": Case((2, 4)),
+    "params.enable_structured_masking": Case((True, False), data=False, refused=(True,)),
+    _STRUCTURE: Case(({"mode": "fine", "target_scopes": "fc"}, {"mode": "per_dim", "axis": 0, "target_scopes": "fc"})),
+    f"{_STRUCTURE}.mode": Case(
+        ("fine", "block", "per_dim"), context=_structure(), refused=("block", "per_dim"), refused_at=_STRUCTURE[:-3]
+    ),
+    f"{_STRUCTURE}.sparse_factors": Case(([2, 4], [4, 4]), context=_structure(mode="block")),
+    f"{_STRUCTURE}.axis": Case((0, 1), context=_structure(mode="per_dim")),
+    f"{_STRUCTURE}.target_scopes": Case(
+        (["first"], ["second"], []), context=_structure(mode="per_dim", axis=0), refused=([],), model=Linears
+    ),
+    "compression_lr_multiplier": Case((ABSENT, 0.5)),
 }
 
 PRUNING = {
@@ -407,17 +469,58 @@ DISTILLATION = {
     "weight_schedule.end_epoch": Case((2, 4), context=FADING),
 }
 
+
+def _idle(name: str, *values: Any, **more: Any) -> Case:
+    """A setting of an initializer of an algorithm that changes nothing before training: there is nothing to make up."""
+    given = values or SHARED[name].values
+    compared = [value for value in given if value not in more.get("refused", ())]
+    context = {} if name.count(".") == 1 else {"initializer": {name.split(".")[1]: {}}}
+    return Case(given, context=context, same=tuple(itertools.combinations(compared, 2)), **more)
+
+
+def _idle_initializers(*names: str) -> dict[str, Case]:
+    """For each initializer, it itself and its settings."""
+    found: dict[str, Case] = {}
+    for name in names:
+        path = f"initializer.{name}"
+        found[path] = _idle(path, ABSENT, {})
+        for shared, case in SHARED.items():
+            if shared.startswith(f"{path}."):
+                found[shared] = _idle(shared, refused=case.refused)
+    return found
+
+
+# What is zero is zero in the uncompressed model too, and all gates are open: the model computes what it did.
+CONST = {
+    **_idle_initializers("batchnorm_adaptation", "data_free_correction"),
+    "initializer.data_free_correction.ignored_scopes": _idle(
+        "initializer.data_free_correction.ignored_scopes", [], ["conv2"]
+    ),
+}
+GATES = {
+    **CONST,
+    **_idle_initializers("weight_reconstruction"),
+    "initializer.weight_reconstruction.damping": _idle("initializer.weight_reconstruction.damping", 0.1, 0.5),
+    "initializer.weight_reconstruction.positions": _idle("initializer.weight_reconstruction.positions", 16, 1),
+}
+
+# A linear layer has one position.
+MOVED = CONST | {"initializer.weight_reconstruction.positions": GATES["initializer.weight_reconstruction.positions"]}
+
 CASES: dict[str, Case] = {
     **ROOT,
     **{f"{section}:{path}": case for section in BASES for path, case in SHARED.items()},
     **{
         f"{section}:algorithm": Case(
-            (section, "rb_sparsity"), refused=EVERY_OTHER_VALUE, refused_at="compression.algorithm"
+            (section, "no_such_sparsity"), refused=EVERY_OTHER_VALUE, refused_at="compression.algorithm"
         )
         for section in BASES
     },
     **{f"magnitude_sparsity:{path}": case for path, case in MAGNITUDE.items()},
     **{f"filter_pruning:{path}": case for path, case in PRUNING.items()},
+    **{f"const_sparsity:{path}": case for path, case in CONST.items()},
+    **{f"rb_sparsity:{path}": case for path, case in (GATES | RB).items()},
+    **{f"movement_sparsity:{path}": case for path, case in (MOVED | MOVEMENT).items()},
     **{f"quantization:{path}": case for path, case in QUANTIZATION.items()},
     **{f"knowledge_distillation:{path}": case for path, case in DISTILLATION.items()},
 }

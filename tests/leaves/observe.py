@@ -57,6 +57,17 @@ class Normalized(Net):
         return self.norm(super().forward(x))
 
 
+class Linears(nn.Module):
+    """Two linear layers on the mean of an image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 6), nn.Linear(6, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(x.mean((2, 3))).relu())
+
+
 class Routed(nn.Module):
     """A model whose way depends on everything that `input_info` says."""
 
@@ -247,7 +258,8 @@ def _schedule(controller: Any, model: nn.Module) -> Iterator[Any]:
         for tick in (controller.scheduler.epoch_step, *[controller.scheduler.step] * STEPS):
             tick()
             stage = controller.compression_stage().name
-            yield shown(controller.compression_rate), stage, _tensors(model), _outputs(model)
+            loss = _bits(controller.loss())
+            yield shown(controller.compression_rate), stage, loss, _tensors(model), _outputs(model)
 
 
 def _accuracy_aware(document: dict[str, Any], kind: type[nn.Module]) -> list[Any]:
@@ -284,6 +296,7 @@ def _warnings() -> Iterator[list[str]]:
 _PLUGINS = (
     "compress_filter_pruning",
     "compress_knowledge_distillation",
+    "compress_learned_sparsity",
     "compress_magnitude_sparsity",
     "compress_quantization",
     "compress_weight_reconstruction",

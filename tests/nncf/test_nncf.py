@@ -316,6 +316,31 @@ def test_masks_scales_and_weights_of_nncf_are_loaded(caplog, prefix, operand):
     assert float((model.fc.weight == 0).float().mean()) >= float((masks["fc"] == 0).float().mean())
 
 
+def test_masks_of_nncf_are_those_of_const_sparsity():
+    controller, model = compressed({"algorithm": "const_sparsity"})
+    given = of_nncf(model, masks=(masks := masks_of(model)), bits=0)
+    assert load_state(model, given, is_resume=True) == len(given) - 2
+    for layer, mask in masks.items():
+        assert torch.equal(model.get_submodule(layer).weight != 0, mask.bool())
+    kept, total = (sum(float(f(mask)) for mask in masks.values()) for f in (torch.sum, torch.numel))
+    assert controller.sparsity_level == pytest.approx(1 - kept / total)
+
+
+def test_scores_of_nncf_are_those_of_rb_sparsity():
+    _, model = compressed({"algorithm": "rb_sparsity"})
+    masks = masks_of(model)
+    given = of_nncf(model, masks=masks, bits=0)
+    for layer, mask in masks.items():  # as NNCF saves it: the scores, the mask that they last led to, the noise
+        base = f"{layer}.pre_ops.0.op."
+        given |= {f"{base}_mask": (mask - 0.5) * 3, f"{base}uniform": torch.rand(mask.shape)}
+    assert load_state(model, given, is_resume=True) == len(given) - 2
+    model.eval()
+    for layer, mask in masks.items():
+        scores = model.state_dict()[f"{layer}.weight_transforms.weight.rb_sparsity.scores"]
+        assert torch.equal(scores, (mask - 0.5) * 3)
+        assert torch.equal(model.get_submodule(layer).weight != 0, mask.bool())
+
+
 def test_filters_of_nncf_are_pruned_in_all_that_belongs_to_them():
     controller, model = compressed(PRUNING)
     filters = {"conv1": torch.ones(16), "conv2": torch.ones(8)}

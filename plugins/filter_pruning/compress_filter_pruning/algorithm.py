@@ -209,9 +209,9 @@ class FilterPruning(LevelAlgorithm):
         pruner.mask(saved.gone)
 
     @hookimpl
-    def compress_strip(self, model: nn.Module) -> None:
+    def compress_strip(self, model: nn.Module, context: Context) -> None:
         """Removes the masked channels; transforms of other algorithms are cut with their tensors."""
-        self._active.strip(model)
+        self._active.strip(model, context.removed_so_far)
 
     # What the controller offers.
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-
-from compress_core.channels import ChannelGroup, Member, Role, Shrinkage
+from compress_core.channels import ChannelGroup, Member, Role, Shrinkage, group_from_dict, group_to_dict, smaller_group
 
 
 @dataclass(frozen=True)
@@ -72,58 +70,15 @@ class PruningGroup:
             shrinkage: Which indices of which tensors stay.
             gone: The removed channels of this group.
         """
-        number = np.full(self.size + 1, -1)
-        stay = [channel for channel in range(self.size) if channel not in gone]
-        number[stay] = np.arange(len(stay))
-        members = tuple(
-            replace(m, channels=number[m.channels[shrinkage.kept.get(m.parameter, {}).get(m.dim, slice(None))]])
-            for m in self.channels.members
-        )
-        return replace(self, channels=replace(self.channels, size=len(stay), members=members))
+        return replace(self, channels=smaller_group(self.channels, shrinkage, gone))
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the group as a JSON-able dict."""
-        return {
-            "name": self.name,
-            "size": self.size,
-            "full_size": self.full_size,
-            "step": self.step,
-            "members": [
-                {"parameter": m.parameter, "dim": m.dim, "role": m.role.name, "channels": _encoded(m.channels)}
-                for m in self.channels.members
-            ],
-            "whole_heads": list(self.channels.whole_heads),
-            "attributes": [list(pair) for pair in self.channels.attributes],
-        }
+        own = {"name": self.name, "full_size": self.full_size, "step": self.step}
+        return own | group_to_dict(self.channels)
 
     @classmethod
     def from_dict(cls, number: int, saved: Mapping[str, Any]) -> PruningGroup:
         """Restores a group from what `to_dict` returned."""
-        members = tuple(
-            Member(str(m["parameter"]), int(m["dim"]), _decoded(m["channels"]), Role[m["role"]])
-            for m in saved["members"]
-        )
-        attributes = tuple((str(module), str(name)) for module, name in saved.get("attributes", ()))
-        heads = tuple(str(name) for name in saved.get("whole_heads", ()))
-        group = ChannelGroup(int(saved["size"]), members, None, heads, attributes)
-        return cls(number, str(saved["name"]), group, int(saved["full_size"]), int(saved["step"]))
-
-
-def _encoded(channels: np.ndarray) -> list[list[int]]:
-    """Returns an array as runs [first channel, repetitions of each, number of channels]; most arrays are one run."""
-    values = channels.tolist()
-    starts = np.flatnonzero(np.diff(channels, prepend=channels[:1] - 1))
-    lengths = np.diff(np.append(starts, len(channels))).tolist()
-    runs: list[list[int]] = []
-    for start, length in zip(starts.tolist(), lengths, strict=True):
-        value = values[start]
-        if runs and runs[-1][1] == length and value == runs[-1][0] + runs[-1][2] and value >= 0 and runs[-1][0] >= 0:
-            runs[-1][2] += 1
-        else:
-            runs.append([value, length, 1])
-    return runs
-
-
-def _decoded(runs: Sequence[Sequence[int]]) -> np.ndarray:
-    parts = [np.repeat(np.arange(first, first + count), repeats) for first, repeats, count in runs]
-    return np.concatenate(parts) if parts else np.empty(0, np.int64)
+        channels = group_from_dict(saved)
+        return cls(number, str(saved["name"]), channels, int(saved["full_size"]), int(saved["step"]))

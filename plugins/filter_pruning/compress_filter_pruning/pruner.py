@@ -17,9 +17,12 @@ from compress_core.channels import (
     Shrinkage,
     averaged_module,
     check_optimizer,
+    lost_channels,
     planned_shrinkage,
+    renumbered,
     shrink_model,
     shrink_optimizer,
+    smaller_group,
 )
 from compress_core.data.forwards import without_traces
 from compress_core.transforms import get_weight_transform, raw_parameter
@@ -132,17 +135,21 @@ class Pruner:
 
     # Removal.
 
-    def pairs(self) -> list[tuple[ChannelGroup, set[int]]]:
+    def pairs(self, removed_before: Shrinkage | None = None) -> list[tuple[ChannelGroup, set[int]]]:
         """Returns the groups with the channels that are masked, without tensors of layers that are gone.
+
+        Args:
+            removed_before: What other algorithms have removed from the model itself, which is stripped in place.
 
         Raises:
             UsageError: A layer that has the channels was replaced by one that does not have them.
         """
         sizes = {name: t.shape for name, t in (*self.model.named_parameters(), *self.model.named_buffers())}
         pairs = []
-        for group, gone in zip(self.groups, self.gone, strict=True):
-            members = tuple(m for m in group.channels.members if not gone or self._is_there(m, sizes))
-            pairs.append((replace(group.channels, members=members), set(gone)))
+        for own, masked in zip(self.groups, self.gone, strict=True):
+            group, gone = _after(removed_before, own.channels, set(masked))
+            members = tuple(m for m in group.members if not gone or self._is_there(m, sizes))
+            pairs.append((replace(group, members=members), gone))
         return pairs
 
     def check_makers(self) -> None:
@@ -172,16 +179,24 @@ class Pruner:
             )
         return False
 
-    def strip(self, model: nn.Module) -> None:
+    def strip(self, model: nn.Module, removed_before: Shrinkage) -> None:
         """Removes the masked channels from a model, usually a copy of `self.model`.
+
+        Args:
+            model: The model.
+            removed_before: What other algorithms have removed from it already.
 
         Raises:
             ShrinkError: The smaller model would fail or compute something else; the model is not changed.
         """
         self.stripped = self.shrunk
-        if any(self.gone):
-            removed, self.certificate = shrink_model(model, self.pairs(), self.inputs)
-            self.stripped = self.shrunk.then(removed)
+        if model is self.model:
+            pairs = self.pairs(removed_before)
+        else:
+            pairs = [_after(removed_before, group, gone) for group, gone in self.pairs()]
+        if any(gone for _, gone in pairs):
+            removed, self.certificate = shrink_model(model, pairs, self.inputs)
+            self.stripped = self.shrunk.then(removed_before).then(removed)
             self._announce(model, removed)
 
     def shrink(self, optimizer: torch.optim.Optimizer | None, ema: nn.Module | None) -> Certificate:
@@ -259,3 +274,13 @@ class Pruner:
 
 def _without(values: torch.Tensor, gone: set[int]) -> torch.Tensor:
     return values[[channel for channel in range(len(values)) if channel not in gone]]
+
+
+def _after(removed: Shrinkage | None, group: ChannelGroup, gone: set[int]) -> tuple[ChannelGroup, set[int]]:
+    if not removed:
+        return group, gone
+    lost = lost_channels(group, removed)
+    left = renumbered(gone, lost)
+    smaller = smaller_group(group, removed, lost)
+    # The last channel of a group stays, although it is zero.
+    return smaller, left if len(left) < smaller.size else left - {max(left)}

@@ -3,38 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-import torch
 from pydantic import BaseModel, Field
 from torch import nn
 
-from compress_core import Plan, StateError
-from compress_core.channels import Costs, InputSpec, Shrinkage, parameter_costs, shrinkage
+from compress_core import Plan
+from compress_core.channels import Costs, InputSpec, SavedGroup, Shrinkage, check_channels, parameter_costs, shrinkage
 from compress_core.saved import STRICT, Items, Positive, Whole, damaged, parsed
 from compress_filter_pruning.groups import PruningGroup
 from compress_filter_pruning.planning import PruningPlan
 
-_Run = tuple[Annotated[int, Field(ge=-1)], Positive, Positive]
 
-
-class _SavedMember(BaseModel):
-    model_config = STRICT
-    parameter: str
-    dim: Whole
-    role: Literal["OTHER", "READS", "NORMALIZES", "ADDS", "MAKES"]
-    channels: Items[_Run]
-
-
-class _SavedGroup(BaseModel):
-    model_config = STRICT
+class _SavedGroup(SavedGroup):
     name: str
-    size: Positive
     full_size: Positive
     step: Positive
-    members: Annotated[Items[_SavedMember], Field(min_length=1)]
-    whole_heads: Items[str] = []
-    attributes: Items[tuple[str, str]] = []
 
 
 class _SavedDetails(BaseModel):
@@ -154,13 +138,11 @@ def saved_plan(plan: Plan, name: str, model: nn.Module) -> PruningPlan:
     """
     path = f"compression_state.algorithms.{name}.plan.details"
     details = parsed(_SavedDetails, plan.details, path)
-    sizes = {key: tuple(t.shape) for key, t in (*model.named_parameters(), *model.named_buffers())}
-    modules = dict(model.named_modules(remove_duplicate=False))
     for number, entry in enumerate(details.groups):
-        _check_group(entry, f"{path}.groups.{number}", sizes, modules)
+        _check_group(entry, f"{path}.groups.{number}", model)
     groups = [PruningGroup.from_dict(number, entry) for number, entry in enumerate(plan.details["groups"])]
     for group in groups:
-        _check_channels(group, f"{path}.groups.{group.number}")
+        check_channels(group.channels, f"{path}.groups.{group.number}")
     full = [group.full_size for group in groups]
     operations = Costs.from_dict(details.operations, full, f"{path}.operations")
     parameters = Costs.from_dict(details.parameters, full, f"{path}.parameters")
@@ -170,44 +152,13 @@ def saved_plan(plan: Plan, name: str, model: nn.Module) -> PruningPlan:
     return PruningPlan(groups, dict(plan.skipped), operations, parameters, inputs)
 
 
-def _check_group(
-    group: _SavedGroup, path: str, sizes: Mapping[str, tuple[int, ...]], modules: Mapping[str, nn.Module]
-) -> None:
-    """Checks everything that decides how large the arrays of a group become, before they are made."""
-    seen = set()
-    for number, member in enumerate(group.members):
-        place, shape = f"{path}.members.{number}", sizes.get(member.parameter, ())
-        found = shape[member.dim] if member.dim < len(shape) else None
-        length = sum(repeats * count for _, repeats, count in member.channels)
-        if found != length:
-            raise StateError(
-                f"{place}: compression_state does not fit this model: dimension {member.dim} of '{member.parameter}' "
-                f"has to have the size {length}, and "
-                f"{'there is none' if found is None else f'has {found}'}. Build the model as it was before compression"
-            )
-        if any(first + count > group.size or (first < 0 and count > 1) for first, _, count in member.channels):
-            raise damaged(f"{place}.channels", f"names channels beyond the {group.size} of the group")
-        if (member.parameter, member.dim) in seen:
-            raise damaged(place, f"dimension {member.dim} of '{member.parameter}' occurs twice in the group")
-        seen.add((member.parameter, member.dim))
+def _check_group(group: _SavedGroup, path: str, model: nn.Module) -> None:
+    group.check(path, model)
     makers = [member.parameter for member in group.members if member.role == "MAKES"]
     if not makers or makers[0] != group.name:
         raise damaged(f"{path}.name", f"must be the first weight that makes the channels, {makers[:1]}")
     if group.full_size != group.size:
         raise damaged(f"{path}.full_size", f"must be the size {group.size}, got {group.full_size}")
-    for module in (*group.whole_heads, *(module for module, _ in group.attributes)):
-        if module not in modules:
-            raise damaged(f"{path}.whole_heads", f"the model has no module '{module[:80]}'")
-    for module, attribute in group.attributes:
-        if type(vars(modules[module]).get(attribute)) is not int:
-            raise damaged(f"{path}.attributes", f"the module '{module}' has no integer '{attribute[:80]}'")
-
-
-def _check_channels(group: PruningGroup, path: str) -> None:
-    for number, member in enumerate(group.channels.members):
-        occurring = torch.from_numpy(member.channels[member.channels >= 0])
-        if int((torch.bincount(occurring, minlength=group.size) == 0).sum()):
-            raise damaged(f"{path}.members.{number}.channels", "leaves out channels of the group")
 
 
 def saved_state(state: Mapping[str, Any], path: str) -> SavedPruning:

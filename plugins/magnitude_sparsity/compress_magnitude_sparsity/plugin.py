@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from compress_core import Algorithm, Choice, ChoicePoint, hookimpl
-from compress_magnitude_sparsity import importance, schedules
+from compress_magnitude_sparsity import importance
 from compress_magnitude_sparsity.algorithm import MagnitudeSparsity
 
 
@@ -15,11 +15,11 @@ def compress_algorithms() -> list[type[Algorithm]]:
 
 @hookimpl
 def compress_choice_points() -> list[ChoicePoint]:
-    """Returns the choice points of schedules that may depend on more than the time, and of importances."""
-    return [schedules.POINT, importance.POINT]
+    """Returns the choice point of importances."""
+    return [importance.POINT]
 
 
 @hookimpl
 def compress_choices() -> list[Choice]:
-    """Returns three schedules and two importances."""
-    return [*schedules.CHOICES, *importance.CHOICES]
+    """Returns two importances."""
+    return [*importance.CHOICES]

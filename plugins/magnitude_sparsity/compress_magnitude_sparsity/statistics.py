@@ -2,105 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import ClassVar
 
-from compress_core import Statistics, Table
+from compress_core.contract.sparsity_statistics import LayerSparsity, ScheduledSparsityStatistics
 
-
-@dataclass(frozen=True)
-class LayerSparsity:
-    """The sparsity of one weight.
-
-    Attributes:
-        name: Dotted name.
-        shape: Its shape.
-        weights: Number of elements.
-        zeros: Number of masked elements.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    weights: int
-    zeros: int
-
-    @property
-    def level(self) -> float:
-        """Masked share of the elements."""
-        return self.zeros / self.weights if self.weights else 0.0
+__all__ = ["LayerSparsity", "MagnitudeSparsityStatistics"]
 
 
 @dataclass(frozen=True)
-class MagnitudeSparsityStatistics(Statistics):
-    """Measured sparsity levels.
+class MagnitudeSparsityStatistics(ScheduledSparsityStatistics):
+    """Measured sparsity levels."""
 
-    Attributes:
-        layers: The sparsity of each weight.
-        model_parameters: Number of parameters of the whole model, including biases and norms.
-        model_weights: Number of elements of all its weights, including those that are not sparsified.
-        skipped: Name of a weight that is not sparsified -> the reason.
-        requested_level: Level that was set last.
-        target_level: Level at the end of the schedule.
-        frozen: Whether the masks are frozen.
-    """
-
-    layers: tuple[LayerSparsity, ...]
-    model_parameters: int
-    model_weights: int
-    skipped: Mapping[str, str]
-    requested_level: float
-    target_level: float
-    frozen: bool
-
-    @property
-    def sparsity_level(self) -> float:
-        """Share of the sparsified weights that is masked."""
-        weights = sum(layer.weights for layer in self.layers)
-        return sum(layer.zeros for layer in self.layers) / weights if weights else 0.0
-
-    @property
-    def weights_sparsity_level(self) -> float:
-        """Share of all weights of the model that is masked."""
-        return sum(layer.zeros for layer in self.layers) / self.model_weights if self.model_weights else 0.0
-
-    @property
-    def model_sparsity_level(self) -> float:
-        """Share of all parameters of the model that is masked."""
-        return sum(layer.zeros for layer in self.layers) / self.model_parameters if self.model_parameters else 0.0
-
-    def tables(self) -> list[Table]:
-        """Returns a table of the model, a table of the layers, and one of the weights that are left dense."""
-        model = [
-            ("level of the sparsified layers", self.sparsity_level),
-            ("level of all weights of the model", self.weights_sparsity_level),
-            ("level of the whole model", self.model_sparsity_level),
-            ("level set last", self.requested_level),
-            ("target level", self.target_level),
-            ("masks frozen", "yes" if self.frozen else "no"),
-        ]
-        total = self.model_weights or 1
-        rows = [
-            (layer.name, "x".join(map(str, layer.shape)), layer.level, 100 * layer.weights / total)
-            for layer in self.layers
-        ]
-        tables = [
-            Table("Magnitude sparsity: model", ("figure", "value"), model),
-            Table("Magnitude sparsity: layers", ("weight", "shape", "level", "% of weights"), rows),
-        ]
-        if self.skipped:
-            tables.append(Table("Magnitude sparsity: left dense", ("weight", "because"), list(self.skipped.items())))
-        return tables
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns the figures and the layers as JSON-able values."""
-        return {
-            "sparsity_level": self.sparsity_level,
-            "weights_sparsity_level": self.weights_sparsity_level,
-            "model_sparsity_level": self.model_sparsity_level,
-            "requested_level": self.requested_level,
-            "target_level": self.target_level,
-            "frozen": self.frozen,
-            "skipped": dict(self.skipped),
-            "layers": [{**asdict(layer), "shape": list(layer.shape), "level": layer.level} for layer in self.layers],
-        }
+    title: ClassVar[str] = "Magnitude sparsity"

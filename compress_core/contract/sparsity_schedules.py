@@ -1,4 +1,7 @@
-"""Schedules: the sparsity level as a function of time, with the formulas of NNCF 2.16."""
+"""Schedules of sparsity: the level as a function of time, with the formulas of NNCF 2.16.
+
+A section that derives from `SparsityConfig` has their settings, and `make_schedule` makes the one that it asks for.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,10 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
-from compress_core import Choice, ChoicePoint, Clock, callable_choice, find_choice
+from compress_core.config.choices import Choice, ChoicePoint, callable_choice, find_choice
+from compress_core.contract.clock import Clock
 from compress_core.contract.schedules import polynomial_level, progress
-from compress_magnitude_sparsity.config import SCHEDULES, MagnitudeSparsityConfig
+from compress_core.contract.sparsity_config import SCHEDULES, SparsityConfig
 
 logger = logging.getLogger(__name__)
 
@@ -71,8 +75,9 @@ class _TimeSchedule:
 class PolynomialSchedule(_TimeSchedule):
     """Raises the level from the initial level to the target along a polynomial, by epoch or by optimizer step."""
 
-    def __init__(self, config: MagnitudeSparsityConfig) -> None:
+    def __init__(self, config: SparsityConfig) -> None:
         params = config.params
+        self._algorithm = config.algorithm
         self._initial, self._duration = config.sparsity_init, params.sparsity_target_epoch
         self._power, self._concave = params.power, params.concave
         self._per_step = params.update_per_optimizer_step
@@ -95,8 +100,8 @@ class PolynomialSchedule(_TimeSchedule):
         if clock.step_in_epoch >= steps and not self._warned:
             self._warned = True
             logger.warning(
-                "magnitude_sparsity: params.steps_per_epoch is %d, but epoch %d has more steps; the level waits for "
-                "the next epoch",
+                "%s: params.steps_per_epoch is %d, but epoch %d has more steps; the level waits for the next epoch",
+                self._algorithm,
                 steps,
                 clock.epoch,
             )
@@ -115,7 +120,7 @@ class CurveSchedule(_TimeSchedule):
         curve: The value of the choice.
     """
 
-    def __init__(self, config: MagnitudeSparsityConfig, curve: Callable[..., Callable[[float], float]]) -> None:
+    def __init__(self, config: SparsityConfig, curve: Callable[..., Callable[[float], float]]) -> None:
         target, duration = config.params.sparsity_target, config.params.sparsity_target_epoch
         super().__init__(target, _freeze_epoch(config, duration))
         self._level = curve(config.sparsity_init, target, duration)
@@ -128,7 +133,7 @@ class CurveSchedule(_TimeSchedule):
 class MultistepSchedule(_TimeSchedule):
     """Sets a constant level for each range of epochs."""
 
-    def __init__(self, config: MagnitudeSparsityConfig) -> None:
+    def __init__(self, config: SparsityConfig) -> None:
         self._steps = sorted(config.params.multistep_steps)
         self._levels = config.params.multistep_sparsity_levels
         super().__init__(self._levels[-1], _freeze_epoch(config, self._steps[-1] if self._steps else 0))
@@ -141,7 +146,7 @@ class MultistepSchedule(_TimeSchedule):
 class AdaptiveSchedule(_TimeSchedule):
     """Raises the level by a step whenever the model has kept the last level for `patience` epochs."""
 
-    def __init__(self, config: MagnitudeSparsityConfig) -> None:
+    def __init__(self, config: SparsityConfig) -> None:
         params = config.params
         self._step, self._eps, self._patience = params.step, params.eps, params.patience
         self._level, self._held = config.sparsity_init, 0
@@ -177,8 +182,8 @@ class AdaptiveSchedule(_TimeSchedule):
 
 POINT = ChoicePoint(
     SCHEDULES[0],
-    "a class made with the section (`MagnitudeSparsityConfig`), with the methods of "
-    "`compress_magnitude_sparsity.schedules.Schedule`",
+    "a class made with the section (`compress_core.contract.sparsity_config.SparsityConfig`), with the methods of "
+    "`compress_core.contract.sparsity_schedules.Schedule`",
     callable_choice,
 )
 
@@ -189,7 +194,7 @@ CHOICES = [
 ]
 
 
-def make_schedule(config: MagnitudeSparsityConfig) -> Schedule:
+def make_schedule(config: SparsityConfig) -> Schedule:
     """Returns the schedule that a section asks for; reads only the parameters that this schedule uses."""
     found = find_choice(config.params.schedule, *SCHEDULES)
     assert found is not None, "the section has been validated"
@@ -199,15 +204,16 @@ def make_schedule(config: MagnitudeSparsityConfig) -> Schedule:
     return CurveSchedule(config, found.value)
 
 
-def _freeze_epoch(config: MagnitudeSparsityConfig, last_change: int) -> int:
+def _freeze_epoch(config: SparsityConfig, last_change: int) -> int:
     """Returns the epoch from which masks are frozen, and warns if that is before the end of the schedule."""
     given = config.params.sparsity_freeze_epoch
     if given is None:
         return max(_DEFAULT_FREEZE_EPOCH, last_change + 1)
     if given <= last_change:
         logger.warning(
-            "magnitude_sparsity: params.sparsity_freeze_epoch is %d, the schedule ends at epoch %d: the level will "
-            "stay where epoch %d has brought it, below the target",
+            "%s: params.sparsity_freeze_epoch is %d, the schedule ends at epoch %d: the level will stay where epoch %d "
+            "has brought it, below the target",
+            config.algorithm,
             given,
             last_change,
             given - 1,

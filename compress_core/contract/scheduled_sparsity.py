@@ -1,0 +1,149 @@
+"""`ScheduledSparsity`: base class of algorithms of sparsity whose level follows a schedule."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel, Field
+
+from compress_core.config import AlgorithmConfig
+from compress_core.contract.clock import Clock
+from compress_core.contract.context import Context
+from compress_core.contract.hookspecs import hookimpl
+from compress_core.contract.levels import LevelAlgorithm
+from compress_core.contract.masked_weights import MaskingAlgorithm
+from compress_core.contract.sparsity_config import SparsityConfig
+from compress_core.contract.sparsity_schedules import Schedule, make_schedule
+from compress_core.saved import Whole, damaged, parsed
+
+logger = logging.getLogger(__name__)
+
+
+class SavedSparsity(BaseModel):
+    """The state that `ScheduledSparsity.saved_sparsity` returns."""
+
+    level: float = Field(ge=0, lt=1)
+    frozen: bool
+    schedule: dict[str, Any]
+    time: tuple[Whole, Whole] | None = None
+
+
+class ScheduledSparsity(MaskingAlgorithm, LevelAlgorithm):
+    """Base class of algorithms of sparsity whose section is a `SparsityConfig`.
+
+    It follows the schedule, freezes, and pickles. A subclass implements `kept`, `follow_schedule` and `set_level`, and
+    its `compress_configure` calls `configure_schedule`.
+    """
+
+    config: SparsityConfig
+
+    def __init__(self, config: AlgorithmConfig) -> None:
+        super().__init__(config)
+        self._schedule: Schedule | None = None
+        self._requested = 0.0
+        # Epoch and finished optimizer steps when the schedule's level was set; None if it is another one.
+        self._time: tuple[int, int] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Schedules are functions, which pickle cannot store; they are made again from the config.
+        return {**self.__dict__, "_schedule": None if self._schedule is None else self._schedule.get_state()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if state["_schedule"] is not None:
+            self._schedule = make_schedule(self.config)
+            self._schedule.load_state(state["_schedule"])
+
+    def configure_schedule(self, context: Context) -> None:
+        """Makes the schedule; reads the values of the section on which it depends.
+
+        Raises:
+            ConfigError: Levels or epochs contradict one another.
+        """
+        config = self.config.unread()
+        config.check_levels()
+        self._schedule = make_schedule(self.config)
+        _ = (self.is_global, self.config.sparsity_init)
+        if config.params.schedule == "adaptive" and "sparsity_target_epoch" in config.params.model_fields_set:
+            # NNCF takes it and ignores it, and documents of its users have it.
+            path, _ = context.section(self)
+            leaf, value = f"{path}.params.sparsity_target_epoch", config.params.sparsity_target_epoch
+            logger.warning("%s: the adaptive schedule ends when it has reached its target; %d is not used", leaf, value)
+            context.ledger.record(leaf, value, "no effect: the adaptive schedule ends when it has reached its target")
+
+    def follow_schedule(self, level: float, time: tuple[int, int]) -> None:
+        """Sets a level of the schedule.
+
+        Args:
+            level: The level.
+            time: Epoch and number of finished optimizer steps.
+        """
+        raise NotImplementedError
+
+    @hookimpl
+    def compress_epoch_step(self, clock: Clock) -> None:
+        """Sets the level of the epoch that begins."""
+        if clock.epoch >= self.schedule.freeze_epoch and not self._frozen:
+            self.freeze(True)
+        level = self.schedule.at_epoch(clock, self.sparsity_level)
+        if level is not None and not self._frozen:
+            self.follow_schedule(level, (clock.epoch, clock.step + 1))
+
+    @hookimpl
+    def compress_step(self, clock: Clock) -> None:
+        """Sets the level of the optimizer step that begins, with `update_per_optimizer_step`."""
+        level = None if self._frozen else self.schedule.at_step(clock)
+        if level is not None:
+            self.follow_schedule(level, (clock.epoch, clock.step))
+
+    @property
+    def schedule(self) -> Schedule:
+        """The schedule."""
+        assert self._schedule is not None, "the algorithm has not been committed"
+        return self._schedule
+
+    @property
+    def is_global(self) -> bool:
+        """Whether a level holds for all layers together."""
+        return self.config.params.sparsity_level_setting_mode == "global"
+
+    @property
+    def target_level(self) -> float:
+        """Level at the end of the schedule."""
+        return self.schedule.target
+
+    def level(self) -> float:
+        """Returns the sparsity level."""
+        return self.sparsity_level
+
+    def progress_figures(self) -> dict[str, Any]:
+        """Returns the fields that `ScheduledSparsityStatistics` adds."""
+        return {"requested_level": self._requested, "target_level": self.target_level, "frozen": self._frozen}
+
+    def saved_sparsity(self) -> dict[str, Any]:
+        """Returns the level, whether masks are frozen, and the schedule, JSON-able."""
+        return {
+            "level": self._requested,
+            "frozen": self._frozen,
+            "schedule": self.schedule.get_state(),
+            "time": self._time,
+        }
+
+    def loaded_sparsity(self, state: Mapping[str, Any]) -> SavedSparsity:
+        """Returns what `saved_sparsity` returned after a check; the schedule is restored, nothing else is set.
+
+        Raises:
+            StateError: It has other values than `saved_sparsity` can return.
+        """
+        path = f"compression_state.algorithms.{self.name}.state"
+        saved = parsed(SavedSparsity, state, path)
+        expected = sorted(self.schedule.get_state())
+        if sorted(saved.schedule) != expected:
+            raise damaged(f"{path}.schedule", f"must have the keys {expected}, got {sorted(saved.schedule)[:5]}")
+        try:
+            self.schedule.load_state(saved.schedule)
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise damaged(f"{path}.schedule", str(error)) from error
+        return saved

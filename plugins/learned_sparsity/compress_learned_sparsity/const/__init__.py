@@ -1,0 +1,1 @@
+"""Constant sparsity: what is zero stays zero."""
