@@ -10,6 +10,9 @@ from compress_core.trace import Call, ForwardTrace, Trace
 from compress_core.trace.graph import ValueId
 from compress_quantization.operators import LINEAR_KINDS, base_name, is_weight_argument, kind_of
 
+# Functions that NNCF knows by the one that they call.
+_NNCF_FUNCTIONS = {"relu6": ("hardtanh",), "hardtanh": ("relu6",)}
+
 
 def call_names(trace: Trace, modules: Mapping[str, ScopedModule]) -> dict[tuple[int, int], ScopedModule]:
     """Returns the names that scopes can use for each call: (number of the forward, number of the call) -> names.
@@ -19,17 +22,45 @@ def call_names(trace: Trace, modules: Mapping[str, ScopedModule]) -> dict[tuple[
     """
     found = {}
     for number, forward in enumerate(trace.forwards):
-        counts: Counter[tuple[str, str]] = Counter()
+        counts: Counter[tuple[str, str, bool]] = Counter()
+        kinds = {(call.module, base_name(call.function), _is_in_place(call)) for call in forward.calls}
         for call in forward.calls:
-            function = base_name(call.function)
+            function, in_place = base_name(call.function), _is_in_place(call)
             owner = modules.get(call.module, ScopedModule(call.module))
-            turn = counts[call.module, call.function]
-            counts[call.module, call.function] += 1
-            aliases = (function, f"__{function}__", f"__i{function}__")
+            turn = counts[call.module, call.function, in_place]
+            counts[call.module, call.function, in_place] += 1
+            aliases = _nncf_functions(function, in_place, (call.module, function, not in_place) in kinds)
             addresses = dict.fromkeys(n.rpartition("/")[0] if _is_operator(n) else n for n in owner.nncf_names)
             nncf = tuple(f"{address}/{alias}_{turn}" for address in addresses for alias in aliases)
             found[number, call.index] = ScopedModule(f"{call.module}.{function}".strip("."), nncf)
     return found
+
+
+def _is_in_place(call: Call) -> bool:
+    """Returns whether a call is of the variant of its function that overwrites its argument."""
+    name = call.function.rpartition(".")[2]
+    if name.startswith("__"):
+        return name.startswith("__i") and name not in ("__invert__", "__int__", "__index__")
+    return name.endswith("_") or call.keywords.get("inplace") is True or _overwrites(call)
+
+
+def _overwrites(call: Call) -> bool:
+    return bool(call.writes) and call.inputs[:1] != [] and call.inputs[0][1] in call.writes
+
+
+def _nncf_functions(function: str, in_place: bool, has_other: bool) -> list[str]:
+    """Returns the names that NNCF gives to a function.
+
+    Args:
+        function: Its name, without underscores.
+        in_place: Whether this is the variant that overwrites its argument, `relu_` or `__iadd__`.
+        has_other: Whether the module calls the other variant as well; the names of that one then mean it alone.
+    """
+    names = [function, *_NNCF_FUNCTIONS.get(function, ())]
+    plain = [*names, f"__{function}__"]
+    overwriting = [*(f"{name}_" for name in names), f"__i{function}__"]
+    mine, others = (overwriting, plain) if in_place else (plain, overwriting)
+    return mine if has_other else [*mine, *others]
 
 
 def call_key(forward: int, call: int) -> str:

@@ -387,5 +387,6 @@ def _merged(
         first = wishes[places[0]]
         modules = dict.fromkeys(name for place in places for name in (place.module, *wishes[place].modules))
         is_constant = all(wishes[place].is_constant for place in places)
-        found.append(Placed(first.spec, tuple(places), tuple(modules), first.shape, calls[places[0]], is_constant))
+        made_by = tuple(calls[place] for place in places)
+        found.append(Placed(first.spec, tuple(places), tuple(modules), first.shape, made_by, is_constant))
     return found

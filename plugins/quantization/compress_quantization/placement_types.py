@@ -56,7 +56,7 @@ class Placed:
         places: Its places; several if tensors share it, at a concatenation or because config or device require it.
         modules: Dotted names of the modules that produce the quantized tensor, and of those that demand it.
         shape: Shape of the first of its tensors in the example.
-        call: The call of the first place, in one of the forwards; None for an input of the model.
+        calls: The call of each place, in one of the forwards; None for an input of the model.
         is_constant: Whether its tensors do not depend on inputs of the model; they may have no sample dimension.
     """
 
@@ -64,7 +64,7 @@ class Placed:
     places: tuple[ActivationPlace, ...]
     modules: tuple[str, ...]
     shape: tuple[int, ...]
-    call: Call | None
+    calls: tuple[Call | None, ...]
     is_constant: bool = False
 
 

@@ -277,7 +277,7 @@ class Planner:
 
     def _ignored_by_name(self, place: QuantizerPlace) -> str | None:
         # Both are asked, so that each entry counts as used.
-        paths = [self._by_name.ignoring(place.own_names), self.resolver.ignored_by_name(place)]
+        paths = [self._by_name.ignoring(place), self.resolver.ignored_by_name(place)]
         return next((f"ignored by {path}" for path in paths if path), None)
 
     def _demand(self, call: Call, path: Path) -> QuantizerSpec | None:
@@ -325,7 +325,7 @@ class Planner:
 
     def _planned(self, placed: Placed, own: QuantizerPlace) -> PlannedQuantizer:
         spec = self.resolver.with_own(placed.spec, own)
-        place = replace(own, names=(*own.names, *self._module_names(list(placed.modules))))
+        place = replace(own, readers=self._module_names(list(placed.modules)))
         channel = 1 if spec.per_channel and len(placed.shape) > 1 else None
         initial_range = InitialRange.of(self.resolver.range_for(place)[0])
         if placed.is_constant and initial_range.type == "mixed_min_max":
@@ -341,12 +341,13 @@ class Planner:
         )
 
     def _names_of_quantizer(self, placed: Placed) -> tuple[ScopedModule, ...]:
-        """Returns the names that scopes can use for a quantizer: as printed, that of its module, that of its call."""
-        place = placed.places[0]
-        own = ScopedModule(place_name(place), (place_name(place), *self._aliases(place)))
-        modules = () if isinstance(place, CallInput | CallOutput) else self._module_names([place.module])
-        calls = () if placed.call is None else (self._calls[self._key(placed.call)],)
-        return (own, *modules, *calls)
+        """Returns the names that scopes can use for a quantizer: as printed, and those of all modules and calls."""
+        found: list[ScopedModule] = []
+        for place, call in zip(placed.places, placed.calls, strict=True):
+            own = ScopedModule(place_name(place), (place_name(place), *self._aliases(place)))
+            modules = () if isinstance(place, CallInput | CallOutput) else self._module_names([place.module])
+            found += [own, *modules, *(() if call is None else (self._calls[self._key(call)],))]
+        return tuple(dict.fromkeys(found))
 
     @property
     def _inputs(self) -> list[Path]:

@@ -20,7 +20,7 @@ from compress_quantization.config import (
     ScopeOverride,
 )
 from compress_quantization.profiles import Profile, Scheme, described
-from compress_quantization.quantizer_names import QuantizerPlace, quantizer_matcher, scope_matcher
+from compress_quantization.quantizer_names import QuantizerPlace, is_nncf_name, quantizer_matcher, scope_matcher
 
 _OVERRIDABLE = ("bits", "mode", "signed", "per_channel")
 
@@ -221,10 +221,11 @@ class Resolver:
     def ignored_by_name(self, place: QuantizerPlace) -> str | None:
         """Returns the path of an entry of the group's `ignored_scopes` that is a name of the quantizer, or None."""
         entries = getattr(self._config, place.group).ignored_scopes
-        paths = [f"{place.group}.ignored_scopes.{i}" for i, entry in enumerate(entries) if entry in place.own_names]
-        for path in paths:
+        paths = [f"{place.group}.ignored_scopes.{i}" for i, entry in enumerate(entries)]
+        found = [path for path, entry in zip(paths, entries, strict=True) if self._names_it(path, entry, place)]
+        for path in found:
             self._note(path, place)
-        return paths[0] if paths else None
+        return found[0] if found else None
 
     def targeted_by(self, place: QuantizerPlace) -> list[tuple[str, str]]:
         """Returns (path, entry) of the target scopes of `weights` or `activations` that match a place."""
@@ -235,7 +236,7 @@ class Resolver:
     def dead_entries(self) -> list[Problem]:
         """Returns a problem for each scope that matched no quantizer; call it after all have been resolved."""
         return [
-            Problem(path, f"the scope '{entry}' matches no quantizer that this could mean. Correct or remove it")
+            Problem(path, f"the scope '{entry}' matches no quantizer that this could mean. {_hint(path, entry)}")
             for path, entry in self._validated
             if path not in self._used
         ]
@@ -269,7 +270,9 @@ class Resolver:
         overrides: dict[str, ScopeOverride] = getattr(self._config.scope_overrides, place.group)
         for scope, override in overrides.items():
             path = f"scope_overrides.{place.group}.{scope}"
-            if (by_name and scope not in place.own_names) or (of_range and override.initializer.range is None):
+            if by_name and not self._names_it(path, scope, place):
+                continue
+            if of_range and override.initializer.range is None:
                 continue
             if self._matches(path, scope, place):
                 yield path, override
@@ -348,6 +351,10 @@ class Resolver:
             self._note(path, place)
         return matched
 
+    def _names_it(self, path: str, entry: str, place: QuantizerPlace) -> bool:
+        """Returns whether an entry is a name of this very quantizer, not of an operator that reads it."""
+        return entry in place.own_names or (is_nncf_name(entry) and self._matchers[path](place))
+
     def _matching(self, path: str, entries: Sequence[str], place: QuantizerPlace) -> list[str]:
         """Returns the paths of the entries of a list that match."""
         return [p for i, entry in enumerate(entries) if self._matches(p := f"{path}.{i}", entry, place)]
@@ -356,6 +363,12 @@ class Resolver:
         names = self._used.setdefault(path, [])
         if str(place) not in names:
             names.append(str(place))
+
+
+def _hint(path: str, entry: str) -> str:
+    is_operator = "activations" in path and "/" in entry and "#" not in entry and "|" not in entry
+    more = f" ('{entry}|OUTPUT' would mean the quantizer behind it)" if is_operator else ""
+    return f"Correct or remove it{more}"
 
 
 def _is_narrow(scheme: Scheme, place: QuantizerPlace, bits: int) -> bool:
