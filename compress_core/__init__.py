@@ -14,10 +14,12 @@ from compress_core.contract.levels import LevelAlgorithm
 from compress_core.contract.stages import CompressionStage, Stage
 from compress_core.contract.statistics import Statistics, Table, TableStatistics
 from compress_core.data.calibration import (
+    AutoQPrecisionInitArgs,
     BNAdaptationInitArgs,
     CalibrationData,
     InitArgs,
     ModelEvaluationArgs,
+    QuantizationPrecisionInitArgs,
     QuantizationRangeInitArgs,
 )
 from compress_core.errors import (
@@ -43,6 +45,7 @@ from compress_core.transforms.layers import WeightTensor, register_module
 __all__ = [
     "Algorithm",
     "AlgorithmConfig",
+    "AutoQPrecisionInitArgs",
     "BNAdaptationInitArgs",
     "Batch",
     "CalibrationData",
@@ -71,6 +74,7 @@ __all__ = [
     "Phase",
     "Plan",
     "PluginError",
+    "QuantizationPrecisionInitArgs",
     "QuantizationRangeInitArgs",
     "RankError",
     "Scopes",

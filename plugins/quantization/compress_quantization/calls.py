@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 
@@ -87,6 +88,27 @@ def weight_uses(trace: Trace) -> dict[str, Call]:
                 if name and is_weight_argument(call, path):
                     uses.setdefault(name, call)
     return uses
+
+
+def multiplications(call: Call, forward: ForwardTrace, weight: int) -> int:
+    """Returns how many multiplications the elements of a weight take part in when a call uses it; 0 for lookups.
+
+    Args:
+        call: The call.
+        forward: The forward that makes it.
+        weight: Number of the value that is the weight.
+    """
+    kind, elements = kind_of(call.function), math.prod(forward.values[weight].shape)
+    if kind == "embedding":
+        return 0
+    if kind.startswith("conv") and call.results:
+        # Each element is multiplied at each position of the output; in a transposed convolution, of the input.
+        value = call.inputs[0][1] if kind.startswith("conv_transpose") else call.results[0]
+        shape = forward.values[value].shape
+        spatial = int(kind[-2])
+        return elements * math.prod(shape[-spatial:]) * (shape[0] if len(shape) == spatial + 2 else 1)
+    data = next((value for path, value in call.inputs if not is_weight_argument(call, path)), None)
+    return 0 if data is None else elements * math.prod(forward.values[data].shape[:-1])
 
 
 def owners_of_weights(call: Call, trace: Trace) -> list[str]:

@@ -72,7 +72,20 @@ def place_quantizers(trace: Trace, rules: Rules) -> Placement:
         served += propagation.served()
     unified = _unify(served, trace, rules, Unifier(groups, wishes, sites))
     idle, fixed = wishes.keys() - trained, trained - learned
-    return Placement(tuple(_merged(wishes, groups, calls)), unplaced, unified, frozenset(idle), frozenset(fixed))
+    found = tuple(_merged(wishes, groups, calls))
+    reads = _reads(served, found, groups)
+    return Placement(found, unplaced, unified, frozenset(idle), frozenset(fixed), reads)
+
+
+def _reads(
+    served: list[ServedInput], found: tuple[Placed, ...], groups: DisjointSets
+) -> dict[tuple[CallRef, Path], tuple[int, ...]]:
+    numbers = {groups.root(placed.places[0]): number for number, placed in enumerate(found)}
+    roots = {(one.call, one.path): [groups.root(item) for item in one.quantizers] for one in served}
+    return {
+        reader: tuple(dict.fromkeys(numbers[root] for root in of_reader if root in numbers))
+        for reader, of_reader in roots.items()
+    }
 
 
 def modules_only_in_training(trace: Trace, rules: Rules) -> list[str]:

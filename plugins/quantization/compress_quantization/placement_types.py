@@ -78,6 +78,8 @@ class Placement:
         unified: Config path of a group of operators -> its unified quantizer.
         idle_in_training: Places that the forwards in training mode do not reach.
         fixed_in_training: Places that they reach, but only where no gradient flows, so that ranges are not learned.
+        reads: Arguments whose demands were met -> their quantizers, as indices in `quantizers`; several after a
+            concatenation.
     """
 
     quantizers: tuple[Placed, ...]
@@ -85,3 +87,4 @@ class Placement:
     unified: dict[str, Unified] = field(default_factory=dict)
     idle_in_training: frozenset[ActivationPlace] = frozenset()
     fixed_in_training: frozenset[ActivationPlace] = frozenset()
+    reads: Mapping[tuple[CallRef, Path], tuple[int, ...]] = field(default_factory=dict)

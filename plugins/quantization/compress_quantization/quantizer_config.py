@@ -178,6 +178,35 @@ class Resolver:
         signed = (spec.signed if request.signed is None else request.signed) if mode == "symmetric" else None
         return replace(spec, bits=bits, mode=mode, per_channel=per_channel, signed=signed)
 
+    def options(self, spec: QuantizerSpec, place: QuantizerPlace) -> dict[int, QuantizerSpec]:
+        """Returns the numbers of bits that the device offers for a quantizer if all else stays: bits -> settings.
+
+        Args:
+            spec: Its settings.
+            place: The operator that it serves. Where the section gives a number of bits, there is no other.
+        """
+        if "bits" in self._request(place).paths:
+            return {spec.bits: spec}
+        found: dict[int, QuantizerSpec] = {}
+        for scheme in self._profile.schemes(place.group, place.operator, depthwise=place.depthwise):
+            is_signed = spec.signed is None or scheme.signed in (None, spec.signed)
+            if is_signed and scheme.fits(mode=spec.mode, per_channel=spec.per_channel):
+                for bits in scheme.bits:
+                    found.setdefault(bits, self._with_bits(spec, bits, scheme, place))
+        return found | {spec.bits: spec}
+
+    def has_own_bits(self, place: QuantizerPlace) -> bool:
+        """Returns whether the section gives bits to a quantizer by its own name."""
+        overrides = self._overrides(place, by_name=True)
+        by_scope = self._bits_by_scope(place, _Request()).bits
+        return by_scope is not None or any(override.bits is not None for _, override in overrides)
+
+    def _with_bits(self, spec: QuantizerSpec, bits: int, scheme: Scheme, place: QuantizerPlace) -> QuantizerSpec:
+        half_range = self._half_range(place, bits)
+        is_narrow = spec.mode == "symmetric" and not half_range and _is_narrow(scheme, place, bits)
+        smallest = scheme.smallest_scale
+        return replace(spec, bits=bits, narrow_range=is_narrow, half_range=half_range, smallest_scale=smallest)
+
     def range_for(self, place: QuantizerPlace) -> tuple[RangeConfig, str]:
         """Returns the range settings of a quantizer, and their path in the section (empty for the default).
 

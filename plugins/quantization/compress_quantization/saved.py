@@ -14,6 +14,7 @@ from compress_core.errors import CompressionError
 from compress_core.saved import STRICT, Items, Whole, damaged, parsed, shown
 from compress_core.transforms.places import CallPattern
 from compress_quantization.plan import PlannedQuantizer
+from compress_quantization.precision.chosen import SavedPrecision
 
 _Path = Items[Whole | str]
 
@@ -65,6 +66,7 @@ class SavedQuantization(BaseModel):
         unreached: Names of quantizers of activations that stay off.
         calibrated: Whether activations were calibrated on data.
         staging: Which groups are on, with staged quantization.
+        precision: The numbers of bits that a method has chosen.
     """
 
     signed: dict[str, bool]
@@ -73,6 +75,7 @@ class SavedQuantization(BaseModel):
     unreached: Items[str]
     calibrated: bool
     staging: dict[str, Any] | None
+    precision: SavedPrecision | None = None
 
     @classmethod
     def checked(cls, state: Mapping[str, Any], path: str, names: Collection[str]) -> SavedQuantization:
