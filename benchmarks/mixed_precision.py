@@ -2,7 +2,7 @@
 
 Usage: python -m benchmarks.mixed_precision [--networks resnet56 vgg16-bn fashion-resnet] [--test-images 1000]
 
-Trained networks, not trained further: ranges from 256 training images, batch-norm adaptation on 512, weights with an
+Trained networks, not trained further: ranges from 128 training images, batch-norm adaptation on 256, weights with an
 average of 4 or 6 bits, activations with 8. `hawq` gets the same budget, numbers of bits 2, 4, 6, 8 (more make too many
 assignments to compare) and no labels; `sensitivity, 2 4 6 8` chooses from the same ones. Random choices are drawn
 until their average is at most the budget and less than 0.05 below it. Reported on the first test images: accuracy, how
@@ -16,7 +16,9 @@ import argparse
 import copy
 import logging
 import random
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,8 +41,8 @@ BATCH = 100
 def document(precision: dict[str, Any] | None, weight_bits: int | None = None) -> dict[str, Any]:
     """Returns the config."""
     initializer: dict[str, Any] = {
-        "range": {"num_init_samples": 256},
-        "batchnorm_adaptation": {"num_bn_adaptation_samples": 512},
+        "range": {"num_init_samples": 128},
+        "batchnorm_adaptation": {"num_bn_adaptation_samples": 256},
     }
     if precision is not None:
         initializer["precision"] = precision
@@ -86,17 +88,22 @@ def random_choice(sizes: dict[str, int], budget: float, seed: int) -> list[list[
             return [[bits, name] for name, bits in chosen.items()]
 
 
-def methods(sizes: dict[str, int], budget: int, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Returns the config of each way to choose."""
+def methods(sizes: dict[str, int], budget: int, options: argparse.Namespace, folder: str) -> dict[str, dict[str, Any]]:
+    """Returns the config of each way to choose; errors and traces are measured once, and read for other budgets."""
     size, samples = {"average_bits": budget}, {"num_data_points": options.samples}
-    of_sensitivity = {"type": "sensitivity", "budget": size, "frontier_points": 0, **samples}
+    errors, traces = Path(folder) / "sensitivity" / "precision.json", Path(folder) / "hawq" / "traces.json"
+    measured = {"dump_init_precision_data": True, **samples}
+    of_sensitivity = {"type": "sensitivity", "budget": size, "frontier_points": 0}
+    of_hawq = {"type": "hawq", "budget": size, "bits": OF_HAWQ}
+    is_first = budget == options.budgets[0]
+    known_errors = {"sensitivities_path": str(errors)}
+    first_errors = {**measured, "dump_path": str(errors.parent)} if is_first else known_errors
+    first_traces = {**measured, "dump_path": str(traces.parent), "iter_number": options.iterations}
     found = {
         "uniform": document(None, budget),
-        "sensitivity": document(of_sensitivity),
-        f"sensitivity, {' '.join(map(str, OF_HAWQ))}": document({**of_sensitivity, "bits": OF_HAWQ}),
-        "hawq": document(
-            {"type": "hawq", "budget": size, "bits": OF_HAWQ, "iter_number": options.iterations, **samples}
-        ),
+        "sensitivity": document({**of_sensitivity, **first_errors}),
+        f"sensitivity, {' '.join(map(str, OF_HAWQ))}": document({**of_sensitivity, **known_errors, "bits": OF_HAWQ}),
+        "hawq": document({**of_hawq, **(first_traces if is_first else {"traces_per_layer_path": str(traces)})}),
     }
     for seed in range(options.random):
         chosen = random_choice(sizes, budget, seed)
@@ -112,21 +119,24 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     plain = network.make().eval()
     reference = outputs_of(plain, images)
     found: dict[str, Any] = {"FP32": compared(reference, reference, labels)["accuracy"]}
-    loader = list(zip(data.train[0][:512].split(64), data.train[1][:512].split(64), strict=True))
-    controller, _ = create_compressed_model(copy.deepcopy(plain), document(None), init_loader=loader)
-    sizes = {
-        planned: plain.get_parameter(f"{planned.removesuffix('|WEIGHT')}.weight").numel()
-        for planned in controller.weight_quantizers
-    }
-    for budget in options.budgets:
-        found[str(budget)] = rows = {}
-        for method, config in methods(sizes, budget, options).items():
-            begun = time.perf_counter()
-            controller, model = create_compressed_model(copy.deepcopy(plain), config, init_loader=loader)
-            seconds = time.perf_counter() - begun
-            figures = compared(outputs_of(model, images), reference, labels)
-            rows[method] = {**figures, "average bits": average_bits(controller, sizes), "seconds": round(seconds, 1)}
-            print(name, budget, method, rows[method], flush=True)
+    used = slice(options.training_images)
+    loader = list(zip(data.train[0][used].split(64), data.train[1][used].split(64), strict=True))
+
+    def compressed(config: dict[str, Any]) -> tuple[Any, nn.Module]:
+        return create_compressed_model(copy.deepcopy(plain), config, init_loader=loader)
+
+    names = compressed(document(None))[0].weight_quantizers
+    sizes = {name: plain.get_parameter(f"{name.removesuffix('|WEIGHT')}.weight").numel() for name in names}
+    with tempfile.TemporaryDirectory() as folder:
+        for budget in options.budgets:
+            found[str(budget)] = rows = {}
+            for method, config in methods(sizes, budget, options, folder).items():
+                begun = time.perf_counter()
+                controller, model = compressed(config)
+                seconds = round(time.perf_counter() - begun, 1)
+                figures = compared(outputs_of(model, images), reference, labels)
+                rows[method] = {**figures, "average bits": average_bits(controller, sizes), "seconds": seconds}
+                print(name, budget, method, rows[method], flush=True)
     return found
 
 
@@ -162,9 +172,10 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", choices=NAMES, default=list(NAMES))
     parser.add_argument("--budgets", nargs="+", type=int, default=[4, 6])
     parser.add_argument("--test-images", type=int, default=1000)
+    parser.add_argument("--training-images", type=int, default=256, help="images that everything is measured on")
     parser.add_argument("--samples", type=int, default=64, help="images on which errors and traces are measured")
-    parser.add_argument("--iterations", type=int, default=20, help="random vectors of hawq")
-    parser.add_argument("--random", type=int, default=5, help="random choices")
+    parser.add_argument("--iterations", type=int, default=12, help="random vectors of hawq")
+    parser.add_argument("--random", type=int, default=3, help="random choices")
     options = parser.parse_args()
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)

@@ -166,12 +166,19 @@ class PrecisionConfig(Section):
     frontier_points: Count = Field(
         9, ge=0, le=100, description="sensitivity: budgets for which the error is predicted and measured"
     )
+    sensitivities_path: str | None = Field(
+        None,
+        description="sensitivity: file of errors measured before: the precision.json that dump_init_precision_data "
+        "wrote; another budget then needs no measurement",
+    )
     eval_subset_ratio: float = Field(1.0, gt=0, le=1, description="autoq: share of the data for an evaluation")
     warmup_iter_number: Count | None = Field(
         None, ge=0, description="autoq: of NNCF's random policy, which the search here does not have: no effect"
     )
     traces_per_layer_path: str | None = Field(
-        None, description="hawq: file of traces computed before: .npy, .json, or a tensor that torch.save wrote"
+        None,
+        description="hawq: file of traces computed before: .npy, .json (as dump_init_precision_data wrote it), or a "
+        "tensor that torch.save wrote",
     )
     dump_init_precision_data: bool = Field(False, description="hawq, autoq, sensitivity: write what was measured")
     dump_path: str | None = Field(None, description="the folder that dump_init_precision_data writes to")

@@ -9,6 +9,7 @@ bits, as a share of 32 bits), and the evaluations of `iter_number` are spent on 
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -26,6 +27,8 @@ from compress_quantization.precision.report import FrontierPoint, PrecisionRepor
 from compress_quantization.precision.search import OutputErrors, PrecisionSearch
 from compress_quantization.precision.sensitivity import Decision, Problems, decisions_of
 from compress_quantization.profiles import Profile
+
+logger = logging.getLogger(__name__)
 
 _RATIO = 0.15
 
@@ -64,14 +67,12 @@ def choose(search: PrecisionSearch) -> ChosenBits:
     elements = {w.name: raw_parameter(search.model, w.parameter).numel() for w in search.weights}
     ratio = _RATIO if config.compression_ratio is None else config.compression_ratio
     unit = "size of the weights as a share of 32 bits"
-    total = 32.0 * sum(elements.values())
-    budget = Budget("compression_ratio", unit, ratio, lambda w, b, a: elements[w.name] * b, total)
+    size = 32.0 * sum(elements.values())
+    budget = Budget("compression_ratio", unit, ratio, lambda w, b, a: elements[w.name] * b, size)
     with search.forwards():
         loss, words, samples = _loss(search)
         measured = [[loss(option, True) for option in decision.options] for decision in decisions]
-        least = min((error for errors in measured for error in errors if math.isfinite(error)), default=0.0)
-        shifted = [[error - min(least, 0.0) for error in errors] for errors in measured]
-        problem = Problems(search, decisions, shifted, budget)
+        problem = Problems(search, decisions, _comparable(search, decisions, measured), budget)
         bits = problem.solve(ratio)
         if bits is None:
             raise budget.refusal(*problem.reach, search.path)
@@ -82,7 +83,11 @@ def choose(search: PrecisionSearch) -> ChosenBits:
         for found in ([first] if first == bits else [first, bits])
     ]
     report = PrecisionReport("autoq", unit, words, samples, tuple(points))
+    subset = "" if samples == 0 else "no effect: without autoq_eval_fn, num_data_points says how many samples are used"
+    if subset and "eval_subset_ratio" in config.model_fields_set:
+        logger.warning("%s.eval_subset_ratio: has %s", search.path, subset)
     effects = {
+        "eval_subset_ratio": subset or f"evaluated on {config.eval_subset_ratio:g} of the batches",
         "type": "answered by a deterministic search over measured sensitivities, without an agent",
         "compression_ratio": f"kept: {budget.used(problem.cost(bits)):.6g} {unit}",
         "iter_number": f"{tried} evaluations of swaps, of which {kept} were better",
@@ -90,6 +95,29 @@ def choose(search: PrecisionSearch) -> ChosenBits:
     }
     values = {"precision": report.to_dict(), "bits": bits}
     return ChosenBits(bits, effects | dump(search, values), report)
+
+
+def _comparable(
+    search: PrecisionSearch, decisions: Sequence[Decision], losses: Sequence[Sequence[float]]
+) -> list[list[float]]:
+    """Returns losses that are not negative and do not fall with fewer bits; of equal ones, that of more bits is less.
+
+    A metric such as accuracy is coarse: many losses are the same, or below zero by luck, and bits that cost nothing by
+    it alone may cost a lot together.
+    """
+    finite = [abs(loss) for found in losses for loss in found if math.isfinite(loss)]
+    tie = 1e-6 * max(finite, default=0.0) or 1e-6
+    found = []
+    for decision, own in zip(decisions, losses, strict=True):
+        sizes = [search.choice(name).options for name in decision.group.weights]
+        most = sum(max(options) for options in sizes)
+        highest, rising = 0.0, []
+        for option, loss in zip(reversed(decision.options), reversed(own), strict=True):  # ascending by bits
+            highest = max(highest, loss)
+            saved = most - sum(option[name] for name in decision.group.weights)
+            rising.append(highest + tie * saved)
+        found.append(rising[::-1])
+    return found
 
 
 def _sum(decisions: Sequence[Decision], errors: Sequence[Sequence[float]], bits: Mapping[str, int]) -> float:
@@ -110,12 +138,6 @@ def _loss(search: PrecisionSearch) -> tuple[_Loss, str, int]:
     """Returns the loss, what it is in words, and the number of samples of the data (0 for a metric of the user's)."""
     given = search.given(AutoQPrecisionInitArgs)
     if given is None or given.eval_fn is None:
-        if "eval_subset_ratio" in search.config.model_fields_set:
-            raise ConfigError(
-                "has no effect without a metric, whose evaluations it shortens: give autoq_eval_fn= to "
-                "register_default_init_args, or set num_data_points for the error of the output",
-                path=f"{search.path}.eval_subset_ratio",
-            )
         errors = OutputErrors(search, search.config.num_data_points)
         return lambda bits, alone: errors.measure(bits, alone=alone), IN_WORDS[errors.kind], errors.samples
     for key in ("num_data_points", "output_error"):

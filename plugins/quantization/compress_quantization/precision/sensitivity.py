@@ -8,13 +8,15 @@ terms in place of the Hessian's), and the choice is a knapsack problem, which is
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
-from compress_core import ConfigError
+from compress_core import ConfigError, StateError
 from compress_core.errors import Problem
 from compress_quantization.config import PrecisionConfig
 from compress_quantization.plan import BitsChoice
@@ -34,6 +36,7 @@ KEYS = (
     "budget",
     "output_error",
     "frontier_points",
+    "sensitivities_path",
     "dump_init_precision_data",
     "dump_path",
 )
@@ -60,6 +63,10 @@ def check(config: PrecisionConfig, profile: Profile) -> Iterable[Problem]:
             'is required for the type \'sensitivity\': {"average_bits": 4}, {"bit_operations": 0.25} or {"file_size": '
             "2.5}",
         )
+    if config.sensitivities_path is not None and config.frontier_points == 0:
+        for key in ("num_data_points", "output_error"):
+            if key in config.model_fields_set:
+                yield Problem(key, "has no effect where sensitivities_path gives the errors; remove it")
 
 
 def choose(search: PrecisionSearch) -> ChosenBits:
@@ -70,29 +77,73 @@ def choose(search: PrecisionSearch) -> ChosenBits:
     decisions = decisions_of(search, strict=config.bitwidth_assignment_mode == "strict")
     assert config.budget is not None, "check() refuses this"
     budget = budget_of(config.budget, search.weights, search.model, f"{search.path}.budget")
-    with search.forwards():
-        errors = OutputErrors(search, config.num_data_points)
-        measured = [[errors.measure(option, alone=True) for option in d.options] for d in decisions]
-        problem = Problems(search, decisions, measured, budget)
-        bits = problem.solve(budget.value)
-        if bits is None:
-            raise budget.refusal(*problem.reach, f"{search.path}.budget")
-        points = problem.frontier(errors, config.frontier_points, bits)
+    saved = None if config.sensitivities_path is None else _read(search, decisions, config.sensitivities_path)
+    points: list[FrontierPoint] = []
+    if saved is None or config.frontier_points:
+        with search.forwards():
+            errors = OutputErrors(search, config.num_data_points)
+            if saved and saved[0][0] != IN_WORDS[errors.kind]:
+                raise ConfigError(
+                    f"'{config.sensitivities_path}' holds another error ({saved[0][0]}); set output_error as it was",
+                    path=f"{search.path}.sensitivities_path",
+                )
+            measured = saved[1] if saved else [[errors.measure(o, alone=True) for o in d.options] for d in decisions]
+            problem, bits = _solved(search, decisions, measured, budget)
+            points = problem.frontier(errors, config.frontier_points, bits)
+        kind, samples = IN_WORDS[errors.kind], errors.samples
+    else:
+        (kind, samples), measured = saved
+        problem, bits = _solved(search, decisions, measured, budget)
     report = PrecisionReport(
         "sensitivity",
         budget.unit,
-        IN_WORDS[errors.kind],
-        errors.samples,
+        kind,
+        samples,
         tuple(points),
         {str(d.group): _by_bits(d, found) for d, found in zip(decisions, measured, strict=True)},
     )
     effects = {
-        "num_data_points": f"errors of the output measured on {errors.samples} samples",
-        "output_error": IN_WORDS[errors.kind],
+        "num_data_points": f"errors of the output measured on {samples} samples",
+        "output_error": kind,
+        "sensitivities_path": "errors measured before",
         f"budget.{budget.name}": f"kept: {budget.used(problem.cost(bits)):.6g} {budget.unit}, by dynamic programming",
         "frontier_points": f"{len(points)} points of the frontier, in statistics and controller.precision_report",
     }
     return ChosenBits(bits, effects | dump(search, {"precision": report.to_dict(), "bits": dict(bits)}), report)
+
+
+def _solved(
+    search: PrecisionSearch, decisions: Sequence[Decision], measured: Sequence[Sequence[float]], budget: Budget
+) -> tuple[Problems, dict[str, int]]:
+    problem = Problems(search, decisions, measured, budget)
+    bits = problem.solve(budget.value)
+    if bits is None:
+        raise budget.refusal(*problem.reach, f"{search.path}.budget")
+    return problem, bits
+
+
+def _read(
+    search: PrecisionSearch, decisions: Sequence[Decision], path: str
+) -> tuple[tuple[str, int], list[list[float]]]:
+    """Returns what errors are, the number of samples, and the error of each option, from a file that `dump` wrote."""
+    where = f"{search.path}.sensitivities_path"
+    try:
+        report = PrecisionReport.from_dict(json.loads(Path(path).read_text("utf-8")), path)
+    except (OSError, ValueError, StateError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"'{path}' holds no measured errors: {reason}", path=where) from error
+    found = []
+    for decision in decisions:
+        errors = (report.sensitivities or {}).get(str(decision.group), {})
+        widths = [option[decision.group.weights[0]] for option in decision.options]
+        if absent := [bits for bits in widths if bits not in errors]:
+            raise ConfigError(
+                f"'{path}' has no error of '{decision.group}' with {absent[0]} bits: it is of another model, other "
+                "settings, or the output was not finite; measure again",
+                path=where,
+            )
+        found.append([errors[bits] for bits in widths])
+    return (report.error, report.samples), found
 
 
 def _by_bits(decision: Decision, errors: Sequence[float]) -> dict[int, float]:
