@@ -15,7 +15,7 @@ import torch
 from compress_core import ModelError
 
 # So few estimates may agree by luck.
-_FEWEST = 5
+_FEWEST = 10
 # Estimates that share the first derivatives of a batch.
 _BLOCK = 8
 
@@ -52,7 +52,7 @@ def hessian_traces(
         losses: (a function that computes the loss of a batch, a scalar with a graph; its weight in the sum). They are
             called one after the other, so the graph of one batch is in memory at a time.
         iterations: The most random vectors.
-        tolerance: Ends when the standard error of the sum of all traces, relative to it, is below this; not before 5.
+        tolerance: Ends when the standard error of the sum of all traces, relative to it, is below this; not before 10.
         seed: Of the random vectors, which come from a generator of their own.
 
     Raises:
@@ -93,6 +93,7 @@ def _block(
         with torch.enable_grad():
             for loss, share in losses:
                 gradients = torch.autograd.grad(loss(), weights, create_graph=True, allow_unused=True)
+                _refuse_dead_ends(gradients)
                 for number, vector in enumerate(vectors):
                     products = _products(gradients, weights, vector, keep=number + 1 < len(vectors))
                     for place, (product, signs) in enumerate(zip(products, vector, strict=True)):
@@ -105,6 +106,20 @@ def _block(
             f"the loss has no second derivatives: {str(error).splitlines()[0]}. The type 'sensitivity' needs none"
         ) from error
     return totals
+
+
+def _refuse_dead_ends(gradients: Sequence[torch.Tensor | None]) -> None:
+    """Refuses first derivatives that cannot be differentiated: autograd takes them for constants without a word."""
+    waiting = [gradient.grad_fn for gradient in gradients if gradient is not None]
+    seen = set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.name().endswith("Error"):  # what torch.autograd.function.once_differentiable leaves
+            raise RuntimeError("an autograd function in the model is marked with once_differentiable")
+        waiting += [parent for parent, _ in node.next_functions]
 
 
 def _products(

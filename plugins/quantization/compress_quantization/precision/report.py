@@ -6,7 +6,7 @@ import io
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -77,7 +77,7 @@ class PrecisionReport(Statistics):
     error: str
     samples: int
     points: tuple[FrontierPoint, ...] = ()
-    sensitivities: Mapping[str, Mapping[int, float]] | None = None
+    sensitivities: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
 
     def tables(self) -> Sequence[Table]:
         """Returns the frontier, and the errors of single quantizers."""
@@ -93,7 +93,7 @@ class PrecisionReport(Statistics):
         ]
         title = f"Precision by {self.method}: budget in {self.unit}, error: {self.error}, {self.samples} samples"
         found = [Table(title, ("budget", "used", "predicted error", "measured error", ""), rows)] if rows else []
-        by_bits = self.sensitivities or {}
+        by_bits = self.sensitivities
         widths = sorted({bits for errors in by_bits.values() for bits in errors})
         if by_bits:
             cells = [
@@ -106,7 +106,7 @@ class PrecisionReport(Statistics):
 
     def to_dict(self) -> dict[str, Any]:
         """Returns JSON-able values."""
-        by_bits = self.sensitivities or {}
+        by_bits = self.sensitivities
         return {
             "method": self.method,
             "unit": self.unit,

@@ -134,7 +134,7 @@ def _read(
         raise ConfigError(f"'{path}' holds no measured errors: {reason}", path=where) from error
     found = []
     for decision in decisions:
-        errors = (report.sensitivities or {}).get(str(decision.group), {})
+        errors = report.sensitivities.get(str(decision.group), {})
         widths = [option[decision.group.weights[0]] for option in decision.options]
         if absent := [bits for bits in widths if bits not in errors]:
             raise ConfigError(
