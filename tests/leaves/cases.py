@@ -316,7 +316,7 @@ QUANTIZATION = {
     "initializer.precision.num_data_points": Case((4, 24), context=_chosen("sensitivity"), root=TRIAL),
     "initializer.precision.iter_number": Case((1, 2), context=_chosen("hawq", iter_number=None), root=TRIAL),
     "initializer.precision.tolerance": Case((1e-9, 10.0), context=_chosen("hawq", iter_number=14), root=TRIAL),
-    "initializer.precision.compression_ratio": Case((1.1, 2.0), context=_chosen("hawq"), root=TRIAL),
+    "initializer.precision.compression_ratio": Case((1.1, 3.5), context=_chosen("hawq"), root=TRIAL),
     "initializer.precision.budget": Case(({"average_bits": 3}, {"average_bits": 6}), context=_chosen(), root=TRIAL),
     **{
         f"initializer.precision.budget.{name}": Case(values, context=_chosen(budget=None), root=TRIAL)
