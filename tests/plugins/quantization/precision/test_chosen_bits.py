@@ -43,7 +43,7 @@ METHODS = {
     "sensitivity": FOUR,
     "sensitivity, strict": {**FOUR, "bitwidth_assignment_mode": "strict"},
     "sensitivity, operations": {**FOUR, "budget": {"bit_operations": 0.5}},
-    "sensitivity, size": {**FOUR, "budget": {"file_size": 0.00085}},
+    "sensitivity, size": {**FOUR, "budget": {"file_size": 0.00035}},
     "hawq": {"type": "hawq", "iter_number": 3},
     "hawq, budget": {"type": "hawq", "iter_number": 3, "budget": {"average_bits": 4}},
     "autoq": {"type": "autoq", "iter_number": 3},
@@ -155,7 +155,7 @@ def test_in_the_liberal_mode_activations_keep_their_bits():
     assert {number for name, number in bits.items() if not name.endswith("|WEIGHT")} == {8}
 
 
-@pytest.mark.parametrize(("budget", "unit"), [({"bit_operations": 0.4}, 0.4), ({"file_size": 0.00085}, 0.00085)])
+@pytest.mark.parametrize(("budget", "unit"), [({"bit_operations": 0.4}, 0.4), ({"file_size": 0.00035}, 0.00035)])
 def test_other_budgets_are_kept(budget, unit):
     controller, model = created({**FOUR, "budget": budget})
     (point,) = [p for p in controller.precision_report.points if p.chosen]
