@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -27,13 +28,15 @@ from compress_quantization.config import PrecisionConfig
 from compress_quantization.plan import BitsChoice
 from compress_quantization.precision.budgets import budget_of
 from compress_quantization.precision.dumps import dump, read_traces
-from compress_quantization.precision.hessian import Traces, hessian_traces
+from compress_quantization.precision.hessian import Traces, gauss_newton_traces, hessian_traces
 from compress_quantization.precision.method import ChosenBits, PrecisionMethod
-from compress_quantization.precision.outputs import IN_WORDS, divergence
+from compress_quantization.precision.outputs import IN_WORDS
 from compress_quantization.precision.report import FrontierPoint, PrecisionReport
 from compress_quantization.precision.search import PrecisionSearch
 from compress_quantization.precision.targets import target_of
 from compress_quantization.profiles import Profile
+
+logger = logging.getLogger(__name__)
 
 _RATIO = 1.5
 _ITERATIONS = 200
@@ -126,9 +129,29 @@ def _traces(search: PrecisionSearch, candidates: Sequence[BitsChoice]) -> tuple[
     with search.forwards(), search.quantized(alone=True):
         batches = search.batches(config.num_data_points)
         total = sum(size for _, size in batches)
-        loss, words = _loss(search, batches[0][0])
-        losses = [(functools.partial(loss, batch), size / total) for batch, size in batches]
-        traces = hessian_traces(weights, losses, iterations=iterations, tolerance=config.tolerance)
+        given = _given_criterion(search)
+        if given is not None:
+            words, loss = "the criterion", functools.partial(_criterion, search, given)
+            losses = [(functools.partial(loss, batch), size / total) for batch, size in batches]
+            traces = hessian_traces(weights, losses, iterations=iterations, tolerance=config.tolerance)
+        else:
+            with torch.no_grad():
+                first = search.outputs(batches[0][0])
+            kind = search.error_kind(first)
+            words = IN_WORDS[kind] if kind == "kl" else "half the squared change of the output"
+            share = 1.0 / sum(_rows(kind, first) / batches[0][1] * size for _, size in batches)
+            outputs = [(functools.partial(search.outputs, batch), share) for batch, _ in batches]
+            traces = gauss_newton_traces(weights, outputs, kind, iterations=iterations, tolerance=config.tolerance)
+    negative = [w.name for w, trace in zip(candidates, traces.values, strict=True) if trace < 0]
+    if negative:
+        logger.warning(
+            "%s: the estimated traces of %d weights are negative, such as that of '%s', and count as zero: such weights "
+            "get few bits. That is noise of few random vectors, or a loss far from its minimum; raise iter_number, or "
+            "register no criterion, with which no estimate is negative",
+            search.path,
+            len(negative),
+            negative[0],
+        )
     effects = {
         "num_data_points": f"traces on {total} samples, of {words}",
         "iter_number": f"{traces.iterations} random vectors",
@@ -145,26 +168,21 @@ def _reached(traces: Traces, tolerance: float) -> str:
     return f"{reached}: the standard error of the sum of traces is {traces.error:.2g} of it"
 
 
-def _loss(search: PrecisionSearch, batch: Any) -> tuple[Any, str]:
-    """Returns the function that computes the mean loss of a batch, and what it is in words."""
-    given = search.given(QuantizationPrecisionInitArgs)
-    if given is not None and (given.criterion is not None or given.criterion_fn is not None):
-        if "output_error" in search.config.model_fields_set:
-            raise ConfigError(
-                "has no effect with a criterion, whose Hessian is used; remove one of the two",
-                path=f"{search.path}.output_error",
-            )
-        return functools.partial(_criterion, search, given), "the criterion"
-    with torch.no_grad():
-        kind = search.error_kind(search.outputs(batch))
+def _given_criterion(search: PrecisionSearch) -> QuantizationPrecisionInitArgs | None:
+    given: QuantizationPrecisionInitArgs | None = search.given(QuantizationPrecisionInitArgs)
+    if given is None or (given.criterion is None and given.criterion_fn is None):
+        return None
+    if "output_error" in search.config.model_fields_set:
+        raise ConfigError(
+            "has no effect with a criterion, whose Hessian is used; remove one of the two",
+            path=f"{search.path}.output_error",
+        )
+    return given
 
-    def divergence_of(batch: Any) -> torch.Tensor:
-        outputs = search.outputs(batch)
-        reference = [tensor.detach() for tensor in outputs]
-        rows = sum(t.numel() / t.shape[1] if kind == "kl" else t.shape[0] if t.ndim else 1 for t in outputs)
-        return divergence(kind, reference, outputs) / rows
 
-    return divergence_of, IN_WORDS[kind] if kind == "kl" else "half the squared change of the output"
+def _rows(kind: str, outputs: Sequence[torch.Tensor]) -> float:
+    """Returns the number of positions, or samples, of the outputs of a batch."""
+    return sum(t.numel() / t.shape[1] if kind == "kl" else t.shape[0] if t.ndim else 1 for t in outputs)
 
 
 def _criterion(search: PrecisionSearch, given: QuantizationPrecisionInitArgs, batch: Any) -> torch.Tensor:

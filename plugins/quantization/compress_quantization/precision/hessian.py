@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from compress_core import ModelError
+from compress_quantization.precision.outputs import ErrorKind
 
 # So few estimates may agree by luck.
 _FEWEST = 10
@@ -59,12 +60,74 @@ def hessian_traces(
         ModelError: The loss has no second derivatives, or they are not finite.
     """
     generator = torch.Generator().manual_seed(seed)
+
+    def estimates(count: int) -> list[list[float]]:
+        vectors = [[_signs(weight, generator) for weight in weights] for _ in range(count)]
+        return _block(weights, losses, vectors)
+
+    return _averaged(estimates, iterations, tolerance)
+
+
+def gauss_newton_traces(
+    weights: Sequence[torch.Tensor],
+    outputs: Sequence[tuple[Callable[[], Sequence[torch.Tensor]], float]],
+    kind: ErrorKind,
+    *,
+    iterations: int,
+    tolerance: float,
+    seed: int = 0,
+) -> Traces:
+    """Returns the traces for the divergence of outputs from themselves, whose Hessian is J^T A J.
+
+    With A = B B^T and random signs u, the trace is the mean of |J^T B u|^2. So first derivatives are enough, no estimate
+    is negative, and weights do not disturb one another, as they do in v^T H v.
+
+    Args:
+        weights: Tensors that require gradients.
+        outputs: (a function that computes the outputs of a batch with a graph, the weight of its divergence, see
+            `outputs.divergence`, in the sum).
+        kind: The divergence.
+        iterations: See `hessian_traces`.
+        tolerance: See `hessian_traces`.
+        seed: See `hessian_traces`.
+
+    Raises:
+        ModelError: The traces are not finite.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def estimates(count: int) -> list[list[float]]:
+        totals = [[0.0] * len(weights) for _ in range(count)]
+        with torch.enable_grad():
+            for compute, share in outputs:
+                found = [tensor for tensor in compute() if tensor.requires_grad]
+                for number in range(count):
+                    seeds = [_factor(kind, tensor.detach(), _signs(tensor, generator)) for tensor in found]
+                    gradients = torch.autograd.grad(
+                        found, weights, seeds, retain_graph=number + 1 < count, allow_unused=True
+                    )
+                    for place, gradient in enumerate(gradients):
+                        if gradient is not None:
+                            totals[number][place] += share * float(gradient.double().square().sum())
+        return totals
+
+    return _averaged(estimates, iterations, tolerance)
+
+
+def _factor(kind: ErrorKind, output: torch.Tensor, signs: torch.Tensor) -> torch.Tensor:
+    """Returns B u, where B B^T is the Hessian in the output: diag(p) - p p^T of the softmax, or the identity."""
+    if kind == "squared":
+        return signs
+    p = torch.softmax(output, 1)
+    root = p.sqrt()
+    return root * signs - p * (root * signs).sum(1, keepdim=True)
+
+
+def _averaged(estimates: Callable[[int], list[list[float]]], iterations: int, tolerance: float) -> Traces:
+    """Returns the means of estimates, of which a function makes as many as it is asked for."""
     samples: list[list[float]] = []
     while len(samples) < iterations:
-        count = min(_BLOCK, iterations - len(samples))
-        vectors = [[_signs(weight, generator) for weight in weights] for _ in range(count)]
-        block = _block(weights, losses, vectors)
-        for estimate in block:
+        for estimate in estimates(min(_BLOCK, iterations - len(samples))):
             samples.append(estimate)
             if len(samples) >= _FEWEST and _relative_error(samples) < tolerance:
                 break
@@ -73,7 +136,7 @@ def hessian_traces(
         break
     means = [math.fsum(column) / len(samples) for column in zip(*samples, strict=True)]
     if not all(map(math.isfinite, means)):
-        raise ModelError("second derivatives of the loss are not finite on the data; check data and weights")
+        raise ModelError("derivatives of the loss are not finite on the data; check data and weights")
     return Traces(tuple(means), len(samples), _relative_error(samples))
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from compress_core import ModelError
-from compress_quantization.precision.hessian import hessian_traces
+from compress_quantization.precision.hessian import gauss_newton_traces, hessian_traces
 from compress_quantization.precision.outputs import divergence
 
 
@@ -109,6 +109,10 @@ def test_without_labels_the_trace_is_that_of_gauss_newton(kind):
         assert float(closed) == pytest.approx(expected[number], rel=1e-8)
     found = hessian_traces([first, second], [(lambda: loss([first, second]), 1.0)], iterations=1200, tolerance=1e-3)
     assert found.values == pytest.approx(expected, rel=0.08)
+    outputs = [(lambda: [output([first, second])], 1.0)]
+    found = gauss_newton_traces([first, second], outputs, kind, iterations=1200, tolerance=1e-3)
+    assert found.values == pytest.approx(expected, rel=0.05)
+    assert min(gauss_newton_traces([first, second], outputs, kind, iterations=1, tolerance=1e-3).values) > 0
 
 
 def test_a_loss_without_second_derivatives_is_refused_with_the_remedy():
