@@ -22,10 +22,12 @@ from compress_core.contract.levels import LevelAlgorithm
 from compress_core.contract.stages import CompressionStage, Stage
 from compress_core.contract.statistics import Statistics, Table, TableStatistics
 from compress_core.data.calibration import (
+    AutoQPrecisionInitArgs,
     BNAdaptationInitArgs,
     CalibrationData,
     InitArgs,
     ModelEvaluationArgs,
+    QuantizationPrecisionInitArgs,
     QuantizationRangeInitArgs,
     TeacherArgs,
 )
@@ -54,6 +56,7 @@ __all__ = [
     "AdaptiveCompressionTrainingLoop",
     "Algorithm",
     "AlgorithmConfig",
+    "AutoQPrecisionInitArgs",
     "BNAdaptationInitArgs",
     "Batch",
     "CalibrationData",
@@ -84,6 +87,7 @@ __all__ = [
     "Phase",
     "Plan",
     "PluginError",
+    "QuantizationPrecisionInitArgs",
     "QuantizationRangeInitArgs",
     "RankError",
     "Scopes",

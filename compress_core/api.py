@@ -15,10 +15,12 @@ from compress_core.accuracy_aware import check_accuracy_aware
 from compress_core.config import CompressionConfig
 from compress_core.contract.context import Context
 from compress_core.data.calibration import (
+    AutoQPrecisionInitArgs,
     BNAdaptationInitArgs,
     ForwardFn,
     InitArgs,
     ModelEvaluationArgs,
+    QuantizationPrecisionInitArgs,
     QuantizationRangeInitArgs,
 )
 from compress_core.data.ranks import settle, together
@@ -192,8 +194,12 @@ def register_default_init_args(
     device: torch.device | str | None = None,
     forward_fn: ForwardFn | None = None,
     model_eval_fn: Callable[[nn.Module], Any] | None = None,
+    criterion: Any = None,
+    criterion_fn: Callable[[Any, Any, Any], Any] | None = None,
+    autoq_eval_fn: Callable[[nn.Module, Any], Any] | None = None,
+    val_loader: Any = None,
 ) -> CompressionConfig:
-    """Attaches the data for batch-norm adaptation and quantizer ranges to a config.
+    """Attaches the data for batch-norm adaptation, quantizer ranges and numbers of bits to a config.
 
     Args:
         config: A config, a dict, or the path of a JSON file. A `CompressionConfig` is changed in place.
@@ -201,6 +207,10 @@ def register_default_init_args(
         device: Device that batches are moved to; by default that of the model.
         forward_fn: `forward_fn(model, batch)`, for models that cannot be called with a batch directly.
         model_eval_fn: The metric for `"guard": true`; takes the model and returns a number, larger is better.
+        criterion: The loss for `hawq`, `criterion(outputs, target)`; without it no labels are needed.
+        criterion_fn: `criterion_fn(outputs, target, criterion)`, if the criterion is called in another way.
+        autoq_eval_fn: The metric for `autoq`, `autoq_eval_fn(model, loader)`; larger is better.
+        val_loader: The loader that `autoq_eval_fn` gets; by default `train_loader`.
 
     Returns:
         The config. Calling the function again replaces the data.
@@ -208,6 +218,11 @@ def register_default_init_args(
     loaded = CompressionConfig.load(config)
     kinds: tuple[type[InitArgs], ...] = (BNAdaptationInitArgs, QuantizationRangeInitArgs)
     loaded.register_extra_structs([kind(train_loader, device, forward_fn) for kind in kinds])
+    loss = QuantizationPrecisionInitArgs(train_loader, device, forward_fn, criterion, criterion_fn)
+    metric = AutoQPrecisionInitArgs(
+        train_loader if val_loader is None else val_loader, device, forward_fn, autoq_eval_fn
+    )
+    loaded.register_extra_structs([loss, metric])
     return loaded.register_extra_structs([] if model_eval_fn is None else [ModelEvaluationArgs(model_eval_fn)])
 
 

@@ -45,6 +45,30 @@ class QuantizationRangeInitArgs(InitArgs):
 
 
 @dataclass(frozen=True)
+class QuantizationPrecisionInitArgs(InitArgs):
+    """Data for choosing the numbers of bits of quantizers.
+
+    Attributes:
+        criterion: The loss, `criterion(outputs, target)` -> a scalar; by default none, and no labels are needed.
+        criterion_fn: `criterion_fn(outputs, target, criterion)` -> a scalar, where the criterion is called otherwise.
+    """
+
+    criterion: Any = None
+    criterion_fn: Callable[[Any, Any, Any], Any] | None = None
+
+
+@dataclass(frozen=True)
+class AutoQPrecisionInitArgs(InitArgs):
+    """The metric by which the search `autoq` compares numbers of bits.
+
+    Attributes:
+        eval_fn: `eval_fn(model, loader)` -> a number, larger is better; the loader is `data_loader`, or a part of it.
+    """
+
+    eval_fn: Callable[[nn.Module, Any], Any] | None = None
+
+
+@dataclass(frozen=True)
 class ModelEvaluationArgs:
     """The metric of the model.
 

@@ -90,6 +90,19 @@ TRIAL = {"target_device": "TRIAL"}
 FOUR_BITS = {"initializer": {"precision": {"bitwidth_per_scope": [[4, "conv1|WEIGHT"]]}}}
 
 
+_KEYS = {
+    "sensitivity": {"budget": {"average_bits": 4}, "frontier_points": 2, "bits": [2, 4, 8]},
+    "hawq": {"iter_number": 2},
+    "autoq": {},
+}
+
+
+def _chosen(kind: str = "sensitivity", **changes: Any) -> dict[str, Any]:
+    """Returns the keys of a section whose bits a method chooses; a change to None takes a key away."""
+    keys = {key: value for key, value in {**_KEYS[kind], **changes}.items() if value is not None}
+    return {"initializer": {"precision": {"type": kind, **keys}}}
+
+
 def better_when_untouched(model: nn.Module) -> float:
     """A metric by which every adaptation makes the model worse."""
     better_when_untouched.calls += 1
@@ -365,7 +378,14 @@ QUANTIZATION = {
     ),
     "initializer.range": Case(data=False, root=_example(), refused=({},)),
     "initializer.precision": Case(refused=EVERY_OTHER_VALUE),
-    "initializer.precision.type": Case(context=FOUR_BITS, root=TRIAL, refused=("hawq", "autoq")),
+    # Each method reads other keys, so a type alone is refused or finds nothing.
+    "initializer.precision.type": Case(
+        ("manual", "hawq", "autoq", "sensitivity"),
+        context=FOUR_BITS,
+        root=TRIAL,
+        refused=("hawq", "autoq", "sensitivity"),
+        refused_at="initializer.precision",
+    ),
     "initializer.precision.bits": Case(
         ([2, 4, 8], [8]),
         context=FOUR_BITS,
@@ -379,19 +399,39 @@ QUANTIZATION = {
     "initializer.precision.bitwidth_assignment_mode": Case(
         ("liberal", "strict"), context=FOUR_BITS, root=TRIAL, refused=("strict",)
     ),
+    "initializer.precision.num_data_points": Case((4, 24), context=_chosen("sensitivity"), root=TRIAL),
+    "initializer.precision.iter_number": Case((1, 2), context=_chosen("hawq", iter_number=None), root=TRIAL),
+    "initializer.precision.tolerance": Case((1e-9, 10.0), context=_chosen("hawq", iter_number=14), root=TRIAL),
+    "initializer.precision.compression_ratio": Case((1.1, 3.5), context=_chosen("hawq"), root=TRIAL),
+    "initializer.precision.budget": Case(({"average_bits": 3}, {"average_bits": 6}), context=_chosen(), root=TRIAL),
     **{
-        f"initializer.precision.{name}": Case((ABSENT, value), context=FOUR_BITS, root=TRIAL, refused=EVERY_OTHER_VALUE)
-        for name, value in {
-            "num_data_points": 10,
-            "iter_number": 10,
-            "tolerance": 0.1,
-            "compression_ratio": 1.5,
-            "eval_subset_ratio": 0.5,
-            "warmup_iter_number": 10,
-            "traces_per_layer_path": "a.pt",
-            "dump_init_precision_data": True,
+        f"initializer.precision.budget.{name}": Case(values, context=_chosen(budget=None), root=TRIAL)
+        for name, values in {
+            "average_bits": (3.0, 6.0),
+            "bit_operations": (0.4, 0.8),
+            "file_size": (0.0015, 0.0018),
         }.items()
     },
+    "initializer.precision.output_error": Case(
+        ("kl", "squared", "auto"), context=_chosen(), root=TRIAL, same=(("kl", "auto"),)
+    ),
+    "initializer.precision.frontier_points": Case((0, 3), context=_chosen(frontier_points=None), root=TRIAL),
+    "initializer.precision.eval_subset_ratio": Case((ABSENT, 0.5), context=_chosen("autoq"), root=TRIAL, warned=True),
+    "initializer.precision.warmup_iter_number": Case((ABSENT, 5), context=_chosen("autoq"), root=TRIAL, warned=True),
+    "initializer.precision.dump_init_precision_data": Case(
+        (ABSENT, True), context=_chosen("autoq"), root=TRIAL, warned=True
+    ),
+    **{
+        f"initializer.precision.{name}": Case(
+            (ABSENT, "nowhere.json"), context=context, root=TRIAL, refused=EVERY_OTHER_VALUE
+        )
+        for name, context in {
+            "traces_per_layer_path": _chosen("hawq", iter_number=None),
+            "sensitivities_path": _chosen(),
+            "dump_path": _chosen(),
+        }.items()
+    },
+    "initializer.precision.params": Case((ABSENT, {"a": 1}), context=FOUR_BITS, root=TRIAL, refused=EVERY_OTHER_VALUE),
     "preset": Case(("performance", "mixed")),
     **_quantizer("weights"),
     **_quantizer("activations"),

@@ -30,13 +30,15 @@ from compress_core.export import ExportTarget, GraphRewrite
 from compress_core.saved import damaged
 from compress_quantization.calibration import Calibrated, calibrate
 from compress_quantization.config import QuantizationConfig, QuantizerGroup
-from compress_quantization.config_checks import check_config, given_to_example_scripts
+from compress_quantization.config_checks import check_config, given_to_example_scripts, idle_in_precision
 from compress_quantization.effects import applied_to
 from compress_quantization.export import prepare, prepare_decomposed, rewrite, rewrite_program
 from compress_quantization.fake_quantize import FakeQuantize
 from compress_quantization.nncf_quantizers import taken_from_nncf
 from compress_quantization.plan import PlannedQuantizer
 from compress_quantization.planning import Planner
+from compress_quantization.precision.chosen import ChosenPrecision, refuse_frozen
+from compress_quantization.precision.report import PrecisionReport
 from compress_quantization.profiles import load_profile
 from compress_quantization.quantizers import add_quantizer, find_quantizer, make_quantizer, replace_by_native
 from compress_quantization.ranges import collector_for
@@ -69,6 +71,7 @@ class Quantization(Algorithm):
         "enable_activation_quantization",
         "disable_activation_quantization",
         "freeze_quantizers",
+        "precision_report",
     )
     config: QuantizationConfig
 
@@ -78,6 +81,7 @@ class Quantization(Algorithm):
         self._skipped: dict[str, str] = {}
         self._potential: dict[str, int] = {}
         self._staging: StagedQuantization | None = None
+        self._precision = ChosenPrecision()
         # Names of quantizers that stay off because no calibration sample reached them.
         self._off: list[str] = []
         # Whether activations have been calibrated on data; if so, later calibrations need data as well.
@@ -98,6 +102,9 @@ class Quantization(Algorithm):
             )
         for leaf, value in idle.items():
             context.ledger.record(f"{path}.{leaf}", value, "no effect: for NNCF's example scripts")
+        for leaf, (value, why) in idle_in_precision(config).items():
+            logger.warning("%s.%s: has no effect: %s", path, leaf, why)
+            context.ledger.record(f"{path}.{leaf}", value, f"no effect: {why}")
 
     @hookimpl
     def compress_plan(self, model: nn.Module, context: Context) -> Plan:
@@ -115,7 +122,10 @@ class Quantization(Algorithm):
         found = planner.plan()
         if not found.quantizers:
             raise ConfigError("finds nothing to quantize in this model; change the scopes, or remove this section")
+        if (precision := self.config.unread().initializer.precision) is not None:
+            refuse_frozen(model, precision, found.quantizers, found.choices)
         self._record(planner, scopes, path, context)
+        self._precision.choices = found.choices
         self._planned, self._skipped, self._potential = found.quantizers, found.skipped, found.potential
         return Plan(
             tuple(quantizer.name for quantizer in self._planned),
@@ -136,8 +146,16 @@ class Quantization(Algorithm):
 
     @hookimpl
     def compress_calibrate(self, context: Context) -> None:
-        """Sets the ranges: those of weights from their values, those of activations from calibration data."""
+        """Sets the ranges, of weights from their values, of activations from data; chooses bits if the config asks."""
         self._calibrate(("weights", "activations"), context.batch_norm.as_it_will_be)
+        path, precision = context.section(self)[0], self.config.initializer.precision
+        if precision is not None and self._precision.choose(
+            self.model, context, path, precision, self.all_quantizations
+        ):
+            self._planned = self._precision.planned(self._planned)
+            # Activations have other ranges if the weights before them are rounded in another way.
+            if context.has_data(QuantizationRangeInitArgs):
+                self._calibrate(("weights", "activations"), context.batch_norm.as_it_will_be)
 
     @hookimpl
     def compress_epoch_step(self, clock: Clock, context: Context) -> None:
@@ -161,7 +179,7 @@ class Quantization(Algorithm):
     def compress_statistics(self) -> QuantizationStatistics:
         """Returns the present settings and ranges of the quantizers."""
         quantizers = tuple(self._described(planned, module) for planned, module in self._present)
-        return QuantizationStatistics(quantizers, self._skipped, self._potential)
+        return QuantizationStatistics(quantizers, self._skipped, self._potential, self.precision_report)
 
     @hookimpl
     def compress_state(self) -> dict[str, Any]:
@@ -174,6 +192,7 @@ class Quantization(Algorithm):
             "unreached": list(self._off),
             "calibrated": self._calibrated_before,
             "staging": None if self._staging is None else self._staging.get_state(),
+            "precision": self._precision.get_state(),
         }
 
     @hookimpl
@@ -183,6 +202,9 @@ class Quantization(Algorithm):
         saved = SavedQuantization.checked(state, path, modules)
         if (self._staging is None) != (saved.staging is None):
             raise damaged(f"{path}.staging", "is there if and only if the config has staged quantization")
+        self._planned = self._precision.load_state(
+            saved.precision, self._planned, lambda: self.all_quantizations, f"{path}.precision"
+        )
         for planned, module in self._present:
             name = planned.name
             fixed = planned.spec.signed if planned.spec.mode == "symmetric" else module.signed
@@ -226,6 +248,11 @@ class Quantization(Algorithm):
     def non_weight_quantizers(self) -> dict[str, FakeQuantize]:
         """The quantizers of activations by name."""
         return {planned.name: module for planned, module in self._present if planned.group == "activations"}
+
+    @property
+    def precision_report(self) -> PrecisionReport | None:
+        """What the method that chose the numbers of bits has measured; its `draw(path)` makes a picture."""
+        return self._precision.report
 
     def init_range(self, group: QuantizerGroup | None = None) -> None:
         """Measures ranges again, on the current model.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 
@@ -9,6 +10,9 @@ from compress_core.config.scopes import ScopedModule
 from compress_core.trace import Call, ForwardTrace, Trace
 from compress_core.trace.graph import ValueId
 from compress_quantization.operators import LINEAR_KINDS, base_name, is_weight_argument, kind_of
+
+# Functions that NNCF knows by the one that they call.
+_NNCF_FUNCTIONS = {"relu6": ("hardtanh",), "hardtanh": ("relu6",)}
 
 
 def call_names(trace: Trace, modules: Mapping[str, ScopedModule]) -> dict[tuple[int, int], ScopedModule]:
@@ -19,17 +23,45 @@ def call_names(trace: Trace, modules: Mapping[str, ScopedModule]) -> dict[tuple[
     """
     found = {}
     for number, forward in enumerate(trace.forwards):
-        counts: Counter[tuple[str, str]] = Counter()
+        counts: Counter[tuple[str, str, bool]] = Counter()
+        kinds = {(call.module, base_name(call.function), _is_in_place(call)) for call in forward.calls}
         for call in forward.calls:
-            function = base_name(call.function)
+            function, in_place = base_name(call.function), _is_in_place(call)
             owner = modules.get(call.module, ScopedModule(call.module))
-            turn = counts[call.module, call.function]
-            counts[call.module, call.function] += 1
-            aliases = (function, f"__{function}__", f"__i{function}__")
+            turn = counts[call.module, call.function, in_place]
+            counts[call.module, call.function, in_place] += 1
+            aliases = _nncf_functions(function, in_place, (call.module, function, not in_place) in kinds)
             addresses = dict.fromkeys(n.rpartition("/")[0] if _is_operator(n) else n for n in owner.nncf_names)
             nncf = tuple(f"{address}/{alias}_{turn}" for address in addresses for alias in aliases)
             found[number, call.index] = ScopedModule(f"{call.module}.{function}".strip("."), nncf)
     return found
+
+
+def _is_in_place(call: Call) -> bool:
+    """Returns whether a call is of the variant of its function that overwrites its argument."""
+    name = call.function.rpartition(".")[2]
+    if name.startswith("__"):
+        return name.startswith("__i") and name not in ("__invert__", "__int__", "__index__")
+    return name.endswith("_") or call.keywords.get("inplace") is True or _overwrites(call)
+
+
+def _overwrites(call: Call) -> bool:
+    return bool(call.writes) and call.inputs[:1] != [] and call.inputs[0][1] in call.writes
+
+
+def _nncf_functions(function: str, in_place: bool, has_other: bool) -> list[str]:
+    """Returns the names that NNCF gives to a function.
+
+    Args:
+        function: Its name, without underscores.
+        in_place: Whether this is the variant that overwrites its argument, `relu_` or `__iadd__`.
+        has_other: Whether the module calls the other variant as well; the names of that one then mean it alone.
+    """
+    names = [function, *_NNCF_FUNCTIONS.get(function, ())]
+    plain = [*names, f"__{function}__"]
+    overwriting = [*(f"{name}_" for name in names), f"__i{function}__"]
+    mine, others = (overwriting, plain) if in_place else (plain, overwriting)
+    return mine if has_other else [*mine, *others]
 
 
 def call_key(forward: int, call: int) -> str:
@@ -56,6 +88,27 @@ def weight_uses(trace: Trace) -> dict[str, Call]:
                 if name and is_weight_argument(call, path):
                     uses.setdefault(name, call)
     return uses
+
+
+def multiplications(call: Call, forward: ForwardTrace, weight: int) -> int:
+    """Returns how many multiplications the elements of a weight take part in when a call uses it; 0 for lookups.
+
+    Args:
+        call: The call.
+        forward: The forward that makes it.
+        weight: Number of the value that is the weight.
+    """
+    kind, elements = kind_of(call.function), math.prod(forward.values[weight].shape)
+    if kind == "embedding":
+        return 0
+    if kind.startswith("conv") and call.results:
+        # Each element is multiplied at each position of the output; in a transposed convolution, of the input.
+        value = call.inputs[0][1] if kind.startswith("conv_transpose") else call.results[0]
+        shape = forward.values[value].shape
+        spatial = int(kind[-2])
+        return elements * math.prod(shape[-spatial:]) * (shape[0] if len(shape) == spatial + 2 else 1)
+    data = next((value for path, value in call.inputs if not is_weight_argument(call, path)), None)
+    return 0 if data is None else elements * math.prod(forward.values[data].shape[:-1])
 
 
 def owners_of_weights(call: Call, trace: Trace) -> list[str]:

@@ -19,8 +19,9 @@ Epoch = Annotated[Count, Field(ge=0)]
 Mode = Literal["symmetric", "asymmetric"]
 QuantizerGroup = Literal["weights", "activations"]
 
-# A choice point that plugins can add to; `ranges` describes its values.
+# Choice points that plugins can add to; `ranges` and `precision` describe their values.
 RANGE = "quantization.range"
+PRECISION = "quantization.precision"
 
 
 class RangeParams(Section):
@@ -87,13 +88,51 @@ def _bits_and_scope(value: Any) -> Any:
 BitsAndScope = Annotated[tuple[Bits, str], BeforeValidator(_bits_and_scope)]
 
 
+class BudgetConfig(Section):
+    """Section `initializer.precision.budget`: what the chosen numbers of bits may cost; exactly one of its keys."""
+
+    average_bits: float | None = Field(
+        None, gt=0, le=8, description="mean number of bits of all elements of weights that have a quantizer"
+    )
+    bit_operations: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="multiplications times bits of the weight times bits of the activation, as a share of the same "
+        "with 8 bits everywhere",
+    )
+    file_size: float | None = Field(
+        None,
+        gt=0,
+        description="megabytes (10^6 bytes) of all parameters, buffers and scales, with the weights of quantizers "
+        "packed at their number of bits",
+    )
+
+    @model_validator(mode="after")
+    def _is_one(self) -> Self:
+        given = [name for name in type(self).model_fields if self.__dict__[name] is not None]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of average_bits, bit_operations and file_size, not {len(given)}")
+        return self
+
+    @property
+    def given(self) -> tuple[str, float]:
+        """The name of the one that is given, and its value."""
+        name = next(name for name in type(self).model_fields if self.__dict__[name] is not None)
+        return name, getattr(self, name)
+
+
 class PrecisionConfig(Section):
     """Section `initializer.precision`: how quantizers get different numbers of bits."""
 
-    type: Literal["manual", "hawq", "autoq"] = Field(
-        "manual", description="manual: as bitwidth_per_scope says; hawq and autoq are not available yet"
+    type: Annotated[str, ChoiceOf(PRECISION)] = Field(
+        "manual", description="manual: as bitwidth_per_scope says; the other methods choose numbers of bits"
     )
-    bits: list[Bits] = Field([2, 4, 8], description="numbers of bits to choose from", min_length=1)
+    bits: list[Bits] = Field(
+        [2, 4, 8],
+        description="numbers of bits to choose from, as far as the device offers them; sensitivity: by default all",
+        min_length=1,
+    )
     bitwidth_per_scope: list[BitsAndScope] = Field(
         default_factory=list,
         description="manual: pairs of bits and a quantizer, named by a scope followed by |WEIGHT, |OUTPUT or |INPUT<n>",
@@ -101,14 +140,51 @@ class PrecisionConfig(Section):
     bitwidth_assignment_mode: Literal["strict", "liberal"] = Field(
         "liberal", description="strict: all quantizers that feed one operator must have the same number of bits"
     )
-    num_data_points: Count = Field(100, gt=0, description="hawq: samples for the Hessian")
-    iter_number: Count | None = Field(None, ge=0, description="hawq: most iterations for a trace; autoq: episodes")
-    tolerance: float = Field(1e-4, gt=0, description="hawq: relative tolerance of a trace")
-    compression_ratio: float | None = Field(None, gt=0, description="hawq: bit complexity; autoq: size ratio")
+    num_data_points: Count = Field(
+        100, gt=0, description="hawq: samples for the Hessian; sensitivity, autoq: samples for the error of the output"
+    )
+    iter_number: Count | None = Field(
+        None, ge=0, description="hawq: most iterations for a trace, 200; autoq: evaluations of swaps, 0"
+    )
+    tolerance: float = Field(
+        1e-4, gt=0, description="hawq: relative standard error of the sum of traces at which iterations end"
+    )
+    compression_ratio: float | None = Field(
+        None,
+        gt=0,
+        description="hawq: bit complexity with 8 bits everywhere, divided by that of the choice, 1.5; autoq: size of "
+        "the weights as a share of that with 32 bits, 0.15",
+    )
+    budget: BudgetConfig | None = Field(
+        None, description="sensitivity: what the choice may cost; hawq: the same in place of compression_ratio"
+    )
+    output_error: Literal["auto", "kl", "squared"] = Field(
+        "auto",
+        description="how the output's error is measured: kl: divergence of the softmax over dimension 1; squared: mean "
+        "square relative to the output's; auto: kl if the output is one tensor of two dimensions, else squared",
+    )
+    frontier_points: Count = Field(
+        9, ge=0, le=100, description="sensitivity: budgets for which the error is predicted and measured"
+    )
+    sensitivities_path: str | None = Field(
+        None,
+        description="sensitivity: file of errors measured before: the precision.json that dump_init_precision_data "
+        "wrote; another budget then needs no measurement",
+    )
     eval_subset_ratio: float = Field(1.0, gt=0, le=1, description="autoq: share of the data for an evaluation")
-    warmup_iter_number: Count = Field(20, ge=0, description="autoq: episodes with a random policy")
-    traces_per_layer_path: str | None = Field(None, description="hawq: file of traces computed before")
-    dump_init_precision_data: bool = Field(False, description="hawq, autoq: write intermediate data")
+    warmup_iter_number: Count | None = Field(
+        None, ge=0, description="autoq: of NNCF's random policy, which the search here does not have: no effect"
+    )
+    traces_per_layer_path: str | None = Field(
+        None,
+        description="hawq: file of traces computed before: .npy, .json (as dump_init_precision_data wrote it), or a "
+        "tensor that torch.save wrote",
+    )
+    dump_init_precision_data: bool = Field(False, description="hawq, autoq, sensitivity: write what was measured")
+    dump_path: str | None = Field(None, description="the folder that dump_init_precision_data writes to")
+    params: dict[str, bool | int | float | str] = Field(
+        default_factory=dict, description="settings of a method that another package contributes"
+    )
 
 
 class QuantizationInitializer(InitializerSection):

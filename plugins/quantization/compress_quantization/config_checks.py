@@ -6,11 +6,12 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from compress_core import ConfigError
+from compress_core import ConfigError, choice
 from compress_core.config import Section
 from compress_core.config.scopes import compile_scope
 from compress_core.errors import Problem
 from compress_quantization.config import (
+    PRECISION,
     ActivationsConfig,
     Mode,
     PrecisionConfig,
@@ -21,6 +22,7 @@ from compress_quantization.config import (
     ScopeOverride,
     WeightsConfig,
 )
+from compress_quantization.precision.method import PrecisionMethod
 from compress_quantization.profiles import Profile, described, devices_with_half_range, load_profile
 from compress_quantization.quantizer_config import PRESETS, Resolver, effective_preset
 
@@ -34,17 +36,6 @@ _OF_EXAMPLE_SCRIPTS = (
     "disable_wd_start_epoch",
     "base_lr",
     "base_wd",
-)
-
-_SEARCH_KEYS = (
-    "num_data_points",
-    "iter_number",
-    "tolerance",
-    "compression_ratio",
-    "eval_subset_ratio",
-    "warmup_iter_number",
-    "traces_per_layer_path",
-    "dump_init_precision_data",
 )
 
 
@@ -160,19 +151,33 @@ def _precision(config: QuantizationConfig, profile: Profile) -> Iterator[Problem
     precision, path = config.initializer.precision, "initializer.precision"
     if precision is None:
         return
-    if precision.type != "manual":
-        yield Problem(
-            f"{path}.type",
-            f"'{precision.type}' is not available yet; choose the bits yourself with type 'manual' and "
-            "bitwidth_per_scope, or remove the section",
-        )
-        return
+    method: PrecisionMethod = choice(precision.type, PRECISION)
+    for problem in method.check(precision, profile):
+        yield Problem(f"{path}.{problem.path}" if problem.path else path, problem.message)
+    if method.choose is not None:
+        yield from _bits_to_choose(f"{path}.bits", precision, profile)
     first: dict[str, int] = {}
     for index, (bits, scope) in enumerate(precision.bitwidth_per_scope):
         yield from _bits_of_scope(f"{path}.bitwidth_per_scope.{index}", bits, scope, precision, profile)
         if scope in first:
             yield Problem(f"{path}.bitwidth_per_scope.{index}", f"'{scope}' stands in entry {first[scope]} already")
         first.setdefault(scope, index)
+
+
+def _bits_to_choose(path: str, precision: PrecisionConfig, profile: Profile) -> Iterator[Problem]:
+    offered = {bits for scheme in profile.all_schemes("weights") for bits in scheme.bits}
+    if len(offered) < 2:
+        yield Problem(
+            path.rpartition(".")[0],
+            f"there is nothing to choose: target_device {profile.device} offers {sorted(offered)} bits for weights. "
+            'Remove the section, or set a target_device that offers several, such as "TRIAL" or "NPU"',
+        )
+    elif "bits" in precision.model_fields_set and offered.isdisjoint(precision.bits):
+        yield Problem(
+            path,
+            f"{list(precision.bits)}: target_device {profile.device} offers {sorted(offered)} bits for weights; give "
+            "some of these",
+        )
 
 
 def _bits_of_scope(path: str, bits: int, scope: str, precision: PrecisionConfig, profile: Profile) -> Iterator[Problem]:
@@ -288,17 +293,38 @@ def _dead_values(config: QuantizationConfig, profile: Profile) -> list[Problem]:
                 Problem(f"{path}.params.{name}", f"has no effect with the type '{entry.type}', only with percentiles")
                 for name in _given(entry.params, ("min_percentile", "max_percentile"))
             ]
-    precision = config.initializer.precision
-    if precision is not None and precision.type == "manual":
-        problems += [
-            Problem(f"initializer.precision.{name}", "has no effect with the type 'manual'; remove it")
-            for name in _given(precision, _SEARCH_KEYS)
-        ]
-        if not precision.bitwidth_per_scope:
-            problems.append(
-                Problem("initializer.precision", "has no effect without bitwidth_per_scope; give it, or remove this")
-            )
+    return problems + _dead_precision(config.initializer.precision)
+
+
+def _dead_precision(precision: PrecisionConfig | None) -> list[Problem]:
+    if precision is None:
+        return []
+    path, method = "initializer.precision", choice(precision.type, PRECISION)
+    others = [name for name in type(precision).model_fields if name not in ("type", *method.keys)]
+    problems = [
+        Problem(f"{path}.{name}", f"has no effect with the type '{precision.type}'; remove it")
+        for name in _given(precision, others)
+    ]
+    if precision.type == "manual" and not precision.bitwidth_per_scope:
+        problems.append(Problem(path, "has no effect without bitwidth_per_scope; give it, or remove this"))
+    if "dump_path" in method.keys and precision.dump_path is not None and not precision.dump_init_precision_data:
+        problems.append(Problem(f"{path}.dump_path", "has no effect without dump_init_precision_data; set it to true"))
     return problems
+
+
+def idle_in_precision(config: QuantizationConfig) -> dict[str, tuple[Any, str]]:
+    """Returns values of `initializer.precision` that NNCF reads and that mean nothing here: path -> (value, why)."""
+    precision = config.unread().initializer.precision
+    if precision is None:
+        return {}
+    found, path = dict[str, tuple[Any, str]](), "initializer.precision"
+    if precision.type == "autoq" and precision.warmup_iter_number is not None:
+        why = "the search is deterministic, without a random policy to start from"
+        found[f"{path}.warmup_iter_number"] = precision.warmup_iter_number, why
+    if precision.type != "manual" and precision.dump_init_precision_data and precision.dump_path is None:
+        why = "dump_path names no folder, so nothing is written"
+        found[f"{path}.dump_init_precision_data"] = True, why
+    return found
 
 
 def given_to_example_scripts(config: QuantizationConfig) -> dict[str, Any]:
@@ -329,6 +355,8 @@ def _read(config: QuantizationConfig, profile: Profile) -> None:
     if config.params.staged:
         _ = config.params.activations_quant_start_epoch, config.params.weights_quant_start_epoch
     precision = config.initializer.precision
-    if precision is not None and precision.bitwidth_per_scope:
+    if precision is not None and precision.unread().type != "manual":
+        _ = precision.type
+    elif precision is not None and precision.bitwidth_per_scope:
         # The checks have already applied these: they limit the bits of the pairs, and select the type with pairs.
         _ = precision.type, precision.bits

@@ -80,8 +80,20 @@ def place_quantizers(trace: Trace, rules: Rules) -> Placement:
         gates.add(number, forward, quantized)
     unified = _unify(served, trace, rules, Unifier(groups, wishes, sites))
     idle, fixed = wishes.keys() - trained, trained - learned
-    quantizers = tuple(_merged(wishes, groups, calls))
-    return Placement(quantizers, unplaced, unified, frozenset(idle), frozenset(fixed), gates.placed())
+    merged = tuple(_merged(wishes, groups, calls))
+    reads = _reads(served, merged, groups)
+    return Placement(merged, unplaced, unified, frozenset(idle), frozenset(fixed), gates.placed(), reads)
+
+
+def _reads(
+    served: list[ServedInput], found: tuple[Placed, ...], groups: DisjointSets
+) -> dict[tuple[CallRef, Path], tuple[int, ...]]:
+    numbers = {groups.root(placed.places[0]): number for number, placed in enumerate(found)}
+    roots = {(one.call, one.path): [groups.root(item) for item in one.quantizers] for one in served}
+    return {
+        reader: tuple(dict.fromkeys(numbers[root] for root in of_reader if root in numbers))
+        for reader, of_reader in roots.items()
+    }
 
 
 def modules_only_in_training(trace: Trace, rules: Rules) -> list[str]:
@@ -411,5 +423,6 @@ def _merged(
         first = wishes[places[0]]
         modules = dict.fromkeys(name for place in places for name in (place.module, *wishes[place].modules))
         is_constant = all(wishes[place].is_constant for place in places)
-        found.append(Placed(first.spec, tuple(places), tuple(modules), first.shape, calls[places[0]], is_constant))
+        made_by = tuple(calls[place] for place in places)
+        found.append(Placed(first.spec, tuple(places), tuple(modules), first.shape, made_by, is_constant))
     return found

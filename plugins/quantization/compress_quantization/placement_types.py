@@ -59,7 +59,7 @@ class Placed:
         places: Its places; several if tensors share it, at a concatenation or because config or device require it.
         modules: Dotted names of the modules that produce the quantized tensor, and of those that demand it.
         shape: Shape of the first of its tensors in the example.
-        call: The call of the first place, in one of the forwards; None for an input of the model.
+        calls: The call of each place, in one of the forwards; None for an input of the model.
         is_constant: Whether its tensors do not depend on inputs of the model; they may have no sample dimension.
     """
 
@@ -67,7 +67,7 @@ class Placed:
     places: tuple[ActivationPlace, ...]
     modules: tuple[str, ...]
     shape: tuple[int, ...]
-    call: Call | None
+    calls: tuple[Call | None, ...]
     is_constant: bool = False
 
 
@@ -82,6 +82,8 @@ class Placement:
         idle_in_training: Places that the forwards in training mode do not reach.
         fixed_in_training: Places that they reach, but only where no gradient flows, so that ranges are not learned.
         gates: The activation functions whose gate is quantized.
+        reads: Arguments whose demands were met -> their quantizers, as indices in `quantizers`; several after a
+            concatenation.
     """
 
     quantizers: tuple[Placed, ...]
@@ -90,3 +92,4 @@ class Placement:
     idle_in_training: frozenset[ActivationPlace] = frozenset()
     fixed_in_training: frozenset[ActivationPlace] = frozenset()
     gates: tuple[PlacedGate, ...] = ()
+    reads: Mapping[tuple[CallRef, Path], tuple[int, ...]] = field(default_factory=dict)

@@ -109,6 +109,29 @@ class PlannedQuantizer:
         )
 
 
+@dataclass(frozen=True)
+class BitsChoice:
+    """The numbers of bits that a quantizer can have.
+
+    Attributes:
+        name: Its name.
+        group: `weights` or `activations`.
+        options: Number of bits -> its settings; one if the config gives it or the device offers no other.
+        parameter: Dotted name of the weight; empty for activations.
+        order: When the forward first uses it; for weights.
+        multiplications: How many multiplications of the example forward the elements of the weight take part in.
+        inputs: Names of the quantizers of the activations that the weight is multiplied with.
+    """
+
+    name: str
+    group: QuantizerGroup
+    options: Mapping[int, QuantizerSpec]
+    parameter: str = ""
+    order: int = 0
+    multiplications: int = 0
+    inputs: tuple[str, ...] = ()
+
+
 @dataclass
 class QuantizationPlan:
     """All quantizers of a model.
@@ -117,8 +140,10 @@ class QuantizationPlan:
         quantizers: Weights first, then activations, each in the order of the forward.
         skipped: A tensor that could be quantized but is not -> the reason.
         potential: Group -> number of quantizers without scopes.
+        choices: The numbers of bits that each quantizer can have, for methods that choose them.
     """
 
     quantizers: list[PlannedQuantizer] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     potential: dict[str, int] = field(default_factory=dict)
+    choices: list[BitsChoice] = field(default_factory=list)

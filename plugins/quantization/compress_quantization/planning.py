@@ -33,6 +33,7 @@ from compress_quantization.operators import LINEAR_KINDS, is_data_argument, kind
 from compress_quantization.placement import modules_only_in_training, place_quantizers
 from compress_quantization.placement_types import Placed, Placement, Rules
 from compress_quantization.plan import InitialRange, PlannedQuantizer, QuantizationPlan
+from compress_quantization.precision.candidates import PlacedQuantizers, choices_of
 from compress_quantization.profiles import Profile
 from compress_quantization.quantizer_config import QuantizerSpec, Resolver, check_strict_bits
 from compress_quantization.quantizer_names import QuantizerPlace, QuantizersByName, nncf_input, place_name
@@ -87,6 +88,10 @@ class Planner:
         # Config path of a group of `unified_scale_ops` -> names of the places of its quantizer, for the ledger.
         self.unified: dict[str, list[str]] = {}
         self._plan = QuantizationPlan()
+        # What `choices` needs of the placement: weights and, by number, quantizers of activations with their positions.
+        self._weight_places: dict[str, QuantizerPlace] = {}
+        self._kept: dict[int, tuple[QuantizerPlace, PlannedQuantizer]] = {}
+        self._placement = Placement(())
 
     @property
     def scope_candidates(self) -> list[str]:
@@ -108,6 +113,10 @@ class Planner:
         if problems:
             raise ConfigError(problems)
         check_strict_bits(self._config, self._feeding_one_operator(weights, activations))
+        precision = self._config.unread().initializer.precision
+        if precision is not None and precision.type != "manual":
+            placed = PlacedQuantizers(weights, self._weight_places, self._kept, self._placement.reads)
+            self._plan.choices = choices_of(self._trace, placed, self.resolver, self._input_place)
         return self._plan
 
     def _potential(self, rules: Rules, activations: int) -> dict[str, int]:
@@ -184,6 +193,7 @@ class Planner:
                 self._plan.skipped[tensor.name] = reason
                 continue
             spec = self.resolver.resolve(place)
+            self._weight_places[tensor.name] = place
             groups = 1 if call is None else groups_of(call)
             dim = _output_dim(tensor, kind, groups) if spec.per_channel else None
             shape = _scale_shape(tuple(tensor.shape), dim)
@@ -257,16 +267,17 @@ class Planner:
             stored_masks=self._stored_masks,
             quantized_gates=self._profile.quantized_gates,
         )
-        placement = place_quantizers(self._trace, rules)
+        self._placement = placement = place_quantizers(self._trace, rules)
         self._plan.skipped |= placement.unplaced
-        wanted = []
-        for placed in placement.quantizers:
+        wanted, numbers = [], []
+        for number, placed in enumerate(placement.quantizers):
             own = QuantizerPlace(self._names_of_quantizer(placed), "activations", "add", _port(placed.places[0]))
             reason = self._ignored_by_name(own)
             if reason:
                 self._plan.skipped[own.names[0].name] = reason
             else:
                 wanted.append((placed, own))
+                numbers.append(number)
         gates = self._gates(placement, {place for placed, _ in wanted for place in placed.places})
         if self._config.validate_scopes:
             self._by_name.check()
@@ -276,7 +287,10 @@ class Planner:
             path: [f"{place_name(place)}|{_port(place)}" for place in found.places]
             for path, found in groups.check(placement.unified).items()
         }
-        return [*(self._planned(placed, own) for placed, own in wanted), *gates]
+        planned = [self._planned(placed, own) for placed, own in wanted]
+        places = zip((own for _, own in wanted), planned, strict=True)
+        self._kept = dict(zip(numbers, places, strict=True))
+        return [*planned, *gates]
 
     def _gates(self, placement: Placement, quantized: Set[ActivationPlace]) -> list[PlannedQuantizer]:
         """Returns the gates that no scope excludes, and that have their quantizers in front and behind."""
@@ -301,7 +315,7 @@ class Planner:
 
     def _ignored_by_name(self, place: QuantizerPlace) -> str | None:
         # Both are asked, so that each entry counts as used.
-        paths = [self._by_name.ignoring(place.own_names), self.resolver.ignored_by_name(place)]
+        paths = [self._by_name.ignoring(place), self.resolver.ignored_by_name(place)]
         return next((f"ignored by {path}" for path in paths if path), None)
 
     def _demand(self, call: Call, path: Path) -> QuantizerSpec | None:
@@ -311,16 +325,23 @@ class Planner:
         position = path[0] if isinstance(path[0], int) else 0
         if not self._profile.quantizes_input(kind, position):
             return None
-        key = self._key(call)
-        modules = [call.module, *owners_of_weights(call, self._trace)]
-        names = (self._calls[key], *self._module_names(modules))
-        depthwise = is_depthwise(call, self._trace)
-        place = QuantizerPlace(names, "activations", kind, f"INPUT{position}", depthwise=depthwise)
+        key, modules = self._key(call), self._modules_of(call)
+        place = self._input_place(call, path)
         # Both are asked, so that each entry counts as used.
         reasons = [self._scopes.reason_to_skip([*modules, call_key(*key)]), self.resolver.reason_to_skip(place)]
         if any(reasons):
             return None
         return self.resolver.resolve(place)
+
+    def _modules_of(self, call: Call) -> list[str]:
+        return [call.module, *owners_of_weights(call, self._trace)]
+
+    def _input_place(self, call: Call, path: Path) -> QuantizerPlace:
+        """Returns the position of a quantizer at an argument of a call."""
+        position = path[0] if isinstance(path[0], int) else 0
+        names = (self._calls[self._key(call)], *self._module_names(self._modules_of(call)))
+        kind, depthwise = self._profile.kind_of(call), is_depthwise(call, self._trace)
+        return QuantizerPlace(names, "activations", kind, f"INPUT{position}", depthwise=depthwise)
 
     def _output_demand(self, call: Call) -> QuantizerSpec | None:
         """Returns the quantizer at the output of an operator, if it needs one to be computed with integers."""
@@ -332,8 +353,7 @@ class Planner:
             return None
         if kind in LINEAR_KINDS - {"matmul"} and not any(self._is_weight(call, path) for path, _ in call.inputs):
             return None
-        modules = [call.module, *owners_of_weights(call, self._trace)]
-        names = (self._calls[self._key(call)], *self._module_names(modules))
+        names = (self._calls[self._key(call)], *self._module_names(self._modules_of(call)))
         return self.resolver.resolve(QuantizerPlace(names, "activations", kind, "OUTPUT"))
 
     def _key(self, call: Call) -> tuple[int, int]:
@@ -349,7 +369,7 @@ class Planner:
 
     def _planned(self, placed: Placed, own: QuantizerPlace) -> PlannedQuantizer:
         spec = self.resolver.with_own(placed.spec, own)
-        place = replace(own, names=(*own.names, *self._module_names(list(placed.modules))))
+        place = replace(own, readers=self._module_names(list(placed.modules)))
         channel = 1 if spec.per_channel and len(placed.shape) > 1 else None
         initial_range = InitialRange.of(self.resolver.range_for(place)[0])
         if placed.is_constant and initial_range.type == "mixed_min_max":
@@ -365,12 +385,13 @@ class Planner:
         )
 
     def _names_of_quantizer(self, placed: Placed) -> tuple[ScopedModule, ...]:
-        """Returns the names that scopes can use for a quantizer: as printed, that of its module, that of its call."""
-        place = placed.places[0]
-        own = ScopedModule(place_name(place), (place_name(place), *self._aliases(place)))
-        modules = () if isinstance(place, CallInput | CallOutput) else self._module_names([place.module])
-        calls = () if placed.call is None else (self._calls[self._key(placed.call)],)
-        return (own, *modules, *calls)
+        """Returns the names that scopes can use for a quantizer: as printed, and those of all modules and calls."""
+        found: list[ScopedModule] = []
+        for place, call in zip(placed.places, placed.calls, strict=True):
+            own = ScopedModule(place_name(place), (place_name(place), *self._aliases(place)))
+            modules = () if isinstance(place, CallInput | CallOutput) else self._module_names([place.module])
+            found += [own, *modules, *(() if call is None else (self._calls[self._key(call)],))]
+        return tuple(dict.fromkeys(found))
 
     @property
     def _inputs(self) -> list[Path]:

@@ -20,7 +20,7 @@ from compress_quantization.config import (
     ScopeOverride,
 )
 from compress_quantization.profiles import Profile, Scheme, described
-from compress_quantization.quantizer_names import QuantizerPlace, quantizer_matcher, scope_matcher
+from compress_quantization.quantizer_names import QuantizerPlace, is_nncf_name, quantizer_matcher, scope_matcher
 
 _OVERRIDABLE = ("bits", "mode", "signed", "per_channel")
 
@@ -178,6 +178,35 @@ class Resolver:
         signed = (spec.signed if request.signed is None else request.signed) if mode == "symmetric" else None
         return replace(spec, bits=bits, mode=mode, per_channel=per_channel, signed=signed)
 
+    def options(self, spec: QuantizerSpec, place: QuantizerPlace) -> dict[int, QuantizerSpec]:
+        """Returns the numbers of bits that the device offers for a quantizer if all else stays: bits -> settings.
+
+        Args:
+            spec: Its settings.
+            place: The operator that it serves. Where the section gives a number of bits, there is no other.
+        """
+        if "bits" in self._request(place).paths:
+            return {spec.bits: spec}
+        found: dict[int, QuantizerSpec] = {}
+        for scheme in self._profile.schemes(place.group, place.operator, depthwise=place.depthwise):
+            is_signed = spec.signed is None or scheme.signed in (None, spec.signed)
+            if is_signed and scheme.fits(mode=spec.mode, per_channel=spec.per_channel):
+                for bits in scheme.bits:
+                    found.setdefault(bits, self._with_bits(spec, bits, scheme, place))
+        return found | {spec.bits: spec}
+
+    def has_own_bits(self, place: QuantizerPlace) -> bool:
+        """Returns whether the section gives bits to a quantizer by its own name."""
+        overrides = self._overrides(place, by_name=True)
+        by_scope = self._bits_by_scope(place, _Request()).bits
+        return by_scope is not None or any(override.bits is not None for _, override in overrides)
+
+    def _with_bits(self, spec: QuantizerSpec, bits: int, scheme: Scheme, place: QuantizerPlace) -> QuantizerSpec:
+        half_range = self._half_range(place, bits)
+        is_narrow = spec.mode == "symmetric" and not half_range and _is_narrow(scheme, place, bits)
+        smallest = scheme.smallest_scale
+        return replace(spec, bits=bits, narrow_range=is_narrow, half_range=half_range, smallest_scale=smallest)
+
     def range_for(self, place: QuantizerPlace) -> tuple[RangeConfig, str]:
         """Returns the range settings of a quantizer, and their path in the section (empty for the default).
 
@@ -221,10 +250,11 @@ class Resolver:
     def ignored_by_name(self, place: QuantizerPlace) -> str | None:
         """Returns the path of an entry of the group's `ignored_scopes` that is a name of the quantizer, or None."""
         entries = getattr(self._config, place.group).ignored_scopes
-        paths = [f"{place.group}.ignored_scopes.{i}" for i, entry in enumerate(entries) if entry in place.own_names]
-        for path in paths:
+        paths = [f"{place.group}.ignored_scopes.{i}" for i, entry in enumerate(entries)]
+        found = [path for path, entry in zip(paths, entries, strict=True) if self._names_it(path, entry, place)]
+        for path in found:
             self._note(path, place)
-        return paths[0] if paths else None
+        return found[0] if found else None
 
     def targeted_by(self, place: QuantizerPlace) -> list[tuple[str, str]]:
         """Returns (path, entry) of the target scopes of `weights` or `activations` that match a place."""
@@ -235,7 +265,7 @@ class Resolver:
     def dead_entries(self) -> list[Problem]:
         """Returns a problem for each scope that matched no quantizer; call it after all have been resolved."""
         return [
-            Problem(path, f"the scope '{entry}' matches no quantizer that this could mean. Correct or remove it")
+            Problem(path, f"the scope '{entry}' matches no quantizer that this could mean. {_hint(path, entry)}")
             for path, entry in self._validated
             if path not in self._used
         ]
@@ -269,7 +299,9 @@ class Resolver:
         overrides: dict[str, ScopeOverride] = getattr(self._config.scope_overrides, place.group)
         for scope, override in overrides.items():
             path = f"scope_overrides.{place.group}.{scope}"
-            if (by_name and scope not in place.own_names) or (of_range and override.initializer.range is None):
+            if by_name and not self._names_it(path, scope, place):
+                continue
+            if of_range and override.initializer.range is None:
                 continue
             if self._matches(path, scope, place):
                 yield path, override
@@ -348,6 +380,10 @@ class Resolver:
             self._note(path, place)
         return matched
 
+    def _names_it(self, path: str, entry: str, place: QuantizerPlace) -> bool:
+        """Returns whether an entry is a name of this very quantizer, not of an operator that reads it."""
+        return entry in place.own_names or (is_nncf_name(entry) and self._matchers[path](place))
+
     def _matching(self, path: str, entries: Sequence[str], place: QuantizerPlace) -> list[str]:
         """Returns the paths of the entries of a list that match."""
         return [p for i, entry in enumerate(entries) if self._matches(p := f"{path}.{i}", entry, place)]
@@ -356,6 +392,12 @@ class Resolver:
         names = self._used.setdefault(path, [])
         if str(place) not in names:
             names.append(str(place))
+
+
+def _hint(path: str, entry: str) -> str:
+    is_operator = "activations" in path and "/" in entry and "#" not in entry and "|" not in entry
+    more = f" ('{entry}|OUTPUT' would mean the quantizer behind it)" if is_operator else ""
+    return f"Correct or remove it{more}"
 
 
 def _is_narrow(scheme: Scheme, place: QuantizerPlace, bits: int) -> bool:

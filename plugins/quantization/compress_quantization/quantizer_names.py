@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from compress_core import ConfigError
@@ -31,6 +31,7 @@ class QuantizerPlace:
         port: `WEIGHT`, `OUTPUT` or `INPUT<n>`, as NNCF names it; `GATE` for that of an activation function.
         depthwise: Whether the operator is a depthwise convolution.
         first_layer: Whether the operator is the first convolution that an input of the model reaches.
+        readers: The names of modules that read what is quantized; scopes without a port can mean them as well.
     """
 
     names: tuple[ScopedModule, ...]
@@ -39,6 +40,7 @@ class QuantizerPlace:
     port: str
     depthwise: bool = False
     first_layer: bool = False
+    readers: tuple[ScopedModule, ...] = ()
 
     @property
     def own_names(self) -> tuple[str, ...]:
@@ -51,14 +53,28 @@ class QuantizerPlace:
 
 
 def scope_matcher(entry: str) -> Callable[[QuantizerPlace], bool]:
-    """Returns the function that matches places against a scope; see `compress_core.config.scopes`.
+    """Returns the function that matches places against a scope, or against NNCF's name of a quantizer with its port.
+
+    All lists of scopes of the section use it, so that a name means the same in each; see `compress_core.config.scopes`.
 
     Raises:
         ValueError: It is empty or not a regular expression.
     """
+    if is_nncf_name(entry):
+        return quantizer_matcher(entry)
     predicate = compile_scope(entry)
     # Calls that are no modules have names of NNCF that only equality can mean.
-    return lambda place: any(predicate(name) or entry in name.nncf_names for name in place.names)
+    return lambda place: any(predicate(name) or entry in name.nncf_names for name in (*place.names, *place.readers))
+
+
+def has_port(entry: str) -> bool:
+    """Returns whether a scope names a quantizer: ends with |WEIGHT, |OUTPUT or |INPUT<n>."""
+    return not entry.startswith(_REGEX_PREFIX) and _QUANTIZER.match(entry) is not None
+
+
+def is_nncf_name(entry: str) -> bool:
+    """Returns whether a scope is NNCF's name of a quantizer, which means that one alone, as a printed name does."""
+    return has_port(entry) and "/" in entry
 
 
 def quantizer_matcher(entry: str) -> Callable[[QuantizerPlace], bool]:
@@ -78,8 +94,9 @@ def quantizer_matcher(entry: str) -> Callable[[QuantizerPlace], bool]:
     parts = _QUANTIZER.match(entry)
     if parts is None:
         raise ValueError(f"'{entry}' names no quantizer: it must end with |WEIGHT, |OUTPUT or |INPUT<n>")
-    matches = scope_matcher(parts["scope"])
-    return lambda place: place.port == parts["port"] and matches(place)
+    scope, port = parts["scope"], parts["port"]
+    predicate = compile_scope(scope)
+    return lambda place: place.port == port and any(predicate(name) or scope in name.nncf_names for name in place.names)
 
 
 class QuantizersByName:
@@ -93,19 +110,27 @@ class QuantizersByName:
 
     def __init__(self, scopes: ScopeFilter) -> None:
         self.entries = {path: entry for path, entry in scopes.ignored.items() if _is_name(entry)}
+        self._matchers = {entry: scope_matcher(entry) for entry in self.entries.values() if is_nncf_name(entry)}
+        self._used: set[str] = set()
         scopes.add({entry: ScopedModule(entry, (entry,)) for entry in self.entries.values()})
         self._known: dict[str, None] = {}
 
-    def ignoring(self, names: Sequence[str]) -> str | None:
-        """Returns the path of the entry that is one of the names of a quantizer, or None."""
+    def ignoring(self, place: QuantizerPlace) -> str | None:
+        """Returns the path of the first entry that is a name of a quantizer, or None; all that are count as used."""
+        names = place.own_names
         self._known.update(dict.fromkeys(names))
-        return next((path for path, entry in self.entries.items() if entry in names), None)
+        found = [path for path, entry in self.entries.items() if entry in names or self._matches(entry, place)]
+        self._used.update(self.entries[path] for path in found)
+        return found[0] if found else None
+
+    def _matches(self, entry: str, place: QuantizerPlace) -> bool:
+        return entry in self._matchers and self._matchers[entry](place)
 
     def check(self) -> None:
         """Raises a ConfigError that lists every entry that is not the name of a quantizer."""
         problems = []
         for path, entry in self.entries.items():
-            if entry in self._known:
+            if entry in self._used:
                 continue
             # Another input is not suggested, because it may be the data.
             close = [] if _is_input(entry) else difflib.get_close_matches(entry, self._known, n=1)

@@ -15,6 +15,7 @@ from compress_core.saved import STRICT, Items, Whole, damaged, parsed, shown
 from compress_core.transforms.activation_functions import activation_called
 from compress_core.transforms.places import CallOutput, CallPattern
 from compress_quantization.plan import GATE_SPEC, PlannedQuantizer
+from compress_quantization.precision.chosen import SavedPrecision
 
 _Path = Items[Whole | str]
 
@@ -67,6 +68,7 @@ class SavedQuantization(BaseModel):
         unreached: Names of quantizers of activations that stay off.
         calibrated: Whether activations were calibrated on data.
         staging: Which groups are on, with staged quantization.
+        precision: The numbers of bits that a method has chosen.
     """
 
     signed: dict[str, bool]
@@ -75,6 +77,7 @@ class SavedQuantization(BaseModel):
     unreached: Items[str]
     calibrated: bool
     staging: dict[str, Any] | None
+    precision: SavedPrecision | None = None
 
     @classmethod
     def checked(cls, state: Mapping[str, Any], path: str, names: Collection[str]) -> SavedQuantization:

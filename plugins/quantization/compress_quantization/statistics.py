@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from compress_core import Statistics, Table
+from compress_quantization.precision.report import PrecisionReport
 
 _GROUPS = ("weights", "activations")
 
@@ -47,11 +48,13 @@ class QuantizationStatistics(Statistics):
         quantizers: The quantizers, weights first.
         skipped: A tensor that could be quantized but is not -> the reason.
         potential: Group -> number of quantizers without scopes.
+        precision: What the method that chose the numbers of bits has measured; None if there was none.
     """
 
     quantizers: tuple[QuantizerStatistics, ...]
     skipped: Mapping[str, str]
     potential: Mapping[str, int]
+    precision: PrecisionReport | None = None
 
     def shares(self) -> dict[str, float]:
         """Returns, for each group, the share (0 to 1) of the potential quantizers that exist and are on."""
@@ -95,7 +98,7 @@ class QuantizationStatistics(Statistics):
         ]
         if self.skipped:
             tables.append(Table("Quantization: left as it is", ("tensor", "why"), list(self.skipped.items())))
-        return tables
+        return [*tables, *(self.precision.tables() if self.precision is not None else ())]
 
     def to_dict(self) -> dict[str, Any]:
         """Returns all figures as JSON-able values."""
@@ -105,4 +108,5 @@ class QuantizationStatistics(Statistics):
             "shares": self.shares(),
             "quantizers": [asdict(quantizer) for quantizer in self.quantizers],
             "skipped": dict(self.skipped),
+            **({} if self.precision is None else {"precision": self.precision.to_dict()}),
         }

@@ -210,10 +210,15 @@ def test_wrong_values_are_named(values, path, words):
         (
             "CPU",
             {"initializer": {"precision": {"type": "hawq", "bits": [4, 8], "iter_number": 100}}},
-            "initializer.precision.type",
-            "'hawq' is not available yet; choose the bits yourself",
+            "initializer.precision",
+            "there is nothing to choose: target_device CPU offers [8] bits",
         ),
-        ("TRIAL", {"initializer": {"precision": {"type": "autoq"}}}, "initializer.precision.type", "'autoq'"),
+        (
+            "TRIAL",
+            {"initializer": {"precision": {"type": "sensitivity"}}},
+            "initializer.precision.budget",
+            "is required",
+        ),
         (
             "TRIAL",
             {"initializer": {"precision": {"bits": [4, 8], "bitwidth_per_scope": [[2, "a|WEIGHT"]]}}},

@@ -285,3 +285,62 @@ def test_a_quantizer_that_there_is_not_cannot_be_ignored(entry):
         plan_without(model, *inputs, ignored=entry)
     with pytest.raises(ConfigError, match=f"'{entry}' matches no quantizer"):
         plan(model, *inputs, activations={"ignored_scopes": [entry]})
+
+
+class InPlace(nn.Module):
+    """Activations in place, as modules and functions, next to others that are not."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(inplace=True), nn.Conv2d(4, 4, 1), nn.ELU(inplace=True))
+        self.last = nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU6(), nn.Conv2d(4, 4, 1))
+        self.relu = nn.ReLU(inplace=True)
+        self.head = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x):
+        x = self.last(self.body(x))
+        x = self.head(self.relu(x))
+        x = self.head(self.relu(x))
+        return self.head(F.relu(F.relu(x, inplace=True).mul(-1)))
+
+
+IN_PLACE = {
+    "InPlace/Sequential[body]/ReLU[1]/relu__0|OUTPUT": "body.1|OUTPUT",
+    "InPlace/Sequential[body]/ELU[3]/elu__0|OUTPUT": "body.3|OUTPUT",
+    "InPlace/Sequential[last]/ReLU6[1]/hardtanh_0|OUTPUT": "last.1|OUTPUT",
+    "InPlace/ReLU[relu]/relu__1|OUTPUT": "model/relu#2|OUTPUT",
+    "InPlace/relu_0|OUTPUT": "model/relu#4|OUTPUT",
+}
+
+
+@pytest.mark.parametrize(("entry", "quantizer"), IN_PLACE.items())
+def test_a_name_of_nncf_means_the_same_in_all_places(entry, quantizer):
+    example = torch.ones(2, 3, 4, 4)
+    everything = {q.name: q.spec.bits for q in plan(InPlace(), example, device="TRIAL").quantizers}
+    ignored = {"ignored_scopes": [entry]}
+    four = {
+        "scope_overrides": {"activations": {entry: {"bits": 4}}},
+        "initializer": {"precision": {"bitwidth_per_scope": [[4, entry]]}},
+    }
+    for section in ({"activations": ignored}, *({key: value} for key, value in four.items())):
+        found = {q.name: q.spec.bits for q in plan(InPlace(), example, device="TRIAL", **section).quantizers}
+        changed = {name for name in everything if found.get(name) != everything[name]}
+        assert changed == {name for name in everything if name.startswith(quantizer.partition("|")[0])}, section
+        assert len(changed) == 1
+    left = {q.name for q in plan_without(InPlace(), example, ignored=entry).quantizers}
+    assert {q.name for q in plan(InPlace(), example).quantizers} - left == changed
+
+
+def test_a_unified_quantizer_has_the_names_of_all_its_places():
+    model = Block(lambda m, x: m.c(m.a(x) + m.b(x)))
+    model.a, model.b, model.c = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+    for name in ("a", "b"):
+        precision = {"bitwidth_per_scope": [[4, f"Block/NNCFConv2d[{name}]/conv2d_0|OUTPUT"]]}
+        found = plan(model, torch.ones(2, 3, 4, 4), device="NPU", initializer={"precision": precision})
+        assert [q.name for q in found.quantizers if q.spec.bits == 4] == ["a|OUTPUT"]
+
+
+def test_an_operator_whose_inputs_are_not_quantized_is_named_with_what_to_write():
+    entry = "InPlace/Sequential[body]/ReLU[1]/relu__0"
+    with pytest.raises(ConfigError, match=r"relu__0\|OUTPUT' would mean the quantizer behind it"):
+        plan(InPlace(), torch.ones(2, 3, 4, 4), activations={"ignored_scopes": [entry]})
