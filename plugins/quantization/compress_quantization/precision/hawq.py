@@ -145,8 +145,8 @@ def _traces(search: PrecisionSearch, candidates: Sequence[BitsChoice]) -> tuple[
     negative = [w.name for w, trace in zip(candidates, traces.values, strict=True) if trace < 0]
     if negative:
         logger.warning(
-            "%s: the estimated traces of %d weights are negative, such as that of '%s', and count as zero: such weights "
-            "get few bits. That is noise of few random vectors, or a loss far from its minimum; raise iter_number, or "
+            "%s: the estimated traces of %d weights are negative, such as that of '%s', and count as zero: they get "
+            "few bits. That is noise of few random vectors, or a loss far from its minimum; raise iter_number, or "
             "register no criterion, with which no estimate is negative",
             search.path,
             len(negative),

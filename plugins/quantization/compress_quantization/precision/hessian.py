@@ -79,8 +79,8 @@ def gauss_newton_traces(
 ) -> Traces:
     """Returns the traces for the divergence of outputs from themselves, whose Hessian is J^T A J.
 
-    With A = B B^T and random signs u, the trace is the mean of |J^T B u|^2. So first derivatives are enough, no estimate
-    is negative, and weights do not disturb one another, as they do in v^T H v.
+    With A = B B^T and random signs u, the trace is the mean of |J^T B u|^2. So first derivatives are enough, no
+    estimate is negative, and weights do not disturb one another, as they do in v^T H v.
 
     Args:
         weights: Tensors that require gradients.
