@@ -1,8 +1,8 @@
 """Accuracy-aware training: train until the accuracy holds, or find the highest level at which it does."""
 
+from compress_core.accuracy_aware.base import AccuracyAwareTrainingLoop
 from compress_core.accuracy_aware.levels import check_accuracy_aware
 from compress_core.accuracy_aware.loops import (
-    AccuracyAwareTrainingLoop,
     AdaptiveCompressionTrainingLoop,
     EarlyExitCompressionTrainingLoop,
     create_accuracy_aware_training_loop,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from compress_core.accuracy_aware import loops
+from compress_core.accuracy_aware import base
 
 
 @pytest.fixture
@@ -13,4 +13,4 @@ def pictures():
 @pytest.fixture(autouse=True)
 def without_pictures(request, monkeypatch):
     if "pictures" not in request.fixturenames:
-        monkeypatch.setattr(loops, "has_matplotlib", lambda: False)
+        monkeypatch.setattr(base, "has_matplotlib", lambda: False)

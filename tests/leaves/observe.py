@@ -273,7 +273,7 @@ def _accuracy_aware(document: dict[str, Any], kind: type[nn.Module]) -> list[Any
     def validate(model: nn.Module, epoch: int) -> float:
         return 1 - 1.2 * controller.compression_rate + 0.01 * epoch
 
-    with tempfile.TemporaryDirectory() as folder, mock.patch("compress_core.accuracy_aware.loops.draw_accuracy_aware"):
+    with tempfile.TemporaryDirectory() as folder, mock.patch("compress_core.accuracy_aware.base.draw_accuracy_aware"):
         loop.run(model, lambda *args, **keywords: controller.scheduler.step(), validate, optimizers, log_dir=folder)
     return [record.model_dump() for record in loop.statistics.epochs]
 

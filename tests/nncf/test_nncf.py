@@ -261,7 +261,7 @@ def of_nncf(model, *, prefix="", operand="op", masks=None, filters=None, bits=8)
     for layer in ("conv1", "conv2", "fc"):
         weight, number = plain[f"{layer}.weight"], 0
         if filters is not None and layer in filters:
-            found[f"{layer}.pre_ops.{number}.{operand}.binary_filter_pruning_mask"] = filters[layer]
+            found[f"{layer}.pre_ops.{number}.{operand}._binary_filter_pruning_mask"] = filters[layer]
             number += 1
         if masks is not None:
             found[f"{layer}.pre_ops.{number}.{operand}._binary_mask"] = masks[layer]
@@ -271,6 +271,8 @@ def of_nncf(model, *, prefix="", operand="op", masks=None, filters=None, bits=8)
             base = f"{layer}.pre_ops.{number}.{operand}"
             found |= {f"{base}.scale": scale, f"{base}.signed_tensor": torch.tensor([1])}
             found |= {f"{base}._num_bits": torch.tensor([bits]), f"{base}.enabled": torch.tensor([1])}
+    if filters is not None:
+        found[f"bn.pre_ops.0.{operand}._binary_filter_pruning_mask"] = filters["conv1"]
     if bits:
         for number, name in enumerate(("/nncf_model_input_0", "Net/relu_0", "Net/relu_1", "Net/mean_0")):
             base = f"_nncf.external_quantizers.{name}|OUTPUT"

@@ -326,7 +326,7 @@ class FilterPruning(LevelAlgorithm):
 
     def take_nncf(self, tensors: Sequence[NncfTensor]) -> dict[str, tuple[str, torch.Tensor] | None]:
         """Takes the masks of filters, where those of a group agree; see `Algorithm.take_nncf`."""
-        given = {f"{t.module}.weight": t for t in tensors if t.name == "binary_filter_pruning_mask"}
+        given = {f"{t.module}.weight": t for t in tensors if t.name == "_binary_filter_pruning_mask"}
         pruner = self._active
         gone, taken = [list(channels) for channels in pruner.gone], []
         for number, group in enumerate(pruner.groups):
@@ -336,6 +336,9 @@ class FilterPruning(LevelAlgorithm):
             if wanted and len(wanted) == len(group.makers) and all(channels == wanted[0] for channels in wanted):
                 gone[number] = wanted[0]
                 taken += [tensor.key for _, tensor in masks]
+                # Those of its normalization layers repeat what its makers say.
+                members = {member.parameter for member in group.channels.members}
+                taken += [t.key for name, t in given.items() if name in members and t.key not in taken]
         if taken:
             pruner.mask(gone)
             self._requested, self._time = self.pruning_level, None
