@@ -156,7 +156,7 @@ def test_levels_reached_and_asked_for_are_both_reported_and_the_stage_goes_by_th
     sizes = sum(g.scores.numel() for g in gates)
     with torch.no_grad():
         gates[0].scores[:12] = -1
-    closed = 12 * 12 / sizes
+    closed = 12 * 12 / sizes  # 20 % of 50 %
     assert controller.compression_stage() is CompressionStage.PARTIALLY_COMPRESSED
     with torch.no_grad():
         gates[1].scores.fill_(-1)
@@ -164,6 +164,17 @@ def test_levels_reached_and_asked_for_are_both_reported_and_the_stage_goes_by_th
     assert controller.compression_rate == controller.sparsity_level == pytest.approx(closed)
     assert controller.compression_stage() is CompressionStage.FULLY_COMPRESSED
     assert controller.statistics().rb_sparsity.model_parameters == sum(p.numel() for p in network().parameters())
+
+
+@pytest.mark.parametrize(
+    ("target", "closed", "full"), [(0.5, 0.46, False), (0.5, 0.48, True), (0.02, 0.005, False), (0.02, 0.012, True)]
+)
+def test_what_may_be_missing_of_a_target(target, closed, full):
+    controller, model = create(nn.Linear(100, 100), KEY, params={"sparsity_target": target})
+    with torch.no_grad():
+        transforms(model, KEY)["weight"].scores.flatten()[: round(10000 * closed)] = -1
+    expected = CompressionStage.FULLY_COMPRESSED if full else CompressionStage.PARTIALLY_COMPRESSED
+    assert controller.compression_stage() is expected
 
 
 def test_frozen_gates_do_not_move_whatever_the_optimizer_does():

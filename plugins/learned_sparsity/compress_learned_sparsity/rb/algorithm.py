@@ -25,8 +25,9 @@ from compress_learned_sparsity.rb.loss import level_loss
 
 logger = logging.getLogger(__name__)
 
-# Training keeps the level near what the loss asks for, not on it: a target counts as reached from this share of it on.
-_REACHED = 0.99
+# Training keeps the level near what the loss asks for, not on it. So much may be missing of a target that counts as
+# reached; the adaptive schedule has the same tolerance by default.
+_TOLERANCE = 0.03
 
 
 @dataclass(frozen=True)
@@ -133,9 +134,10 @@ class RBSparsity(ScheduledSparsity):
 
     @hookimpl
     def compress_stage(self) -> CompressionStage:
-        """Compares the closed share with the target; a hundredth of the target may be missing."""
+        """Compares the closed share with the target, of which 0.03 (at most half) may be missing."""
         zeros, total = self.counts()
-        if zeros >= _REACHED * self.target_level * total:
+        target = self.target_level
+        if zeros >= max(target - _TOLERANCE, target / 2) * total:
             return CompressionStage.FULLY_COMPRESSED
         return CompressionStage.PARTIALLY_COMPRESSED if zeros else CompressionStage.UNCOMPRESSED
 
