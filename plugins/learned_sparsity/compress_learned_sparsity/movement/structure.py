@@ -127,7 +127,8 @@ def _bias(model: nn.Module, weight: str, outputs: int) -> str:
     """Returns the name of the bias of the layer with a weight; empty if it has none that is trained with it."""
     layer, _, attribute = weight.rpartition(".")
     name = {"weight": "bias", "in_proj_weight": "in_proj_bias"}.get(attribute)
-    bias = None if name is None else model.get_submodule(layer)._parameters.get(name)
+    own = dict(model.get_submodule(layer).named_parameters(recurse=False))
+    bias = None if name is None else own.get(name)
     if bias is None or not bias.requires_grad or tuple(bias.shape) != (outputs,):
         return ""
     return f"{layer}.{name}" if layer else str(name)
