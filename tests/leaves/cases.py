@@ -257,7 +257,6 @@ MOVEMENT = {
     "params.final_importance_threshold": Case((0.0, -0.1)),
     "params.steps_per_epoch": Case((2, 4)),
     "params.enable_structured_masking": Case((True, False), data=False, refused=(True,)),
-    _STRUCTURE: Case(({"mode": "fine", "target_scopes": "fc"}, {"mode": "per_dim", "axis": 0, "target_scopes": "fc"})),
     f"{_STRUCTURE}.mode": Case(
         ("fine", "block", "per_dim"), context=_structure(), refused=("block", "per_dim"), refused_at=_STRUCTURE[:-3]
     ),

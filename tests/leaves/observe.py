@@ -253,12 +253,19 @@ def _losses(controller: Any, model: nn.Module) -> Iterator[Any]:
             yield str(error)
 
 
+def _loss_of(controller: Any) -> Any:
+    try:
+        return _bits(controller.loss())
+    except CompressionError as error:  # it needs a forward in training mode: see `_losses`
+        return str(error)
+
+
 def _schedule(controller: Any, model: nn.Module) -> Iterator[Any]:
     for _ in range(EPOCHS):
         for tick in (controller.scheduler.epoch_step, *[controller.scheduler.step] * STEPS):
             tick()
             stage = controller.compression_stage().name
-            loss = _bits(controller.loss())
+            loss = _loss_of(controller)
             yield shown(controller.compression_rate), stage, loss, _tensors(model), _outputs(model)
 
 
