@@ -44,8 +44,10 @@ def environment(tmp_path, wheel):
     return python
 
 
+LEARNED = ("const_sparsity", "movement_sparsity", "rb_sparsity")  # one module, which has the name of the first
 ALGORITHMS = ("filter_pruning", "knowledge_distillation", "magnitude_sparsity", "quantization")
-PACKAGES = ("compress_core", *(f"compress_{name}" for name in ALGORITHMS), "compress_weight_reconstruction")
+OTHERS = ("compress_learned_sparsity", "compress_weight_reconstruction")
+PACKAGES = ("compress_core", *(f"compress_{name}" for name in ALGORITHMS), *OTHERS)
 
 
 def test_wheel_holds_what_is_ours_and_nothing_else(wheel):
@@ -59,7 +61,8 @@ def test_wheel_holds_what_is_ours_and_nothing_else(wheel):
 
 def test_wheel_alone_finds_the_built_in_plugins(environment, tmp_path):
     found = json.loads(run(environment, "-c", JOB % '["magnitude_sparsity"]', cwd=tmp_path))
-    assert found["plugins"] == {name: f"plugin '{name}' (compress-core 0.1.0)" for name in ALGORITHMS}
+    plugins = {**{name: name for name in ALGORITHMS}, **dict.fromkeys(LEARNED, LEARNED[0])}
+    assert found["plugins"] == {name: f"plugin '{plugin}' (compress-core 0.1.0)" for name, plugin in plugins.items()}
     assert found["initializers"] == ["batchnorm_adaptation", "data_free_correction", "weight_reconstruction"]
     assert found["failures"] == []
     assert found["samples"] == 32
