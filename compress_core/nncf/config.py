@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from compress_core.config import CompressionConfig
+from compress_core.data import calibration
 from compress_core.data.calibration import (
     BNAdaptationInitArgs,
     InitArgs,
@@ -105,12 +107,23 @@ class NNCFConfig(dict[str, Any]):
             ConfigError: The document is not valid.
         """
         config = CompressionConfig.from_dict(dict(self))
-        for struct in self._structs.values():
-            given = struct
-            if isinstance(struct, InitArgs) and struct.forward_fn is None:
-                given = type(struct)(struct.data_loader, struct.device, nncf_forward(struct.data_loader))
-            config.register_extra_structs([given])
+        config.register_extra_structs([_ours(struct) for struct in self._structs.values()])
         return config
+
+
+def _ours(struct: Any) -> Any:
+    """Returns what compress-core takes instead of a structure of NNCF; others as they are."""
+    if isinstance(struct, QuantizationPrecisionInitArgs):
+        forward = nncf_forward(struct.data_loader)
+        return calibration.QuantizationPrecisionInitArgs(
+            struct.data_loader, struct.device, forward, struct.criterion, struct.criterion_fn
+        )
+    if isinstance(struct, AutoQPrecisionInitArgs):
+        forward = nncf_forward(struct.data_loader)
+        return calibration.AutoQPrecisionInitArgs(struct.data_loader, None, forward, struct.eval_fn)
+    if isinstance(struct, InitArgs) and struct.forward_fn is None:
+        return replace(struct, forward_fn=nncf_forward(struct.data_loader))
+    return struct
 
 
 def register_default_init_args(

@@ -47,6 +47,31 @@ def test_a_config_is_a_dict_that_is_checked_when_it_is_used(tmp_path):
     assert "properties" in NNCFConfig.schema()
 
 
+@pytest.mark.parametrize("kind", ["hawq", "autoq"])
+def test_the_loss_and_the_metric_of_a_user_reach_the_choice_of_bits(kind):
+    seen = []
+
+    def criterion(outputs, target):
+        seen.append(target)
+        return nn.functional.cross_entropy(outputs, target)
+
+    def evaluate(model, loader):
+        seen.append(next(iter(loader))[1])
+        return float((model(IMAGES).argmax(1) == LABELS).float().mean())
+
+    ratio = {
+        "hawq": {"compression_ratio": 1.0, "iter_number": 2},
+        "autoq": {"iter_number": 1, "compression_ratio": 0.2},
+    }
+    precision = {"type": kind, "bits": [4, 8], **ratio[kind]}
+    made = config({**QUANTIZATION, "initializer": {"precision": precision}}, target_device="TRIAL")
+    given = (
+        {"criterion": criterion} if kind == "hawq" else {"autoq_eval_fn": evaluate, "val_loader": [(IMAGES, LABELS)]}
+    )
+    create_compressed_model(Net(), register_default_init_args(made, [(IMAGES, LABELS)], **given))
+    assert seen and all(torch.equal(target, LABELS[: len(target)]) for target in seen)
+
+
 def test_extra_structs():
     made = config(QUANTIZATION)
     assert not made.has_extra_struct(nncf.QuantizationRangeInitArgs)
