@@ -26,6 +26,7 @@ from compress_core.channels import (
 )
 from compress_core.data.forwards import without_traces
 from compress_core.transforms import get_weight_transform, raw_parameter
+from compress_filter_pruning.cached import Importances
 from compress_filter_pruning.config import FilterPruningParams
 from compress_filter_pruning.groups import PruningGroup
 from compress_filter_pruning.importance import channel_importance
@@ -73,6 +74,7 @@ class Pruner:
         self.measured = None if measured is None else list(measured)
         self._operations, self._parameters = plan.operations, plan.parameters
         self._params, self._key, self._announce = params, key, announce
+        self._filters = Importances(params.filter_importance)
         add_masks(model, self._masked(), key)
 
     # Figures.
@@ -268,8 +270,7 @@ class Pruner:
             (m.parameter, raw_parameter(self.model, m.parameter), m.dim, torch.from_numpy(m.channels))
             for m in group.makers
         ]
-        kind, normalized = self._params.filter_importance, self._params.all_weights
-        return channel_importance(weights, group.size, kind, normalized=normalized)
+        return channel_importance(weights, group.size, self._filters.of, normalized=self._params.all_weights)
 
 
 def _without(values: torch.Tensor, gone: set[int]) -> torch.Tensor:
