@@ -17,6 +17,7 @@ from compress_core.data.calibration import (
     BNAdaptationInitArgs,
     CalibrationData,
     InitArgs,
+    LeGRInitArgs,
     ModelEvaluationArgs,
     QuantizationRangeInitArgs,
 )
@@ -65,6 +66,7 @@ __all__ = [
     "InitArgs",
     "Initializer",
     "InitializerConfig",
+    "LeGRInitArgs",
     "LevelAlgorithm",
     "ModelError",
     "ModelEvaluationArgs",

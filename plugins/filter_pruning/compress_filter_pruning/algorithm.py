@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any, ClassVar
 
 import torch
@@ -33,10 +34,11 @@ from compress_filter_pruning.latency import measured_latency
 from compress_filter_pruning.measured import DataImportance, ImportanceRequest, measured_importances
 from compress_filter_pruning.planning import RANKED_DTYPES, PruningPlan, make_plan
 from compress_filter_pruning.pruner import Pruner
+from compress_filter_pruning.rankings import found_ranking, resumed_ranking
 from compress_filter_pruning.saved import SavedPruning, removed_groups, saved_plan, saved_state
 from compress_filter_pruning.schedules import Schedule, make_schedule
 from compress_filter_pruning.selection import Selector
-from compress_filter_pruning.statistics import FilterPruningStatistics, Latency, PrunedLayer
+from compress_filter_pruning.statistics import FilterPruningStatistics, Latency, PrunedLayer, Ranking
 
 
 class FilterPruning(LevelAlgorithm):
@@ -71,6 +73,7 @@ class FilterPruning(LevelAlgorithm):
         self._plan: PruningPlan | None = None
         self._pruner: Pruner | None = None
         self._measured: list[torch.Tensor] | None = None
+        self._ranking: Ranking | None = None
         self._requested = 0.0
         # Epoch and finished optimizer steps when the schedule's masks were computed; None if they are others.
         self._time: tuple[int, int] | None = None
@@ -117,6 +120,7 @@ class FilterPruning(LevelAlgorithm):
         self._check_attainable(found, path)
         self._plan = found
         self._measured = self._measure(model, context, path)
+        self._ranking = found_ranking(model, found, self.config, context, path)
         weights = [member.parameter for group in found.groups for member in group.makers]
         return Plan(tuple(weights), found.skipped, found.to_dict())
 
@@ -125,6 +129,8 @@ class FilterPruning(LevelAlgorithm):
         """Adds the masks, at the initial level."""
         assert self._plan is not None
         self._pruner = Pruner(model, self._plan, self.config.params, self.name, self.context.shrunk, self._measured)
+        if self._ranking is not None:
+            self._pruner.coefficients = self._ranking.coefficients
         if not context.resuming:
             self._apply(self.config.pruning_init, (0, 0))
 
@@ -173,6 +179,7 @@ class FilterPruning(LevelAlgorithm):
             frozen=self._frozen,
             certificate=pruner.certificate,
             latency=self._latency,
+            ranking=self._ranking,
         )
 
     @hookimpl
@@ -188,6 +195,7 @@ class FilterPruning(LevelAlgorithm):
             groups=[group.to_dict() for group in pruner.groups] if pruner.shrunk else [],
             certificate=None if pruner.certificate is None else pruner.certificate.to_dict(),
             measured=None if pruner.measured is None else [values.tolist() for values in pruner.measured],
+            ranking=None if self._ranking is None else asdict(self._ranking),
         ).model_dump()
 
     @hookimpl
@@ -202,8 +210,10 @@ class FilterPruning(LevelAlgorithm):
         if saved.certificate is not None:
             certificate = Certificate.from_dict(saved.certificate, f"{path}.certificate")
         measured = self._saved_measured(saved, path)
+        ranking = resumed_ranking(self.config.params, saved.ranking, pruner.groups, path)
         pruner.restore(shrunk, groups)
         pruner.measured, pruner.certificate = measured, certificate
+        self._ranking, pruner.coefficients = ranking, None if ranking is None else ranking.coefficients
         self._requested, self._time, self._frozen = saved.level, saved.time, saved.frozen
         pruner.mask(saved.gone)
 
@@ -228,10 +238,7 @@ class FilterPruning(LevelAlgorithm):
     @property
     def target_pruning_level(self) -> float:
         """Level at the end of the schedule: of channels, or of operations with `pruning_flops_target`."""
-        params = self.config.params
-        if params.pruning_flops_target is not None:
-            return params.pruning_flops_target
-        return self.config.default_target if params.pruning_target is None else params.pruning_target
+        return self.config.target
 
     @property
     def maximal_compression_rate(self) -> float:
@@ -335,7 +342,7 @@ class FilterPruning(LevelAlgorithm):
             return None
         data = context.calibration_data(f"{path}.params.filter_importance")
         groups = [group.channels for group in self._plan.groups]
-        request = ImportanceRequest(model, groups, data, self.config, params.all_weights)
+        request = ImportanceRequest(model, groups, data, self.config, params.is_global)
         return measured_importances(value, params.filter_importance, request)
 
     def _saved_measured(self, saved: SavedPruning, path: str) -> list[torch.Tensor] | None:
@@ -369,7 +376,7 @@ class FilterPruning(LevelAlgorithm):
                     path=f"{section}.params.multiple_of",
                 )
             return
-        most = Selector(plan.groups, plan.operations, True, params.all_weights).most()
+        most = Selector(plan.groups, plan.operations, True, params.is_global).most()
         if params.pruning_flops_target > most:
             raise ConfigError(
                 f"{params.pruning_flops_target} cannot be reached: at most {most:.3f} of this model's floating point "

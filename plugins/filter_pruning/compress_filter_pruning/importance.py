@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -81,7 +81,8 @@ def channel_importance(
     size: int,
     importance_of: Callable[[str, torch.Tensor, int], torch.Tensor],
     *,
-    normalized: bool,
+    normalized: bool = False,
+    coefficients: Mapping[str, tuple[float, float]] | None = None,
 ) -> torch.Tensor:
     """Returns the importance of each channel of a group: the sum over all filters that produce it.
 
@@ -90,6 +91,7 @@ def channel_importance(
         size: Number of channels.
         importance_of: Takes name, weight and dimension of the filters, and returns the importance of each filter.
         normalized: Whether weights are divided by their L2 norm first, so that layers can be compared.
+        coefficients: Name -> (a, b): a filter counts a * importance + b instead.
 
     Returns:
         Shape (size,), float64, on the CPU.
@@ -102,7 +104,10 @@ def channel_importance(
         values = importance_of(name, weight, dim).cpu()
         if not bool(values.isfinite().all()):
             raise ModelError(f"the weight '{name}' holds NaN or infinity; repair it before compression")
-        if normalized:
+        if coefficients is not None:
+            scale, shift = coefficients[name]
+            values = scale * values + shift
+        elif normalized:
             values = values / layer_norm(weight)
         wanted = channels >= 0
         total.index_add_(0, channels[wanted], values[wanted])

@@ -56,6 +56,7 @@ class Pruner:
         stripped: What the last `strip` or `shrink` removed.
         certificate: How well the result of the last `strip` or `shrink` agreed with the masked model.
         measured: Measured importances of the present channels of each group, or None.
+        coefficients: Name of a weight that makes channels -> (a, b): its filters count a * importance + b; or None.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class Pruner:
         self.shrunk = self.stripped = Shrinkage()
         self.certificate: Certificate | None = None
         self.measured = None if measured is None else list(measured)
+        self.coefficients: Mapping[str, tuple[float, float]] | None = None
         self._operations, self._parameters = plan.operations, plan.parameters
         self._params, self._key, self._announce = params, key, announce
         self._filters = Importances(params.filter_importance)
@@ -239,7 +241,7 @@ class Pruner:
 
     def selector(self) -> Selector:
         """Returns the selector, which turns levels into numbers of channels."""
-        return Selector(self.groups, self._operations, self.counts_operations, self._params.all_weights)
+        return Selector(self.groups, self._operations, self.counts_operations, self._params.is_global)
 
     def _masked(self) -> Any:
         return masked_parameters(self.model, self.groups, batch_norms=self._params.prune_batch_norms)
@@ -270,7 +272,13 @@ class Pruner:
             (m.parameter, raw_parameter(self.model, m.parameter), m.dim, torch.from_numpy(m.channels))
             for m in group.makers
         ]
-        return channel_importance(weights, group.size, self._filters.of, normalized=self._params.all_weights)
+        return channel_importance(
+            weights,
+            group.size,
+            self._filters.of,
+            normalized=self._params.is_global,
+            coefficients=self.coefficients,
+        )
 
 
 def _without(values: torch.Tensor, gone: set[int]) -> torch.Tensor:

@@ -31,11 +31,6 @@ def test_a_target_that_nobody_gave_is_not_below_the_initial_level():
         assert FilterPruningConfig(algorithm="filter_pruning", pruning_init=initial).default_target == target
 
 
-def test_learned_ranking_is_not_available_yet():
-    document = config(0.0, interlayer_ranking_type="learned_ranking")
-    refused(document, "params.interlayer_ranking_type", "not available yet")
-
-
 @pytest.mark.parametrize(
     ("key", "value"),
     [
@@ -47,6 +42,7 @@ def test_learned_ranking_is_not_available_yet():
         ("filter_importance", "L3"),
         ("schedule", "linear"),
         ("num_init_steps", -1),
+        ("interlayer_ranking_type", "weighted_ranking"),
     ],
 )
 def test_values_out_of_range(key, value):
