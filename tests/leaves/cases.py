@@ -248,6 +248,7 @@ PRUNING = {
     "params.schedule": Case(context={"pruning_init": 0.0, "params": {"pruning_target": 0.9, "pruning_steps": ABSENT}}),
     "params.multiple_of": Case((1, 4, 8), refused=(8,)),
     "params.pruning_flops_target": Case((0.3, 0.6), context={"params": {"pruning_target": ABSENT}}),
+    "params.pruning_parameters_target": Case((0.3, 0.6), context={"params": {"pruning_target": ABSENT}}),
     "params.pruning_target": Case((0.3, 0.6)),
     # Functions are registered only where there are `legr_params`.
     "params.interlayer_ranking_type": Case(refused=("learned_ranking",)),

@@ -34,10 +34,9 @@ from compress_filter_pruning.latency import measured_latency
 from compress_filter_pruning.measured import DataImportance, ImportanceRequest, measured_importances
 from compress_filter_pruning.planning import RANKED_DTYPES, PruningPlan, make_plan
 from compress_filter_pruning.pruner import Pruner
-from compress_filter_pruning.rankings import found_ranking, resumed_ranking
+from compress_filter_pruning.rankings import found_ranking, largest_level, resumed_ranking
 from compress_filter_pruning.saved import SavedPruning, removed_groups, saved_plan, saved_state
 from compress_filter_pruning.schedules import Schedule, make_schedule
-from compress_filter_pruning.selection import Selector
 from compress_filter_pruning.statistics import FilterPruningStatistics, Latency, PrunedLayer, Ranking
 
 
@@ -180,6 +179,7 @@ class FilterPruning(LevelAlgorithm):
             certificate=pruner.certificate,
             latency=self._latency,
             ranking=self._ranking,
+            counts_parameters=pruner.counts_parameters,
         )
 
     @hookimpl
@@ -237,12 +237,12 @@ class FilterPruning(LevelAlgorithm):
 
     @property
     def target_pruning_level(self) -> float:
-        """Level at the end of the schedule: of channels, or of operations with `pruning_flops_target`."""
+        """Level at the end of the schedule: of channels, operations or parameters, as the target counts."""
         return self.config.target
 
     @property
     def maximal_compression_rate(self) -> float:
-        """Largest share of the floating point operations that can be removed."""
+        """Largest share that can be removed: of the parameters if the target counts these, else of the operations."""
         return self._active.selector().most()
 
     @property
@@ -264,8 +264,8 @@ class FilterPruning(LevelAlgorithm):
         """Computes the masks for a level.
 
         Args:
-            pruning_level: Share to prune, 0 <= level < 1: of the channels, or of the floating point operations if the
-                config has `pruning_flops_target`. A dict maps the numbers of groups to shares of their channels; groups
+            pruning_level: Share to prune, 0 <= level < 1: of the channels, or of the operations or parameters if
+                the target counts these. A dict maps the numbers of groups to shares of their channels; groups
                 that are not in it do not change.
             run_batchnorm_adaptation: Whether to adapt batch norm to the change.
 
@@ -367,7 +367,7 @@ class FilterPruning(LevelAlgorithm):
 
     def _check_attainable(self, plan: PruningPlan, section: str) -> None:
         params = self.config.params
-        if params.pruning_flops_target is None:
+        if params.target_key == "pruning_target":
             if self.target_pruning_level and all(group.rounded(1) == group.full_size for group in plan.groups):
                 largest = max(group.full_size for group in plan.groups)
                 raise ConfigError(
@@ -376,13 +376,14 @@ class FilterPruning(LevelAlgorithm):
                     path=f"{section}.params.multiple_of",
                 )
             return
-        most = Selector(plan.groups, plan.operations, True, params.is_global).most()
-        if params.pruning_flops_target > most:
+        most = largest_level(plan, params)
+        if self.target_pruning_level > most:
+            what = "parameters" if params.target_key == "pruning_parameters_target" else "floating point operations"
             raise ConfigError(
-                f"{params.pruning_flops_target} cannot be reached: at most {most:.3f} of this model's floating point "
-                "operations can be removed. Lower it, lower multiple_of, or allow more layers (prune_first_conv, "
-                "prune_downsample_convs, scopes)",
-                path=f"{section}.params.pruning_flops_target",
+                f"{self.target_pruning_level} cannot be reached: at most {most:.3f} of this model's {what} can be "
+                "removed. Lower it, lower multiple_of, or allow more layers (prune_first_conv, prune_downsample_convs, "
+                "scopes)",
+                path=f"{section}.params.{params.target_key}",
             )
 
     def _resumed_plan(self, model: nn.Module, context: Context) -> Plan:

@@ -54,10 +54,13 @@ class FilterPruningParams(Section):
     pruning_target: Level | None = Field(
         None,
         description="share of the channels to remove; by default 0.5, or pruning_init if that is higher, unless "
-        "pruning_flops_target is given",
+        "another target is given",
     )
     pruning_flops_target: Level | None = Field(
         None, description="share of the floating point operations to remove, instead of pruning_target"
+    )
+    pruning_parameters_target: Level | None = Field(
+        None, description="share of the parameters to remove, instead of pruning_target"
     )
     num_init_steps: Count = Field(0, ge=0, description="epochs of warm-up before the schedule begins")
     pruning_steps: Count = Field(100, ge=1, description="epochs from the initial level to the target")
@@ -78,6 +81,12 @@ class FilterPruningParams(Section):
     load_ranking_coeffs_path: str | None = Field(
         None, description="file that coefficients are read from, instead of a search"
     )
+
+    @property
+    def target_key(self) -> str:
+        """The key of the target, which says what levels count: `pruning_target` (channels) unless another is given."""
+        keys = ("pruning_flops_target", "pruning_parameters_target")
+        return next((key for key in keys if getattr(self, key) is not None), "pruning_target")
 
     @property
     def is_searched(self) -> bool:
@@ -114,7 +123,6 @@ class FilterPruningConfig(AlgorithmConfig):
 
     @property
     def target(self) -> float:
-        """The level at the end: of channels, or of operations with `pruning_flops_target`."""
-        if self.params.pruning_flops_target is not None:
-            return self.params.pruning_flops_target
-        return self.default_target if self.params.pruning_target is None else self.params.pruning_target
+        """The level at the end, of what is counted: channels, operations or parameters."""
+        given = getattr(self.params, self.params.target_key)
+        return self.default_target if given is None else float(given)

@@ -7,6 +7,7 @@ from compress_core.errors import Problem
 from compress_filter_pruning.config import IMPORTANCE, FilterPruningConfig, FilterPruningParams
 from compress_filter_pruning.measured import DataImportance
 
+_TARGETS = ("pruning_target", "pruning_flops_target", "pruning_parameters_target")
 # Searches with settings of their own -> the section that holds these.
 _SECTIONS = {"learned_ranking": "legr_params", "adapted_ranking": "adapted_params"}
 
@@ -48,11 +49,11 @@ def _problems(config: FilterPruningConfig) -> list[Problem]:
             )
     if params.is_searched:
         problems += _problems_of_search(params, kind)
-    if params.pruning_target is not None and params.pruning_flops_target is not None:
-        problems.append(
-            Problem("params.pruning_flops_target", "is given together with pruning_target; choose one of them")
-        )
-    key = "pruning_target" if params.pruning_flops_target is None else "pruning_flops_target"
+    given = [key for key in _TARGETS if getattr(params, key) is not None]
+    if len(given) > 1:
+        message = f"is given together with {' and '.join(given[:-1])}; choose one of them"
+        problems.append(Problem(f"params.{given[-1]}", message))
+    key = params.target_key
     target = getattr(params, key)
     if target is not None and target < config.pruning_init:
         problems.append(

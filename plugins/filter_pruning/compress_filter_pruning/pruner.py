@@ -84,7 +84,12 @@ class Pruner:
     @property
     def counts_operations(self) -> bool:
         """Whether levels are shares of floating point operations, instead of channels."""
-        return self._params.pruning_flops_target is not None
+        return self._params.target_key == "pruning_flops_target"
+
+    @property
+    def counts_parameters(self) -> bool:
+        """Whether levels are shares of parameters."""
+        return self._params.target_key == "pruning_parameters_target"
 
     def full(self) -> list[int]:
         """Returns the number of channels of each group in the uncompressed model."""
@@ -103,7 +108,7 @@ class Pruner:
         return self._parameters.of(left)
 
     def level(self) -> float:
-        """Returns the pruned share, of operations or channels as levels count."""
+        """Returns the pruned share, of operations, parameters or channels as levels count."""
         full, left = self.full(), self.left()
         return 1 - self._cost(left) / self._cost(full) if self._cost(full) else 0.0
 
@@ -241,13 +246,18 @@ class Pruner:
 
     def selector(self) -> Selector:
         """Returns the selector, which turns levels into numbers of channels."""
-        return Selector(self.groups, self._operations, self.counts_operations, self._params.is_global)
+        costs = self._parameters if self.counts_parameters else self._operations
+        return Selector(self.groups, costs, self._counts_costs, self._params.is_global)
+
+    @property
+    def _counts_costs(self) -> bool:
+        return self.counts_operations or self.counts_parameters
 
     def _masked(self) -> Any:
         return masked_parameters(self.model, self.groups, batch_norms=self._params.prune_batch_norms)
 
     def _cost(self, left: Sequence[int]) -> int:
-        return self._operations.of(left) if self.counts_operations else sum(left)
+        return self.selector().costs.of(left) if self._counts_costs else sum(left)
 
     def _left_at(self, level: float) -> list[int]:
         # Removed channels cannot come back.

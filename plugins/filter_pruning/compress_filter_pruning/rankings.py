@@ -83,16 +83,22 @@ def resumed_ranking(
     return Ranking(dict(saved.coefficients), saved.tried, saved.measure, saved.value, saved.unweighted)
 
 
+def largest_level(plan: PruningPlan, params: FilterPruningParams) -> float:
+    """Returns the largest share that can be removed: of the parameters if the target counts these, else operations."""
+    costs = plan.parameters if params.target_key == "pruning_parameters_target" else plan.operations
+    return Selector(plan.groups, costs, True, params.is_global).most()
+
+
 def _check_level(plan: PruningPlan, config: FilterPruningConfig, section: str) -> None:
     params = config.params
     for name in ("legr_params", "adapted_params"):
         level = getattr(getattr(params, name), "max_pruning", None)
-        if level is None or params.pruning_flops_target is None:
+        if level is None or params.target_key == "pruning_target":
             continue
-        most = Selector(plan.groups, plan.operations, True, True).most()
+        most = largest_level(plan, params)
         if level > most:
             raise ConfigError(
-                f"{level} cannot be reached: at most {most:.3f} of this model's operations can be removed",
+                f"{level} cannot be reached: at most {most:.3f} of what the target counts can be removed; lower it",
                 path=f"{section}.params.{name}.max_pruning",
             )
     if not config.target and params.interlayer_ranking_type != "unweighted_ranking":

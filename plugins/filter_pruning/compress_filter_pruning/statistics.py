@@ -91,6 +91,7 @@ class FilterPruningStatistics(Statistics):
         certificate: How well the result of the last `strip` or `shrink` agrees with the masked model; None before.
         latency: The last result of `measure_latency`; None before.
         ranking: The ranking that was searched for, or read; None without.
+        counts_parameters: Whether the levels are shares of parameters.
     """
 
     layers: tuple[PrunedLayer, ...]
@@ -108,6 +109,7 @@ class FilterPruningStatistics(Statistics):
     certificate: Certificate | None = None
     latency: Latency | None = None
     ranking: Ranking | None = None
+    counts_parameters: bool = False
 
     @property
     def pruning_level(self) -> float:
@@ -134,7 +136,7 @@ class FilterPruningStatistics(Statistics):
         if self.latency is not None:
             masked, shrunk = 1e3 * self.latency.masked, 1e3 * self.latency.shrunk
             rows.append((f"ms for a forward, {self.latency.threads} thread(s)", masked, shrunk, 1 - shrunk / masked))
-        unit = "FLOPs" if self.counts_flops else "channels"
+        unit = "FLOPs" if self.counts_flops else "parameters" if self.counts_parameters else "channels"
         state: list[tuple[Any, ...]] = [
             (f"level set last (of {unit})", self.requested_level),
             (f"target level (of {unit})", self.target_level),

@@ -21,6 +21,12 @@ def test_both_targets():
     refused(config(0.0, pruning_target=0.5, pruning_flops_target=0.4), "params.pruning_flops_target", "choose one")
 
 
+def test_a_target_in_parameters_beside_another():
+    both = {"pruning_parameters_target": 0.5, "pruning_flops_target": 0.4}
+    refused(config(0.0, **both), "params.pruning_parameters_target", "together with pruning_flops_target")
+    refused(config(0.6, pruning_parameters_target=0.5), "params.pruning_parameters_target", "below pruning_init 0.6")
+
+
 def test_target_below_the_initial_level():
     refused(config(0.6, pruning_target=0.5), "params.pruning_target", "0.5 is below pruning_init 0.6")
 

@@ -121,7 +121,7 @@ def test_coefficients_decide_at_every_level(kind):
             assert gone(controller) == wanted
 
 
-@pytest.mark.parametrize("target", ["pruning_target", "pruning_flops_target"])
+@pytest.mark.parametrize("target", ["pruning_target", "pruning_flops_target", "pruning_parameters_target"])
 def test_coefficients_from_a_file_are_used_by_every_target(tmp_path, target):
     # NNCF ignores them with pruning_target. The first layer has to go first, then the third.
     coefficients = {"conv1.weight": [1e-3, 0.0], "conv2.weight": [1.0, 9.0], "conv3.weight": [1.0, 2.0]}
