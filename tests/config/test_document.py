@@ -46,7 +46,7 @@ def test_a_document_of_an_algorithm_that_is_not_installed_loads_and_says_what_is
     assert [section.algorithm for section in config.sections] == ["knowledge_distillation"]
     text = message(config)
     assert text.startswith("compression.algorithm: the algorithm 'knowledge_distillation' is not installed")
-    assert "Installed: filter_pruning, magnitude_sparsity, quantization." in text
+    assert "filter_pruning, magnitude_sparsity, movement_sparsity, quantization, rb_sparsity." in text
 
 
 @pytest.mark.parametrize("give", ["register", "struct", "init_loader"])

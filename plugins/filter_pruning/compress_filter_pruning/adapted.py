@@ -24,10 +24,11 @@ from compress_filter_pruning.evolution import Evolution, Space
 from compress_filter_pruning.functions import same_chances, shared_mean, validated
 from compress_filter_pruning.importance import layer_norm
 from compress_filter_pruning.ranking import RankingRequest
-from compress_filter_pruning.statistics import Coefficients, Ranking
+from compress_filter_pruning.statistics import Ranking
 
-# Coefficients are drawn around those of the unweighted ranking, closer than those of LeGR, which starts anywhere.
-_SIGMA = 0.5
+# Coefficients are drawn around those that prune the same level in each group, closer than those of LeGR, which starts
+# anywhere.
+_SIGMA, _WIDTH = 0.5, 0.5
 _MUTATED = 0.25
 _RIVALS = 4
 
@@ -48,25 +49,16 @@ class AdaptedRanking:
         params = section.params.adapted_params or AdaptedParams()
         level = section.target if params.max_pruning is None else params.max_pruning
         judge = _Judge(request, params)
-        scales = {name: 1 / layer_norm(weight) for name, weight in request.weights.items()}
-        space = Space.around(request, scales, _SIGMA)
-        fixed = {0: space.start(), 1: _standardized(request, scales)}
+        normalized = {name: (1 / layer_norm(weight), 0.0) for name, weight in request.weights.items()}
+        uniform = request.uniform(normalized, level)
+        space = Space.around(request, uniform, _SIGMA, _WIDTH)
+        fixed = {0: normalized, 1: uniform}
         size = min(params.population_size, params.candidates)
         evolution = Evolution(space, params.candidates, size, _RIVALS, _MUTATED, params.random_seed)
         found = evolution.run(lambda c: judge.reward(request.candidate(c, level)), fixed, request.path)
         first = found.rewards[0]
         unweighted = judge.sign * first if math.isfinite(first) else None
         return Ranking(dict(found.best), params.candidates, judge.measure, judge.sign * found.reward, unweighted)
-
-
-def _standardized(request: RankingRequest, scales: dict[str, float]) -> Coefficients:
-    """Returns the ranking in which all weights have the same mean and spread, so that levels are nearly the same."""
-    found = {}
-    for name, values in request.importances.items():
-        spread = float(values.std(correction=0))
-        scale = 1 / spread if spread > 0 else scales[name]
-        found[name] = (scale, -scale * float(values.mean()))
-    return found
 
 
 class _Judge:

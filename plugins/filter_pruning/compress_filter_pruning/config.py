@@ -26,7 +26,7 @@ class LegrParams(Section):
     max_pruning: SearchLevel | None = Field(
         None, description="learned ranking: level during the search; by default the target"
     )
-    random_seed: Count = Field(42, ge=0, description="learned ranking: seed of the search")
+    random_seed: Count = Field(42, ge=0, lt=2**63, description="learned ranking: seed of the search")
     population_size: Count = Field(64, ge=1, description="learned ranking: candidates that can have children")
     num_samples: Count = Field(16, ge=1, description="learned ranking: candidates in a tournament")
     mutate_percent: float = Field(0.1, gt=0, le=1, description="learned ranking: share of the layers that mutate")
@@ -42,7 +42,7 @@ class AdaptedParams(Section):
     max_pruning: SearchLevel | None = Field(
         None, description="adapted ranking: level during the search; by default the target"
     )
-    random_seed: Count = Field(42, ge=0, description="adapted ranking: seed of the search")
+    random_seed: Count = Field(42, ge=0, lt=2**63, description="adapted ranking: seed of the search")
 
 
 class FilterPruningParams(Section):

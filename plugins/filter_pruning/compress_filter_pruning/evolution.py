@@ -23,32 +23,30 @@ class Space:
     """What coefficients are drawn from.
 
     Attributes:
-        scales: Name of a weight -> scale of its scores around which others are drawn.
-        spreads: Name of a weight -> standard deviation of the shift, in units of importances.
+        centre: The coefficients around which others are drawn.
+        spreads: Name of a weight -> standard deviation of changes of its shift.
         sigma: Standard deviation of the logarithm of scales.
     """
 
-    scales: Mapping[str, float]
+    centre: Coefficients
     spreads: Mapping[str, float]
     sigma: float
 
     @classmethod
-    def around(cls, request: RankingRequest, scales: Mapping[str, float], sigma: float) -> Space:
-        """Returns the space whose shifts are as wide as the importances of each weight spread."""
-        spreads = {name: float(values.std(correction=0)) for name, values in request.importances.items()}
-        return cls(scales, spreads, sigma)
-
-    def start(self) -> Coefficients:
-        """Returns the scales themselves, without shifts."""
-        return {name: (scale, 0.0) for name, scale in self.scales.items()}
+    def around(cls, request: RankingRequest, centre: Coefficients, sigma: float, width: float = 1.0) -> Space:
+        """Returns the space whose shifts spread as the scores of each weight do, times a width."""
+        values = request.importances
+        return cls(
+            centre, {n: width * abs(c[0]) * float(values[n].std(correction=0)) for n, c in centre.items()}, sigma
+        )
 
     def drawn(self, generator: np.random.Generator) -> Coefficients:
         """Returns random coefficients."""
-        return {name: self._changed(name, scale, 0.0, generator, self.sigma) for name, scale in self.scales.items()}
+        return {name: self._changed(name, *pair, generator, self.sigma) for name, pair in self.centre.items()}
 
     def mutated(self, parent: Coefficients, generator: np.random.Generator, share: float, sigma: float) -> Coefficients:
         """Returns coefficients that differ from others in a share of the weights, and at least in one."""
-        names = list(self.scales)
+        names = list(self.centre)
         count = min(len(names), max(1, int(share * len(names))))
         chosen = {names[i] for i in generator.choice(len(names), count, replace=False)}
         return {
@@ -60,7 +58,7 @@ class Space:
         self, name: str, scale: float, shift: float, generator: np.random.Generator, sigma: float
     ) -> tuple[float, float]:
         factor, move = math.exp(generator.normal(0, sigma)), generator.normal(0, 1)
-        return scale * factor, shift + float(move) * self.spreads[name] * self.scales[name]
+        return scale * factor, shift + float(move) * self.spreads[name]
 
 
 @dataclass

@@ -66,11 +66,12 @@ class LearnedRanking:
                 self._train(functions, trial, params.train_steps)
                 return -validated(functions, trial, request.path)[1]
 
-        space = Space.around(request, dict.fromkeys(request.weights, 1.0), params.scale_sigma)
+        identity = dict.fromkeys(request.weights, (1.0, 0.0))
+        space = Space.around(request, identity, params.scale_sigma)
         size, share = params.population_size, params.mutate_percent
         evolution = Evolution(space, params.generations, size, params.num_samples, share, params.random_seed)
         plain = min(size, params.generations) - 1
-        found = evolution.run(reward, {plain: space.start()}, request.path)
+        found = evolution.run(reward, {plain: identity}, request.path)
         return Ranking(dict(found.best), params.generations, "loss", -found.reward, _finite(-found.rewards[plain]))
 
     def _train(self, functions: LeGRInitArgs, trial: nn.Module, steps: int) -> None:

@@ -15,6 +15,7 @@ from compress_filter_pruning.config import RANKING, FilterPruningParams
 from compress_filter_pruning.importance import channel_importance, filter_importance
 from compress_filter_pruning.planning import PruningPlan
 from compress_filter_pruning.pruner import Pruner
+from compress_filter_pruning.selection import Selector
 from compress_filter_pruning.statistics import Coefficients, Ranking
 
 
@@ -68,6 +69,33 @@ class RankingRequest:
             )
             for group in self._plan.groups
         ]
+
+    def uniform(self, coefficients: Coefficients, level: float) -> Coefficients:
+        """Returns coefficients with other shifts, with which a level removes the same share from each group.
+
+        The score between the last channel that goes and the first that stays becomes 0 in all groups.
+
+        Args:
+            coefficients: Their scales stay.
+            level: What is pruned: a share of what the target counts.
+        """
+        costs = (
+            self._plan.parameters if self._params.target_key == "pruning_parameters_target" else self._plan.operations
+        )
+        counts_costs = self._params.target_key != "pruning_target"
+        left = Selector(self._plan.groups, costs, counts_costs, is_global=False).left(level, list)
+        found = dict(coefficients)
+        for group, scores, stays in zip(self._plan.groups, self.scores(coefficients), left, strict=True):
+            ordered, goes = scores.sort().values, len(scores) - stays
+            border = float(ordered[max(goes - 1, 0) : goes + 1].mean()) if goes else float(ordered[0]) - _gap(ordered)
+            filters = sum(int((m.channels >= 0).sum()) for m in group.makers) / len(scores)
+            for name in {m.parameter for m in group.makers}:
+                found[name] = (found[name][0], found[name][1] - border / filters)
+        return found
+
+
+def _gap(ordered: torch.Tensor) -> float:
+    return float(ordered[-1] - ordered[0]) / len(ordered)
 
 
 @runtime_checkable

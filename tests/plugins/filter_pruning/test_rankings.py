@@ -24,11 +24,13 @@ from compress_core import (
 )
 from compress_core.config import CompressionConfig
 from compress_filter_pruning import legr
+from compress_filter_pruning.adapted import AdaptedRanking
 from compress_filter_pruning.evolution import Evolution, Space
 from compress_filter_pruning.ranking import POINT, checked
 from compress_filter_pruning.rankings import CHOICES
 from compress_filter_pruning.statistics import Ranking
 from tests.plugins.filter_pruning.pruning_helpers import Chain, config, evaluated, gone, inputs, seen
+from tests.zoo import ResidualNet
 
 NAMES = ("conv1", "conv2", "conv3")
 LEGR = {"generations": 8, "population_size": 4, "train_steps": 2, "num_samples": 3}
@@ -470,6 +472,24 @@ def test_the_ranking_is_never_worse_than_the_unweighted_one_on_the_data():
         assert 0 < ranking.value <= ranking.unweighted
 
 
+@pytest.mark.parametrize("target", ["pruning_target", "pruning_flops_target", "pruning_parameters_target"])
+@pytest.mark.parametrize("model", [Chain, ResidualNet])
+def test_one_of_the_candidates_is_the_same_level_in_each_group(target, model, monkeypatch):
+    plain = seen(model(), inputs())
+
+    def search(self, request):
+        return Ranking(dict(request.uniform(dict.fromkeys(request.weights, (2.0, 7.0)), 0.5)))
+
+    monkeypatch.setattr(AdaptedRanking, "search", search)
+    controller, _ = adapted(copy.deepcopy(plain), 0.5, **{target: 0.5})
+    uniform, _ = create_compressed_model(copy.deepcopy(plain), config(0.5, **{target: 0.5}))
+    # The last channels of a level may stay, where the budget is reached without them.
+    spared = {n: set(channels) - set(gone(controller)[n]) for n, channels in gone(uniform).items()}
+    assert all(set(channels) <= set(gone(uniform)[number]) for number, channels in gone(controller).items())
+    assert sum(map(len, spared.values())) <= (0 if target == "pruning_target" else len(spared))
+    assert controller.compression_rate >= 0.5 - 1e-9
+
+
 def test_accuracy_decides_if_it_is_registered():
     functions, given = Functions(), iter([0.1, 0.2, 0.9, 0.3, 0.2, 0.1, 0.4, 0.5])
     functions.validate = lambda model, loader: (next(given), -1.0)
@@ -515,7 +535,7 @@ def test_outputs_that_cannot_be_compared():
 
 def space(count=3, sigma=1.0):
     names = [f"w{i}" for i in range(count)]
-    return Space(dict.fromkeys(names, 1.0), dict.fromkeys(names, 0.5), sigma)
+    return Space(dict.fromkeys(names, (1.0, 0.0)), dict.fromkeys(names, 0.5), sigma)
 
 
 def tried(evolution, reward, fixed=None):
@@ -534,10 +554,10 @@ def closeness(candidate):
 
 def test_random_candidates_all_differ_and_children_differ_in_few_weights():
     # NNCF seeds its generator again for each: all random candidates are the same one.
-    result, candidates = tried(Evolution(space(12), 60, 20, 4, 0.25, 42), closeness, {19: space(12).start()})
+    result, candidates = tried(Evolution(space(12), 60, 20, 4, 0.25, 42), closeness, {19: space(12).centre})
     first = {str(c) for c in candidates[:20]}
     assert len(first) == 20
-    assert candidates[19] == space(12).start()
+    assert candidates[19] == space(12).centre
     for number, child in enumerate(candidates[20:], 20):
         parents = candidates[number - 20 : number]  # the oldest one dies
         assert min(sum(child[n] != parent[n] for n in child) for parent in parents) == 3
