@@ -19,12 +19,13 @@ from compress_core.data.calibration import (
     BNAdaptationInitArgs,
     ForwardFn,
     InitArgs,
+    LeGRInitArgs,
     ModelEvaluationArgs,
     QuantizationPrecisionInitArgs,
     QuantizationRangeInitArgs,
 )
 from compress_core.data.ranks import settle, together
-from compress_core.errors import ModelError
+from compress_core.errors import ModelError, UsageError
 from compress_core.registry import default_registry
 from compress_core.session.agreement import agree, refuse_sharded, same_start
 from compress_core.session.controller import CompressionController
@@ -198,8 +199,11 @@ def register_default_init_args(
     criterion_fn: Callable[[Any, Any, Any], Any] | None = None,
     autoq_eval_fn: Callable[[nn.Module, Any], Any] | None = None,
     val_loader: Any = None,
+    train_steps_fn: Callable[[Any, nn.Module, torch.optim.Optimizer, Any, int], Any] | None = None,
+    validate_fn: Callable[[nn.Module, Any], Any] | None = None,
+    legr_train_optimizer: Callable[[Any], torch.optim.Optimizer] | None = None,
 ) -> CompressionConfig:
-    """Attaches the data for batch-norm adaptation, quantizer ranges and numbers of bits to a config.
+    """Attaches data, losses and metrics for initialization and searches to a config.
 
     Args:
         config: A config, a dict, or the path of a JSON file. A `CompressionConfig` is changed in place.
@@ -210,11 +214,21 @@ def register_default_init_args(
         criterion: The loss for `hawq`, `criterion(outputs, target)`; without it no labels are needed.
         criterion_fn: `criterion_fn(outputs, target, criterion)`, if the criterion is called in another way.
         autoq_eval_fn: The metric for `autoq`, `autoq_eval_fn(model, loader)`; larger is better.
-        val_loader: The loader that `autoq_eval_fn` gets; by default `train_loader`.
+        val_loader: The loader that `autoq_eval_fn` and `validate_fn` get; for the first by default `train_loader`.
+        train_steps_fn: `train_steps_fn(loader, model, optimizer, controller, steps)`, for searches that train their
+            candidates (`learned_ranking`); with `val_loader` and `validate_fn`.
+        validate_fn: `validate_fn(model, loader)`, returns accuracy and loss, for searches that measure candidates.
+        legr_train_optimizer: Takes parameters and returns the optimizer that `train_steps_fn` gets; by default SGD.
+
+    Raises:
+        UsageError: One of the last three arguments lacks another one.
 
     Returns:
         The config. Calling the function again replaces the data.
     """
+    searches = _functions_for_searches(train_loader, train_steps_fn, legr_train_optimizer, val_loader, validate_fn)
+    if not searches and val_loader is not None and autoq_eval_fn is None:
+        raise UsageError("val_loader: is for validate_fn(model, val_loader) or autoq_eval_fn, and validate_fn is missing")
     loaded = CompressionConfig.load(config)
     kinds: tuple[type[InitArgs], ...] = (BNAdaptationInitArgs, QuantizationRangeInitArgs)
     loaded.register_extra_structs([kind(train_loader, device, forward_fn) for kind in kinds])
@@ -223,7 +237,34 @@ def register_default_init_args(
         train_loader if val_loader is None else val_loader, device, forward_fn, autoq_eval_fn
     )
     loaded.register_extra_structs([loss, metric])
+    loaded.register_extra_structs(searches)
     return loaded.register_extra_structs([] if model_eval_fn is None else [ModelEvaluationArgs(model_eval_fn)])
+
+
+def _functions_for_searches(
+    train_loader: Any, train_steps_fn: Any, legr_train_optimizer: Any, val_loader: Any, validate_fn: Any
+) -> list[LeGRInitArgs]:
+    given = {
+        "train_steps_fn": train_steps_fn,
+        "legr_train_optimizer": legr_train_optimizer,
+        "validate_fn": validate_fn,
+        "val_loader": val_loader,
+    }
+    if all(value is None for name, value in given.items() if name != "val_loader"):
+        return []
+    named = [name for name, value in given.items() if value is not None]
+    missing = [name for name in ("validate_fn", "val_loader") if name not in named]
+    if missing:
+        raise UsageError(
+            f"{named[0]}: candidates of a search are measured with validate_fn(model, val_loader), and "
+            f"{' and '.join(missing)} is missing"
+        )
+    if legr_train_optimizer is not None and train_steps_fn is None:
+        raise UsageError("legr_train_optimizer: is of no use without train_steps_fn; give both, or neither")
+    for name in ("train_steps_fn", "legr_train_optimizer", "validate_fn"):
+        if name in named and not callable(given[name]):
+            raise UsageError(f"{name}: must be a function, got {type(given[name]).__name__}")
+    return [LeGRInitArgs(train_loader, train_steps_fn, legr_train_optimizer, val_loader, validate_fn)]
 
 
 def check_config(config: CompressionConfig | Mapping[str, Any] | str | Path) -> None:

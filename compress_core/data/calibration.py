@@ -93,6 +93,28 @@ class TeacherArgs:
     copy: bool = True
 
 
+@dataclass(frozen=True)
+class LeGRInitArgs:
+    """Functions that judge candidates of a search, such as rankings of channels; fields in NNCF's order.
+
+    Attributes:
+        train_loader: What `train_fn` gets as loader.
+        train_fn: `(loader, model, optimizer, controller, steps)`: trains the model for so many steps. The controller
+            has `loss()` and `scheduler` only. None if candidates are not to be trained.
+        train_optimizer: Takes the parameters and returns an optimizer; None for that of the algorithm.
+        val_loader: What `val_fn` gets as loader.
+        val_fn: `(model, loader)`, returns accuracy (larger is better) and loss.
+        nncf_config: Not used.
+    """
+
+    train_loader: Any
+    train_fn: Callable[[Any, nn.Module, torch.optim.Optimizer, Any, int], Any] | None
+    train_optimizer: Callable[[Any], torch.optim.Optimizer] | None
+    val_loader: Any
+    val_fn: Callable[[nn.Module, Any], Any]
+    nncf_config: Any = None
+
+
 class CalibrationData:
     """Batches for one purpose, and how to call the model with them.
 

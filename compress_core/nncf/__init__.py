@@ -10,7 +10,12 @@ from compress_core.accuracy_aware import (
     EarlyExitCompressionTrainingLoop,
 )
 from compress_core.contract.stages import CompressionStage
-from compress_core.data.calibration import BNAdaptationInitArgs, ModelEvaluationArgs, QuantizationRangeInitArgs
+from compress_core.data.calibration import (
+    BNAdaptationInitArgs,
+    LeGRInitArgs,
+    ModelEvaluationArgs,
+    QuantizationRangeInitArgs,
+)
 from compress_core.errors import UsageError
 from compress_core.nncf.config import NNCFConfig, register_default_init_args
 from compress_core.nncf.controller import NNCFController
@@ -28,7 +33,6 @@ from compress_core.nncf.structures import (
     DefaultInitializingDataLoader,
     DistributedCallbacksArgs,
     ExecutionParameters,
-    LeGRInitArgs,
     PTInitializingDataLoader,
     QuantizationPrecisionInitArgs,
 )

@@ -13,6 +13,7 @@ from compress_core.data import calibration
 from compress_core.data.calibration import (
     BNAdaptationInitArgs,
     InitArgs,
+    LeGRInitArgs,
     ModelEvaluationArgs,
     QuantizationRangeInitArgs,
 )
@@ -21,7 +22,6 @@ from compress_core.nncf.structures import (
     AutoQPrecisionInitArgs,
     DistributedCallbacksArgs,
     ExecutionParameters,
-    LeGRInitArgs,
     QuantizationPrecisionInitArgs,
     nncf_forward,
 )

@@ -104,18 +104,6 @@ class AutoQPrecisionInitArgs:
 
 
 @dataclass(frozen=True)
-class LeGRInitArgs:
-    """What learned ranking needs."""
-
-    train_loader: Any
-    train_fn: Any
-    train_optimizer: Any
-    val_loader: Any
-    val_fn: Any
-    nncf_config: Any
-
-
-@dataclass(frozen=True)
 class DistributedCallbacksArgs:
     """Functions that wrap a model for several GPUs, and unwrap it; nothing here wraps a model."""
 

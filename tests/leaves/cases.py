@@ -268,24 +268,54 @@ MOVEMENT = {
     "compression_lr_multiplier": Case((ABSENT, 0.5)),
 }
 
+_LEARNED = {
+    "params": {
+        "interlayer_ranking_type": "learned_ranking",
+        "legr_params": {"generations": 30, "train_steps": 1, "population_size": 4, "num_samples": 3, "random_seed": 2},
+    }
+}
+_ADAPTED = {
+    "params": {
+        "interlayer_ranking_type": "adapted_ranking",
+        "adapted_params": {"candidates": 32, "population_size": 6, "calibration_samples": 8, "max_pruning": 0.5},
+    }
+}
 PRUNING = {
     "params.schedule": Case(context={"pruning_init": 0.0, "params": {"pruning_target": 0.9, "pruning_steps": ABSENT}}),
     "params.multiple_of": Case((1, 4, 8), refused=(8,)),
     "params.pruning_flops_target": Case((0.3, 0.6), context={"params": {"pruning_target": ABSENT}}),
+    "params.pruning_parameters_target": Case((0.3, 0.6), context={"params": {"pruning_target": ABSENT}}),
     "params.pruning_target": Case((0.3, 0.6)),
+    # Functions are registered only where there are `legr_params`.
     "params.interlayer_ranking_type": Case(refused=("learned_ranking",)),
     "params.legr_params": Case(refused=EVERY_OTHER_VALUE),
+    "params.adapted_params": Case(refused=EVERY_OTHER_VALUE),
+    **{
+        f"params.legr_params.{name}": Case(values, context=_LEARNED)
+        for name, values in {
+            "generations": (5, 8),
+            "train_steps": (1, 2),
+            "max_pruning": (ABSENT, 0.5),
+            "random_seed": (1, 2),
+            "population_size": (4, 12),
+            "num_samples": (1, 16),
+            "mutate_percent": (0.1, 1.0),
+            "scale_sigma": (1.0, 2.0),
+        }.items()
+    },
+    **{
+        f"params.adapted_params.{name}": Case(values, context=_ADAPTED)
+        for name, values in {
+            "candidates": (5, 8),
+            "population_size": (3, 16),
+            "calibration_samples": (8, 16),
+            "max_pruning": (ABSENT, 0.5),
+            "random_seed": (1, 2),
+        }.items()
+    },
     **{
         f"params.{name}": Case((ABSENT, value), refused=EVERY_OTHER_VALUE)
         for name, value in {
-            "legr_params.generations": 10,
-            "legr_params.train_steps": 10,
-            "legr_params.max_pruning": 0.5,
-            "legr_params.random_seed": 1,
-            "legr_params.population_size": 8,
-            "legr_params.num_samples": 4,
-            "legr_params.mutate_percent": 0.5,
-            "legr_params.scale_sigma": 2.0,
             "save_ranking_coeffs_path": "a.json",
             "load_ranking_coeffs_path": "a.json",
         }.items()

@@ -17,7 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from compress_core import CompressionError, create_accuracy_aware_training_loop, create_compressed_model
+from compress_core import (
+    CompressionConfig,
+    CompressionError,
+    LeGRInitArgs,
+    create_accuracy_aware_training_loop,
+    create_compressed_model,
+)
 from compress_core.config.errors import shown
 from compress_core.data.structures import tensors_of
 from compress_core.transforms.chain import TransformChain
@@ -168,12 +174,31 @@ def observed(document: dict[str, Any], *, kind: type[nn.Module] = Net, data: boo
     return _observed[key]
 
 
+def with_functions(document: dict[str, Any]) -> Any:
+    """Registers the functions that a search of a ranking needs, if the document has settings of one."""
+    if "legr_params" not in json.dumps(document, default=repr):
+        return document
+
+    def train(loader: Any, model: nn.Module, optimizer: torch.optim.Optimizer, controller: Any, steps: int) -> None:
+        for _ in range(steps):
+            optimizer.zero_grad()
+            model(loader[0]).square().mean().backward()
+            optimizer.step()
+
+    def validate(model: nn.Module, loader: Any) -> tuple[float, float]:
+        return 0.0, float(model(loader[0]).square().mean())
+
+    functions = LeGRInitArgs(batches(), train, None, batches(), validate)
+    return CompressionConfig.load(document).register_extra_structs([functions])
+
+
 def observe(document: dict[str, Any], *, kind: type[nn.Module] = Net, data: bool = True) -> Observation:
     """Creates the compressed model, trains nothing, and looks at it from all sides."""
     model = make_model(kind)
     with _warnings() as warnings:
         try:
-            controller, model = create_compressed_model(model, document, init_loader=batches() if data else None)
+            config = with_functions(document)
+            controller, model = create_compressed_model(model, config, init_loader=batches() if data else None)
         except CompressionError as error:
             return Observation({}, tuple(warnings), error)
         state = controller.get_compression_state()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any, ClassVar
 
 import torch
@@ -34,10 +35,10 @@ from compress_filter_pruning.latency import measured_latency
 from compress_filter_pruning.measured import DataImportance, ImportanceRequest, measured_importances
 from compress_filter_pruning.planning import RANKED_DTYPES, PruningPlan, make_plan
 from compress_filter_pruning.pruner import Pruner
+from compress_filter_pruning.rankings import found_ranking, largest_level, resumed_ranking
 from compress_filter_pruning.saved import SavedPruning, removed_groups, saved_plan, saved_state
 from compress_filter_pruning.schedules import Schedule, make_schedule
-from compress_filter_pruning.selection import Selector
-from compress_filter_pruning.statistics import FilterPruningStatistics, Latency, PrunedLayer
+from compress_filter_pruning.statistics import FilterPruningStatistics, Latency, PrunedLayer, Ranking
 
 
 class FilterPruning(LevelAlgorithm):
@@ -72,6 +73,7 @@ class FilterPruning(LevelAlgorithm):
         self._plan: PruningPlan | None = None
         self._pruner: Pruner | None = None
         self._measured: list[torch.Tensor] | None = None
+        self._ranking: Ranking | None = None
         self._requested = 0.0
         # Epoch and finished optimizer steps when the schedule's masks were computed; None if they are others.
         self._time: tuple[int, int] | None = None
@@ -118,6 +120,7 @@ class FilterPruning(LevelAlgorithm):
         self._check_attainable(found, path)
         self._plan = found
         self._measured = self._measure(model, context, path)
+        self._ranking = found_ranking(model, found, self.config, context, path)
         weights = [member.parameter for group in found.groups for member in group.makers]
         return Plan(tuple(weights), found.skipped, found.to_dict())
 
@@ -126,6 +129,8 @@ class FilterPruning(LevelAlgorithm):
         """Adds the masks, at the initial level."""
         assert self._plan is not None
         self._pruner = Pruner(model, self._plan, self.config.params, self.name, self.context.shrunk, self._measured)
+        if self._ranking is not None:
+            self._pruner.coefficients = self._ranking.coefficients
         if not context.resuming:
             self._apply(self.config.pruning_init, (0, 0))
 
@@ -174,6 +179,8 @@ class FilterPruning(LevelAlgorithm):
             frozen=self._frozen,
             certificate=pruner.certificate,
             latency=self._latency,
+            ranking=self._ranking,
+            counts_parameters=pruner.counts_parameters,
         )
 
     @hookimpl
@@ -189,6 +196,7 @@ class FilterPruning(LevelAlgorithm):
             groups=[group.to_dict() for group in pruner.groups] if pruner.shrunk else [],
             certificate=None if pruner.certificate is None else pruner.certificate.to_dict(),
             measured=None if pruner.measured is None else [values.tolist() for values in pruner.measured],
+            ranking=None if self._ranking is None else asdict(self._ranking),
         ).model_dump()
 
     @hookimpl
@@ -203,8 +211,10 @@ class FilterPruning(LevelAlgorithm):
         if saved.certificate is not None:
             certificate = Certificate.from_dict(saved.certificate, f"{path}.certificate")
         measured = self._saved_measured(saved, path)
+        ranking = resumed_ranking(self.config.params, saved.ranking, pruner.groups, path)
         pruner.restore(shrunk, groups)
         pruner.measured, pruner.certificate = measured, certificate
+        self._ranking, pruner.coefficients = ranking, None if ranking is None else ranking.coefficients
         self._requested, self._time, self._frozen = saved.level, saved.time, saved.frozen
         pruner.mask(saved.gone)
 
@@ -228,15 +238,12 @@ class FilterPruning(LevelAlgorithm):
 
     @property
     def target_pruning_level(self) -> float:
-        """Level at the end of the schedule: of channels, or of operations with `pruning_flops_target`."""
-        params = self.config.params
-        if params.pruning_flops_target is not None:
-            return params.pruning_flops_target
-        return self.config.default_target if params.pruning_target is None else params.pruning_target
+        """Level at the end of the schedule: of channels, operations or parameters, as the target counts."""
+        return self.config.target
 
     @property
     def maximal_compression_rate(self) -> float:
-        """Largest share of the floating point operations that can be removed."""
+        """Largest share that can be removed: of the parameters if the target counts these, else of the operations."""
         return self._active.selector().most()
 
     @property
@@ -263,8 +270,8 @@ class FilterPruning(LevelAlgorithm):
         """Computes the masks for a level.
 
         Args:
-            pruning_level: Share to prune, 0 <= level < 1: of the channels, or of the floating point operations if the
-                config has `pruning_flops_target`. A dict maps the numbers of groups to shares of their channels; groups
+            pruning_level: Share to prune, 0 <= level < 1: of the channels, or of the operations or parameters if
+                the target counts these. A dict maps the numbers of groups to shares of their channels; groups
                 that are not in it do not change.
             run_batchnorm_adaptation: Whether to adapt batch norm to the change.
 
@@ -361,7 +368,7 @@ class FilterPruning(LevelAlgorithm):
             return None
         data = context.calibration_data(f"{path}.params.filter_importance")
         groups = [group.channels for group in self._plan.groups]
-        request = ImportanceRequest(model, groups, data, self.config, params.all_weights)
+        request = ImportanceRequest(model, groups, data, self.config, params.is_global)
         return measured_importances(value, params.filter_importance, request)
 
     def _saved_measured(self, saved: SavedPruning, path: str) -> list[torch.Tensor] | None:
@@ -386,7 +393,7 @@ class FilterPruning(LevelAlgorithm):
 
     def _check_attainable(self, plan: PruningPlan, section: str) -> None:
         params = self.config.params
-        if params.pruning_flops_target is None:
+        if params.target_key == "pruning_target":
             if self.target_pruning_level and all(group.rounded(1) == group.full_size for group in plan.groups):
                 largest = max(group.full_size for group in plan.groups)
                 raise ConfigError(
@@ -395,13 +402,14 @@ class FilterPruning(LevelAlgorithm):
                     path=f"{section}.params.multiple_of",
                 )
             return
-        most = Selector(plan.groups, plan.operations, True, params.all_weights).most()
-        if params.pruning_flops_target > most:
+        most = largest_level(plan, params)
+        if self.target_pruning_level > most:
+            what = "parameters" if params.target_key == "pruning_parameters_target" else "floating point operations"
             raise ConfigError(
-                f"{params.pruning_flops_target} cannot be reached: at most {most:.3f} of this model's floating point "
-                "operations can be removed. Lower it, lower multiple_of, or allow more layers (prune_first_conv, "
-                "prune_downsample_convs, scopes)",
-                path=f"{section}.params.pruning_flops_target",
+                f"{self.target_pruning_level} cannot be reached: at most {most:.3f} of this model's {what} can be "
+                "removed. Lower it, lower multiple_of, or allow more layers (prune_first_conv, prune_downsample_convs, "
+                "scopes)",
+                path=f"{section}.params.{params.target_key}",
             )
 
     def _resumed_plan(self, model: nn.Module, context: Context) -> Plan:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
 from compress_core import Choice, ChoicePoint, ModelError, PluginError, callable_choice, choice
 from compress_filter_pruning.config import IMPORTANCE
+from compress_filter_pruning.distances import sums_of_distances
 from compress_filter_pruning.measured import DataImportance
-
-# Number of rows of the distance matrix that are computed at a time.
-_ROWS = 256
 
 
 def l1_norm(filters: torch.Tensor) -> torch.Tensor:
@@ -27,13 +25,7 @@ def l2_norm(filters: torch.Tensor) -> torch.Tensor:
 
 def geometric_median(filters: torch.Tensor) -> torch.Tensor:
     """Returns the sum of each filter's distances to all others (He et al., 2019, arXiv:1811.00250, equation 5)."""
-    wide = filters.double()
-    parts = [
-        # Exact distances, because the fast method with a matrix product gives equal filters a distance above zero.
-        torch.cdist(rows, wide, compute_mode="donot_use_mm_for_euclid_dist").sum(1)
-        for rows in torch.split(wide, _ROWS)
-    ]
-    return torch.cat(parts)
+    return sums_of_distances(filters)
 
 
 POINT = ChoicePoint(
@@ -49,6 +41,11 @@ CHOICES = [
     Choice(IMPORTANCE, "L2", l2_norm),
     Choice(IMPORTANCE, "geometric_median", geometric_median),
 ]
+
+
+def is_cheap(kind: str) -> bool:
+    """Returns whether an importance takes no longer than finding out that nothing has changed."""
+    return choice(kind, IMPORTANCE) in (l1_norm, l2_norm)
 
 
 def filter_importance(weight: torch.Tensor, dim: int, kind: str) -> torch.Tensor:
@@ -80,15 +77,21 @@ def layer_norm(weight: torch.Tensor) -> float:
 
 
 def channel_importance(
-    weights: Sequence[tuple[str, torch.Tensor, int, torch.Tensor]], size: int, kind: str, *, normalized: bool
+    weights: Sequence[tuple[str, torch.Tensor, int, torch.Tensor]],
+    size: int,
+    importance_of: Callable[[str, torch.Tensor, int], torch.Tensor],
+    *,
+    normalized: bool = False,
+    coefficients: Mapping[str, tuple[float, float]] | None = None,
 ) -> torch.Tensor:
     """Returns the importance of each channel of a group: the sum over all filters that produce it.
 
     Args:
         weights: Name, weight, dimension of the filters, and the channel of each filter (or -1).
         size: Number of channels.
-        kind: See `filter_importance`.
+        importance_of: Takes name, weight and dimension of the filters, and returns the importance of each filter.
         normalized: Whether weights are divided by their L2 norm first, so that layers can be compared.
+        coefficients: Name -> (a, b): a filter counts a * importance + b instead.
 
     Returns:
         Shape (size,), float64, on the CPU.
@@ -98,10 +101,13 @@ def channel_importance(
     """
     total = torch.zeros(size, dtype=torch.float64)
     for name, weight, dim, channels in weights:
-        values = filter_importance(weight, dim, kind).cpu()
+        values = importance_of(name, weight, dim).cpu()
         if not bool(values.isfinite().all()):
             raise ModelError(f"the weight '{name}' holds NaN or infinity; repair it before compression")
-        if normalized:
+        if coefficients is not None:
+            scale, shift = coefficients[name]
+            values = scale * values + shift
+        elif normalized:
             values = values / layer_norm(weight)
         wanted = channels >= 0
         total.index_add_(0, channels[wanted], values[wanted])

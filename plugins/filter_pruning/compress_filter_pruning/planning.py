@@ -173,10 +173,10 @@ class _Rules:
         if ".parametrizations." in name:
             return "is computed by a parametrization"
         layer = self._modules.get(name.rpartition(".")[0])
-        if name in self._first and not self._params.prune_first_conv:
+        if name in self._first and not self._params.prunes_first:
             return "is a first convolution (prune_first_conv is false)"
         strided = isinstance(layer, AnyConv) and not isinstance(layer, AnyConvTranspose) and max(layer.stride) > 1
-        if strided and not self._params.prune_downsample_convs:
+        if strided and not self._params.prunes_downsampling:
             return "has a stride (prune_downsample_convs is false)"
         return None
 

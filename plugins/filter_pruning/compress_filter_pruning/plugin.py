@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from compress_core import Algorithm, Choice, ChoicePoint, hookimpl
-from compress_filter_pruning import importance, schedules
+from compress_filter_pruning import importance, ranking, rankings, schedules
 from compress_filter_pruning.algorithm import FilterPruning
 
 
@@ -15,11 +15,11 @@ def compress_algorithms() -> list[type[Algorithm]]:
 
 @hookimpl
 def compress_choice_points() -> list[ChoicePoint]:
-    """Returns the choice point of filter importances."""
-    return [importance.POINT]
+    """Returns the choice points of filter importances and of rankings over all groups."""
+    return [importance.POINT, ranking.POINT]
 
 
 @hookimpl
 def compress_choices() -> list[Choice]:
-    """Returns three importances and two schedules."""
-    return [*importance.CHOICES, *schedules.CHOICES]
+    """Returns three importances, three rankings and two schedules."""
+    return [*importance.CHOICES, *rankings.CHOICES, *schedules.CHOICES]

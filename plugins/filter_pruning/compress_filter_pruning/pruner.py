@@ -26,6 +26,7 @@ from compress_core.channels import (
 )
 from compress_core.data.forwards import without_traces
 from compress_core.transforms import get_weight_transform, raw_parameter
+from compress_filter_pruning.cached import Importances
 from compress_filter_pruning.config import FilterPruningParams
 from compress_filter_pruning.groups import PruningGroup
 from compress_filter_pruning.importance import channel_importance
@@ -55,6 +56,7 @@ class Pruner:
         stripped: What the last `strip` or `shrink` removed.
         certificate: How well the result of the last `strip` or `shrink` agreed with the masked model.
         measured: Measured importances of the present channels of each group, or None.
+        coefficients: Name of a weight that makes channels -> (a, b): its filters count a * importance + b; or None.
     """
 
     def __init__(
@@ -71,8 +73,10 @@ class Pruner:
         self.shrunk = self.stripped = Shrinkage()
         self.certificate: Certificate | None = None
         self.measured = None if measured is None else list(measured)
+        self.coefficients: Mapping[str, tuple[float, float]] | None = None
         self._operations, self._parameters = plan.operations, plan.parameters
         self._params, self._key, self._announce = params, key, announce
+        self._filters = Importances(params.filter_importance)
         add_masks(model, self._masked(), key)
 
     # Figures.
@@ -80,7 +84,12 @@ class Pruner:
     @property
     def counts_operations(self) -> bool:
         """Whether levels are shares of floating point operations, instead of channels."""
-        return self._params.pruning_flops_target is not None
+        return self._params.target_key == "pruning_flops_target"
+
+    @property
+    def counts_parameters(self) -> bool:
+        """Whether levels are shares of parameters."""
+        return self._params.target_key == "pruning_parameters_target"
 
     def full(self) -> list[int]:
         """Returns the number of channels of each group in the uncompressed model."""
@@ -99,7 +108,7 @@ class Pruner:
         return self._parameters.of(left)
 
     def level(self) -> float:
-        """Returns the pruned share, of operations or channels as levels count."""
+        """Returns the pruned share, of operations, parameters or channels as levels count."""
         full, left = self.full(), self.left()
         return 1 - self._cost(left) / self._cost(full) if self._cost(full) else 0.0
 
@@ -237,13 +246,18 @@ class Pruner:
 
     def selector(self) -> Selector:
         """Returns the selector, which turns levels into numbers of channels."""
-        return Selector(self.groups, self._operations, self.counts_operations, self._params.all_weights)
+        costs = self._parameters if self.counts_parameters else self._operations
+        return Selector(self.groups, costs, self._counts_costs, self._params.is_global)
+
+    @property
+    def _counts_costs(self) -> bool:
+        return self.counts_operations or self.counts_parameters
 
     def _masked(self) -> Any:
         return masked_parameters(self.model, self.groups, batch_norms=self._params.prune_batch_norms)
 
     def _cost(self, left: Sequence[int]) -> int:
-        return self._operations.of(left) if self.counts_operations else sum(left)
+        return self.selector().costs.of(left) if self._counts_costs else sum(left)
 
     def _left_at(self, level: float) -> list[int]:
         # Removed channels cannot come back.
@@ -268,8 +282,13 @@ class Pruner:
             (m.parameter, raw_parameter(self.model, m.parameter), m.dim, torch.from_numpy(m.channels))
             for m in group.makers
         ]
-        kind, normalized = self._params.filter_importance, self._params.all_weights
-        return channel_importance(weights, group.size, kind, normalized=normalized)
+        return channel_importance(
+            weights,
+            group.size,
+            self._filters.of,
+            normalized=self._params.is_global,
+            coefficients=self.coefficients,
+        )
 
 
 def _without(values: torch.Tensor, gone: set[int]) -> torch.Tensor:

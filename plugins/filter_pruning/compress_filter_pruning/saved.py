@@ -29,6 +29,17 @@ class _SavedDetails(BaseModel):
     inputs: Items[dict[str, Any]]
 
 
+class SavedRanking(BaseModel):
+    """A ranking that was searched for or read, see `compress_filter_pruning.ranking.Ranking`."""
+
+    model_config = STRICT
+    coefficients: dict[str, tuple[float, float]]
+    tried: Whole
+    measure: str
+    value: float | None
+    unweighted: float | None
+
+
 class SavedPruning(BaseModel):
     """The state that `compress_state` saves.
 
@@ -41,6 +52,7 @@ class SavedPruning(BaseModel):
         certificate: The result of the last comparison with the masked model.
         time: Epoch and finished optimizer steps when the schedule computed the masks.
         measured: Importances of the present channels of each group, if they were measured on data.
+        ranking: What a search has found, if there was one.
     """
 
     level: float = Field(ge=0, lt=1)
@@ -51,6 +63,7 @@ class SavedPruning(BaseModel):
     certificate: dict[str, Any] | None = None
     time: tuple[Whole, Whole] | None = None
     measured: Items[Items[float]] | None = None
+    ranking: SavedRanking | None = None
 
     def check_groups(self, groups: Sequence[PruningGroup], path: str) -> None:
         """Checks the masked channels and the importances against the present groups.

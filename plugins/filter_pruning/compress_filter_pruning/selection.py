@@ -20,21 +20,21 @@ class Selector:
 
     Attributes:
         groups: The groups.
-        operations: Cost in floating point operations.
-        counts_operations: Whether a level is a share of the operations, instead of the channels.
+        costs: Cost in floating point operations or in parameters.
+        counts_costs: Whether a level is a share of the cost, instead of the channels.
         is_global: Whether channels are ranked over all groups together.
     """
 
     groups: Sequence[PruningGroup]
-    operations: Costs
-    counts_operations: bool
+    costs: Costs
+    counts_costs: bool
     is_global: bool
 
     def left(self, level: float, ranking: Callable[[], Sequence[torch.Tensor]]) -> list[int]:
         """Returns the number of channels left in each group.
 
         At level 0 all channels stay. A level in channels is never exceeded, because rounding to a multiple keeps more
-        channels. A level in operations is reached, or everything is pruned that can be.
+        channels. A level in operations or parameters is reached, or everything is pruned that can be.
 
         Args:
             level: The level, 0 <= level < 1.
@@ -44,39 +44,39 @@ class Selector:
             return [group.full_size for group in self.groups]
         if self.is_global:
             return self._global(level, ranking())
-        if self.counts_operations:
-            return self._uniform_operations(level)
+        if self.counts_costs:
+            return self._uniform_costs(level)
         return [group.left(level) for group in self.groups]
 
     def most(self) -> float:
-        """Returns the largest share of operations that can be pruned."""
+        """Returns the largest share of the cost that can be pruned."""
         least = [group.rounded(self._floor(group)) for group in self.groups]
-        return 1 - self.operations.of(least) / self._full
+        return 1 - self.costs.of(least) / self._full
 
     def most_level(self) -> float:
-        """Returns the highest level, of operations or channels as levels count.
+        """Returns the highest level, of operations, parameters or channels as levels count.
 
-        Below 1 with operations, because at least one channel of each group stays. Levels in channels are rounded for
-        each group, so all below 1 can be asked for.
+        Below 1 with operations or parameters, because at least one channel of each group stays. Levels in channels are
+        rounded for each group, so all below 1 can be asked for.
         """
-        return self.most() if self.counts_operations else 1.0
+        return self.most() if self.counts_costs else 1.0
 
     @property
     def _full(self) -> int:
-        return self.operations.of([group.full_size for group in self.groups])
+        return self.costs.of([group.full_size for group in self.groups])
 
     def _floor(self, group: PruningGroup) -> int:
         return max(1, -int(-group.full_size * _LEAST_SHARE // 1)) if self.is_global else 1
 
-    def _uniform_operations(self, level: float) -> list[int]:
-        """Returns the channels left at the smallest uniform level in channels that prunes enough operations."""
+    def _uniform_costs(self, level: float) -> list[int]:
+        """Returns the channels left at the smallest uniform level in channels that prunes enough of the cost."""
         sizes = [(group.full_size, left) for group in self.groups for left in range(1, group.full_size + 1)]
         levels = sorted({1 - left / size for size, left in sizes})
         wanted = (1 - level) * self._full
         low, high = 0, len(levels) - 1
         while low < high:
             middle = (low + high) // 2
-            enough = self.operations.of([group.left(levels[middle]) for group in self.groups]) <= wanted
+            enough = self.costs.of([group.left(levels[middle]) for group in self.groups]) <= wanted
             low, high = (low, middle) if enough else (middle + 1, high)
         return [group.left(levels[low]) for group in self.groups]
 
@@ -95,9 +95,9 @@ class Selector:
             ]
 
         total = sum(group.full_size for group in self.groups)
-        if self.counts_operations:
+        if self.counts_costs:
             wanted = (1 - level) * self._full
-            count = _first(len(order), lambda n: self.operations.of(left(n)) <= wanted)
+            count = _first(len(order), lambda n: self.costs.of(left(n)) <= wanted)
         else:
             most = round(level * total)
             count = _first(len(order), lambda n: total - sum(left(n)) > most)

@@ -47,6 +47,29 @@ class Latency:
     threads: int
 
 
+Coefficients = Mapping[str, tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """What a search has found: the channels with the lowest scores go first, whatever group they are in.
+
+    Attributes:
+        coefficients: Name of a weight -> (a, b): a filter of it has the score a * importance + b, and a channel the sum
+            of the scores of all filters that produce it.
+        tried: Number of rankings that were tried.
+        measure: What was measured: `loss`, `error` or `accuracy`, for example.
+        value: Its value for the chosen ranking; None if nothing was measured.
+        unweighted: Its value for the first ranking of comparison, if that was tried.
+    """
+
+    coefficients: dict[str, tuple[float, float]]
+    tried: int = 0
+    measure: str = ""
+    value: float | None = None
+    unweighted: float | None = None
+
+
 @dataclass(frozen=True)
 class FilterPruningStatistics(Statistics):
     """Figures of the current model.
@@ -67,6 +90,8 @@ class FilterPruningStatistics(Statistics):
         frozen: Whether the masks are frozen.
         certificate: How well the result of the last `strip` or `shrink` agrees with the masked model; None before.
         latency: The last result of `measure_latency`; None before.
+        ranking: The ranking that was searched for, or read; None without.
+        counts_parameters: Whether the levels are shares of parameters.
     """
 
     layers: tuple[PrunedLayer, ...]
@@ -83,6 +108,8 @@ class FilterPruningStatistics(Statistics):
     frozen: bool
     certificate: Certificate | None = None
     latency: Latency | None = None
+    ranking: Ranking | None = None
+    counts_parameters: bool = False
 
     @property
     def pruning_level(self) -> float:
@@ -109,12 +136,17 @@ class FilterPruningStatistics(Statistics):
         if self.latency is not None:
             masked, shrunk = 1e3 * self.latency.masked, 1e3 * self.latency.shrunk
             rows.append((f"ms for a forward, {self.latency.threads} thread(s)", masked, shrunk, 1 - shrunk / masked))
-        unit = "FLOPs" if self.counts_flops else "channels"
+        unit = "FLOPs" if self.counts_flops else "parameters" if self.counts_parameters else "channels"
         state: list[tuple[Any, ...]] = [
             (f"level set last (of {unit})", self.requested_level),
             (f"target level (of {unit})", self.target_level),
             ("masks frozen", "yes" if self.frozen else "no"),
         ]
+        if self.ranking is not None and self.ranking.tried:
+            state.append(("rankings tried", self.ranking.tried))
+            state.append((f"{self.ranking.measure} of the best ranking, in the search", self.ranking.value))
+            if self.ranking.unweighted is not None:
+                state.append((f"{self.ranking.measure} of the unweighted ranking", self.ranking.unweighted))
         if self.certificate is not None:
             state.append(("shrunk model differs, eval mode", f"{self.certificate.eval_difference:.1e}"))
             if self.certificate.train_difference is not None:
@@ -138,6 +170,7 @@ class FilterPruningStatistics(Statistics):
             "skipped": dict(self.skipped),
             "certificate": None if self.certificate is None else self.certificate.to_dict(),
             "latency": None if self.latency is None else asdict(self.latency),
+            "ranking": None if self.ranking is None else asdict(self.ranking),
         }
         rest = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in own}
         return own | rest

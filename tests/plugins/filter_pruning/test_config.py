@@ -21,6 +21,12 @@ def test_both_targets():
     refused(config(0.0, pruning_target=0.5, pruning_flops_target=0.4), "params.pruning_flops_target", "choose one")
 
 
+def test_a_target_in_parameters_beside_another():
+    both = {"pruning_parameters_target": 0.5, "pruning_flops_target": 0.4}
+    refused(config(0.0, **both), "params.pruning_parameters_target", "together with pruning_flops_target")
+    refused(config(0.6, pruning_parameters_target=0.5), "params.pruning_parameters_target", "below pruning_init 0.6")
+
+
 def test_target_below_the_initial_level():
     refused(config(0.6, pruning_target=0.5), "params.pruning_target", "0.5 is below pruning_init 0.6")
 
@@ -29,11 +35,6 @@ def test_a_target_that_nobody_gave_is_not_below_the_initial_level():
     check_config(config(0.6))
     for initial, target in ((0.6, 0.6), (0.1, 0.5)):
         assert FilterPruningConfig(algorithm="filter_pruning", pruning_init=initial).default_target == target
-
-
-def test_learned_ranking_is_not_available_yet():
-    document = config(0.0, interlayer_ranking_type="learned_ranking")
-    refused(document, "params.interlayer_ranking_type", "not available yet")
 
 
 @pytest.mark.parametrize(
@@ -47,6 +48,7 @@ def test_learned_ranking_is_not_available_yet():
         ("filter_importance", "L3"),
         ("schedule", "linear"),
         ("num_init_steps", -1),
+        ("interlayer_ranking_type", "weighted_ranking"),
     ],
 )
 def test_values_out_of_range(key, value):

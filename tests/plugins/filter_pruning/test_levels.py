@@ -117,6 +117,27 @@ def test_target_in_operations_is_reached_and_not_by_far(target, all_weights):
     assert figures.full_parameters == sum(p.numel() for p in plain.parameters())
 
 
+@pytest.mark.parametrize("all_weights", [False, True])
+@pytest.mark.parametrize("target", [0.3, 0.5, 0.7])
+def test_target_in_parameters_is_reached_and_not_by_far(target, all_weights):
+    plain = seen(Chain((16, 24, 16)))
+    full = sum(p.numel() for p in plain.parameters())
+    controller, _ = pruned(copy.deepcopy(plain), target, pruning_parameters_target=target, all_weights=all_weights)
+    small = controller.strip()
+    share = 1 - sum(p.numel() for p in small.parameters()) / full
+    assert target <= share < target + 0.1
+    assert controller.compression_rate == pytest.approx(share)
+    assert controller.target_pruning_level == target
+    assert controller.compression_stage() == CompressionStage.FULLY_COMPRESSED
+    assert share < controller.maximal_compression_rate < 1
+    assert "level set last (of parameters)" in controller.statistics().to_str()
+
+
+def test_target_in_parameters_that_cannot_be_reached_is_refused_with_what_can():
+    with pytest.raises(ConfigError, match=r"pruning_parameters_target: .*at most 0\.\d+ of this model's parameters"):
+        pruned(seen(Chain()), 0.0, pruning_parameters_target=0.999, multiple_of=8)
+
+
 def test_target_in_operations_that_cannot_be_reached_is_refused_with_what_can():
     with pytest.raises(ConfigError, match=r"pruning_flops_target.*cannot be reached: at most 0\.\d+"):
         pruned(seen(Chain()), 0.0, pruning_flops_target=0.999, multiple_of=8)
