@@ -228,7 +228,7 @@ def register_default_init_args(
     """
     searches = _functions_for_searches(train_loader, train_steps_fn, legr_train_optimizer, val_loader, validate_fn)
     if not searches and val_loader is not None and autoq_eval_fn is None:
-        raise UsageError("val_loader: is for validate_fn(model, val_loader) or autoq_eval_fn, and validate_fn is missing")
+        raise UsageError("val_loader: is for validate_fn or autoq_eval_fn, and validate_fn is missing")
     loaded = CompressionConfig.load(config)
     kinds: tuple[type[InitArgs], ...] = (BNAdaptationInitArgs, QuantizationRangeInitArgs)
     loaded.register_extra_structs([kind(train_loader, device, forward_fn) for kind in kinds])
