@@ -22,6 +22,11 @@ from benchmarks.torchvision_operators import replace_missing_operators
 
 replace_missing_operators()
 """
+SEED = """
+import torch
+
+torch.manual_seed(0)
+"""
 NEEDS = {"timm": [], "torchvision": ["torchvision"], "ultralytics": ["ultralytics", "torchvision", "cv2", "PIL"]}
 
 # What is added to a program: nothing decays a scale, half of the weights are zeros in a plain model, the run was resumed.
@@ -76,7 +81,7 @@ def test_recipe_runs(page, tmp_path):
     if missing:
         pytest.skip(f"needs {', '.join(missing)}: make recipes")
     prepare = PREPARE if importlib.util.find_spec("torchvision") else ""
-    (tmp_path / "recipe.py").write_text(prepare + program(page) + COMMON + CHECKS[page])
+    (tmp_path / "recipe.py").write_text(prepare + SEED + program(page) + COMMON + CHECKS[page])
     paths = [str(ROOT), *(str(path) for path in (ROOT / "plugins").iterdir() if path.is_dir())]
     places = {"PYTHONPATH": os.pathsep.join(paths), "YOLO_CONFIG_DIR": str(tmp_path), "HOME": str(tmp_path)}
     found = subprocess.run(

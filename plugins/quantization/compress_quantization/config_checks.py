@@ -154,7 +154,7 @@ def _precision(config: QuantizationConfig, profile: Profile) -> Iterator[Problem
     method: PrecisionMethod = choice(precision.type, PRECISION)
     for problem in method.check(precision, profile):
         yield Problem(f"{path}.{problem.path}" if problem.path else path, problem.message)
-    if method.choose is not None:
+    if method.choose is not None and (method.needs_choice or _bits_offered(profile) - {8}):
         yield from _bits_to_choose(f"{path}.bits", precision, profile)
     first: dict[str, int] = {}
     for index, (bits, scope) in enumerate(precision.bitwidth_per_scope):
@@ -164,8 +164,12 @@ def _precision(config: QuantizationConfig, profile: Profile) -> Iterator[Problem
         first.setdefault(scope, index)
 
 
+def _bits_offered(profile: Profile) -> set[int]:
+    return {bits for scheme in profile.all_schemes("weights") for bits in scheme.bits}
+
+
 def _bits_to_choose(path: str, precision: PrecisionConfig, profile: Profile) -> Iterator[Problem]:
-    offered = {bits for scheme in profile.all_schemes("weights") for bits in scheme.bits}
+    offered = _bits_offered(profile)
     if len(offered) < 2:
         yield Problem(
             path.rpartition(".")[0],

@@ -209,7 +209,7 @@ def test_wrong_values_are_named(values, path, words):
         ),
         (
             "CPU",
-            {"initializer": {"precision": {"type": "hawq", "bits": [4, 8], "iter_number": 100}}},
+            {"initializer": {"precision": {"type": "sensitivity", "bits": [4, 8], "budget": {"average_bits": 6}}}},
             "initializer.precision",
             "there is nothing to choose: target_device CPU offers [8] bits",
         ),

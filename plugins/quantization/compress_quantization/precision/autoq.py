@@ -265,4 +265,5 @@ def _swaps(decisions: Sequence[Decision], problem: Problems, bits: Mapping[str, 
     return sorted(found, key=problem.predicted)
 
 
-METHOD = PrecisionMethod(choose, KEYS, check)
+# Documents of NNCF name the method for devices with 8 bits alone, where NNCF leaves everything as it is.
+METHOD = PrecisionMethod(choose, KEYS, check, needs_choice=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal
@@ -20,6 +21,8 @@ from compress_quantization.precision.method import ChosenBits, PrecisionMethod
 from compress_quantization.precision.report import PrecisionReport
 from compress_quantization.precision.search import PrecisionSearch, set_spec
 from compress_quantization.quantizer_config import QuantizerSpec
+
+logger = logging.getLogger(__name__)
 
 _PATH = "initializer.precision"
 
@@ -102,6 +105,9 @@ class ChosenPrecision:
         if method.choose is None:
             return False
         where = f"{path}.{_PATH}"
+        if not method.needs_choice and all(len(c.options) == 1 for c in self.choices if c.group == "weights"):
+            self._say_that_nothing_is_chosen(context, where, config)
+            return False
         search = PrecisionSearch(
             config,
             where,
@@ -122,6 +128,19 @@ class ChosenPrecision:
         self._record(context, where, config, result)
         self.choices = []
         return True
+
+    def _say_that_nothing_is_chosen(self, context: Context, where: str, config: PrecisionConfig) -> None:
+        device = context.config.root.target_device
+        why = f"no effect: target_device {device} and these settings leave one number of bits for each weight"
+        for leaf, value, _ in config.given_leaves():
+            context.ledger.record(f"{where}.{leaf}", value, why, ())
+        logger.warning(
+            "%s: %s has nothing to choose: target_device %s and these settings leave one number of bits for each "
+            'weight. Remove the section, or set a target_device that offers several, such as "TRIAL" or "NPU"',
+            where,
+            config.type,
+            device,
+        )
 
     def _refuse_strange(self, bits: Mapping[str, int], kind: str) -> None:
         offered = {entry.name: entry.options for entry in self.choices}

@@ -361,4 +361,5 @@ def _report(
     return PrecisionReport("hawq", limit.unit, "trace times squared change of the weights", 0, points)
 
 
-METHOD = PrecisionMethod(choose, KEYS, check)
+# Documents of NNCF name the method for devices with 8 bits alone, where NNCF leaves everything as it is.
+METHOD = PrecisionMethod(choose, KEYS, check, needs_choice=False)

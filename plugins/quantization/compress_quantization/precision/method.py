@@ -45,11 +45,14 @@ class PrecisionMethod:
         keys: The keys of the section that it reads; others are refused, because they would have no effect.
         check: Yields what is wrong with the section as far as it can be told without a model. Paths are relative to
             the section `initializer.precision`.
+        needs_choice: Whether a device that offers one number of bits for weights is an error; otherwise a warning says
+            that nothing was chosen.
     """
 
     choose: Callable[[PrecisionSearch], ChosenBits] | None
     keys: tuple[str, ...] = ()
     check: Callable[[PrecisionConfig, Profile], Iterable[Problem]] = _no_problems
+    needs_choice: bool = True
 
 
 def _check_method(value: object) -> str | None:

@@ -234,6 +234,18 @@ def test_a_device_with_one_number_of_bits_leaves_nothing_to_choose():
         created(FOUR, device="CPU")
 
 
+@pytest.mark.parametrize("precision", [{"type": "hawq", "bits": [4, 8], "tolerance": 0.5}, {"type": "autoq"}])
+def test_documents_of_nncf_for_such_a_device_leave_eight_bits_with_a_warning(precision, caplog):
+    with caplog.at_level(logging.WARNING):
+        controller, _ = created(precision, device="CPU")
+    assert set(weight_bits(controller).values()) == {8}
+    assert f"{precision['type']} has nothing to choose: target_device CPU" in caplog.text
+    resumed, _ = create_compressed_model(
+        make_net(), document(precision, device="CPU"), compression_state=controller.get_compression_state()
+    )
+    assert weight_bits(resumed) == weight_bits(controller)
+
+
 def test_where_all_bits_are_given_there_is_nothing_to_choose():
     with pytest.raises(ConfigError, match="each weight can have one number of bits only"):
         created(FOUR, weights={"bits": 4})
