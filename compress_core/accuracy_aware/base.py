@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from compress_core.accuracy_aware.functions import UserFunctions
-from compress_core.accuracy_aware.picture import draw_accuracy_aware, has_matplotlib
+from compress_core.accuracy_aware.picture import draw_accuracy_aware
 from compress_core.accuracy_aware.records import AccuracyAwareStatistics
 from compress_core.accuracy_aware.runner import Runner
 from compress_core.accuracy_aware.saved import Folder, Progress, check_same_settings, is_first_rank, read_progress
@@ -22,6 +22,7 @@ from compress_core.config.accuracy_aware import PATH, AccuracyAwareTraining
 from compress_core.contract.algorithm import Algorithm
 from compress_core.errors import ConfigError, UsageError
 from compress_core.files import replaced_file
+from compress_core.pictures import has_matplotlib
 from compress_core.session.checkpoints import Checkpoint
 from compress_core.session.controller import CompressionController
 

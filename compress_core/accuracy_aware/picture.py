@@ -2,24 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import os
-from pathlib import Path
 
 from compress_core.accuracy_aware.records import AccuracyAwareStatistics
-from compress_core.errors import ExportError, UsageError
-from compress_core.files import replaced_file
-
-_FORMATS = ("png", "svg", "pdf")
-
-
-def has_matplotlib() -> bool:
-    """Returns whether pictures can be drawn here."""
-    try:
-        import matplotlib.figure  # noqa: F401, PLC0415 - an extra
-    except ImportError:
-        return False
-    return True
+from compress_core.errors import UsageError
+from compress_core.pictures import check_format, new_figure, write_figure
 
 
 def draw_accuracy_aware(statistics: AccuracyAwareStatistics, path: str | os.PathLike[str]) -> None:
@@ -34,17 +21,11 @@ def draw_accuracy_aware(statistics: AccuracyAwareStatistics, path: str | os.Path
         ExportError: matplotlib is missing (`pip install 'compress-core[plot]'`).
         FileError: The file cannot be written.
     """
-    kind = Path(path).suffix.lower().removeprefix(".")
-    if kind not in _FORMATS:
-        raise UsageError(f"path: '{path}' must end in .{', .'.join(_FORMATS)}")
+    check_format(path)
     if not statistics.epochs:
         raise UsageError("there are no epochs yet; call run() first")
-    try:
-        from matplotlib.figure import Figure  # noqa: PLC0415 - an extra
-    except ImportError as error:
-        raise ExportError("a picture needs matplotlib: pip install 'compress-core[plot]'") from error
     records = statistics.epochs
-    figure = Figure(figsize=(9, 6), layout="constrained")
+    figure = new_figure(9, 6)
     above, below = figure.subplots(2, 1, sharex=True)
     places = range(len(records))
     measured = [(place, record.metric) for place, record in enumerate(records) if record.metric is not None]
@@ -57,7 +38,6 @@ def draw_accuracy_aware(statistics: AccuracyAwareStatistics, path: str | os.Path
     below.plot([place for place, _ in asked], [rate for _, rate in asked], "_", color="tab:orange", label="asked for")
     below.set(ylabel="compression rate", xlabel="epoch")
     below.set_xticks(places, [str(record.epoch) for record in records], fontsize=7)
-    below.locator_params(axis="x", nbins=25) if len(records) <= 1 else None
     if statistics.result is not None:
         result = records[statistics.result]
         if result.metric is not None:
@@ -65,7 +45,4 @@ def draw_accuracy_aware(statistics: AccuracyAwareStatistics, path: str | os.Path
         below.plot(statistics.result, result.rate, "o", color="tab:green", markersize=9, label="result")
     for axes in (above, below):
         axes.legend(fontsize=8)
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format=kind, dpi=120)
-    with replaced_file(path) as file:
-        file.write(drawn.getvalue())
+    write_figure(figure, path)

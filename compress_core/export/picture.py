@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import io
 import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from compress_core.errors import ExportError, UsageError
+from compress_core.errors import UsageError
 from compress_core.export.report import ExportReport, LayerAgreement
-from compress_core.files import replaced_file
+from compress_core.pictures import check_format, new_figure, write_figure
 
 _ROUNDING = 0.5  # of a step
-_FORMATS = ("png", "svg", "pdf")
 _INCHES_PER_LAYER = 0.22
 _MOST_NAMES = 200
 
@@ -33,19 +31,11 @@ def draw_layers(report: ExportReport, path: str | os.PathLike[str]) -> None:
         ExportError: matplotlib is missing (`pip install 'compress-core[plot]'`).
         FileError: The file cannot be written.
     """
-    kind = Path(path).suffix.lower().removeprefix(".")
-    if kind not in _FORMATS:
-        raise UsageError(f"path: '{path}' must end in .{', .'.join(_FORMATS)}")
+    check_format(path)
     if not report.layers:
         raise UsageError("the report compares no layers; export with by_layer=True")
-    try:
-        from matplotlib.figure import Figure  # noqa: PLC0415 - an extra
-    except ImportError as error:
-        raise ExportError("a picture needs matplotlib: pip install 'compress-core[plot]'") from error
     layers = report.layers
-    figure = Figure(
-        figsize=(9, max(3.0, _INCHES_PER_LAYER * min(len(layers), _MOST_NAMES) + 1.5)), layout="constrained"
-    )
+    figure = new_figure(9, max(3.0, _INCHES_PER_LAYER * min(len(layers), _MOST_NAMES) + 1.5))
     axes = figure.subplots()
     places = range(len(layers))
     highest = max(_finite([layer.steps for layer in layers]), _ROUNDING)
@@ -60,10 +50,7 @@ def draw_layers(report: ExportReport, path: str | os.PathLike[str]) -> None:
     axes.set_xlabel("difference to torch, in steps of the quantizer")
     axes.set_title(f"{Path(report.path).name or 'not written'} in {report.runtime}", fontsize=10)
     figure.legend(fontsize=8, loc="outside lower center", ncols=2)
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format=kind, dpi=120)
-    with replaced_file(path) as file:
-        file.write(drawn.getvalue())
+    write_figure(figure, path)
 
 
 def _departs(layer: LayerAgreement) -> bool:

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import io
 import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, Field
 
 from compress_core import Statistics, Table
-from compress_core.errors import CompressionError, UsageError
-from compress_core.files import replaced_file
+from compress_core.errors import UsageError
+from compress_core.pictures import check_format, new_figure, write_figure
 from compress_core.saved import STRICT, Items, parsed
-
-_FORMATS = ("png", "svg", "pdf")
 
 
 @dataclass(frozen=True)
@@ -136,19 +132,13 @@ class PrecisionReport(Statistics):
 
         Raises:
             UsageError: There is no frontier, or the file has another ending.
-            CompressionError: matplotlib is missing (`pip install 'compress-core[plot]'`).
+            ExportError: matplotlib is missing (`pip install 'compress-core[plot]'`).
             FileError: The file cannot be written.
         """
-        kind = Path(path).suffix.lower().removeprefix(".")
-        if kind not in _FORMATS:
-            raise UsageError(f"path: '{path}' must end in .{', .'.join(_FORMATS)}")
+        check_format(path)
         if not self.points:
             raise UsageError("the report has no frontier; set initializer.precision.frontier_points above 0")
-        try:
-            from matplotlib.figure import Figure  # noqa: PLC0415 - an extra
-        except ImportError as error:
-            raise CompressionError("a picture needs matplotlib: pip install 'compress-core[plot]'") from error
-        figure = Figure(figsize=(7, 4.5), layout="constrained")
+        figure = new_figure(7, 4.5)
         axes = figure.subplots()
         used = [point.used for point in self.points]
         axes.plot(used, [_positive(point.predicted) for point in self.points], "o--", label="predicted")
@@ -162,10 +152,7 @@ class PrecisionReport(Statistics):
         axes.set_ylabel(self.error)
         axes.set_title(f"Precision by {self.method}, {self.samples} samples", fontsize=10)
         axes.legend(fontsize=8)
-        drawn = io.BytesIO()
-        figure.savefig(drawn, format=kind, dpi=120)
-        with replaced_file(path) as file:
-            file.write(drawn.getvalue())
+        write_figure(figure, path)
 
 
 def _positive(value: float | None) -> float:
