@@ -2,23 +2,12 @@
 
 import json
 
-import torch
-import torch.distributed as dist
-
 from tests.accuracy_aware.loops_helpers import Training, adaptive, holds_up_to
-from tests.integration.processes import run_in_processes
-from tests.integration.test_distributed import leave
+from tests.integration.processes import as_rank, run_in_processes
 
 
-def work(rank, rendezvous, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
-    from compress_core.registry import Registry, use_registry
-    from tests.conftest import declared_entry_points
-
-    registry = Registry()
-    registry.load_entry_points(declared_entry_points())
-    with use_registry(registry):
+def work(rank, folder):
+    with as_rank(rank, folder):
         ideal = holds_up_to(0.62)
         # Each process measures something else, and would go its own way.
         training = Training(adaptive(patience_epochs=1), lambda t: ideal(t) - 5 * rank)
@@ -32,11 +21,10 @@ def work(rank, rendezvous, folder):
         }
         (folder / f"{rank}.json").write_text(json.dumps(result))
         assert rank == 0 or not loop.statistics.epochs[-1].is_candidate or loop.statistics.epochs[-1].budget >= 0
-    leave()
 
 
 def test_two_processes_search_together(tmp_path):
-    run_in_processes(work, (tmp_path / "rendezvous", tmp_path), 2)
+    run_in_processes(work, (tmp_path,), 2)
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     for epoch in (*first["epochs"], *second["epochs"]):
         del epoch["loss"]  # each has its own

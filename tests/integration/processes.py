@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
+import os
 
+import torch
+import torch.distributed as dist
 import torch.multiprocessing as mp
 
 # What takes most of a second or more to import in each process.
@@ -27,3 +31,33 @@ def run_in_processes(work, arguments, number):
     """Calls `work(rank, *arguments)` in so many processes, and waits for all of them."""
     multiprocessing.set_forkserver_preload(_IMPORTED)
     mp.start_processes(work, arguments, nprocs=number, start_method="forkserver")
+
+
+@contextlib.contextmanager
+def as_rank(rank, folder, number=2):
+    """Context manager in which a worker is a rank with one thread and the built-in plugins; at its end it leaves.
+
+    Nothing may hold the process group any more then, as the reducer of DistributedDataParallel does.
+    """
+    from compress_core.registry import Registry, use_registry
+    from tests.conftest import declared_entry_points
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=number)
+    registry = Registry()
+    registry.load_entry_points(declared_entry_points())
+    with use_registry(registry):
+        yield
+    dist.barrier()
+    dist.destroy_process_group()
+    leave()
+
+
+def leave():
+    """Ends a worker.
+
+    gloo's threads can abort a process that is being torn down ("terminate called without an active exception"), or wait
+    for the GIL while their destructor, which has it, waits for them. What is tested has been written; an error before
+    still fails the test.
+    """
+    os._exit(0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 
 import pytest
 import torch
@@ -12,9 +11,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from compress_core import ModelError, Stage, create_compressed_model
-from compress_core.registry import use_registry
 from compress_core.transforms import ModuleOutput, add_activation_transform
-from tests.integration.processes import run_in_processes
+from tests.integration.processes import as_rank, leave, run_in_processes
 from tests.zoo import images
 
 pytestmark = pytest.mark.slow
@@ -35,14 +33,7 @@ def train(model, optimizer, batches):
 
 
 def worker(rank, folder):
-    from compress_core.registry import Registry
-    from tests.conftest import declared_entry_points
-
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    registry = Registry()
-    registry.load_entry_points(declared_entry_points())
-    with use_registry(registry):
+    with as_rank(rank, folder):
         controller, model = build()
         parallel = DistributedDataParallel(model)
         with pytest.raises(ModelError, match="wrapped in DistributedDataParallel"):
@@ -51,20 +42,7 @@ def worker(rank, folder):
         controller.scheduler.epoch_step()
         train(parallel, optimizer, [images(8)[rank * 4 : rank * 4 + 4]] * 3)
         torch.save(model.state_dict(), f"{folder}/rank{rank}.pt")
-    del parallel, optimizer  # the reducer must be gone before the group that it works with
-    dist.barrier()
-    dist.destroy_process_group()
-    leave()
-
-
-def leave():
-    """Ends a worker.
-
-    gloo's threads can abort a process that is being torn down ("terminate called without an active exception"), or wait
-    for the GIL while their destructor, which has it, waits for them. What is tested has been written; an error before
-    still fails the test.
-    """
-    os._exit(0)
+        del parallel, optimizer  # the reducer must be gone before the group that it works with
 
 
 class Scale(nn.Module):

@@ -17,8 +17,7 @@ from compress_core import create_compressed_model, hookimpl, load_checkpoint, sa
 from compress_core.data import roll_call
 from compress_core.data.ranks import alone
 from compress_core.registry import use_registry
-from tests.integration.processes import run_in_processes
-from tests.integration.test_distributed import leave
+from tests.integration.processes import leave, run_in_processes
 from tests.integration.test_ranks import batches, net
 
 SPARSE = {

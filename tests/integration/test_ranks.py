@@ -14,8 +14,7 @@ from torch import nn
 from compress_core import ModelError, create_compressed_model
 from compress_core.data.ranks import alone
 from compress_core.registry import use_registry
-from tests.integration.processes import run_in_processes
-from tests.integration.test_distributed import leave
+from tests.integration.processes import leave, run_in_processes
 from tests.soak import count
 
 ADAPTING = {"batchnorm_adaptation": {"num_bn_adaptation_samples": 32}}

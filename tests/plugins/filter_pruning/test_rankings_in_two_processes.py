@@ -2,13 +2,9 @@
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from compress_core import create_compressed_model, register_default_init_args
-from compress_core.registry import Registry, use_registry
-from tests.conftest import declared_entry_points
-from tests.integration.processes import run_in_processes
-from tests.integration.test_distributed import leave
+from tests.integration.processes import as_rank, run_in_processes
 from tests.plugins.filter_pruning.pruning_helpers import Chain, config, inputs, seen
 
 pytestmark = pytest.mark.slow
@@ -40,17 +36,10 @@ def found(kind, data, **params):
 
 
 def worker(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    registry = Registry()
-    registry.load_entry_points(declared_entry_points())
-    with use_registry(registry):
+    with as_rank(rank, folder):
         path = f"{folder}/ranking.json"
         results = {kind: found(kind, [inputs(8, rank)], save_ranking_coeffs_path=path) for kind in PARAMS}
         torch.save({kind: (r["coefficients"], r["value"]) for kind, r in results.items()}, f"{folder}/rank{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
-    leave()
 
 
 def test_both_find_the_same(tmp_path):

@@ -6,19 +6,15 @@ import copy
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.distillation import few_labels, student_after
 from compress_core import ModelError, create_compressed_model, register_default_init_args
-from compress_core.registry import Registry, use_registry
 from examples.common.datasets import digits
 from examples.common.networks import demo_network
 from examples.common.training import accuracy
 from examples.common.training import train as train_epochs
-from tests.conftest import declared_entry_points
-from tests.integration.processes import run_in_processes
-from tests.integration.test_distributed import leave
+from tests.integration.processes import as_rank, run_in_processes
 from tests.plugins.knowledge_distillation.helpers import create, images, make, section
 
 SPARSE = {"algorithm": "magnitude_sparsity", "sparsity_init": 0.5, "params": {"sparsity_target_epoch": 4}}
@@ -80,16 +76,9 @@ def test_accumulated_gradients_are_those_of_all_micro_batches():
 
 
 def worker(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    registry = Registry()
-    registry.load_entry_points(declared_entry_points())
-    with use_registry(registry):
+    with as_rank(rank, folder):
         found = step_of(rank, DistributedDataParallel)
         torch.save(found, f"{folder}/rank{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
-    leave()
 
 
 def step_of(rank, wrap):

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from compress_core.registry import Registry, use_registry
-from tests.conftest import declared_entry_points
-from tests.integration.processes import run_in_processes
-from tests.integration.test_distributed import leave
+from tests.integration.processes import as_rank, run_in_processes
 from tests.plugins.learned_sparsity.scores_helpers import batches, create, network
 
 pytestmark = pytest.mark.slow
@@ -46,16 +42,9 @@ def train(algorithm, wrap, part):
 
 
 def worker(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    registry = Registry()
-    registry.load_entry_points(declared_entry_points())
-    with use_registry(registry):
+    with as_rank(rank, folder):
         found = {name: train(name, DistributedDataParallel, slice(4 * rank, 4 * rank + 4)) for name in SECTIONS}
         torch.save(found, f"{folder}/rank{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
-    leave()
 
 
 def test_two_processes_end_like_one(tmp_path):
