@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 class SavedSparsity(BaseModel):
-    """The state that `ScheduledSparsity.saved_sparsity` returns."""
+    """The state that `ScheduledSparsity.compress_state` returns."""
 
     level: float = Field(ge=0, lt=1)
     frozen: bool
@@ -33,8 +33,8 @@ class SavedSparsity(BaseModel):
 class ScheduledSparsity(MaskingAlgorithm, LevelAlgorithm):
     """Base class of algorithms of sparsity whose section is a `SparsityConfig`.
 
-    It follows the schedule, freezes, and pickles. A subclass implements `kept`, `follow_schedule` and `set_level`, and
-    its `compress_configure` calls `configure_schedule`.
+    It follows the schedule, freezes, saves, and pickles. A subclass implements `kept`, `follow_schedule` and
+    `set_sparsity_level`, and its `compress_configure` calls `configure_schedule`.
     """
 
     config: SparsityConfig
@@ -82,6 +82,14 @@ class ScheduledSparsity(MaskingAlgorithm, LevelAlgorithm):
         """
         raise NotImplementedError
 
+    def set_sparsity_level(self, level: float) -> None:
+        """Sets the level.
+
+        Args:
+            level: Share of weights that is to be zero, 0 <= level < 1.
+        """
+        raise NotImplementedError
+
     @hookimpl
     def compress_epoch_step(self, clock: Clock) -> None:
         """Sets the level of the epoch that begins."""
@@ -118,12 +126,17 @@ class ScheduledSparsity(MaskingAlgorithm, LevelAlgorithm):
         """Returns the sparsity level."""
         return self.sparsity_level
 
+    def set_level(self, level: float) -> None:
+        """Calls `set_sparsity_level`."""
+        self.set_sparsity_level(level)
+
     def progress_figures(self) -> dict[str, Any]:
         """Returns the fields that `ScheduledSparsityStatistics` adds."""
         return {"requested_level": self._requested, "target_level": self.target_level, "frozen": self._frozen}
 
-    def saved_sparsity(self) -> dict[str, Any]:
-        """Returns the level, whether masks are frozen, and the schedule, JSON-able."""
+    @hookimpl
+    def compress_state(self) -> dict[str, Any]:
+        """Returns the level, whether masks are frozen, and the schedule; the rest is in the model's `state_dict`."""
         return {
             "level": self._requested,
             "frozen": self._frozen,
@@ -132,10 +145,10 @@ class ScheduledSparsity(MaskingAlgorithm, LevelAlgorithm):
         }
 
     def loaded_sparsity(self, state: Mapping[str, Any]) -> SavedSparsity:
-        """Returns what `saved_sparsity` returned after a check; the schedule is restored, nothing else is set.
+        """Returns what `compress_state` returned after a check; the schedule is restored, nothing else is set.
 
         Raises:
-            StateError: It has other values than `saved_sparsity` can return.
+            StateError: It has other values than `compress_state` can return.
         """
         path = f"compression_state.algorithms.{self.name}.state"
         saved = parsed(SavedSparsity, state, path)

@@ -118,11 +118,6 @@ class MagnitudeSparsity(ScheduledSparsity):
         return MagnitudeSparsityStatistics(**self.measured(model), **self.progress_figures())
 
     @hookimpl
-    def compress_state(self) -> dict[str, Any]:
-        """Returns the level, whether masks are frozen, and the schedule; masks are in the model's `state_dict`."""
-        return self.saved_sparsity()
-
-    @hookimpl
     def compress_load_state(self, state: Mapping[str, Any]) -> None:
         """Restores the state; masks come from the present weights until a `state_dict` with saved masks is loaded."""
         saved = self.loaded_sparsity(state)
@@ -132,10 +127,6 @@ class MagnitudeSparsity(ScheduledSparsity):
         self._frozen = saved.frozen
 
     # What the controller offers.
-
-    def set_level(self, level: float) -> None:
-        """Calls `set_sparsity_level`."""
-        self.set_sparsity_level(level)
 
     def set_sparsity_level(
         self, level: float, module_info: str | None = None, run_batchnorm_adaptation: bool = False

@@ -153,11 +153,6 @@ class RBSparsity(ScheduledSparsity):
         )
 
     @hookimpl
-    def compress_state(self) -> dict[str, Any]:
-        """Returns level, schedule and whether the gates are frozen; the rest is in the model's `state_dict`."""
-        return self.saved_sparsity()
-
-    @hookimpl
     def compress_load_state(self, state: Mapping[str, Any]) -> None:
         """Restores the state; the `state_dict` brings scores, masks and the number of the step."""
         saved = self.loaded_sparsity(state)
@@ -172,10 +167,6 @@ class RBSparsity(ScheduledSparsity):
     def requested_level(self) -> float:
         """The level that the loss asks for."""
         return self._requested
-
-    def set_level(self, level: float) -> None:
-        """Calls `set_sparsity_level`."""
-        self.set_sparsity_level(level)
 
     def set_sparsity_level(self, level: float) -> None:
         """Sets the level that the loss asks for; the gates reach it by training.
@@ -215,8 +206,9 @@ class RBSparsity(ScheduledSparsity):
     def take_nncf(self, tensors: Sequence[NncfTensor]) -> dict[str, tuple[str, torch.Tensor] | None]:
         """Takes the scores; the noise begins anew, because NNCF's is not that of a step. See `Algorithm.take_nncf`."""
         taken = super().take_nncf(tensors)
+        present = set(self.present)
         for tensor in tensors:
-            if tensor.name == "uniform" and f"{tensor.module}.weight" in self.present:
+            if tensor.name == "uniform" and f"{tensor.module}.weight" in present:
                 name = f"{tensor.module}.weight_transforms.weight.{self.name}.moment"
                 taken[tensor.key] = (name, torch.zeros((), dtype=torch.int64))
         return taken
