@@ -10,7 +10,7 @@ from compress_core.accuracy_aware.levels import moving_algorithm
 from compress_core.accuracy_aware.runner import Runner
 from compress_core.accuracy_aware.search import RateSearch, SearchRules, SearchState
 from compress_core.config import CompressionConfig
-from compress_core.config.accuracy_aware import ADAPTIVE
+from compress_core.config.accuracy_aware import ADAPTIVE, OF_THE_SEARCH
 from compress_core.contract.algorithm import Algorithm
 from compress_core.contract.levels import LevelAlgorithm
 from compress_core.errors import UsageError
@@ -83,20 +83,10 @@ class AdaptiveCompressionTrainingLoop(AccuracyAwareTrainingLoop):
 
     def _settings(self) -> dict[str, Any]:
         params = self._section.params
-        numbers = {
-            name: getattr(params, name)
-            for name in (
-                "initial_training_phase_epochs",
-                "patience_epochs",
-                "initial_compression_rate_step",
-                "compression_rate_step_reduction_factor",
-                "lr_reduction_factor",
-                "minimal_compression_rate_step",
-            )
-        }
+        values = {name: getattr(params, name) for name in OF_THE_SEARCH}
         lowest, highest = self._bounds
         bounds = {"minimal_compression_rate": float(lowest), "maximal_compression_rate": float(highest)}
-        return {**numbers, **bounds, "algorithm": self._moving.name}
+        return {**values, **bounds, "algorithm": self._moving.name}
 
     def _run(self, runner: Runner) -> None:
         progress, most = runner.progress, self._section.params.maximal_total_epochs

@@ -13,8 +13,7 @@ from compress_core.errors import Problem
 PATH = "accuracy_aware_training"
 ADAPTIVE = "adaptive_compression_level"
 
-# Values of `params` that only the search for a level reads.
-_OF_THE_SEARCH = (
+OF_THE_SEARCH = (
     "algorithm",
     "initial_training_phase_epochs",
     "patience_epochs",
@@ -23,6 +22,7 @@ _OF_THE_SEARCH = (
     "lr_reduction_factor",
     "minimal_compression_rate_step",
 )
+"""Values of `params` that only the search for a level reads."""
 
 
 class AccuracyAwareParams(Section):
@@ -85,7 +85,7 @@ def problems_of_accuracy_aware(section: AccuracyAwareTraining | None) -> Iterato
             f"has a relative ({relative} %) and an absolute ({absolute}) maximal accuracy degradation; give one",
         )
     if looked_at.mode != ADAPTIVE:
-        for name in (name for name in _OF_THE_SEARCH if name in given):
+        for name in (name for name in OF_THE_SEARCH if name in given):
             yield Problem(
                 f"{PATH}.params.{name}",
                 f"has no effect with mode '{looked_at.mode}' (value {getattr(params, name)!r}); remove it, or set mode "
