@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -20,9 +19,8 @@ from compress_core.export.executorch.silence import import_executorch, quiet
 from compress_core.export.executorch.work import work_of
 from compress_core.export.inputs import Inputs
 from compress_core.export.report import integer_share
-from compress_core.export.side_by_side import Measured
+from compress_core.export.side_by_side import Measured, interleaved, quartiles
 
-_WARM_UP = 2
 PEER = "PT2E"
 
 
@@ -93,7 +91,8 @@ def measured_programs(
     loaded = {key: Loaded(path.read_bytes()) for key, path in files.items()}
     expected = [output.clone() for output in loaded["FP32"].run([sample], 1)]
     names = [f"output_{number}" for number in range(len(expected))]
-    times = _times(loaded, sample, rounds)
+    found_times = interleaved([partial(program.run, [sample], 1) for program in loaded.values()], rounds)
+    times = dict(zip(loaded, found_times, strict=True))
     found = {}
     for key, path in files.items():
         outputs = [output.numpy() for output in loaded[key].run([sample], 1)]
@@ -101,25 +100,9 @@ def measured_programs(
             file=path.name,
             runtime=label(),
             size=path.stat().st_size,
-            milliseconds={1: _quartiles([1000 * t for t in times[key]])},
-            ratios={1: _quartiles([t / first for t, first in zip(times[key], times["FP32"], strict=True)])},
+            milliseconds={1: quartiles([1000 * t for t in times[key]])},
+            ratios={1: quartiles([t / first for t, first in zip(times[key], times["FP32"], strict=True)])},
             integer_share=shares.get(key, shares["FP32"]),
             agreements=tuple(compared(names, outputs, expected, 1, True)),
         )
     return found, failures
-
-
-def _times(loaded: dict[str, Loaded], sample: torch.Tensor, rounds: int) -> dict[str, list[float]]:
-    times: dict[str, list[float]] = {key: [] for key in loaded}
-    for number in range(_WARM_UP + rounds):
-        for key in list(loaded) if number % 2 else reversed(list(loaded)):
-            started = time.perf_counter()
-            loaded[key].run([sample], 1)
-            if number >= _WARM_UP:
-                times[key].append(time.perf_counter() - started)
-    return times
-
-
-def _quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    low, median, high = statistics.quantiles(values, n=4)
-    return low, median, high

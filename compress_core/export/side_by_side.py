@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,9 +87,9 @@ def measure(
                 file=file.name,
                 runtime=runtime.label,
                 size=_size(file),
-                milliseconds={count: _quartiles([1000 * t for t in of[number]]) for count, of in times.items()},
+                milliseconds={count: quartiles([1000 * t for t in of[number]]) for count, of in times.items()},
                 ratios={
-                    count: _quartiles([t / first for t, first in zip(of[number], of[0], strict=True)])
+                    count: quartiles([t / first for t, first in zip(of[number], of[0], strict=True)])
                     for count, of in times.items()
                 },
                 integer_share=_integer_share(file, runtime, feeds),
@@ -140,12 +141,22 @@ def _times(
 ) -> list[list[float]]:
     sessions = [_loaded(file, runtime, threads=threads) for file, runtime in pairs]
     named = [_named(session, feeds) for session in sessions]
-    times: list[list[float]] = [[] for _ in pairs]
+    return interleaved([partial(session.run, own) for session, own in zip(sessions, named, strict=True)], rounds)
+
+
+def interleaved(runs: Sequence[Callable[[], object]], rounds: int) -> list[list[float]]:
+    """Returns the wall times of runs in seconds, all of them once in each round, in alternating order.
+
+    Args:
+        runs: What is timed.
+        rounds: Number of rounds that count.
+    """
+    times: list[list[float]] = [[] for _ in runs]
     for number in range(_WARM_UP + rounds):
-        order = range(len(pairs)) if number % 2 else reversed(range(len(pairs)))
+        order = range(len(runs)) if number % 2 else reversed(range(len(runs)))
         for index in order:
             started = time.perf_counter()
-            sessions[index].run(named[index])
+            runs[index]()
             took = time.perf_counter() - started
             if number >= _WARM_UP:
                 times[index].append(took)
@@ -207,7 +218,8 @@ def _external(file: Path) -> list[Path]:
     return [file.parent / name for name in sorted(names)]
 
 
-def _quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """Returns the quartiles of values: low, median, high."""
     if len(values) < 2:
         return values[0], values[0], values[0]
     low, median, high = statistics.quantiles(values, n=4)
