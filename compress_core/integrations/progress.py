@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 
-import torch.distributed as dist
-
 from compress_core.contract.stages import CompressionStage
+from compress_core.data.ranks import is_first_rank
 from compress_core.errors import UsageError
 from compress_core.integrations.saved_run import SavedRun, check_controller
 from compress_core.session.controller import CompressionController
@@ -80,7 +79,7 @@ class Progress:
 
     def warn_if_unfinished(self, when: str) -> None:
         """Warns if the model is compressed less than the config asks for."""
-        if dist.is_available() and dist.is_initialized() and dist.get_rank() != 0:
+        if not is_first_rank():
             return  # once is enough
         stage = self.controller.compression_stage()
         if stage != CompressionStage.FULLY_COMPRESSED:
