@@ -133,6 +133,8 @@ class Runner:
         progress = self.progress
         record = self._measured(loss, lr)
         progress.history.append(record)
+        given = {"loss": loss, "metric": record.metric}
+        self.controller.log_epoch(**{name: value for name, value in given.items() if value is not None})
         if record.metric is not None:
             best = progress.best_metric
             progress.best_metric = record.metric if best is None else max(best, record.metric)
