@@ -22,7 +22,7 @@ from compress_core.contract.context import Context
 from compress_core.contract.ledger import Ledger
 from compress_core.contract.levels import has_settable_rate
 from compress_core.contract.stages import CompressionStage
-from compress_core.contract.statistics import CompressionStatistics, Statistics
+from compress_core.contract.statistics import CompressionStatistics, Statistics, Table
 from compress_core.data.forwards import without_traces
 from compress_core.data.rng import preserved_rng
 from compress_core.errors import CompressionError, PluginError, UsageError
@@ -106,6 +106,18 @@ class CompressionController:
     def __repr__(self) -> str:
         stage = "stripped" if self._stripped else self.compression_stage().name
         return f"CompressionController({', '.join(self.algorithms)}; {stage})"
+
+    def _repr_html_(self) -> str:
+        title = f"Compressed {type(self.model).__name__}, "
+        if self._stripped:
+            return Table(f"{title}stripped in place", ("algorithm",), [(name,) for name in self.algorithms]).to_html()
+        clock, stages = self.scheduler.clock, self.compression_stages()
+        trained = "not trained yet" if clock.epoch < 0 and clock.step < 0 else f"epoch {clock.epoch}, step {clock.step}"
+        rows = [
+            (name, stages[name].name if name in stages else "", "" if (r := a.compression_rate) is None else r)
+            for name, a in self.algorithms.items()
+        ]
+        return Table(f"{title}{trained}", ("algorithm", "stage", "compression rate"), rows).to_html()
 
     @property
     def _active(self) -> Lifecycle:
