@@ -101,7 +101,8 @@ def decision_table(results: Results) -> Table:
             f" {repaired('80 % sparse', 'none')}",
         ),
     ]
-    return Table("", ("you want", "use", "measured"), rows)
+    unbroken = [tuple(cell.replace(" %", "\u00a0%") for cell in row) for row in rows]  # no line begins with a %
+    return Table("", ("you want", "use", "measured"), unbroken)
 
 
 def _reconstructed(results: Results, case: str, variant: str) -> float:

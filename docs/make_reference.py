@@ -53,6 +53,7 @@ INTERNAL = {
     "compress_quantization.kernels",
     "compress_weight_reconstruction.solvers",
 }
+LINE = 96  # characters of code that fit into a page
 MADE = "Made from the docstrings by `python -m docs.make_reference`; a test holds it to them."
 _SECTION = re.compile(r"^(Args|Attributes|Returns|Yields|Raises|Example|Public way|Without it|Why):\s*$")
 
@@ -199,7 +200,8 @@ def _members(owner: str, cls: type, level: int) -> Iterator[str]:
         if "\n" in text:
             longer.append((key, function, text))
         else:
-            yield f"- `{_signature(key, function) if inspect.isfunction(function) else key}`: {text}"
+            line = " ".join(_signature(key, function).split()) if inspect.isfunction(function) else key
+            yield f"- `{line.replace('( ', '(').replace(', )', ')')}`: {text}"
     yield ""
     for key, function, text in longer:
         yield f"{'#' * level} `{owner}.{key}`"
@@ -221,7 +223,8 @@ def _signature(name: str, value: Any) -> str:
     except (TypeError, ValueError):
         return ""
     shown = [_parameter(parameter) for parameter in parameters if parameter.name not in ("self", "cls")]
-    return f"{name}({', '.join(shown)})"
+    line = f"{name}({', '.join(shown)})"
+    return line if len(line) <= LINE else "\n".join([f"{name}(", *(f"    {argument}," for argument in shown), ")"])
 
 
 def _parameter(parameter: inspect.Parameter) -> str:
