@@ -95,9 +95,14 @@ class Planner:
 
     @property
     def scope_candidates(self) -> list[str]:
-        """Returns everything that scopes can match: modules, calls that are not modules, and quantizers."""
+        """Returns everything that scopes can match: modules, and calls that are not modules."""
         calls = (call_key(*key) for key in self._calls)
-        return [*self._names, *self._own_names, *calls, *self._by_name.entries.values()]
+        return [*self._names, *self._own_names, *calls]
+
+    @property
+    def ignored_by_name(self) -> dict[str, list[str]]:
+        """Config path of an ignored scope that is a name of quantizers -> these quantizers, for the ledger."""
+        return {path: self._by_name.used.get(path, []) for path in self._by_name.entries}
 
     def plan(self) -> QuantizationPlan:
         """Returns the plan.

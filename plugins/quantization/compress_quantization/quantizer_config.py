@@ -20,7 +20,13 @@ from compress_quantization.config import (
     ScopeOverride,
 )
 from compress_quantization.profiles import Profile, Scheme, described
-from compress_quantization.quantizer_names import QuantizerPlace, is_nncf_name, quantizer_matcher, scope_matcher
+from compress_quantization.quantizer_names import (
+    QuantizerPlace,
+    below_hint,
+    can_name_quantizer,
+    quantizer_matcher,
+    scope_matcher,
+)
 
 _OVERRIDABLE = ("bits", "mode", "signed", "per_channel")
 
@@ -115,6 +121,7 @@ class Resolver:
         self._config = config
         self._profile = profile
         self._matchers: dict[str, Callable[[QuantizerPlace], bool]] = {}
+        self._own_matchers: dict[str, Callable[[QuantizerPlace], bool]] = {}  # for names of quantizers
         self._validated: list[tuple[str, str]] = []
         self._used: dict[str, list[str]] = {}
         problems = [problem for path, entry, strict in self._entries() if (problem := self._add(path, entry, strict))]
@@ -251,7 +258,7 @@ class Resolver:
         """Returns the path of an entry of the group's `ignored_scopes` that is a name of the quantizer, or None."""
         entries = getattr(self._config, place.group).ignored_scopes
         paths = [f"{place.group}.ignored_scopes.{i}" for i, entry in enumerate(entries)]
-        found = [path for path, entry in zip(paths, entries, strict=True) if self._names_it(path, entry, place)]
+        found = [path for path, entry in zip(paths, entries, strict=True) if self._own_matchers[path](place)]
         for path in found:
             self._note(path, place)
         return found[0] if found else None
@@ -286,9 +293,9 @@ class Resolver:
 
     def _bits_by_scope(self, place: QuantizerPlace, request: _Request) -> _Request:
         precision = self._config.initializer.precision
-        for index, (bits, entry) in enumerate(precision.bitwidth_per_scope if precision else ()):
+        for index, (bits, _) in enumerate(precision.bitwidth_per_scope if precision else ()):
             path = f"initializer.precision.bitwidth_per_scope.{index}"
-            if self._matches(path, entry, place):
+            if self._matches(path, place):
                 request.take("bits", bits, path)
         return request
 
@@ -299,11 +306,11 @@ class Resolver:
         overrides: dict[str, ScopeOverride] = getattr(self._config.scope_overrides, place.group)
         for scope, override in overrides.items():
             path = f"scope_overrides.{place.group}.{scope}"
-            if by_name and not self._names_it(path, scope, place):
+            if by_name and not self._own_matchers[path](place):
                 continue
             if of_range and override.initializer.range is None:
                 continue
-            if self._matches(path, scope, place):
+            if self._matches(path, place):
                 yield path, override
 
     def _scheme(self, request: _Request, place: QuantizerPlace) -> Scheme:
@@ -365,28 +372,25 @@ class Resolver:
                     yield f"initializer.range.{index}.{key}.{position}", entry, item.validate_scopes
 
     def _add(self, path: str, entry: str, strict: bool) -> Problem | None:
-        compile_entry = quantizer_matcher if ".bitwidth_per_scope." in path else scope_matcher
+        if entry and ".bitwidth_per_scope." in path and not can_name_quantizer(entry):
+            return Problem(path, f"'{entry}' names no quantizer: it must end with |WEIGHT, |OUTPUT or |INPUT<n>")
         try:
-            self._matchers[path] = compile_entry(entry)
+            self._matchers[path], self._own_matchers[path] = scope_matcher(entry), quantizer_matcher(entry)
         except ValueError as error:
             return Problem(path, str(error))
         if strict:
             self._validated.append((path, entry))
         return None
 
-    def _matches(self, path: str, entry: str, place: QuantizerPlace) -> bool:
-        matched = entry in place.own_names or self._matchers[path](place)
+    def _matches(self, path: str, place: QuantizerPlace) -> bool:
+        matched = self._matchers[path](place)
         if matched:
             self._note(path, place)
         return matched
 
-    def _names_it(self, path: str, entry: str, place: QuantizerPlace) -> bool:
-        """Returns whether an entry is a name of this very quantizer, not of an operator that reads it."""
-        return entry in place.own_names or (is_nncf_name(entry) and self._matchers[path](place))
-
     def _matching(self, path: str, entries: Sequence[str], place: QuantizerPlace) -> list[str]:
         """Returns the paths of the entries of a list that match."""
-        return [p for i, entry in enumerate(entries) if self._matches(p := f"{path}.{i}", entry, place)]
+        return [p for i in range(len(entries)) if self._matches(p := f"{path}.{i}", place)]
 
     def _note(self, path: str, place: QuantizerPlace) -> None:
         names = self._used.setdefault(path, [])
@@ -395,6 +399,8 @@ class Resolver:
 
 
 def _hint(path: str, entry: str) -> str:
+    if hint := below_hint(entry):
+        return f"Correct or remove it. {hint}"
     is_operator = "activations" in path and "/" in entry and "#" not in entry and "|" not in entry
     more = f" ('{entry}|OUTPUT' would mean the quantizer behind it)" if is_operator else ""
     return f"Correct or remove it{more}"
