@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
@@ -27,6 +28,8 @@ from compress_quantization.quantizer_names import (
     quantizer_matcher,
     scope_matcher,
 )
+
+logger = logging.getLogger(__name__)
 
 _OVERRIDABLE = ("bits", "mode", "signed", "per_channel")
 
@@ -269,13 +272,29 @@ class Resolver:
         paths = self._matching(f"{place.group}.target_scopes", entries, place)
         return [(path, entries[int(path.rpartition(".")[2])]) for path in paths]
 
-    def dead_entries(self) -> list[Problem]:
-        """Returns a problem for each scope that matched no quantizer; call it after all have been resolved."""
-        return [
-            Problem(path, f"the scope '{entry}' matches no quantizer that this could mean. {_hint(path, entry)}")
-            for path, entry in self._validated
-            if path not in self._used
-        ]
+    def dead_entries(self, is_known: Callable[[str], bool]) -> list[Problem]:
+        """Returns a problem for each scope that matched no quantizer; call it after all have been resolved.
+
+        An override that a document of NNCF gives to an operator whose inputs have no quantizer does nothing there, and
+        is left with a warning.
+
+        Args:
+            is_known: Tells whether an entry matches an operator of the model.
+        """
+        problems = []
+        for path, entry in self._validated:
+            if path in self._used:
+                continue
+            if path.startswith("scope_overrides.activations.") and "/" in entry and is_known(entry):
+                logger.warning(
+                    "%s: has no effect, as in NNCF: no quantizer is at the inputs of these operators%s",
+                    path,
+                    _hint(path, entry),
+                )
+                continue
+            message = f"the scope '{entry}' matches no quantizer that this could mean. Correct or remove it"
+            problems.append(Problem(path, message + _hint(path, entry)))
+        return problems
 
     # The settings that the section requests for a place.
 
@@ -400,10 +419,11 @@ class Resolver:
 
 def _hint(path: str, entry: str) -> str:
     if hint := below_hint(entry):
-        return f"Correct or remove it. {hint}"
-    is_operator = "activations" in path and "/" in entry and "#" not in entry and "|" not in entry
-    more = f" ('{entry}|OUTPUT' would mean the quantizer behind it)" if is_operator else ""
-    return f"Correct or remove it{more}"
+        return f". {hint}"
+    if "activations" not in path or "/" not in entry or "#" in entry or "|" in entry:
+        return ""
+    behind = rf"{entry}.*\|OUTPUT$" if entry.startswith("{re}") else f"{entry}|OUTPUT"
+    return f" ('{behind}' would mean the quantizers behind it)"
 
 
 def _is_narrow(scheme: Scheme, place: QuantizerPlace, bits: int) -> bool:
