@@ -323,8 +323,12 @@ class Quantization(Algorithm):
         return plan
 
     def _record(self, planner: Planner, scopes: Any, path: str, context: Context) -> None:
+        named = planner.ignored_by_name
         for scope_path, entry in scopes.entries():
-            context.ledger.record(scope_path, entry, "matches these modules", scopes.matches(entry))
+            if scope_path in named:
+                context.ledger.record(scope_path, entry, "leaves out these quantizers", named[scope_path])
+            else:
+                context.ledger.record(scope_path, entry, "matches these modules", scopes.matches(entry))
         entries = {**planner.resolver.used, **planner.unified}
         for leaf, value, was_read in self.config.given_leaves():
             names = applied_to(leaf, entries)
