@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import Any, ClassVar
 
 import torch
@@ -27,10 +27,12 @@ from compress_core.contract.context import Context
 from compress_core.contract.nncf_tensors import NncfTensor
 from compress_core.data.forwards import without_traces
 from compress_core.saved import damaged
+from compress_core.transforms.python_state import copied
 from compress_filter_pruning.attainable import check_attainable
 from compress_filter_pruning.config import FilterPruningConfig
 from compress_filter_pruning.config_checks import check_config
 from compress_filter_pruning.latency import measured_latency
+from compress_filter_pruning.latency_budget import corrected, measured_check, warn_if_off, with_latency
 from compress_filter_pruning.measured import importances_from_data, importances_from_state
 from compress_filter_pruning.nncf_masks import masks_of_nncf
 from compress_filter_pruning.planning import RANKED_DTYPES, PruningPlan, make_plan
@@ -38,7 +40,7 @@ from compress_filter_pruning.pruner import Pruner
 from compress_filter_pruning.rankings import found_ranking, resumed_ranking
 from compress_filter_pruning.saved import SavedPruning, removed_groups, saved_plan, saved_state
 from compress_filter_pruning.schedules import Schedule, make_schedule
-from compress_filter_pruning.statistics import FilterPruningStatistics, Latency, PrunedLayer, Ranking
+from compress_filter_pruning.statistics import FilterPruningStatistics, Latency, LatencyCheck, PrunedLayer, Ranking
 
 
 class FilterPruning(LevelAlgorithm):
@@ -78,6 +80,7 @@ class FilterPruning(LevelAlgorithm):
         # Epoch and finished optimizer steps when the schedule's masks were computed; None if they are others.
         self._time: tuple[int, int] | None = None
         self._latency: Latency | None = None
+        self._stripped_latency: LatencyCheck | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # Schedules are functions, which pickle cannot store; they are made again from the config.
@@ -117,10 +120,15 @@ class FilterPruning(LevelAlgorithm):
         if not found.groups:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in list(found.skipped.items())[:3])
             raise ConfigError(f"finds no channels that can be pruned ({reasons}); remove this section")
+        if self._counts_latency:
+            found = with_latency(model, found, self.config.params)
         check_attainable(found, self.config, path)
         self._plan = found
         self._measured = importances_from_data(model, found.groups, self.config, context, path)
         self._ranking = found_ranking(model, found, self.config, context, path)
+        if self._counts_latency and self.config.target:
+            trial = self._new_pruner(copied(model), found, lambda *_: None)
+            self._plan = found = replace(found, latency=corrected(model, trial, self.config))
         weights = [member.parameter for group in found.groups for member in group.makers]
         return Plan(tuple(weights), found.skipped, found.to_dict())
 
@@ -128,9 +136,7 @@ class FilterPruning(LevelAlgorithm):
     def compress_commit(self, model: nn.Module, context: Context) -> None:
         """Adds the masks, at the initial level."""
         assert self._plan is not None
-        self._pruner = Pruner(model, self._plan, self.config.params, self.name, self.context.shrunk, self._measured)
-        if self._ranking is not None:
-            self._pruner.coefficients = self._ranking.coefficients
+        self._pruner = self._new_pruner(model, self._plan, self.context.shrunk)
         if not context.resuming:
             self._apply(self.config.pruning_init, (0, 0))
 
@@ -181,6 +187,9 @@ class FilterPruning(LevelAlgorithm):
             latency=self._latency,
             ranking=self._ranking,
             counts_parameters=pruner.counts_parameters,
+            counts_latency=pruner.counts_latency,
+            planned_latency=None if self._plan.latency is None else self._plan.latency.check,
+            stripped_latency=self._stripped_latency,
         )
 
     @hookimpl
@@ -221,7 +230,13 @@ class FilterPruning(LevelAlgorithm):
     @hookimpl
     def compress_strip(self, model: nn.Module, context: Context) -> None:
         """Removes the masked channels; transforms of other algorithms are cut with their tensors."""
-        self._active.strip(model, context.removed_so_far)
+        pruner, check = self._active, None
+        if self._counts_latency and any(pruner.gone) and not context.removed_so_far:
+            check = measured_check(pruner.model, pruner)
+        pruner.strip(model, context.removed_so_far)
+        if check is not None:
+            self._stripped_latency = check
+            warn_if_off(check, "the stripped model takes")
 
     # What the controller offers.
 
@@ -238,12 +253,12 @@ class FilterPruning(LevelAlgorithm):
 
     @property
     def target_pruning_level(self) -> float:
-        """Level at the end of the schedule: of channels, operations or parameters, as the target counts."""
+        """Level at the end of the schedule: of channels, operations, parameters or time, as the target counts."""
         return self.config.target
 
     @property
     def maximal_compression_rate(self) -> float:
-        """Largest share that can be removed: of the parameters if the target counts these, else of the operations."""
+        """Largest share that can be removed: of what the target counts, of the operations if that is channels."""
         return self._active.selector().most()
 
     @property
@@ -348,6 +363,15 @@ class FilterPruning(LevelAlgorithm):
         self._pruner.check_makers()
         return self._pruner
 
+    @property
+    def _counts_latency(self) -> bool:
+        return self.config.params.target_key == "pruning_latency_target"
+
+    def _new_pruner(self, model: nn.Module, plan: PruningPlan, announce: Callable[..., None]) -> Pruner:
+        pruner = Pruner(model, plan, self.config.params, self.name, announce, self._measured)
+        pruner.coefficients = None if self._ranking is None else self._ranking.coefficients
+        return pruner
+
     def _follow_schedule(self, level: float, time: tuple[int, int]) -> None:
         """Computes the masks for a level, unless they are those of this level and nothing was trained since.
 
@@ -362,7 +386,7 @@ class FilterPruning(LevelAlgorithm):
 
     def _resumed_plan(self, model: nn.Module, context: Context) -> Plan:
         plan = context.saved_plans[self.name]
-        self._plan = saved_plan(plan, self.name, model)
+        self._plan = saved_plan(plan, self.name, model, self.config.params.target_key)
         makers = [member.parameter for group in self._plan.groups for member in group.makers]
         if list(plan.targets) != makers:
             raise damaged(f"compression_state.algorithms.{self.name}.plan.targets", f"must be {makers[:3]} and so on")

@@ -7,11 +7,16 @@ from compress_filter_pruning.config import FilterPruningConfig, FilterPruningPar
 from compress_filter_pruning.planning import PruningPlan
 from compress_filter_pruning.selection import Selector
 
+_COUNTED = {
+    "pruning_flops_target": "floating point operations",
+    "pruning_parameters_target": "parameters",
+    "pruning_latency_target": "measured time",
+}
+
 
 def largest_level(plan: PruningPlan, params: FilterPruningParams) -> float:
-    """Returns the largest share that can be removed: of the parameters if the target counts these, else operations."""
-    costs = plan.parameters if params.target_key == "pruning_parameters_target" else plan.operations
-    return Selector(plan.groups, costs, True, params.is_global).most()
+    """Returns the largest share that can be removed: of what the target counts, of operations if that is channels."""
+    return Selector(plan.groups, plan.costs(params.target_key), True, params.is_global).most()
 
 
 def check_attainable(plan: PruningPlan, config: FilterPruningConfig, section: str) -> None:
@@ -37,7 +42,7 @@ def check_attainable(plan: PruningPlan, config: FilterPruningConfig, section: st
         return
     most = largest_level(plan, params)
     if config.target > most:
-        what = "parameters" if params.target_key == "pruning_parameters_target" else "floating point operations"
+        what = _COUNTED[params.target_key]
         raise ConfigError(
             f"{config.target} cannot be reached: at most {most:.3f} of this model's {what} can be "
             "removed. Lower it, lower multiple_of, or allow more layers (prune_first_conv, prune_downsample_convs, "
