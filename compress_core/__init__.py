@@ -32,6 +32,7 @@ from compress_core.data.calibration import (
     QuantizationRangeInitArgs,
     TeacherArgs,
 )
+from compress_core.data.progress import show_progress
 from compress_core.errors import (
     CompressionError,
     ConfigError,
@@ -123,4 +124,5 @@ __all__ = [
     "register_default_init_args",
     "register_module",
     "save_checkpoint",
+    "show_progress",
 ]

@@ -229,7 +229,7 @@ def compress_calibrate(model: nn.Module, algorithm: Algorithm, context: Context)
         def compress_calibrate(self, model, context):
             path, _ = context.section(self)
             data = context.calibration_data(path)
-            for batch, size in data.batches(256):
+            for batch, size in data.batches(256, "largest activations"):  # what the progress bar says
                 data.call(model, batch)
         ```
     """
