@@ -26,16 +26,18 @@ from compress_core import (
 from compress_core.channels import Certificate, Shrinkage
 from compress_core.contract.clock import Clock
 from compress_core.contract.context import Context
+from compress_core.contract.footprint import Footprint
 from compress_core.contract.nncf_tensors import NncfTensor
 from compress_core.data.forwards import without_traces
 from compress_core.saved import damaged
 from compress_filter_pruning.config import IMPORTANCE, FilterPruningConfig
 from compress_filter_pruning.config_checks import check_config
+from compress_filter_pruning.footprints import without_channels
 from compress_filter_pruning.latency import measured_latency
 from compress_filter_pruning.measured import DataImportance, ImportanceRequest, measured_importances
 from compress_filter_pruning.planning import RANKED_DTYPES, PruningPlan, make_plan
 from compress_filter_pruning.pruner import Pruner
-from compress_filter_pruning.rankings import found_ranking, largest_level, resumed_ranking
+from compress_filter_pruning.rankings import found_ranking, largest_level, resumed_ranking, undecided
 from compress_filter_pruning.saved import SavedPruning, removed_groups, saved_plan, saved_state
 from compress_filter_pruning.schedules import Schedule, make_schedule
 from compress_filter_pruning.statistics import FilterPruningStatistics, Latency, PrunedLayer, Ranking
@@ -74,6 +76,8 @@ class FilterPruning(LevelAlgorithm):
         self._pruner: Pruner | None = None
         self._measured: list[torch.Tensor] | None = None
         self._ranking: Ranking | None = None
+        # In a plan: what data will decide about the channels.
+        self._undecided = ""
         self._requested = 0.0
         # Epoch and finished optimizer steps when the schedule's masks were computed; None if they are others.
         self._time: tuple[int, int] | None = None
@@ -119,8 +123,11 @@ class FilterPruning(LevelAlgorithm):
             raise ConfigError(f"finds no channels that can be pruned ({reasons}); remove this section")
         self._check_attainable(found, path)
         self._plan = found
-        self._measured = self._measure(model, context, path)
-        self._ranking = found_ranking(model, found, self.config, context, path)
+        if context.planning:
+            self._undecided = undecided(self.config, path)
+        if not self._undecided:
+            self._measured = self._measure(model, context, path)
+            self._ranking = found_ranking(model, found, self.config, context, path)
         weights = [member.parameter for group in found.groups for member in group.makers]
         return Plan(tuple(weights), found.skipped, found.to_dict())
 
@@ -132,7 +139,7 @@ class FilterPruning(LevelAlgorithm):
         if self._ranking is not None:
             self._pruner.coefficients = self._ranking.coefficients
         if not context.resuming:
-            self._apply(self.config.pruning_init, (0, 0))
+            self._apply(self.config.pruning_init if not self._undecided else 0.0, (0, 0))
 
     @hookimpl
     def compress_epoch_step(self, clock: Clock) -> None:
@@ -182,6 +189,11 @@ class FilterPruning(LevelAlgorithm):
             ranking=self._ranking,
             counts_parameters=pruner.counts_parameters,
         )
+
+    @hookimpl
+    def compress_effect(self, footprint: Footprint, at_end: bool) -> Footprint:
+        """Counts the model without the pruned channels, as they are now or at the target."""
+        return without_channels(footprint, self._active, self.config.unread(), self._undecided, at_end=at_end)
 
     @hookimpl
     def compress_state(self) -> dict[str, Any]:

@@ -1,0 +1,220 @@
+"""Makes the plan of a compression, on a copy of the model, which then is thrown away."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import replace
+
+from torch import nn
+
+from compress_core.contract.algorithm import Algorithm, Plan
+from compress_core.contract.footprint import Footprint, TensorFootprint
+from compress_core.contract.initializer import Initializer
+from compress_core.data.forwards import without_traces
+from compress_core.data.rng import RngState
+from compress_core.errors import CompressionError, DataError, DecidedFromDataError, ModelError
+from compress_core.session.compression_plan import CompressionPlan, PlannedAlgorithm, PlannedTarget
+from compress_core.session.controller import CompressionController
+from compress_core.session.lifecycle import Lifecycle
+from compress_core.session.uncompressed import UncompressedModel
+from compress_core.trace import Trace
+from compress_core.transforms.python_state import copied
+
+_SILENT = "says nothing of its effect on size, so the figures are without it"
+
+
+def make_plan(model: nn.Module, lifecycle: Lifecycle) -> CompressionPlan:
+    """Returns what the algorithms would do to a model.
+
+    They plan and commit on a copy, as they do at the creation; calibration and initializers do not run. The copy takes
+    as much memory as the snapshot that the creation makes.
+
+    Args:
+        model: The model; it is not touched.
+        lifecycle: Its algorithms, configured, with a context for planning.
+
+    Raises:
+        CompressionError: What the creation would raise.
+        ModelError: The model cannot be copied.
+    """
+    rng = RngState(lifecycle.context.generators())
+    try:
+        # The copy shares with the model whatever `deepcopy` leaves: globals, class attributes, caches.
+        with without_traces(model, hooks=True, parameters=False):
+            return _Planning(_copy_of(model), lifecycle).run()
+    finally:
+        rng.restore()
+
+
+def _copy_of(model: nn.Module) -> nn.Module:
+    try:
+        return copied(model)
+    except Exception as error:
+        raise ModelError(
+            f"a plan is made on a copy of the model, which cannot be copied: {type(error).__name__}: {error}"
+        ) from error
+
+
+class _Planning:
+    """One run of the pipeline on a copy.
+
+    Args:
+        model: The copy.
+        lifecycle: The algorithms.
+    """
+
+    def __init__(self, model: nn.Module, lifecycle: Lifecycle) -> None:
+        self._model, self._lifecycle = model, lifecycle
+        self._entries: list[PlannedAlgorithm] = []
+
+    def run(self) -> CompressionPlan:
+        """Returns the plan."""
+        model, lifecycle = self._model, self._lifecycle
+        name = type(model).__name__
+        uncompressed = UncompressedModel(lifecycle)
+        CompressionController(model, lifecycle, uncompressed)  # sets the services of the context
+        trace, why = self._traced()
+        before = Footprint.of_model(model, trace)
+        if why:
+            before = replace(before, open={"operations": why})
+        self._start = self._end = before
+        corrections = {name: self._correction(entry) for name, entry in lifecycle.initializers.items()}
+        for number, group in enumerate(lifecycle.pipeline()):
+            undecided = {algorithm.name: self._plan(algorithm) for algorithm in group}
+            if number == 0:
+                self._observe()
+                uncompressed.before_commit(model)
+            for algorithm in group:
+                self._commit(algorithm, undecided[algorithm.name])
+        lifecycle.context.kept_trace.close()
+        lifecycle.close_planned_ledger()
+        return CompressionPlan(
+            name,
+            tuple(self._entries),
+            {name: words for name, words in corrections.items() if words},
+            lifecycle.context.ledger,
+            before,
+            self._start,
+            self._end,
+        )
+
+    def _traced(self) -> tuple[Trace | None, str]:
+        """Returns a trace of the model, or why there is none."""
+        try:
+            return self._lifecycle.context.trace(self._model, "operations"), ""
+        except DataError:
+            return None, "there is no example input to count them with"
+        except CompressionError as error:  # which the creation raises if an algorithm needs the trace
+            return None, f"the model cannot be traced: {' '.join(str(error).split())}"
+
+    def _correction(self, initializer: Initializer) -> str:
+        """Returns what is to be said of a shared initializer; nothing if no section asks for it."""
+        if not initializer.paths:
+            return ""
+        words = "runs on data when the model is created" if initializer.needs_data() else "runs without data"
+        try:
+            initializer.check(self._lifecycle.context)
+        except DataError as error:
+            return f"{words}; the creation will need more: {error}"
+        return words
+
+    def _plan(self, algorithm: Algorithm) -> str:
+        """Lets an algorithm plan; returns what data has to decide before it can."""
+        try:
+            self._lifecycle.plan(self._model, algorithm)
+        except DecidedFromDataError as error:
+            return str(error)
+        return ""
+
+    def _observe(self) -> None:
+        # An initializer may measure the uncompressed model; `_correction` has said that it needs data.
+        with contextlib.suppress(DecidedFromDataError):
+            self._lifecycle.observe(self._model)
+
+    def _commit(self, algorithm: Algorithm, undecided: str) -> None:
+        """Lets an algorithm commit, and notes what it means for the footprint."""
+        if not undecided:
+            try:
+                self._lifecycle.commit(self._model, algorithm)
+            except DecidedFromDataError as error:
+                undecided = str(error)
+        start, end = self._start, self._end
+        remarks: list[str] = []
+        if undecided:
+            self._start, self._end = start.left_open(undecided), end.left_open(undecided)
+            remarks.append(undecided)
+        else:
+            found = self._effects(algorithm)
+            if found is None:
+                remarks.append(_SILENT)
+            else:
+                self._start, self._end = found
+        if not algorithm.changes_model:
+            remarks = ["changes nothing in the model; it adds a loss to training"]
+        for footprint in (self._start, self._end):
+            remarks += [note for note in footprint.notes if note not in remarks]
+            new = {why for figure, why in footprint.open.items() if figure not in end.open}
+            remarks += sorted(why for why in new if why not in remarks)
+        plan = self._lifecycle.plans.get(algorithm.name, Plan(()))
+        targets = [
+            PlannedTarget(name, change_in_words(name, start, self._start), change_in_words(name, end, self._end))
+            for name in plan.targets
+        ]
+        entry = PlannedAlgorithm(
+            algorithm.name,
+            str(self._lifecycle.origins[algorithm.name]),
+            algorithm.stage.name.lower(),
+            tuple(targets),
+            dict(plan.skipped),
+            tuple(remarks),
+            self._start,
+            self._end,
+        )
+        self._entries.append(entry)
+        self._start, self._end = (replace(footprint, notes=(), remarks={}) for footprint in (self._start, self._end))
+
+    def _effects(self, algorithm: Algorithm) -> tuple[Footprint, Footprint] | None:
+        """Returns the footprints after an algorithm, at the start and at the end; None if it says nothing."""
+        if not algorithm.changes_model:
+            return self._start, self._end
+        start = self._lifecycle.effect(self._model, algorithm, self._start, at_end=False)
+        end = self._lifecycle.effect(self._model, algorithm, self._end, at_end=True)
+        if start is not None and end is not None:
+            return start, end
+        if not algorithm.replaces_modules:
+            return None
+        return self._recounted()
+
+    def _recounted(self) -> tuple[Footprint, Footprint]:
+        """Counts the model after the commit of an algorithm that has replaced modules."""
+        trace, why = self._traced()
+        found = Footprint.of_model(self._model, trace)
+        if why:
+            found = replace(found, open={**self._end.open, "operations": why})
+        return found, found
+
+
+def change_in_words(name: str, before: Footprint, after: Footprint) -> str:
+    """Returns what has happened to a target: the algorithm's own words, or what its parameter shows."""
+    if name in after.remarks:
+        return after.remarks[name]
+    key = after.aliases.get(name, name)
+    old, new = before.tensors.get(key), after.tensors.get(key)
+    if old is None or new is None:
+        return ""
+    return ", ".join(_changes(old, new))
+
+
+def _changes(old: TensorFootprint, new: TensorFootprint) -> list[str]:
+    found = []
+    if new.shape != old.shape:
+        found.append(f"{_shape(old.shape)} to {_shape(new.shape)}")
+    if new.density != old.density:
+        found.append(f"{1 - new.density:.1%} zeros")
+    if new.bits != old.bits:
+        found.append(f"{new.bits} bits")
+    return found
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
