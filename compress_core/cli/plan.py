@@ -70,4 +70,4 @@ def _run(options: argparse.Namespace) -> None:
     elif options.html is None or options.all:
         sys.stdout.write(plan.to_str(complete=options.all) + "\n")
     else:
-        sys.stdout.write(f"{plan.tables()[0].to_str()}\n{options.html}: written\n")
+        sys.stdout.write(f"{plan.summary()}\n{options.html}: written\n")

@@ -218,6 +218,11 @@ class Footprint:
         return replace(self, tensors={**self.tensors, **own})
 
 
+def shape_in_words(shape: Sequence[int]) -> str:
+    """Returns a shape as `64x3x7x7`; `scalar` for none."""
+    return "x".join(map(str, shape)) or "scalar"
+
+
 def _density(parameter: torch.Tensor) -> float:
     """Returns the share of elements that are not zero; 1 where it cannot be counted."""
     if parameter.is_meta or not parameter.numel():

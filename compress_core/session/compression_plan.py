@@ -10,11 +10,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from compress_core.contract.footprint import Footprint
+from compress_core.contract.footprint import Footprint, shape_in_words
 from compress_core.contract.ledger import Ledger
 from compress_core.contract.statistics import Statistics, Table
 from compress_core.errors import ExportError
-from compress_core.pages import Block, Details, Grid, Page, Section, Text, write_page
+from compress_core.pages import Bars, Block, Details, Grid, Page, Section, Text, write_page
 from compress_core.session.figures import comparison, headline
 
 # Names that a line of a summary shows.
@@ -122,9 +122,11 @@ class CompressionPlan(Statistics):
 
     def to_str(self, *, complete: bool = False) -> str:
         """Returns the report as plain text; see `tables`."""
-        parts = [self._figures().to_str(), *(f"  {sentence}" for sentence in self.remarks())]
-        text = "\n".join(parts)
-        return "\n\n".join([text, *(_narrow(table).to_str() for table in self.tables(complete=complete)[1:])])
+        return "\n\n".join([self.summary(), *(_narrow(table).to_str() for table in self.tables(complete=complete)[1:])])
+
+    def summary(self) -> str:
+        """Returns the figures before and after as plain text, with what has to be said about them."""
+        return "\n".join([self._figures().to_str(), *(f"  {sentence}" for sentence in self.remarks())])
 
     def remarks(self) -> list[str]:
         """Returns sentences without which the figures would say too much, each with the algorithm that it is about."""
@@ -173,6 +175,7 @@ class CompressionPlan(Statistics):
                     _grid(self._figures()),
                     *map(Text, self.remarks()),
                     Text(_UNITS_OF_FIGURES),
+                    Details("Every parameter", [self._parameters()]),
                 ],
             )
         ]
@@ -188,6 +191,20 @@ class CompressionPlan(Statistics):
         sections.append(Section("config", "The config", [_grid(_config_table(self.ledger))]))
         names = ", ".join(algorithm.name for algorithm in self.algorithms) or "no algorithm"
         return Page(f"Plan: {self.model}", f"What {names} would do. Nothing has been changed.", sections)
+
+    def _parameters(self) -> Bars:
+        """Returns a row for each parameter, the largest first, with the share of its bytes that is left."""
+        rows = []
+        for name, old in self.before.tensors.items():
+            new = self.at_end.tensors.get(name)
+            if new is None:
+                rows.append((name, shape_in_words(old.shape), "replaced", None, None, old.size, None, None))
+                continue
+            shapes = shape_in_words(old.shape), shape_in_words(new.shape)
+            rows.append((name, *shapes, 1 - new.density, new.bits, old.size, new.size, _share(new.size, old.size)))
+        rows.sort(key=lambda row: -(row[5] or 0))
+        headers = ("parameter", "shape", "at the end", "zeros", "bits", "bytes", "at the end", "of the bytes")
+        return Bars("Parameters, the largest first", headers, rows, (3, 7))
 
     def to_html(self) -> str:
         """Returns the page as one HTML document.
@@ -282,6 +299,11 @@ def _wrapped(text: str) -> str:
 
 def _grid(table: Table) -> Grid:
     return Grid(table.title, table.headers, table.rows)
+
+
+def _share(new: int, old: int) -> float | None:
+    # Scales may take more than small weights lose; a bar has no more than its whole length.
+    return min(new / old, 1.0) if old else None
 
 
 def _tensor(footprint: Footprint, name: str) -> dict[str, Any] | None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from torch import nn
 
 from compress_core.contract.algorithm import Algorithm, Plan
-from compress_core.contract.footprint import Footprint, TensorFootprint
+from compress_core.contract.footprint import Footprint, TensorFootprint, shape_in_words
 from compress_core.contract.initializer import Initializer
 from compress_core.data.forwards import without_traces
 from compress_core.data.rng import RngState
@@ -21,6 +21,8 @@ from compress_core.trace import Trace
 from compress_core.transforms.python_state import copied
 
 _SILENT = "says nothing of its effect on size, so the figures are without it"
+
+_SPREAD = "zeros are counted as if spread evenly over the channels that stay and those that go"
 
 
 def make_plan(model: nn.Module, lifecycle: Lifecycle) -> CompressionPlan:
@@ -77,7 +79,7 @@ class _Planning:
         before = Footprint.of_model(model, trace)
         if why:
             before = replace(before, open={"operations": why})
-        self._start = self._end = before
+        self._before = self._start = self._end = before
         corrections = {name: self._correction(entry) for name, entry in lifecycle.initializers.items()}
         for number, group in enumerate(lifecycle.pipeline()):
             undecided = {algorithm.name: self._plan(algorithm) for algorithm in group}
@@ -151,6 +153,8 @@ class _Planning:
                 self._start, self._end = found
         if not algorithm.changes_model:
             remarks = ["changes nothing in the model; it adds a loss to training"]
+        if _estimates_zeros(self._before, end, self._end):
+            remarks.append(_SPREAD)
         for footprint in (self._start, self._end):
             remarks += [note for note in footprint.notes if note not in remarks]
             new = {why for figure, why in footprint.open.items() if figure not in end.open}
@@ -194,6 +198,15 @@ class _Planning:
         return found, found
 
 
+def _estimates_zeros(first: Footprint, before: Footprint, after: Footprint) -> bool:
+    """Returns whether an algorithm sets elements to zero of tensors from which an earlier one removes some."""
+    return any(
+        new.density != before.tensors[name].density and new.shape != first.tensors[name].shape
+        for name, new in after.tensors.items()
+        if name in before.tensors and name in first.tensors
+    )
+
+
 def change_in_words(name: str, before: Footprint, after: Footprint) -> str:
     """Returns what has happened to a target: the algorithm's own words, or what its parameter shows."""
     if name in after.remarks:
@@ -208,13 +221,9 @@ def change_in_words(name: str, before: Footprint, after: Footprint) -> str:
 def _changes(old: TensorFootprint, new: TensorFootprint) -> list[str]:
     found = []
     if new.shape != old.shape:
-        found.append(f"{_shape(old.shape)} to {_shape(new.shape)}")
+        found.append(f"{shape_in_words(old.shape)} to {shape_in_words(new.shape)}")
     if new.density != old.density:
         found.append(f"{1 - new.density:.1%} zeros")
     if new.bits != old.bits:
         found.append(f"{new.bits} bits")
     return found
-
-
-def _shape(shape: tuple[int, ...]) -> str:
-    return "x".join(map(str, shape))

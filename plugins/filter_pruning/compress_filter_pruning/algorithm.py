@@ -138,8 +138,8 @@ class FilterPruning(LevelAlgorithm):
         self._pruner = Pruner(model, self._plan, self.config.params, self.name, self.context.shrunk, self._measured)
         if self._ranking is not None:
             self._pruner.coefficients = self._ranking.coefficients
-        if not context.resuming:
-            self._apply(self.config.pruning_init if not self._undecided else 0.0, (0, 0))
+        if not (context.resuming or self._undecided):
+            self._apply(self.config.pruning_init, (0, 0))
 
     @hookimpl
     def compress_epoch_step(self, clock: Clock) -> None:
