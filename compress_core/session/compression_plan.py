@@ -90,7 +90,7 @@ class CompressionPlan(Statistics):
     Attributes:
         model: Name of the model's class.
         algorithms: What each algorithm would do, in pipeline order.
-        initializers: Name of a correction that runs when the model is created -> what the plan knows of it.
+        afterwards: Name of an algorithm or correction that the creation runs afterwards -> what it does.
         ledger: What each value of the config does.
         before: The footprint of the model as it is.
         at_start: The footprint after all algorithms, when the model is created.
@@ -99,7 +99,7 @@ class CompressionPlan(Statistics):
 
     model: str
     algorithms: tuple[PlannedAlgorithm, ...]
-    initializers: Mapping[str, str]
+    afterwards: Mapping[str, str]
     ledger: Ledger
     before: Footprint
     at_start: Footprint
@@ -116,8 +116,7 @@ class CompressionPlan(Statistics):
         found = [self._figures()]
         for algorithm in self.algorithms:
             found += _tables_of(algorithm, complete=complete)
-        if self.initializers:
-            found.append(Table("When the model is created", ("correction", "what"), list(self.initializers.items())))
+        found += self._afterwards()
         return [*found, _config_table(self.ledger)]
 
     def to_str(self, *, complete: bool = False) -> str:
@@ -144,6 +143,10 @@ class CompressionPlan(Statistics):
             columns = {"now": self.before, "compressed": self.at_end}
         return comparison(f"{self.model}: before and after", columns)
 
+    def _afterwards(self) -> list[Table]:
+        rows = list(self.afterwards.items())
+        return [Table("Runs when the model is created, not in the plan", ("what", "how"), rows)] if rows else []
+
     # As values.
 
     def to_dict(self) -> dict[str, Any]:
@@ -154,7 +157,7 @@ class CompressionPlan(Statistics):
             "at_start": self.at_start.to_dict(),
             "at_end": self.at_end.to_dict(),
             "algorithms": [algorithm.to_dict() for algorithm in self.algorithms],
-            "initializers": dict(self.initializers),
+            "afterwards": dict(self.afterwards),
             "ledger": self.ledger.to_dict(),
             "parameters": {
                 name: {"before": _tensor(self.before, name), "at_start": _tensor(self.at_start, name), "at_end": entry}
@@ -186,15 +189,14 @@ class CompressionPlan(Statistics):
                 complete = _tables_of(algorithm, complete=True)
                 blocks.append(Details("Every target and what is left alone, one by one", [*map(_grid, complete)]))
             sections.append(Section(f"algorithm-{number}", algorithm.name, blocks))
-        corrections = [Grid("Corrections", ("correction", "what"), list(self.initializers.items()))]
-        sections.append(Section("corrections", "When the model is created", corrections if self.initializers else []))
+        sections.append(Section("afterwards", "When the model is created", [*map(_grid, self._afterwards())]))
         sections.append(Section("config", "The config", [_grid(_config_table(self.ledger))]))
         names = ", ".join(algorithm.name for algorithm in self.algorithms) or "no algorithm"
         return Page(f"Plan: {self.model}", f"What {names} would do. Nothing has been changed.", sections)
 
     def _parameters(self) -> Bars:
         """Returns a row for each parameter, the largest first, with the share of its bytes that is left."""
-        rows = []
+        rows: list[tuple[Any, ...]] = []
         for name, old in self.before.tensors.items():
             new = self.at_end.tensors.get(name)
             if new is None:

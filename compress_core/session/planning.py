@@ -22,6 +22,7 @@ from compress_core.transforms.python_state import copied
 
 _SILENT = "says nothing of its effect on size, so the figures are without it"
 
+_CALIBRATES = "is calibrated on the compressed model, such as ranges, on data if it needs any"
 _SPREAD = "zeros are counted as if spread evenly over the channels that stay and those that go"
 
 
@@ -90,10 +91,13 @@ class _Planning:
                 self._commit(algorithm, undecided[algorithm.name])
         lifecycle.context.kept_trace.close()
         lifecycle.close_planned_ledger()
+        afterwards = {
+            a.name: _CALIBRATES for a in lifecycle.algorithms if lifecycle.implements("compress_calibrate", a)
+        }
         return CompressionPlan(
             name,
             tuple(self._entries),
-            {name: words for name, words in corrections.items() if words},
+            afterwards | {name: words for name, words in corrections.items() if words},
             lifecycle.context.ledger,
             before,
             self._start,
@@ -113,7 +117,7 @@ class _Planning:
         """Returns what is to be said of a shared initializer; nothing if no section asks for it."""
         if not initializer.paths:
             return ""
-        words = "runs on data when the model is created" if initializer.needs_data() else "runs without data"
+        words = "runs on data" if initializer.needs_data() else "runs without data"
         try:
             initializer.check(self._lifecycle.context)
         except DataError as error:

@@ -1,11 +1,13 @@
 """`compress-core plan`: from a config and the name of a model to a text, JSON or a page."""
 
 import json
+import re
 import sys
 
 import pytest
 
 from compress_core.__main__ import main
+from tests.conftest import ROOT
 
 NETWORK = """
 import torch
@@ -170,3 +172,18 @@ def test_a_model_is_required(files, capsys):
     with pytest.raises(SystemExit):
         plan("sparse.json")
     assert "--model" in capsys.readouterr().err
+
+
+def test_the_document_shows_what_the_command_prints(tmp_path, monkeypatch, capsys):
+    document = (ROOT / "docs" / "plan.md").read_text()
+    network, config, printed = (
+        re.search(pattern, document, re.DOTALL).group(1)
+        for pattern in (r"```python\n(.*?)```", r"```json\n(.*?)```", r"```\n\$ compress-core plan [^\n]*\n(.*?)```")
+    )
+    (tmp_path / "network.py").write_text(network)
+    (tmp_path / "config.json").write_text(config)
+    monkeypatch.chdir(tmp_path)
+    assert plan("config.json", "--model", "network.py:Network") == 0
+    # Where a plugin comes from depends on how it is installed.
+    without = re.compile(r"(?<=would change) \(.*")
+    assert without.sub("", capsys.readouterr().out) == without.sub("", printed)

@@ -305,10 +305,17 @@ def test_training_decides():
     assert "training decides" in plan.to_str()
 
 
-def test_corrections_are_named():
+def test_what_the_creation_runs_afterwards_is_named():
     plan = plan_compression(trained_model("resnet"), {**IMAGES, "compression": SECTIONS["all"]})
-    assert set(plan.initializers) == {"batchnorm_adaptation", "weight_reconstruction"}
-    assert all("when the model is created" in words for words in plan.initializers.values())
+    assert set(plan.afterwards) == {"quantization", "batchnorm_adaptation", "weight_reconstruction"}
+    assert plan.afterwards["batchnorm_adaptation"] == "runs on data"
+    assert "calibrated" in plan.afterwards["quantization"]
+
+
+def test_a_guard_without_its_metric_is_said():
+    section = sparsity() | {"initializer": {"batchnorm_adaptation": {"guard": True}}}
+    plan = plan_compression(trained_model("resnet"), {"compression": [section]})
+    assert "the creation will need more" in plan.afterwards["batchnorm_adaptation"]
 
 
 def test_an_algorithm_without_targets_says_that_it_adds_a_loss():
