@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -21,6 +22,9 @@ from compress_core.saved import Whole, damaged, parsed
 from compress_core.transforms import raw_parameter
 
 logger = logging.getLogger(__name__)
+
+# Longer schedules are not followed to find their end.
+_MOST_EPOCHS = 100_000
 
 
 class SavedSparsity(BaseModel):
@@ -148,8 +152,23 @@ class ScheduledSparsity(MaskingAlgorithm, LevelAlgorithm):
 
     @hookimpl
     def compress_effect(self, footprint: Footprint, at_end: bool) -> Footprint:
-        """Counts what is masked now; at the end it is as much as the target asks for."""
-        return self.with_level(footprint, self.target_level) if at_end else self.with_masks(footprint)
+        """Counts what is masked now; at the end it is as much as the schedule asks for."""
+        return self.with_last_level(footprint) if at_end else self.with_masks(footprint)
+
+    def with_last_level(self, footprint: Footprint) -> Footprint:
+        """Returns a footprint at the end of the schedule: at the target, unless the masks are frozen before."""
+        schedule, level = copy.deepcopy(self.schedule), self.config.unread().sparsity_init
+        if schedule.freeze_epoch > _MOST_EPOCHS:
+            return self.with_level(footprint, schedule.target)
+        for epoch in range(schedule.freeze_epoch):
+            clock = Clock(epoch, epoch, 0)
+            for found in (schedule.at_epoch(clock, level), schedule.at_step(clock)):
+                level = level if found is None else found
+        reached = self.with_level(footprint, level)
+        if level >= schedule.target:
+            return reached
+        words = f"are frozen in epoch {schedule.freeze_epoch}, before the schedule reaches its target {schedule.target}"
+        return reached.noted(f"masks {words}")
 
     def with_level(self, footprint: Footprint, level: float) -> Footprint:
         """Returns a footprint in which a level is reached."""

@@ -7,9 +7,11 @@ from dataclasses import replace
 
 from torch import nn
 
+from compress_core.config.accuracy_aware import ADAPTIVE
 from compress_core.contract.algorithm import Algorithm, Plan
 from compress_core.contract.footprint import Footprint, TensorFootprint, shape_in_words
 from compress_core.contract.initializer import Initializer
+from compress_core.contract.levels import has_settable_rate
 from compress_core.data.forwards import without_traces
 from compress_core.data.rng import RngState
 from compress_core.errors import CompressionError, DataError, DecidedFromDataError, ModelError
@@ -91,13 +93,11 @@ class _Planning:
                 self._commit(algorithm, undecided[algorithm.name])
         lifecycle.context.kept_trace.close()
         lifecycle.close_planned_ledger()
-        afterwards = {
-            a.name: _CALIBRATES for a in lifecycle.algorithms if lifecycle.implements("compress_calibrate", a)
-        }
+        calibrating = [a.name for a in lifecycle.algorithms if lifecycle.implements("compress_calibrate", a)]
         return CompressionPlan(
             name,
             tuple(self._entries),
-            afterwards | {name: words for name, words in corrections.items() if words},
+            dict.fromkeys(calibrating, _CALIBRATES) | {name: words for name, words in corrections.items() if words},
             lifecycle.context.ledger,
             before,
             self._start,
@@ -157,6 +157,8 @@ class _Planning:
                 self._start, self._end = found
         if not algorithm.changes_model:
             remarks = ["changes nothing in the model; it adds a loss to training"]
+        if moved := self._moved_by_training(algorithm):
+            remarks.append(moved)
         if _estimates_zeros(self._before, end, self._end):
             remarks.append(_SPREAD)
         for footprint in (self._start, self._end):
@@ -180,6 +182,17 @@ class _Planning:
         )
         self._entries.append(entry)
         self._start, self._end = (replace(footprint, notes=(), remarks={}) for footprint in (self._start, self._end))
+
+    def _moved_by_training(self, algorithm: Algorithm) -> str:
+        """Returns what is to be said of accuracy-aware training, which changes how a schedule ends."""
+        section = self._lifecycle.context.config.root.unread().accuracy_aware_training
+        if section is None or not has_settable_rate(algorithm):
+            return ""
+        if section.mode != ADAPTIVE:
+            return "accuracy-aware training may end before the schedule does"
+        if section.params.algorithm not in (None, algorithm.name):
+            return ""
+        return "accuracy-aware training searches the level; the end that is shown is that of the schedule"
 
     def _effects(self, algorithm: Algorithm) -> tuple[Footprint, Footprint] | None:
         """Returns the footprints after an algorithm, at the start and at the end; None if it says nothing."""

@@ -184,6 +184,35 @@ def test_sparse_models_have_as_many_zeros_as_planned(sections, name):
         assert found.size == plan.before.size
 
 
+SCHEDULES = {
+    "polynomial": {"schedule": "polynomial", "sparsity_target_epoch": 8},
+    "exponential": {"schedule": "exponential", "sparsity_target_epoch": 8},
+    "multistep": {"schedule": "multistep", "multistep_steps": [2, 8], "multistep_sparsity_levels": [0.2, 0.4, 0.6]},
+    "adaptive": {"schedule": "adaptive", "step": 0.1, "patience": 2},
+}
+
+
+@pytest.mark.parametrize("freeze", [1, 4, None])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_schedule_that_is_cut_off_ends_where_the_masks_are_frozen(schedule, freeze):
+    params = {**SCHEDULES[schedule], **({} if freeze is None else {"sparsity_freeze_epoch": freeze})}
+    if schedule != "multistep":
+        params["sparsity_target"] = 0.6
+    sections = [{"algorithm": "magnitude_sparsity", "sparsity_init": 0.1, "params": params}]
+    plan = plan_compression(trained_model("resnet"), {"compression": sections})
+    _, stripped = created("resnet", sections, 20)
+    assert plan.at_end.nonzero == sum(int(p.count_nonzero()) for p in stripped.parameters())
+    assert any("frozen in epoch" in line for line in plan.remarks()) == (freeze is not None)
+
+
+@pytest.mark.parametrize(
+    ("mode", "words"), [("early_exit", "may end before"), ("adaptive_compression_level", "searches the level")]
+)
+def test_accuracy_aware_training_is_said(mode, words):
+    plan = plan_compression(trained_model("resnet"), {**SPARSE, "accuracy_aware_training": {"mode": mode}})
+    assert any(words in line for line in plan.remarks())
+
+
 def test_zeros_that_are_kept():
     model = trained_model("resnet")
     with torch.no_grad():

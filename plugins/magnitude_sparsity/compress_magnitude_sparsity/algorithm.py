@@ -127,8 +127,10 @@ class MagnitudeSparsity(ScheduledSparsity):
         name = self.config.unread().params.weight_importance
         if not needs_data(importance_named(name)):
             return super().compress_effect(footprint, at_end)
-        if at_end or self.context.planning:
-            footprint = self.with_level(footprint, self.target_level if at_end else self._requested)
+        if at_end:
+            footprint = self.with_last_level(footprint)
+        elif self.context.planning:
+            footprint = self.with_level(footprint, self._requested)
         else:
             footprint = self.with_masks(footprint)
         return footprint.noted(f"which weights become zero is decided from data when the model is created: '{name}'")
