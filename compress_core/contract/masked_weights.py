@@ -11,6 +11,8 @@ from torch import nn
 from compress_core.config import AlgorithmConfig
 from compress_core.contract.algorithm import Algorithm, Plan
 from compress_core.contract.context import Context
+from compress_core.contract.footprint import Footprint
+from compress_core.contract.hookspecs import hookimpl
 from compress_core.contract.nncf_tensors import NncfTensor
 from compress_core.contract.sparsity_statistics import LayerSparsity
 from compress_core.contract.stages import Stage
@@ -78,6 +80,19 @@ class MaskingAlgorithm(Algorithm):
     def remember(self, plan: Plan) -> None:
         """Keeps the targets of a plan."""
         self._targets, self._skipped = plan.targets, plan.skipped
+
+    @hookimpl
+    def compress_effect(self, footprint: Footprint, at_end: bool) -> Footprint:
+        """Counts what is masked now; a subclass that knows the end says so."""
+        if at_end:
+            return footprint.left_open(f"training decides which weights '{self.name}' masks", ("nonzero",))
+        return self.with_masks(footprint)
+
+    def with_masks(self, footprint: Footprint) -> Footprint:
+        """Returns a footprint with the present masks."""
+        masks = {name: self.kept(name) for name in self.present}
+        zeros = {name: mask.numel() - int(torch.count_nonzero(mask)) for name, mask in masks.items()}
+        return footprint.with_levels({name: zeros[name] / max(mask.numel(), 1) for name, mask in masks.items()})
 
     def take_nncf(self, tensors: Sequence[NncfTensor]) -> dict[str, tuple[str, torch.Tensor] | None]:
         """Takes what `nncf_entries` names, of weights that have the same shape; see `Algorithm.take_nncf`."""
