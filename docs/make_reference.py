@@ -25,6 +25,7 @@ PACKAGES = (
     ("compress_core.transforms", "How a model is changed, and how every change is undone."),
     ("compress_core.channels", "Which channels belong together, and the model without some of them."),
     ("compress_core.trace", "How a model is read."),
+    ("compress_core.pages", "What pages such as reports are made of."),
     ("compress_core.config", "Building blocks of config sections."),
     ("compress_core.nncf", "NNCF's names, for scripts that were written for it."),
     ("compress_core.testing", "The conformance kit."),
