@@ -12,11 +12,12 @@ from compress_core.pages.blocks import (
     Flow,
     Grid,
     Pairs,
+    Panels,
     Part,
     Picture,
     Text,
 )
-from compress_core.pages.charts import columns_svg, histogram_svg
+from compress_core.pages.charts import columns_svg, histogram_svg, line_svg
 from compress_core.pages.page import Page, Section, write_page
 from compress_core.pages.svg import figure_svg
 
@@ -30,6 +31,7 @@ __all__ = [
     "Grid",
     "Page",
     "Pairs",
+    "Panels",
     "Part",
     "Picture",
     "Section",
@@ -37,5 +39,6 @@ __all__ = [
     "columns_svg",
     "figure_svg",
     "histogram_svg",
+    "line_svg",
     "write_page",
 ]

@@ -117,6 +117,18 @@ class Picture(Block):
 
 
 @dataclass(frozen=True)
+class Panels(Block):
+    """Small drawings side by side, as many in a row as the page has room for.
+
+    Attributes:
+        panels: (name, drawing, a remark) of each.
+    """
+
+    kind = "panels"
+    panels: Sequence[tuple[str, Picture, str]]
+
+
+@dataclass(frozen=True)
 class Code(Block):
     """Text of which spaces and lines are kept, such as a config.
 

@@ -64,6 +64,33 @@ def columns_svg(heights: Sequence[float], parts: Sequence[Sequence[tuple[str, fl
     )
 
 
+def line_svg(xs: Sequence[float], ys: Sequence[float]) -> str:
+    """Returns a line through points as an `<svg>` element, scaled to fill it; a value that is not finite is a gap.
+
+    Args:
+        xs: Where the points are, ascending.
+        ys: Their values.
+    """
+    wide, tall, edge = 240, 80, 6
+    known = [y for y in ys if math.isfinite(y)]
+    low, high = min(known, default=0.0), max(known, default=0.0)
+    across = (wide - 2 * edge) / ((xs[-1] - xs[0]) or 1) if len(xs) else 0.0
+    up = (tall - 2 * edge) / (high - low) if high > low else 0.0
+    path, pen = "", "M"
+    for x, y in zip(xs, ys, strict=True):
+        if not math.isfinite(y):
+            pen = "M"
+            continue
+        left, top = edge + across * (x - xs[0]), tall - edge - up * (y - low)
+        # A short stroke shows a point that stands alone.
+        path += f"{pen}{left:.1f} {top:.1f}" + ("h.1" if pen == "M" else "")
+        pen = "L"
+    return (
+        f'<svg class="line" width="100%" height="{tall}" viewBox="0 0 {wide} {tall}" preserveAspectRatio="none">'
+        f'<path class="end" d="M0 {tall - 0.5}H{wide}"/><path d="{path}"/></svg>'
+    )
+
+
 class Rails:
     """The links between the rows of a table, drawn in its first column, a piece for each row.
 

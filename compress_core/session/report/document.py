@@ -24,10 +24,12 @@ from compress_core.errors import UsageError
 from compress_core.pages import Bars, Block, Code, Details, Figures, Grid, Page, Pairs, Section, Text, write_page
 from compress_core.pages.page import check_installed
 from compress_core.session.agreement import refuse_sharded
+from compress_core.session.figures import headline, in_words
 from compress_core.session.report.bounded import bounded
 from compress_core.session.report.gathering import Material, Reported, ReportOptions, gather
 from compress_core.session.report.measured import accuracy_steps, evaluated, shown
 from compress_core.session.report.network import combined, layers_of, network_blocks
+from compress_core.session.report.training import training_blocks
 
 
 def write_report(reported: Reported, path: str | os.PathLike[str], options: ReportOptions) -> None:
@@ -69,6 +71,7 @@ def _page(material: Material, twin: Reported, options: ReportOptions) -> Page:
     sections = [
         Section("figures", "Figures", _figures(material)),
         Section("network", "The network", _network(material, controller.model)),
+        Section("training", "Training", training_blocks(controller.history)),
         *_of_members(material),
         Section("left-alone", "What was left alone, and why", _left_alone(material)),
         Section("config", "Config, and what it did", _config(twin, material)),
@@ -89,6 +92,12 @@ def _figures(material: Material) -> list[Block]:
         (first, before), *_, (last, after) = [*steps.items(), *steps.items()]
         tiles.append(("Accuracy", shown(after), f"{last}; {first}: {shown(before)}" if len(steps) > 1 else last))
     blocks: list[Block] = []
+    if material.before is not None and material.after is not None:
+        tiles += headline(material.before, material.after).figures
+        blocks.append(Text(_SIZE))
+        if (integers := _with_integers(material)) is not None:
+            tiles.append(("Size with integer weights", in_words("size", integers), "as a file for a runtime has them"))
+            blocks.append(Text(_INTEGERS))
     if material.times is not None and material.times.seconds:
         tiles.append(_time_tile(material.times.seconds))
         blocks.append(Text(_time_remark(material)))
@@ -108,6 +117,27 @@ def _figures(material: Material) -> list[Block]:
         blocks.insert(0, Bars("Accuracy by step", ("step", "accuracy"), list(steps.items()), lengths={1: most}))
     remarks = [Text(remark) for remark in material.remarks]
     return [*([Figures(tiles)] if tiles else []), *blocks, *remarks]
+
+
+_SIZE = (
+    "Parameters, operations (FLOPs of one sample: two for each multiply-accumulate of convolutions and matrix "
+    "products) and size are those of what strip() returns, beside the model before compression. Size is what the "
+    "parameters take as strip() holds them; zeros take as much as other values."
+)
+_INTEGERS = (
+    "With integer weights: quantized weights counted with 8 bits each (16 for those of more than 8 bits), without "
+    "scales; controller.export writes such files, whose true size depends on the format."
+)
+
+
+def _with_integers(material: Material) -> int | None:
+    """Returns the size with quantized weights as integers, in bytes; None if no weight is quantized."""
+    assert material.after is not None
+    columns = [column for part in material.statistics.values() for column in part.by_layer()]
+    bits = {name: int(value) for c in columns if c.kind == "bits" for name, value in c.values.items()}
+    known = {*material.after.tensors, *material.after.aliases}
+    stored = {name: 8 if width <= 8 else 16 for name, width in bits.items() if name in known}
+    return material.after.with_bits(stored).size if stored else None
 
 
 def _time_tile(seconds: Mapping[str, float]) -> tuple[str, str, str]:

@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from compress_core.contract.algorithm import Plan
+from compress_core.contract.footprint import Footprint
 from compress_core.contract.statistics import Statistics
 from compress_core.data.examples import examples_of
 from compress_core.errors import CompressionError, PluginError
 from compress_core.pages import Block
+from compress_core.session.batch_recorder import remove_recorders
 from compress_core.session.report.measured import Call, Times, largest_difference, times
-from compress_core.trace import Example, trace
+from compress_core.trace import Example, Trace, trace
 from compress_core.trace.graph import ForwardTrace
 from compress_core.transforms import activation_transforms
 from compress_core.transforms.model_wide import bypass_transforms, transformed_weights
@@ -71,6 +73,7 @@ class Reported:
         Its weights are those that were trained since, so it serves to take the time, not to judge it.
         """
         model = copied(self.controller.model).eval()
+        remove_recorders(model)
         for weight in transformed_weights(model):
             weight.remove_transforms()
         for handle in activation_transforms(model):
@@ -90,6 +93,8 @@ class Material:
         plans: What each algorithm has changed and skipped.
         forward: A trace of the model without transforms.
         call: Inputs of the model.
+        before: Size and operations before compression.
+        after: Those of the stripped model.
         times: Times of a forward.
         difference: How far the stripped model is from the compressed one.
         remarks: What could not be done, and why.
@@ -101,6 +106,8 @@ class Material:
     plans: Mapping[str, Plan] = field(default_factory=dict)
     forward: ForwardTrace | None = None
     call: Call | None = None
+    before: Footprint | None = None
+    after: Footprint | None = None
     times: Times | None = None
     difference: float | None = None
     remarks: list[str] = field(default_factory=list)
@@ -118,12 +125,19 @@ def gather(twin: Reported, accuracy: dict[str, float], options: ReportOptions) -
     controller, model = twin.controller, twin.controller.model
     with _noting(material, "There are no inputs, so nothing was run"):
         material.call = _call(twin, options.args)
-    if material.call is not None:
-        with _noting(material, "The order of the layers could not be traced"), bypass_transforms(model):
-            call = material.call
-            material.forward = trace(model, Example.of(*call.args, **call.kwargs)).forwards[0]
+    plain, traced = twin.plain(), None
+    with _noting(material, "The order of the layers could not be traced"), bypass_transforms(model):
+        traced = _traced(material, model if plain is None else plain)
+        material.forward = None if traced is None else traced.forwards[0]
     with _noting(material, "The model could not be stripped"):
-        _compare(material, twin, controller.strip().eval(), options)
+        stripped = controller.strip().eval()
+        if plain is None:
+            material.remarks.append(
+                "There is nothing to compare with: the model as it is has other parameters than before compression."
+            )
+        else:
+            _count(material, Footprint.of_model(plain, traced), stripped)
+        _compare(material, twin, plain, stripped, options)
     # Now, because with strip() filter pruning gets its certificate.
     material.statistics = controller.statistics().parts
     material.measured = twin.lifecycle.report(model)
@@ -151,7 +165,21 @@ def _call(twin: Reported, args: Any) -> Call:
     return Call.of(twin.lifecycle.context.example("report()", device), model)
 
 
-def _compare(material: Material, twin: Reported, stripped: nn.Module, options: ReportOptions) -> None:
+def _count(material: Material, before: Footprint, stripped: nn.Module) -> None:
+    """Counts parameters, operations and bytes after compression."""
+    with _noting(material, "Parameters and operations could not be counted"):
+        material.after = Footprint.of_model(stripped, _traced(material, stripped))
+        material.before = before
+
+
+def _traced(material: Material, model: nn.Module) -> Trace | None:
+    call = material.call
+    return None if call is None else trace(model, Example.of(*call.args, **call.kwargs))
+
+
+def _compare(
+    material: Material, twin: Reported, plain: nn.Module | None, stripped: nn.Module, options: ReportOptions
+) -> None:
     """Compares the stripped model with the compressed one, and its time with that of the model before compression."""
     call = material.call
     if call is None:
@@ -161,10 +189,5 @@ def _compare(material: Material, twin: Reported, stripped: nn.Module, options: R
     if not options.latency:
         return
     with _noting(material, "The time of a forward could not be measured"):
-        plain = twin.plain()
         models = {"stripped": stripped} if plain is None else {"before": plain, "stripped": stripped}
         material.times = times(models, call)
-        if plain is None:
-            material.remarks.append(
-                "The time of the model before compression could not be measured: layers or channels of it are gone."
-            )

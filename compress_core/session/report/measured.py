@@ -19,7 +19,7 @@ from compress_core.transforms.model_wide import evaluating
 from compress_core.transforms.python_state import copied
 
 # Forwards of each model, as many as fit in the time.
-_ROUNDS, _SECONDS, _WARM_UP = 30, 3.0, 2
+_ROUNDS, _SECONDS, _WARM_UP = 30, 2.0, 2
 # A model whose first forward takes longer (in seconds) is not timed.
 _TOO_SLOW = 5.0
 

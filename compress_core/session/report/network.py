@@ -16,7 +16,7 @@ from compress_core.trace.graph import Call, ForwardTrace, ValueId
 from compress_core.transforms import transformed_weight
 from compress_core.transforms.layers import weight_tensors
 
-# With more rows than this, sums and other places where branches meet have no row of their own.
+# With more rows than this, places where branches meet and layers that are called again have no row of their own.
 _MOST_ROWS = 500
 
 
@@ -90,40 +90,66 @@ class Steps:
     Args:
         forward: The trace of a forward without transforms.
         modules: Dotted names of the modules with weights.
-        with_joins: Whether calls that read what different steps made are steps.
+        in_full: Whether places where branches meet, and layers that are called again, are steps.
     """
 
-    def __init__(self, forward: ForwardTrace, modules: set[str], *, with_joins: bool) -> None:
-        self._modules, self._with_joins = modules, with_joins
+    def __init__(self, forward: ForwardTrace, modules: set[str], *, in_full: bool) -> None:
+        self._forward, self._modules, self._in_full = forward, modules, in_full
         self.steps = [Step("input")]
         self.links: set[tuple[int, int]] = set()
-        self._number: dict[str, int] = {}
-        # A value comes from one step, because what reads two is a step; without joins it comes from several.
+        # A call of a module -> its step; a module that is called again has several.
+        self._numbers: dict[tuple[str, int], int] = {}
+        self._first: dict[str, int] = {}
+        # A value comes from one step, because what reads two is a step; if not all are, it comes from several.
         self._sources: dict[ValueId, frozenset[int]] = {v.index: frozenset([0]) for v in forward.inputs}
         for call in forward.calls:
             self._take(call)
-        self.steps.append(Step("output"))
-        last = len(self.steps) - 1
+        last = self._add(Step("output"))
         for value in forward.outputs:
-            self.links |= {(source, last) for source in self._sources.get(value.index, ())}
+            self._link(self._sources.get(value.index, frozenset()), last)
+
+    @property
+    def reached(self) -> set[str]:
+        """The modules that have a step."""
+        return {step.module for step in self.steps if step.module is not None}
+
+    def _add(self, step: Step) -> int:
+        self.steps.append(step)
+        return len(self.steps) - 1
+
+    def _link(self, sources: frozenset[int], number: int) -> frozenset[int]:
+        self.links |= {(source, number) for source in sources if source != number}
+        return frozenset([number])
 
     def _take(self, call: Call) -> None:
         given = frozenset[int]().union(*(self._sources.get(value, ()) for _, value in call.inputs))
-        owner = next((f.module for f in reversed(call.frames) if f.module in self._modules), None)
-        if owner is not None:
-            number = self._number.get(owner)
-            if number is None:
-                number = self._number[owner] = len(self.steps)
-                self.steps.append(Step(owner, owner))
-            self.links |= {(source, number) for source in given if source != number}
-            given = frozenset([number])
-        elif len(given) > 1 and self._with_joins:
-            number = len(self.steps)
-            self.steps.append(Step(call.function.rpartition(".")[2].strip("_")))
-            self.links |= {(source, number) for source in given}
-            given = frozenset([number])
+        owners = self._owners(call)
+        for key in owners:
+            given = self._link(given, self._number(key))
+        if not owners and len(given) > 1 and self._in_full:
+            given = self._link(given, self._add(Step(call.function.rpartition(".")[2].strip("_"))))
         if given:
             self._sources |= dict.fromkeys([*(v for _, v in call.outputs), *call.overwritten], given)
+
+    def _owners(self, call: Call) -> list[tuple[str, int]]:
+        """Returns the modules with weights that make a call, or whose weights it reads, each with which call it is."""
+        found = [(f.module, f.invocation) for f in reversed(call.frames) if f.module in self._modules][:1]
+        names = [self._forward.values[value].parameter.rpartition(".")[0] for _, value in call.inputs]
+        own = {module for module, _ in found}
+        others = [name for name in dict.fromkeys(names) if name in self._modules - own]
+        if found:  # attention, for example, reads the weight of its last projection without calling that
+            return [*found, *((name, 0) for name in others)]
+        return [(name, call.index) for name in others[:1]]
+
+    def _number(self, key: tuple[str, int]) -> int:
+        module = key[0]
+        if key not in self._numbers:
+            first = self._first.get(module)
+            if first is None:
+                self._numbers[key] = self._first[module] = self._add(Step(module, module))
+            else:
+                self._numbers[key] = self._add(Step(f"{module} again")) if self._in_full else first
+        return self._numbers[key]
 
 
 def network_blocks(layers: Sequence[Layer], columns: Sequence[ByLayer], forward: ForwardTrace | None) -> list[Block]:
@@ -144,10 +170,10 @@ def network_blocks(layers: Sequence[Layer], columns: Sequence[ByLayer], forward:
     )
     unreached: set[str] = set()
     if forward is not None:
-        found = Steps(forward, modules, with_joins=True)
+        found = Steps(forward, modules, in_full=True)
         if len(found.steps) > _MOST_ROWS:
-            found = Steps(forward, modules, with_joins=False)
-        unreached = modules - {step.module for step in found.steps if step.module is not None}
+            found = Steps(forward, modules, in_full=False)
+        unreached = modules - found.reached
         links = found.links
         steps = [*found.steps, *(step for step in steps if step.module in unreached)]
     by_module: dict[str, list[Layer]] = {}
