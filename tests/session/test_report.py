@@ -256,7 +256,7 @@ def test_every_kind_of_network(name, tmp_path):
     kind = "long" if inputs[0].dtype == torch.long else "float"
     section = {"algorithm": "magnitude_sparsity", "sparsity_init": 0.5}
     config = {"compression": section, "input_info": {"sample_size": list(inputs[0].shape), "type": kind}}
-    controller, model = create_compressed_model(trained_model(name), config)
+    controller, _ = create_compressed_model(trained_model(name), config)
     rows = cells(written(controller, tmp_path), "Layers in the order of the forward")[1:]
     weights = {layer.name for layer in controller.statistics().magnitude_sparsity.layers}
     assert weights <= {row[1] for row in rows}

@@ -100,7 +100,9 @@ def calibrate(
     if data is None or not activations:
         return []
     with _observing([], silenced=[*activations, *gates]), batch_norm():
-        see_activations(model, activations, data)
+        seen = see_activations(model, activations, data)
+    if 2 * seen < (wanted := max(quantizer.samples for quantizer in activations)):
+        logger.warning("%s: %d samples were asked for, the data loader gave %d", data.path, wanted, seen)
     unreached = _unreached(activations, data, strict=strict)
     for quantizer in activations:
         if quantizer.planned.name not in unreached:
@@ -115,8 +117,12 @@ def see_weight(model: nn.Module, quantizer: Observed[S]) -> None:
         getattr(owner, name)
 
 
-def see_activations(model: nn.Module, quantizers: Sequence[Observed[S]], data: CalibrationData) -> None:
-    """Updates the statistics of activation quantizers with batches, each until it has its number of samples."""
+def see_activations(model: nn.Module, quantizers: Sequence[Observed[S]], data: CalibrationData) -> int:
+    """Updates the statistics of activation quantizers with batches, each until it has its number of samples.
+
+    Returns:
+        How many samples there were.
+    """
     wanted = max(quantizer.samples for quantizer in quantizers)
     seen = 0
     with evaluating(model), without_traces(model), preserved_rng(data.loader):
@@ -124,8 +130,7 @@ def see_activations(model: nn.Module, quantizers: Sequence[Observed[S]], data: C
             with _observing([q for q in quantizers if seen < q.samples], silenced=quantizers):
                 data.call(model, batch)
             seen += size
-    if 2 * seen < wanted:
-        logger.warning("%s: %d samples were asked for, the data loader gave %d", data.path, wanted, seen)
+    return seen
 
 
 def _unreached(quantizers: Sequence[Calibrated], data: CalibrationData, *, strict: bool) -> list[str]:

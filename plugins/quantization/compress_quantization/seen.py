@@ -105,13 +105,15 @@ def ranges_and_values(
         if planned.group == "weights":
             see_weight(model, Observed(planned, module, values, 1))
     activations = [Observed(p, module, values, SAMPLES) for p, module, values in seen if p.group == "activations"]
-    if data is not None and activations:
-        see_activations(model, activations, data)
+    samples = see_activations(model, activations, data) if data is not None and activations else 0
     rows = [_row(planned, module, values) for planned, module, values in seen if values.has_seen_values]
     headers = ("quantizer", "bits", "range", "seen", "clipped", "histogram")
     blocks: list[Block] = []
     if rows:
-        blocks += [Text(_EXPLAINED), Bars("Ranges and what was seen", headers, rows, shares=(4,))]
+        blocks += [
+            Text(_EXPLAINED.format(samples=samples)),
+            Bars("Ranges and what was seen", headers, rows, shares=(4,)),
+        ]
     missing = sum(not values.has_seen_values for _, _, values in seen)
     if missing and data is None:
         blocks.append(
@@ -121,12 +123,12 @@ def ranges_and_values(
             )
         )
     elif missing:
-        blocks.append(Text(f"No value reached {missing} quantizers in {SAMPLES} samples of the calibration data."))
+        blocks.append(Text(f"No value reached {missing} quantizers in {samples} samples of the calibration data."))
     return blocks
 
 
 _EXPLAINED = (
-    f"Weights as they reach their quantizer, and activations of {SAMPLES} samples of the calibration data (whole "
+    "Weights as they reach their quantizer, and activations of {samples} samples of the calibration data (whole "
     "batches), measured as ranges are: with quantized weights, and activations that are not rounded. Clipped is the "
     "share that is more than half a step outside of the range. A histogram shows the values relative to the range, of "
     "each channel if each has its own. Its heights are logarithms, lines mark the ends of the range, and what is "
