@@ -21,7 +21,7 @@ from compress_core.contract.hookspecs import hookimpl
 from compress_core.contract.initializer import Initializer, Phase
 from compress_core.contract.levels import LevelAlgorithm
 from compress_core.contract.stages import CompressionStage, Stage
-from compress_core.contract.statistics import Statistics, Table, TableStatistics
+from compress_core.contract.statistics import ByLayer, Statistics, Table, TableStatistics
 from compress_core.data.calibration import (
     AutoQPrecisionInitArgs,
     BNAdaptationInitArgs,
@@ -64,6 +64,7 @@ __all__ = [
     "AutoQPrecisionInitArgs",
     "BNAdaptationInitArgs",
     "Batch",
+    "ByLayer",
     "CalibrationData",
     "Checkpoint",
     "Choice",

@@ -284,6 +284,18 @@ class Context:
         finally:
             self._init_loader = before
 
+    def report_data(self, path: str, kind: type[InitArgs] = InitArgs) -> CalibrationData | None:
+        """Returns batches for `compress_report`; None if there are none, or only an iterator, which can be read once.
+
+        Args:
+            path: The caller, for messages.
+            kind: As for `calibration_data`.
+        """
+        if not self.has_data(kind):
+            return None
+        data = self.calibration_data(path, kind)
+        return None if isinstance(data.loader, Iterator) else data
+
     def _registered_data(self, kind: type[InitArgs]) -> InitArgs | None:
         """Returns the registered data of a kind, else registered data of any kind: all of them hold batches."""
         exact = self.config.get_extra_struct(kind)
