@@ -28,7 +28,7 @@ from compress_core.data.calibration import (
 from compress_core.data.progress import progress
 from compress_core.data.ranks import alone
 from compress_core.data.rng import generators_of, preserved_rng
-from compress_core.errors import ConfigError, DataError, ModelError, PluginError, Problem
+from compress_core.errors import ConfigError, DataError, DecidedFromDataError, ModelError, PluginError, Problem
 from compress_core.torch_internals import AnyBatchNorm
 from compress_core.trace import Example, Trace, TraceError, trace
 from compress_core.trace.weights import WeightUse
@@ -52,6 +52,8 @@ class Context:
         sections: The sections of the config in its order, those of other algorithms included: for cross-checks.
         ledger: Records what each value of the config did.
         resuming: Whether a compression state is being resumed; then there is no data and no initialization.
+        planning: Whether the model is a copy that shows what would be done (`plan_compression`). Then
+            `calibration_data` raises `DecidedFromDataError`, and calibration and initializers do not run.
         bypassable: Whether the model without its weight transforms is the uncompressed model.
         kept_trace: Keeps the last trace during the creation.
         batch_norm: Adapts the running statistics, for algorithms that change the model or measure activations.
@@ -70,8 +72,18 @@ class Context:
     uncompressed_model: UncompressedService
     announce_shrinkage: Callable[[nn.Module, Shrinkage], None]
 
-    def __init__(self, config: CompressionConfig, *, init_loader: Any = None, resuming: bool = False) -> None:
+    def __init__(
+        self,
+        config: CompressionConfig,
+        *,
+        init_loader: Any = None,
+        resuming: bool = False,
+        planning: bool = False,
+        example: Example | None = None,
+    ) -> None:
         self.config = config
+        self.planning = planning
+        self._given_example = example
         self.ledger = Ledger()
         self.resuming = resuming
         self.bypassable = True
@@ -242,7 +254,13 @@ class Context:
 
         Raises:
             DataError: There is no loader, or the object given is not a loader.
+            DecidedFromDataError: This is a plan (`planning`), with or without data.
         """
+        if self.planning:
+            raise DecidedFromDataError(f"{path}: is decided from data when the model is created")
+        return self._calibration_data(path, kind, loader)
+
+    def _calibration_data(self, path: str, kind: type[InitArgs] = InitArgs, loader: Any = None) -> CalibrationData:
         source = loader if loader is not None else self._init_loader
         if source is None:
             source = self._registered_data(kind)
@@ -265,6 +283,18 @@ class Context:
             yield
         finally:
             self._init_loader = before
+
+    def report_data(self, path: str, kind: type[InitArgs] = InitArgs) -> CalibrationData | None:
+        """Returns batches for `compress_report`; None if there are none, or only an iterator, which can be read once.
+
+        Args:
+            path: The caller, for messages.
+            kind: As for `calibration_data`.
+        """
+        if not self.has_data(kind):
+            return None
+        data = self.calibration_data(path, kind)
+        return None if isinstance(data.loader, Iterator) else data
 
     def _registered_data(self, kind: type[InitArgs]) -> InitArgs | None:
         """Returns the registered data of a kind, else registered data of any kind: all of them hold batches."""
@@ -296,6 +326,8 @@ class Context:
         return found
 
     def _trace(self, model: nn.Module, path: str) -> Trace:
+        if self._given_example is not None:
+            return trace(model, self._given_example, training=True)
         infos = [info for info in self.config.root.input_info if info.sample_size is not None]
         batch = self._example_batch(path)
         if not infos and batch is None:
@@ -325,7 +357,7 @@ class Context:
         Raises:
             DataError: There is neither data nor `input_info`.
         """
-        batch = self._example_batch(path)
+        batch = self._given_example or self._example_batch(path)
         if batch is not None:
             return batch
         infos = [info for info in self.config.root.input_info if info.sample_size is not None]
@@ -350,7 +382,7 @@ class Context:
             return None
         if self._read is not None and self._read[0] is source:
             return self._read[1]
-        data = self.calibration_data(path, loader=source)
+        data = self._calibration_data(path, loader=source)
         with preserved_rng(data.loader):
             if isinstance(data.loader, Iterator):
                 return None  # an iterator can be read only once, and calibration needs its batches

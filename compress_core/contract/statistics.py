@@ -5,9 +5,11 @@ from __future__ import annotations
 import html
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from tabulate import tabulate
+
+from compress_core.pages.blocks import Block, Grid
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,29 @@ def _shown(cell: Any) -> str:
     return str(cell)
 
 
+@dataclass(frozen=True)
+class ByLayer:
+    """A figure that there is one of for each layer, a column of a report's picture of the network.
+
+    Attributes:
+        title: The head of the column, such as `masked`.
+        values: Dotted name of a weight or of a module -> the figure.
+        kind: What the figure is: a share (0 to 1) of the weight's elements that is `zeros`; a share of its output
+            channels that is `pruned`; the number of `bits` that its elements have; another `share`; or another
+            `number`. The first three are drawn.
+    """
+
+    title: str
+    values: Mapping[str, float]
+    kind: Literal["zeros", "pruned", "bits", "share", "number"] = "number"
+
+
 class Statistics:
-    """Base class of what `compress_statistics` returns."""
+    """Base class of what `compress_statistics` returns.
+
+    A subclass implements `tables` and `to_dict`. A report of `controller.report` shows the tables, unless the class
+    says more about how it wants to be shown: `blocks`, `by_layer`, `left_alone`.
+    """
 
     def tables(self) -> Sequence[Table]:
         """Returns the report as tables."""
@@ -68,6 +91,21 @@ class Statistics:
 
     def _repr_html_(self) -> str:
         return "\n".join(table.to_html() for table in self.tables())
+
+    def blocks(self) -> Sequence[Block]:
+        """Returns what a report shows, blocks of `compress_core.pages`; by default the tables."""
+        return [Grid(table.title, table.headers, table.rows) for table in self.tables()]
+
+    def by_layer(self) -> Sequence[ByLayer]:
+        """Returns the figures that there is one of for each layer, for the picture of the network; by default none."""
+        return ()
+
+    def left_alone(self) -> Mapping[str, str]:
+        """Returns what was left as it is: dotted name -> the reason.
+
+        What the plan of an algorithm has skipped (`Plan.skipped`) is in a report without this.
+        """
+        return {}
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,7 @@ from compress_core.session.logbook import Logbook
 from compress_core.session.model_copies import copy_of, take_decisions
 from compress_core.session.replaced import NAME as REPLACED_LAYERS
 from compress_core.session.replaced import ReplacedLayers, TransformPlaces
+from compress_core.session.report import Reported, ReportOptions, write_report
 from compress_core.session.scheduler import CompressionScheduler
 from compress_core.session.state import SavedState, dump_state
 from compress_core.session.transaction import Transaction
@@ -78,7 +79,7 @@ class CompressionController:
         self._warned_of_optimizers = False
         self._batch_norm = BatchNorm(model, lifecycle)
         lifecycle.context.batch_norm = self._batch_norm
-        lifecycle.context.uncompressed_model = uncompressed
+        lifecycle.context.uncompressed_model = self._uncompressed = uncompressed
         self._recorder: BatchRecorder | None = None
         if any(algorithm.needs_batch for algorithm in lifecycle.algorithms):
             self._recorder = BatchRecorder()
@@ -539,6 +540,41 @@ class CompressionController:
             external_data=external_data,
         )
         return ModelExport(self.model, self._inspected, "export_onnx").write(path, args, "onnxruntime", options)
+
+    def report(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        title: str | None = None,
+        accuracy: Mapping[str, float] | None = None,
+        evaluate_fn: Callable[[nn.Module], Any] | None = None,
+        args: Any = None,
+        latency: bool = True,
+    ) -> None:
+        """Writes a report of the compressed model as one HTML page, which needs neither a network nor JavaScript.
+
+        Everything is measured on a copy: model, controller and random generators are as before. A batch of the
+        calibration data is read for the inputs, and a few more for the histograms of activations.
+
+        Of several processes rank 0 writes; all may call this, and all have to if `evaluate_fn` waits for the others.
+
+        Args:
+            path: The file, which ends in .html; it appears completely or not at all.
+            title: The heading; by default the class of the model.
+            accuracy: What you have measured, by step and in order: `{"float": 0.93, "compressed": 0.87}`.
+            evaluate_fn: `evaluate_fn(model)`, returns a number. It is called with a copy of the compressed model, and
+                of the uncompressed model if that is kept (see `Algorithm.needs_uncompressed`).
+            args: Arguments of forward, as for `export`, to trace the network and to take the time of a forward with. By
+                default a batch of the data that the model was created with, or `input_info`.
+            latency: Whether to take the time of a forward, of the model before compression and stripped.
+
+        Raises:
+            ExportError: jinja2 is missing (`pip install 'compress-core[report]'`).
+            FileError: The file cannot be written.
+            UsageError: An argument has an invalid value.
+        """
+        options = ReportOptions(title, accuracy, evaluate_fn, args, latency)
+        write_report(Reported(self, self._inspected, self._uncompressed), path, options)
 
     def initialize(self, name: str, loader: Any = None, **options: Any) -> Statistics | None:
         """Runs a shared initializer again on the current model; if that fails, the model is restored.
