@@ -141,6 +141,21 @@ def reconstruction(space, monkeypatch):
     space.update(torch=torch, ProjectingTransform=ProjectingTransform)
 
 
+def logging_page(space, monkeypatch):
+    from compress_core.data import progress
+
+    monkeypatch.setattr(progress, "_shown", None)
+    compressed(space, algorithm="magnitude_sparsity")
+    space.update(epochs=2, optimizer=None, train_one_epoch=lambda *args: 1.0)
+
+
+def figures_were_logged(space):
+    import csv
+
+    with Path("figures.csv").open(newline="") as file:
+        assert [(row["epochs"], row["loss"]) for row in csv.DictReader(file)] == [("0", ""), ("1", "1.0"), ("2", "1.0")]
+
+
 SETUPS = {
     "start.md": start,
     "accuracy_aware.md": accuracy_aware,
@@ -151,6 +166,7 @@ SETUPS = {
     "from_nncf.md": from_nncf,
     "knowledge_distillation.md": distillation,
     "learned_sparsity.md": learned_sparsity,
+    "logging.md": logging_page,
     ("loops.md", 3): learning_rates,
     "magnitude_sparsity.md": lambda space, monkeypatch: space.update(factor_of=lambda *args: torch.ones(())),
     "quantization.md": quantization,
@@ -248,6 +264,7 @@ CHECKS = {
     ("export.md", 1): file_is_written("layers.png"),
     ("export.md", 3): step_is_trained,
     ("filter_pruning.md", 2): small_model_computes_the_same,
+    ("logging.md", 1): figures_were_logged,
     ("magnitude_sparsity.md", 0): importance_is_measured,
     ("mixed_precision.md", 0): method_chooses_bits,
     ("plugins.md", 0): schedule_is_followed,
