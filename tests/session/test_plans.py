@@ -184,6 +184,19 @@ def test_sparse_models_have_as_many_zeros_as_planned(sections, name):
         assert found.size == plan.before.size
 
 
+@pytest.mark.parametrize("mode", ["global", "local"])
+@pytest.mark.parametrize("importance", ["abs", "normed_abs"])
+def test_each_layer_has_as_many_zeros_as_planned(importance, mode):
+    params = {"weight_importance": importance, "sparsity_level_setting_mode": mode, "sparsity_target": 0.7}
+    sections = [{"algorithm": "magnitude_sparsity", "params": params}]
+    plan = plan_compression(trained_model("resnet"), {"compression": sections})
+    controller, _ = created("resnet", sections)
+    controller.set_sparsity_level(0.7)
+    for layer in controller.statistics().magnitude_sparsity.layers:
+        tensor = plan.at_end.tensors[layer.name]
+        assert (tensor.density, tensor.is_average) == (1 - layer.zeros / layer.weights, False)
+
+
 SCHEDULES = {
     "polynomial": {"schedule": "polynomial", "sparsity_target_epoch": 8},
     "exponential": {"schedule": "exponential", "sparsity_target_epoch": 8},
@@ -327,8 +340,19 @@ def test_bits_that_data_choose(kind, more):
     assert any(" or " in target.at_end for target in plan.algorithms[0].targets)
 
 
+def test_zeros_that_training_distributes_are_told_of_all_weights_together():
+    plan = plan_compression(trained_model("resnet"), {"compression": LEARNED["rb"]})
+    assert {target.at_end for target in plan.algorithms[0].targets} == {"its part of 40.0% zeros in all"}
+    assert all(
+        entry["at_end"]["density"] is None
+        for entry in plan.to_dict()["parameters"].values()
+        if len(entry["at_end"]["shape"]) > 1
+    )
+
+
 def test_training_decides():
     plan = plan_compression(trained_model("resnet"), {**IMAGES, "compression": LEARNED["movement"]})
+    assert {target.at_end for target in plan.algorithms[0].targets} == {"masked as training decides"}
     assert plan.at_end.figures()["nonzero"] is None
     assert plan.at_end.figures()["parameters"] == plan.before.parameters
     assert "training decides" in plan.to_str()
