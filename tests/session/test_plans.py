@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from compress_core import (
     plan_compression,
     register_default_init_args,
 )
+from compress_core.contract.footprint import Footprint
 from compress_core.testing import fingerprint
 from compress_core.transforms import raw_parameter
 from tests.instants import Instants
@@ -289,6 +291,21 @@ def test_files_are_as_large_as_planned(tmp_path):
     assert file.stat().st_size == pytest.approx(plan.at_start.size, rel=0.03)
 
 
+def test_a_model_in_training_tells_its_effect_as_well():
+    sections = [pruning(pruning_steps=4), sparsity(), quantization()]
+    before = Footprint.of_model(trained_model("resnet"))
+    model, inputs = trained_model("resnet"), (images(),)
+    controller, _ = create_compressed_model(model, config_of(sections, inputs))
+    for _ in range(3):
+        controller.scheduler.epoch_step()
+        found = before
+        for each in controller.algorithms.values():
+            found = controller._lifecycle.effect(model, each, found, at_end=False)
+        stripped = controller.strip()
+        assert found.parameters == sum(p.numel() for p in stripped.parameters())
+        assert found.operations == cost(stripped.eval(), (images(1),))
+
+
 # What cannot be known is said.
 
 
@@ -528,6 +545,26 @@ def test_the_report_is_the_same_in_all_its_forms():
             assert name in complete
             assert reason.split()[0] in text
     assert str(plan) == text
+
+
+def test_a_notebook_shows_the_page_or_without_jinja2_the_text(monkeypatch):
+    from compress_core.pages import page
+
+    plan = plan_compression(trained_model("resnet"), SPARSE)
+    shown = plan._repr_html_()
+    assert shown.startswith('<iframe srcdoc="&lt;!DOCTYPE html&gt;')
+    assert shown.count("<") == 2  # the page is an attribute of the frame
+    page._template.cache_clear()
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    assert plan._repr_html_() is None
+
+
+def test_the_page_has_a_row_for_each_parameter(tmp_path):
+    plan = plan_compression(trained_model("resnet"), {**IMAGES, "compression": SECTIONS["all"]})
+    plan.write_html(tmp_path / "plan.html")
+    text = (tmp_path / "plan.html").read_text()
+    for name, _ in trained_model("resnet").named_parameters():
+        assert f"<td>{name}</td>" in text
 
 
 def test_a_plan_holds_no_model(registry):
