@@ -21,7 +21,7 @@ from compress_core.contract.hookspecs import hookimpl
 from compress_core.contract.initializer import Initializer, Phase
 from compress_core.contract.levels import LevelAlgorithm
 from compress_core.contract.stages import CompressionStage, Stage
-from compress_core.contract.statistics import Statistics, Table, TableStatistics
+from compress_core.contract.statistics import ByLayer, Statistics, Table, TableStatistics
 from compress_core.data.calibration import (
     AutoQPrecisionInitArgs,
     BNAdaptationInitArgs,
@@ -33,6 +33,7 @@ from compress_core.data.calibration import (
     QuantizationRangeInitArgs,
     TeacherArgs,
 )
+from compress_core.data.progress import show_progress
 from compress_core.errors import (
     CompressionError,
     ConfigError,
@@ -50,6 +51,7 @@ from compress_core.errors import (
 from compress_core.session.checkpoints import Checkpoint, load_checkpoint, read_checkpoint, save_checkpoint
 from compress_core.session.compression_plan import CompressionPlan, PlannedAlgorithm, PlannedTarget
 from compress_core.session.controller import CompressionController
+from compress_core.session.history import EpochFigures
 from compress_core.transforms import mask_weight
 from compress_core.transforms.folding import fold_computed_weights
 from compress_core.transforms.layers import WeightTensor, register_module
@@ -62,6 +64,7 @@ __all__ = [
     "AutoQPrecisionInitArgs",
     "BNAdaptationInitArgs",
     "Batch",
+    "ByLayer",
     "CalibrationData",
     "Checkpoint",
     "Choice",
@@ -78,6 +81,7 @@ __all__ = [
     "Count",
     "DataError",
     "EarlyExitCompressionTrainingLoop",
+    "EpochFigures",
     "EpochRecord",
     "ExportError",
     "ExportFileError",
@@ -129,4 +133,5 @@ __all__ = [
     "register_default_init_args",
     "register_module",
     "save_checkpoint",
+    "show_progress",
 ]

@@ -18,8 +18,8 @@ from compress_core.registry import default_registry
 from compress_core.registry.schema import json_schema
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit status: 0, or 1 if the command found a problem."""
+def make_parser() -> argparse.ArgumentParser:
+    """Returns the parser of the command line; docs/reference/cli.md is made from it."""
     parser = argparse.ArgumentParser(prog="compress-core", description="Model compression for PyTorch training loops.")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("algorithms", help="what is installed, from which plugin, and what could not be loaded")
@@ -30,7 +30,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plan.add_parser(commands)
     trace.add_parser(commands)
     compare.add_parser(commands)
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status: 0, or 1 if the command found a problem."""
+    options = make_parser().parse_args(arguments)
     if options.command == "algorithms":
         # Plugins that could not be loaded are part of the answer; the log line would only repeat it.
         log = logging.getLogger("compress_core.registry.registry")

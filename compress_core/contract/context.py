@@ -6,7 +6,7 @@ import contextlib
 import copy
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -25,6 +25,7 @@ from compress_core.data.calibration import (
     InitArgs,
     QuantizationRangeInitArgs,
 )
+from compress_core.data.progress import progress
 from compress_core.data.ranks import alone
 from compress_core.data.rng import generators_of, preserved_rng
 from compress_core.errors import ConfigError, DataError, DecidedFromDataError, ModelError, PluginError, Problem
@@ -36,6 +37,8 @@ from compress_core.transforms.folding import FOLD_REMEDY
 from compress_core.transforms.layers import WeightTensor, weight_tensors
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 # Parts of a section that the core reads, later than `compress_configure`.
 _READ_BY_THE_CORE = ("initializer.", "ignored_scopes", "target_scopes")
@@ -107,6 +110,17 @@ class Context:
     def __getstate__(self) -> dict[str, Any]:
         # For pickle: loaders and functions of the user's often cannot be pickled, and data does not belong there.
         return {**self.__dict__, "config": self.config.without_extra_structs(), "_init_loader": None}
+
+    def progress(self, items: Iterable[T], what: str, *, total: float | None = None, unit: str = "step") -> Iterator[T]:
+        """Yields items with a progress bar, for loops that take long; `CalibrationData.batches` has one already.
+
+        Args:
+            items: The items.
+            what: What is running, such as "search for ranks".
+            total: Their number; by default their length, if they have one.
+            unit: What one of them is.
+        """
+        return progress(items, what, total=total, unit=unit)
 
     def weight(self, model: nn.Module, name: str, before: Stage = Stage.PRECISION) -> torch.Tensor:
         """Returns a weight with the transforms of earlier stages applied, for example masked and pruned.
@@ -270,6 +284,18 @@ class Context:
         finally:
             self._init_loader = before
 
+    def report_data(self, path: str, kind: type[InitArgs] = InitArgs) -> CalibrationData | None:
+        """Returns batches for `compress_report`; None if there are none, or only an iterator, which can be read once.
+
+        Args:
+            path: The caller, for messages.
+            kind: As for `calibration_data`.
+        """
+        if not self.has_data(kind):
+            return None
+        data = self.calibration_data(path, kind)
+        return None if isinstance(data.loader, Iterator) else data
+
     def _registered_data(self, kind: type[InitArgs]) -> InitArgs | None:
         """Returns the registered data of a kind, else registered data of any kind: all of them hold batches."""
         exact = self.config.get_extra_struct(kind)
@@ -362,7 +388,7 @@ class Context:
                 return None  # an iterator can be read only once, and calibration needs its batches
             # After the creation one process may export alone.
             with contextlib.nullcontext() if self._is_creating else alone():
-                example = Example.from_batch(data, next(iter(data.batches(1)))[0])
+                example = Example.from_batch(data, next(iter(data.batches(1, None)))[0])
         if self._is_creating:
             self._read = source, example
         return example

@@ -22,7 +22,7 @@ implementation keeps its type and gets a note that names hook, algorithm and plu
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pluggy
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from compress_core.contract.stages import CompressionStage
     from compress_core.contract.statistics import Statistics
     from compress_core.export.target import ExportTarget, GraphRewrite
+    from compress_core.pages import Block
 
 PROJECT = "compress_core"
 ENTRY_POINT_GROUP = "compress_core.plugins"
@@ -261,7 +262,7 @@ def compress_calibrate(model: nn.Module, algorithm: Algorithm, context: Context)
         def compress_calibrate(self, model, context):
             path, _ = context.section(self)
             data = context.calibration_data(path)
-            for batch, size in data.batches(256):
+            for batch, size in data.batches(256, "largest activations"):  # what the progress bar says
                 data.call(model, batch)
         ```
     """
@@ -384,6 +385,31 @@ def compress_statistics(model: nn.Module, algorithm: Algorithm, context: Context
         @hookimpl
         def compress_statistics(self, model):
             return TableStatistics({"zeros": self.count_zeros(model)}, title="Random sparsity")
+        ```
+    """
+
+
+@hookspec
+def compress_report(model: nn.Module, algorithm: Algorithm, context: Context) -> Sequence[Block]:  # type: ignore[empty-body]
+    """Returns what a report shows beside the statistics and what has to be measured for it, such as histograms.
+
+    Called by `controller.report` with a copy of the model, and for a copy of the algorithm, in eval mode and without
+    gradients. Both are thrown away afterwards, so nothing has to be put back. What needs no measuring belongs to
+    `Statistics.blocks`.
+
+    Args:
+        model: The copy of the compressed model.
+        algorithm: The copy of the algorithm.
+        context: The context of the copies. `context.report_data(path)` returns batches, or None.
+
+    Returns:
+        Blocks of `compress_core.pages`.
+
+    Example:
+        ```python
+        @hookimpl
+        def compress_report(self, model):
+            return [Grid("Norms", ("weight", "norm"), [(name, float(w.norm())) for name, w in weights(model)])]
         ```
     """
 

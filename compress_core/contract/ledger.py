@@ -47,6 +47,9 @@ class Ledger(Statistics):
     def __iter__(self) -> Iterator[LedgerEntry]:
         return iter(self._entries.values())
 
+    def __repr__(self) -> str:
+        return f"Ledger({len(self._entries)} values)"
+
     def __getitem__(self, path: str) -> LedgerEntry:
         return self._entries[path]
 

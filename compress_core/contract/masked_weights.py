@@ -19,6 +19,7 @@ from compress_core.contract.stages import Stage
 from compress_core.contract.trained_weights import trained_weights
 from compress_core.errors import ModelError, UsageError
 from compress_core.transforms import get_weight_transform, raw_parameter
+from compress_core.transforms.generated import of_transform
 
 MASKED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """Dtypes of weights that can be masked by what they are worth; others do not have the operators for it."""
@@ -157,11 +158,9 @@ class MaskingAlgorithm(Algorithm):
             mask, weight = self.kept(name), raw_parameter(model, name)
             zeros = weight.numel() - int(torch.count_nonzero(mask))
             layers.append(LayerSparsity(name, tuple(weight.shape), weight.numel(), zeros))
-        helpers = [get_weight_transform(model, name, self.name) for name in self.present]
-        learned = {id(p): p.numel() for helper in helpers if helper is not None for p in helper.parameters()}
         return {
             "layers": tuple(layers),
-            "model_parameters": sum(p.numel() for p in model.parameters()) - sum(learned.values()),
+            "model_parameters": sum(p.numel() for name, p in model.named_parameters() if not of_transform(name)),
             "model_weights": sum(layer.weights for layer in layers) + sum(_size(model, n) for n in self._skipped),
             "skipped": self._skipped,
         }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from compress_core.contract.stages import CompressionStage
 from compress_core.contract.statistics import Statistics
 from compress_core.errors import ConfigError, PluginError, Problem, UsageError
 from compress_core.export.target import ExportTarget, GraphRewrite
+from compress_core.pages import Block
 from compress_core.registry import Registry
 from compress_core.session.hook_calls import HookCalls
 from compress_core.session.learning_rates import apply_multiplier
@@ -309,6 +310,25 @@ class Lifecycle(HookCalls):
         """Returns the statistics of every algorithm that provides them."""
         found = {a.name: self._optional("compress_statistics", a, Statistics, model=model) for a in self.algorithms}
         return {name: statistics for name, statistics in found.items() if statistics is not None}
+
+    def report(self, model: nn.Module) -> dict[str, Sequence[Block]]:
+        """Returns what algorithms have measured for a report, by name; see `compress_report`.
+
+        Raises:
+            PluginError: An algorithm returned something other than blocks.
+        """
+        found = {}
+        for algorithm in self.algorithms:
+            with evaluating(model):
+                blocks = self._optional("compress_report", algorithm, Sequence, model=model) or ()
+            wrong = next((block for block in blocks if not isinstance(block, Block)), None)
+            if wrong is not None:
+                raise PluginError(
+                    f"compress_report() of {self.who(algorithm)} returned a {type(wrong).__name__} among its blocks; "
+                    "see compress_core.pages"
+                )
+            found[algorithm.name] = blocks
+        return found
 
     def stage(self, model: nn.Module) -> CompressionStage:
         """Returns the common stage of all algorithms that change the model."""

@@ -28,6 +28,7 @@ from compress_core.contract.footprint import Footprint
 from compress_core.contract.nncf_tensors import NncfTensor
 from compress_core.data.calibration import CalibrationData
 from compress_core.export import ExportTarget, GraphRewrite
+from compress_core.pages import Block
 from compress_core.saved import damaged
 from compress_quantization.calibration import Calibrated, calibrate
 from compress_quantization.config import QuantizationConfig, QuantizerGroup
@@ -45,6 +46,7 @@ from compress_quantization.profiles import load_profile
 from compress_quantization.quantizers import add_quantizer, find_quantizer, make_quantizer, replace_by_native
 from compress_quantization.ranges import collector_for
 from compress_quantization.saved import SavedQuantization, saved_quantizers
+from compress_quantization.seen import ranges_and_values
 from compress_quantization.staging import StagedQuantization
 from compress_quantization.statistics import QuantizationStatistics, QuantizerStatistics
 
@@ -191,6 +193,13 @@ class Quantization(Algorithm):
         return QuantizationStatistics(quantizers, self._skipped, self._potential, self.precision_report)
 
     @hookimpl
+    def compress_report(self, model: nn.Module, context: Context) -> list[Block]:
+        """Returns histograms of what reaches the quantizers, and the share that they clip."""
+        path, _ = context.section(self)
+        data = context.report_data(path, QuantizationRangeInitArgs)
+        return ranges_and_values(model, [pair for pair in self._present if pair[1].enabled], data)
+
+    @hookimpl
     def compress_state(self) -> dict[str, Any]:
         """Returns the state that is not in the `state_dict`: which quantizers are signed, on, and frozen."""
         modules = self.all_quantizations
@@ -332,8 +341,12 @@ class Quantization(Algorithm):
         return plan
 
     def _record(self, planner: Planner, scopes: Any, path: str, context: Context) -> None:
+        named = planner.ignored_by_name
         for scope_path, entry in scopes.entries():
-            context.ledger.record(scope_path, entry, "matches these modules", scopes.matches(entry))
+            if scope_path in named:
+                context.ledger.record(scope_path, entry, "leaves out these quantizers", named[scope_path])
+            else:
+                context.ledger.record(scope_path, entry, "matches these modules", scopes.matches(entry))
         entries = {**planner.resolver.used, **planner.unified}
         for leaf, value, was_read in self.config.given_leaves():
             names = applied_to(leaf, entries)
@@ -402,6 +415,7 @@ class Quantization(Algorithm):
             module.enabled,
             float(low.detach().min()),
             float(high.detach().max()),
+            planned.parameter,
         )
 
 
