@@ -204,7 +204,7 @@ class Document:
 
     def train(self, controller: Any, model: nn.Module, steps: int = _STEPS) -> None:
         """Trains some steps."""
-        optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
         model.train()
         for number in range(steps):
             controller.scheduler.step()
@@ -214,6 +214,8 @@ class Document:
             loss.backward()
             if not torch.isfinite(loss):
                 raise AssertionError(f"the loss is {loss.item()}")
+            # A batch norm over two values, as in the last layers here, gives gradients of any size.
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True)
             optimizer.step()
 
     def train_steps(self, loader: Any, model: nn.Module, optimizer: Any, pruner: Any, steps: int) -> None:
@@ -235,7 +237,7 @@ class Document:
                 model,
                 train_epoch_fn=train_epoch,
                 validate_fn=lambda model, epoch=None: self.metric(model),
-                configure_optimizers_fn=lambda: (torch.optim.SGD(model.parameters(), lr=1e-4), None),
+                configure_optimizers_fn=lambda: (torch.optim.SGD(model.parameters(), lr=1e-2), None),
                 log_dir=folder,
             )
 
