@@ -71,7 +71,7 @@ class LearnedRanking:
         size, share = params.population_size, params.mutate_percent
         evolution = Evolution(space, params.generations, size, params.num_samples, share, params.random_seed)
         plain = min(size, params.generations) - 1
-        fixed = {plain: identity}
+        fixed: dict[int, Coefficients] = {plain: identity}
         if plain:  # the result is not worse than the same level in each group either
             fixed[plain - 1] = request.uniform(identity, level)
         found = evolution.run(reward, fixed, request.path)
