@@ -15,6 +15,7 @@ import logging
 import math
 import re
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -70,7 +71,7 @@ def in_nncf(model: nn.Module, document: Mapping[str, Any]) -> tuple[Any, nn.Modu
     import nncf  # noqa: PLC0415
     from nncf.torch import create_compressed_model as create  # noqa: PLC0415
 
-    document = copy.deepcopy(dict(document))
+    document = {**copy.deepcopy(dict(document)), "log_dir": tempfile.gettempdir()}  # it writes a CSV file there
     return create(copy.deepcopy(model), nncf.NNCFConfig.from_dict(document), dump_graphs=False)
 
 
