@@ -17,6 +17,7 @@ from compress_core import BNAdaptationInitArgs, CalibrationData, Context, DataEr
 from compress_core.batchnorm.forward_pass import AdaptationPass
 from compress_core.config.scopes import ScopeFilter
 from compress_core.data.forwards import without_traces
+from compress_core.data.progress import progress
 from compress_core.data.structures import tensors_of
 from compress_core.torch_internals import AnyBatchNorm
 from compress_core.transforms.python_state import copied
@@ -71,7 +72,7 @@ class _Judge:
         self._functions = None if functions is None or functions.val_fn is None else functions
         self._data = request.context.calibration_data(request.path, BNAdaptationInitArgs)
         with same_chances(self._seed, self._data.loader):
-            self._batches = list(self._data.batches(params.calibration_samples))
+            self._batches = list(self._data.batches(params.calibration_samples, "reading data for the ranking search"))
         self.measure, self.sign = ("error", -1.0) if self._functions is None else ("accuracy", 1.0)
         # The model will be adapted with the scopes of all sections, so candidates are as well.
         scopes = ScopeFilter(request.model, _ignored(request.context))
@@ -84,7 +85,10 @@ class _Judge:
         if self._functions is None:
             reference = copied(request.model).eval()
             with same_chances(self._seed), torch.no_grad():
-                self._expected = [_outputs(self._data, reference, batch) for batch, _ in self._batches]
+                self._expected = [
+                    _outputs(self._data, reference, batch)
+                    for batch, _ in progress(self._batches, "outputs of the uncompressed model", unit="batch")
+                ]
 
     def reward(self, trial: nn.Module) -> float:
         """Returns the accuracy of a candidate, or the negative error; larger is better. The candidate is adapted."""
@@ -103,7 +107,7 @@ class _Judge:
             without_traces(trial, parameters=False),
             AdaptationPass(trial, layers, "exact", self._path) as adaptation,
         ):
-            adaptation.run(self._data, self._batches)
+            adaptation.run(self._data, self._batches, total=sum(size for _, size in self._batches))
             adaptation.finish(adaptation.samples)
 
     def _error(self, trial: nn.Module) -> float:

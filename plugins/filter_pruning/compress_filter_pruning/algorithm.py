@@ -24,6 +24,7 @@ from compress_core import (
 from compress_core.channels import Certificate, Shrinkage
 from compress_core.contract.clock import Clock
 from compress_core.contract.context import Context
+from compress_core.contract.footprint import Footprint
 from compress_core.contract.nncf_tensors import NncfTensor
 from compress_core.data.forwards import without_traces
 from compress_core.saved import damaged
@@ -31,13 +32,14 @@ from compress_core.transforms.python_state import copied
 from compress_filter_pruning.attainable import check_attainable
 from compress_filter_pruning.config import FilterPruningConfig
 from compress_filter_pruning.config_checks import check_config
+from compress_filter_pruning.footprints import without_channels
 from compress_filter_pruning.latency import measured_latency
 from compress_filter_pruning.latency_budget import corrected, stripped_and_checked, with_latency
 from compress_filter_pruning.measured import importances_from_data, importances_from_state
 from compress_filter_pruning.nncf_masks import masks_of_nncf
 from compress_filter_pruning.planning import RANKED_DTYPES, PruningPlan, make_plan
 from compress_filter_pruning.pruner import Pruner
-from compress_filter_pruning.rankings import found_ranking, resumed_ranking
+from compress_filter_pruning.rankings import found_ranking, resumed_ranking, undecided
 from compress_filter_pruning.saved import SavedPruning, removed_groups, saved_plan, saved_state
 from compress_filter_pruning.schedules import Schedule, make_schedule
 from compress_filter_pruning.statistics import FilterPruningStatistics, Latency, LatencyCheck, PrunedLayer, Ranking
@@ -76,6 +78,8 @@ class FilterPruning(LevelAlgorithm):
         self._pruner: Pruner | None = None
         self._measured: list[torch.Tensor] | None = None
         self._ranking: Ranking | None = None
+        # In a plan: what data will decide about the channels.
+        self._undecided = ""
         self._requested = 0.0
         # Epoch and finished optimizer steps when the schedule's masks were computed; None if they are others.
         self._time: tuple[int, int] | None = None
@@ -124,11 +128,14 @@ class FilterPruning(LevelAlgorithm):
             found = with_latency(model, found, self.config.params)
         check_attainable(found, self.config, path)
         self._plan = found
-        self._measured = importances_from_data(model, found.groups, self.config, context, path)
-        self._ranking = found_ranking(model, found, self.config, context, path)
-        if self._counts_latency and self.config.target:
-            trial = self._new_pruner(copied(model), found, lambda *_: None)
-            self._plan = found = replace(found, latency=corrected(model, trial, self.config))
+        if context.planning:
+            self._undecided = undecided(self.config, path)
+        if not self._undecided:
+            self._measured = importances_from_data(model, found.groups, self.config, context, path)
+            self._ranking = found_ranking(model, found, self.config, context, path)
+            if self._counts_latency and self.config.target:
+                trial = self._new_pruner(copied(model), found, lambda *_: None)
+                self._plan = found = replace(found, latency=corrected(model, trial, self.config))
         weights = [member.parameter for group in found.groups for member in group.makers]
         return Plan(tuple(weights), found.skipped, found.to_dict())
 
@@ -137,7 +144,7 @@ class FilterPruning(LevelAlgorithm):
         """Adds the masks, at the initial level."""
         assert self._plan is not None
         self._pruner = self._new_pruner(model, self._plan, self.context.shrunk)
-        if not context.resuming:
+        if not (context.resuming or self._undecided):
             self._apply(self.config.pruning_init, (0, 0))
 
     @hookimpl
@@ -191,6 +198,11 @@ class FilterPruning(LevelAlgorithm):
             planned_latency=None if self._plan.latency is None else self._plan.latency.check,
             stripped_latency=self._stripped_latency,
         )
+
+    @hookimpl
+    def compress_effect(self, footprint: Footprint, at_end: bool) -> Footprint:
+        """Counts the model without the pruned channels, as they are now or at the target."""
+        return without_channels(footprint, self._active, self.config.unread(), self._undecided, at_end=at_end)
 
     @hookimpl
     def compress_state(self) -> dict[str, Any]:

@@ -123,6 +123,22 @@ class Pruner:
         """Returns whether at least as much is pruned as a level asks for."""
         return self._cost(self.left()) <= self._cost(self._left_at(level))
 
+    def left_at(self, level: float) -> list[int]:
+        """Returns the number of channels left in each group at a level; ranks channels if all groups are compared."""
+        return self._left_at(level)
+
+    def shapes(self, left: Sequence[int]) -> dict[str, tuple[int, ...]]:
+        """Returns the shapes that parameters have with fewer channels, of those that then are smaller."""
+        present = {name: list(parameter.shape) for name, parameter in self.model.named_parameters()}
+        smaller = set()
+        for group, number in zip(self.groups, left, strict=True):
+            for member in group.channels.members if number < group.size else ():
+                if member.parameter in present:
+                    slices = int((member.channels >= 0).sum()) // group.size
+                    present[member.parameter][member.dim] -= slices * (group.size - number)
+                    smaller.add(member.parameter)
+        return {name: tuple(present[name]) for name in sorted(smaller)}
+
     # Masks.
 
     def apply(self, level: float) -> None:

@@ -13,9 +13,10 @@ from compress_core.saved import damaged
 from compress_filter_pruning.adapted import AdaptedRanking
 from compress_filter_pruning.attainable import largest_level
 from compress_filter_pruning.coefficients import check_folder, read_coefficients, write_coefficients
-from compress_filter_pruning.config import RANKING, FilterPruningConfig, FilterPruningParams
+from compress_filter_pruning.config import IMPORTANCE, RANKING, FilterPruningConfig, FilterPruningParams
 from compress_filter_pruning.groups import PruningGroup
 from compress_filter_pruning.legr import LearnedRanking
+from compress_filter_pruning.measured import DataImportance
 from compress_filter_pruning.planning import PruningPlan
 from compress_filter_pruning.ranking import RankingRequest, Unweighted, checked, problem_with
 from compress_filter_pruning.saved import SavedRanking
@@ -61,6 +62,23 @@ def found_ranking(
     if params.save_ranking_coeffs_path is not None and (number_of_ranks() == 1 or dist.get_rank() == 0):
         write_coefficients(params.save_ranking_coeffs_path, found.coefficients)
     return found
+
+
+def undecided(config: FilterPruningConfig, section: str) -> str:
+    """Returns what data decides about the channels when a model is created; empty if their weights decide.
+
+    Args:
+        config: The section; its values do not count as read.
+        section: Its path.
+    """
+    params = config.unread().params
+    words = "is decided from data when the model is created"
+    if params.is_searched and params.load_ranking_coeffs_path is None:
+        key, what = "interlayer_ranking_type", "how channels of different layers compare"
+        return f"{what} {words} ({section}.params.{key}: '{params.interlayer_ranking_type}')"
+    if isinstance(choice(params.filter_importance, IMPORTANCE), DataImportance):
+        return f"which channels go {words} ({section}.params.filter_importance: '{params.filter_importance}')"
+    return ""
 
 
 def resumed_ranking(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from compress_core import Statistics, Table
+from compress_core import ByLayer, Statistics, Table
 from compress_core.channels import Certificate
+from compress_core.pages import Bars, Block, Details, Grid, Part, Text
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,9 @@ class Latency:
     masked: float
     shrunk: float
     threads: int
+
+
+_DIFFERS = "shrunk model differs"
 
 
 @dataclass(frozen=True)
@@ -186,9 +190,9 @@ class FilterPruningStatistics(Statistics):
             if self.ranking.unweighted is not None:
                 state.append((f"{self.ranking.measure} of the unweighted ranking", self.ranking.unweighted))
         if self.certificate is not None:
-            state.append(("shrunk model differs, eval mode", f"{self.certificate.eval_difference:.1e}"))
+            state.append((f"{_DIFFERS}, eval mode", f"{self.certificate.eval_difference:.1e}"))
             if self.certificate.train_difference is not None:
-                state.append(("shrunk model differs, training mode", f"{self.certificate.train_difference:.1e}"))
+                state.append((f"{_DIFFERS}, training mode", f"{self.certificate.train_difference:.1e}"))
         layers = [(layer.name, layer.group, layer.filters, layer.current, layer.level) for layer in self.layers]
         found = [
             Table("Filter pruning: model", ("figure", "full", "current", "level"), rows),
@@ -198,6 +202,25 @@ class FilterPruningStatistics(Statistics):
         if self.skipped:
             found.append(Table("Filter pruning: left whole", ("weight", "because"), list(self.skipped.items())))
         return found
+
+    def blocks(self) -> list[Block]:
+        """Returns the tables of `tables` with bars, and the certificate in words."""
+        model, state, layers = self.tables()[:3]
+        certificate = [] if self.certificate is None else [Part("Certificate", [Text(_in_words(self.certificate))])]
+        return [
+            Bars(model.title, model.headers, model.rows, shares=(3,)),
+            Grid(state.title, state.headers, [row for row in state.rows if not row[0].startswith(_DIFFERS)]),
+            Details(f"{len(self.layers)} weights", [Bars(layers.title, layers.headers, layers.rows, shares=(4,))]),
+            *certificate,
+        ]
+
+    def by_layer(self) -> Sequence[ByLayer]:
+        """Returns the pruned share of each weight's filters."""
+        return [ByLayer("filters pruned", {layer.name: layer.level for layer in self.layers}, "pruned")]
+
+    def left_alone(self) -> Mapping[str, str]:
+        """Returns the weights whose filters are not pruned."""
+        return self.skipped
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the figures and the layers as JSON-able values."""
@@ -214,3 +237,18 @@ class FilterPruningStatistics(Statistics):
         }
         rest = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in own}
         return own | rest
+
+
+def _in_words(certificate: Certificate) -> str:
+    shapes = ", ".join("x".join(map(str, shape)) for shape in certificate.inputs)
+    trained = certificate.train_difference
+    return (
+        f"The model without the pruned channels was run beside the masked one, in {certificate.dtype} on inputs of the "
+        f"shapes {shapes}. The largest difference of an output, relative to the largest value of that output, was "
+        f"{certificate.eval_difference:.1e} in eval mode"
+        + (
+            "; the model does not run in training mode on these inputs."
+            if trained is None
+            else f", and {trained:.1e} in training mode without dropout, running statistics included."
+        )
+    )
