@@ -20,10 +20,12 @@ from benchmarks import (
     creation_cost,
     exported_accuracy,
     exported_latency,
+    latency_budget,
     mixed_precision,
     quantization_cost,
     reconstruction_tuning,
     runtimes,
+    sparsity_against_nncf,
 )
 from benchmarks.report import RESULTS
 from benchmarks.zoo import table as zoo_table
@@ -114,6 +116,13 @@ BENCHMARKS = (
         "filter_pruning.md#rankings-that-are-searched-for",
     ),
     Benchmark(
+        "Pruning: a budget in time",
+        "latency_budget",
+        ["latency_budget"],
+        lambda content: [latency_budget.table(content["fp32"], content["rows"])],
+        "filter_pruning.md#a-budget-in-time",
+    ),
+    Benchmark(
         "Pruning: what can be pruned",
         "zoo.channels",
         ["zoo_channels"],
@@ -140,6 +149,13 @@ BENCHMARKS = (
         ["against_nncf"],
         benchmark_tables.against_nncf_tables,
         "magnitude_sparsity.md#what-is-different-from-nncf-216-on-purpose",
+    ),
+    Benchmark(
+        "Learned sparsity: beside NNCF 2.16",
+        "sparsity_against_nncf",
+        ["sparsity_against_nncf"],
+        sparsity_against_nncf.tables,
+        "learned_sparsity.md#side-by-side-with-nncf",
     ),
     *(
         Benchmark(
