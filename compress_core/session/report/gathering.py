@@ -136,7 +136,7 @@ def gather(twin: Reported, accuracy: dict[str, float], options: ReportOptions) -
                 "There is nothing to compare with: the model as it is has other parameters than before compression."
             )
         else:
-            _count(material, Footprint.of_model(plain, traced), stripped)
+            _count(material, _footprint_before(twin, plain, traced), stripped)
         _compare(material, twin, plain, stripped, options)
     # Now, because with strip() filter pruning gets its certificate.
     material.statistics = controller.statistics().parts
@@ -163,6 +163,15 @@ def _call(twin: Reported, args: Any) -> Call:
         return Call.of(examples_of(args)[0], model)
     device = next((parameter.device for parameter in model.parameters()), None)
     return Call.of(twin.lifecycle.context.example("report()", device), model)
+
+
+def _footprint_before(twin: Reported, plain: nn.Module, traced: Trace | None) -> Footprint:
+    """Returns the footprint of the model before compression; its zeros are known if a copy of it is kept."""
+    kept = twin.uncompressed.kept
+    if kept is not None:
+        return Footprint.of_model(kept, traced)
+    found = Footprint.of_model(plain, traced)
+    return found.left_open("the weights before compression are not kept", ["nonzero"])
 
 
 def _count(material: Material, before: Footprint, stripped: nn.Module) -> None:
