@@ -7,7 +7,7 @@ DATA ?= digits
 # Two threads: what CI has, and what keeps results comparable between machines.
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test lint types tests gpu-check soak test-torch install recipes bench-data bench zoo zoo-channels clean
+.PHONY: demo test lint types tests docs gpu-check soak test-torch install recipes bench-data bench zoo zoo-channels clean
 
 install: $(STAMP)
 
@@ -22,7 +22,7 @@ demo: $(STAMP)
 	$(BIN)/python -m examples.demo --data $(DATA)
 
 # What CI runs.
-test: lint types tests
+test: lint types tests docs
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -35,6 +35,11 @@ types: $(STAMP)
 # Two processes of one thread each: the tensors of tests are too small for more threads.
 tests: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+# The documentation site, into build/docs: open build/docs/index.html. The tutorials run, unless they have not changed since
+# the last time. A warning is an error, a link that leads nowhere too.
+docs: $(STAMP)
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/docs
 
 # What can only be seen on a GPU: the tests that `make test` skips without one, then what compression costs there. Without
 # a GPU it fails: a check that did not run is not passed. COMPRESS_CORE_TEST_DEVICE=cpu checks the tests themselves.

@@ -1,4 +1,4 @@
-"""Command line: compress-core algorithms | choices | schema | check CONFIG | trace MODEL | compare FILE."""
+"""Command line: compress-core algorithms | choices | schema | check | plan | trace | compare."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from compress_core.api import check_config
-from compress_core.cli import compare, trace
+from compress_core.cli import compare, plan, trace
 from compress_core.contract.statistics import Table
 from compress_core.errors import CompressionError, ConfigError
 from compress_core.registry import default_registry
 from compress_core.registry.schema import json_schema
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit status: 0, or 1 if the command found a problem."""
+def make_parser() -> argparse.ArgumentParser:
+    """Returns the parser of the command line; docs/reference/cli.md is made from it."""
     parser = argparse.ArgumentParser(prog="compress-core", description="Model compression for PyTorch training loops.")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("algorithms", help="what is installed, from which plugin, and what could not be loaded")
@@ -27,9 +27,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands.add_parser("schema", help="print the JSON schema of configs")
     check = commands.add_parser("check", help="say whether a config is valid, and if not, what is wrong and where")
     check.add_argument("config", type=Path, help="path of a JSON file")
+    plan.add_parser(commands)
     trace.add_parser(commands)
     compare.add_parser(commands)
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status: 0, or 1 if the command found a problem."""
+    options = make_parser().parse_args(arguments)
     if options.command == "algorithms":
         # Plugins that could not be loaded are part of the answer; the log line would only repeat it.
         log = logging.getLogger("compress_core.registry.registry")
@@ -44,11 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command == "schema":
         print(json.dumps(json_schema(default_registry()), indent=2))
         return 0
-    if options.command == "trace":
-        return trace.run(options)
-    if options.command == "compare":
-        return compare.run(options)
-    return _check(options.config)
+    run = {"plan": plan.run, "trace": trace.run, "compare": compare.run}.get(options.command)
+    return _check(options.config) if run is None else run(options)
 
 
 def _algorithms() -> int:

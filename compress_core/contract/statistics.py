@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -25,13 +26,25 @@ class Table:
     headers: Sequence[str]
     rows: Sequence[Sequence[Any]]
 
+    def __repr__(self) -> str:
+        return f"Table({self.title!r}: {len(self.rows)} rows)"
+
     def to_str(self) -> str:
         """Returns the table as plain text."""
+        return f"{self.title}\n{self._in('simple_outline')}"
+
+    def to_html(self) -> str:
+        """Returns the table as HTML, without scripts and styles; what looks like HTML is shown as it is written."""
+        return f"<p><b>{html.escape(self.title)}</b></p>\n{self._in('html')}"
+
+    def _repr_html_(self) -> str:
+        return self.to_html()
+
+    def _in(self, form: str) -> str:
         cells = [[_shown(cell) for cell in row] for row in self.rows]
         columns = list(zip(*self.rows, strict=True)) or [()] * len(self.headers)
         align = ["right" if all(isinstance(cell, (int, float)) for cell in column) else "left" for column in columns]
-        body = tabulate(cells, self.headers, "simple_outline", colalign=align if cells else None, disable_numparse=True)
-        return f"{self.title}\n{body}"
+        return tabulate(cells, self.headers, form, colalign=align if cells else None, disable_numparse=True)
 
 
 def _shown(cell: Any) -> str:
@@ -75,6 +88,9 @@ class Statistics:
     def to_str(self) -> str:
         """Returns the report as plain text."""
         return "\n\n".join(table.to_str() for table in self.tables())
+
+    def _repr_html_(self) -> str:
+        return "\n".join(table.to_html() for table in self.tables())
 
     def blocks(self) -> Sequence[Block]:
         """Returns what a report shows, blocks of `compress_core.pages`; by default the tables."""
@@ -138,6 +154,9 @@ class CompressionStatistics(Statistics):
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.parts)
+
+    def __repr__(self) -> str:
+        return f"CompressionStatistics({', '.join(self.parts)})"
 
     def tables(self) -> Sequence[Table]:
         """Returns the tables of all parts."""

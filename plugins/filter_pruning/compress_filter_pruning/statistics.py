@@ -50,6 +50,28 @@ class Latency:
 
 _DIFFERS = "shrunk model differs"
 
+
+@dataclass(frozen=True)
+class LatencyCheck:
+    """What a target in time has led to: shares of the time of a forward that are removed.
+
+    Attributes:
+        predicted: As the model of the latency says.
+        measured: Measured on copies of the full and of the smaller model, in turns; negative if that is slower.
+        seconds: Time of the full model: the first quartile, since others make a machine slower and never faster.
+        threads: Number of threads.
+    """
+
+    predicted: float
+    measured: float
+    seconds: float
+    threads: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the figures as a JSON-able dict."""
+        return asdict(self)
+
+
 Coefficients = Mapping[str, tuple[float, float]]
 
 
@@ -95,6 +117,10 @@ class FilterPruningStatistics(Statistics):
         latency: The last result of `measure_latency`; None before.
         ranking: The ranking that was searched for, or read; None without.
         counts_parameters: Whether the levels are shares of parameters.
+        counts_latency: Whether the levels are shares of the measured time of a forward.
+        planned_latency: What was predicted and measured at the target when the model was created; None without such a
+            target.
+        stripped_latency: The same of the last `strip`; None before.
     """
 
     layers: tuple[PrunedLayer, ...]
@@ -113,6 +139,9 @@ class FilterPruningStatistics(Statistics):
     latency: Latency | None = None
     ranking: Ranking | None = None
     counts_parameters: bool = False
+    counts_latency: bool = False
+    planned_latency: LatencyCheck | None = None
+    stripped_latency: LatencyCheck | None = None
 
     @property
     def pruning_level(self) -> float:
@@ -123,6 +152,11 @@ class FilterPruningStatistics(Statistics):
     def flops_pruning_level(self) -> float:
         """Pruned share of the floating point operations."""
         return 1 - self.current_flops / self.full_flops if self.full_flops else 0.0
+
+    @property
+    def _unit(self) -> str:
+        kinds = {"FLOPs": self.counts_flops, "parameters": self.counts_parameters, "time": self.counts_latency}
+        return next((unit for unit, counts in kinds.items() if counts), "channels")
 
     def tables(self) -> list[Table]:
         """Returns tables of the model, of its state and of the layers."""
@@ -139,10 +173,15 @@ class FilterPruningStatistics(Statistics):
         if self.latency is not None:
             masked, shrunk = 1e3 * self.latency.masked, 1e3 * self.latency.shrunk
             rows.append((f"ms for a forward, {self.latency.threads} thread(s)", masked, shrunk, 1 - shrunk / masked))
-        unit = "FLOPs" if self.counts_flops else "parameters" if self.counts_parameters else "channels"
+        for when, check in (("at the target", self.planned_latency), ("of the stripped model", self.stripped_latency)):
+            if check is not None:
+                full = 1e3 * check.seconds
+                label = f"ms for a forward {when}, {check.threads} thread(s)"
+                rows.append((f"{label}, predicted", full, full * (1 - check.predicted), check.predicted))
+                rows.append((f"{label}, measured", full, full * (1 - check.measured), check.measured))
         state: list[tuple[Any, ...]] = [
-            (f"level set last (of {unit})", self.requested_level),
-            (f"target level (of {unit})", self.target_level),
+            (f"level set last (of {self._unit})", self.requested_level),
+            (f"target level (of {self._unit})", self.target_level),
             ("masks frozen", "yes" if self.frozen else "no"),
         ]
         if self.ranking is not None and self.ranking.tried:
@@ -192,6 +231,8 @@ class FilterPruningStatistics(Statistics):
             "skipped": dict(self.skipped),
             "certificate": None if self.certificate is None else self.certificate.to_dict(),
             "latency": None if self.latency is None else asdict(self.latency),
+            "planned_latency": None if self.planned_latency is None else self.planned_latency.to_dict(),
+            "stripped_latency": None if self.stripped_latency is None else self.stripped_latency.to_dict(),
             "ranking": None if self.ranking is None else asdict(self.ranking),
         }
         rest = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in own}

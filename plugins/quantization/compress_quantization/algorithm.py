@@ -24,6 +24,7 @@ from compress_core import (
 )
 from compress_core.contract.clock import Clock
 from compress_core.contract.context import Context
+from compress_core.contract.footprint import Footprint
 from compress_core.contract.nncf_tensors import NncfTensor
 from compress_core.data.calibration import CalibrationData
 from compress_core.export import ExportTarget, GraphRewrite
@@ -35,6 +36,7 @@ from compress_quantization.config_checks import check_config, given_to_example_s
 from compress_quantization.effects import applied_to
 from compress_quantization.export import prepare, prepare_decomposed, rewrite, rewrite_program
 from compress_quantization.fake_quantize import FakeQuantize
+from compress_quantization.footprints import with_quantizers
 from compress_quantization.nncf_quantizers import taken_from_nncf
 from compress_quantization.plan import PlannedQuantizer
 from compress_quantization.planning import Planner
@@ -158,6 +160,13 @@ class Quantization(Algorithm):
             # Activations have other ranges if the weights before them are rounded in another way.
             if context.has_data(QuantizationRangeInitArgs):
                 self._calibrate(("weights", "activations"), context.batch_norm.as_it_will_be)
+
+    @hookimpl
+    def compress_effect(self, model: nn.Module, footprint: Footprint, at_end: bool) -> Footprint:
+        """Gives the weights their bits, and one byte for each integer, as the exported files have."""
+        on = [planned for planned, module in self._present if at_end or module.enabled]
+        precision = self.config.unread().initializer.precision
+        return with_quantizers(model, footprint, on, precision, self._precision.choices)
 
     @hookimpl
     def compress_epoch_step(self, clock: Clock, context: Context) -> None:
@@ -332,8 +341,12 @@ class Quantization(Algorithm):
         return plan
 
     def _record(self, planner: Planner, scopes: Any, path: str, context: Context) -> None:
+        named = planner.ignored_by_name
         for scope_path, entry in scopes.entries():
-            context.ledger.record(scope_path, entry, "matches these modules", scopes.matches(entry))
+            if scope_path in named:
+                context.ledger.record(scope_path, entry, "leaves out these quantizers", named[scope_path])
+            else:
+                context.ledger.record(scope_path, entry, "matches these modules", scopes.matches(entry))
         entries = {**planner.resolver.used, **planner.unified}
         for leaf, value, was_read in self.config.given_leaves():
             names = applied_to(leaf, entries)

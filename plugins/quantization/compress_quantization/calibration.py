@@ -126,7 +126,7 @@ def see_activations(model: nn.Module, quantizers: Sequence[Observed[S]], data: C
     wanted = max(quantizer.samples for quantizer in quantizers)
     seen = 0
     with evaluating(model), without_traces(model), preserved_rng(data.loader):
-        for batch, size in data.batches(wanted):
+        for batch, size in data.batches(wanted, "ranges of activations"):
             with _observing([q for q in quantizers if seen < q.samples], silenced=quantizers):
                 data.call(model, batch)
             seen += size
