@@ -118,7 +118,8 @@ def _per_bits(part: Any, group: str) -> dict[int, int]:
 
 
 def _enabled(part: Any) -> float:
-    return 100.0 * sum(quantizer.enabled for quantizer in part.quantizers) / (len(part.quantizers) or 1)
+    enabled: int = sum(quantizer.enabled for quantizer in part.quantizers)
+    return 100.0 * enabled / (len(part.quantizers) or 1)
 
 
 def _sparse_model(part: Any) -> ModelSparsity:

@@ -225,12 +225,12 @@ class CompressionPlan(Statistics):
         """
         write_page(self.to_page(), path)
 
-    def _repr_html_(self) -> str | None:
-        """Returns the page for notebooks, in a frame of its own; None, for plain text, without jinja2."""
+    def _repr_html_(self) -> str:
+        """Returns the page for notebooks, in a frame of its own; without jinja2 the tables."""
         try:
             page = self.to_html()
         except ExportError:
-            return None
+            return super()._repr_html_()
         return f'<iframe srcdoc="{html.escape(page)}" style="width: 100%; height: 40rem; border: 0"></iframe>'
 
     def __str__(self) -> str:
