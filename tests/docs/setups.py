@@ -171,6 +171,7 @@ SETUPS = {
     "magnitude_sparsity.md": lambda space, monkeypatch: space.update(factor_of=lambda *args: torch.ones(())),
     "quantization.md": quantization,
     "reconstruction.md": reconstruction,
+    "report.md": lambda space, monkeypatch: compressed(space, algorithm="magnitude_sparsity", sparsity_init=0.5),
 }
 
 
@@ -270,5 +271,6 @@ CHECKS = {
     ("plugins.md", 0): schedule_is_followed,
     ("quantization.md", 2): file_is_written("model.onnx"),
     ("reconstruction.md", 0): transform_keeps_blocks,
+    ("report.md", 0): file_is_written("report.html"),
     ("trace.md", 0): saved_as_network,
 }
