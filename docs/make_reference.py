@@ -194,7 +194,7 @@ def _entry(name: str, value: Any, level: int) -> Iterator[str]:
 def _members(owner: str, cls: type, level: int) -> Iterator[str]:
     """Those with one line of explanation as a list, then the others, each with its arguments."""
     longer = []
-    for key, member in sorted(vars(cls).items()):
+    for key, member in sorted(_own(cls).items()):
         if key.startswith("_") or not (inspect.isfunction(member) or isinstance(member, (property, classmethod))):
             continue
         function = member.__func__ if isinstance(member, classmethod) else member
@@ -211,6 +211,12 @@ def _members(owner: str, cls: type, level: int) -> Iterator[str]:
         if inspect.isfunction(function):
             yield from ["```text", _signature(key, function), "```", ""]
         yield from _rendered(text)
+
+
+def _own(cls: type) -> dict[str, Any]:
+    """Returns the members of a class, and of the groups of methods that it is put together from."""
+    groups = [base for base in cls.__bases__ if base.__name__.endswith(("Methods", "Parts"))]
+    return {**{key: member for group in groups for key, member in _own(group).items()}, **vars(cls)}
 
 
 def _has_own_doc(value: Any) -> bool:

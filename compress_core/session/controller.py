@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import logging
-import math
-import os
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -18,42 +14,33 @@ from compress_core.batchnorm.report import AdaptationReport
 from compress_core.contract.algorithm import Algorithm
 from compress_core.contract.batch import Batch
 from compress_core.contract.clock import Clock
-from compress_core.contract.context import Context
 from compress_core.contract.ledger import Ledger
 from compress_core.contract.levels import has_settable_rate
 from compress_core.contract.stages import CompressionStage
 from compress_core.contract.statistics import CompressionStatistics, Statistics, Table
-from compress_core.data.forwards import without_traces
 from compress_core.data.rng import preserved_rng
-from compress_core.errors import CompressionError, PluginError, UsageError
-from compress_core.export import ExportReport, Options
-from compress_core.export.exporter import chosen_target
-from compress_core.export.sizes import DynamicShapes
+from compress_core.errors import CompressionError, PluginError
 from compress_core.session.agreement import refuse_sharded
 from compress_core.session.batch_norm import BatchNorm
-from compress_core.session.batch_recorder import BatchRecorder, remove_recorders
-from compress_core.session.exports import ModelExport, exporters
-from compress_core.session.history import EpochFigures, History, Number, figures_at
+from compress_core.session.batch_recorder import BatchRecorder
+from compress_core.session.history import History
 from compress_core.session.learning_rates import check_optimizers, parameter_groups, warn_if_nothing_learns
 from compress_core.session.lifecycle import Lifecycle
 from compress_core.session.live_state import LiveState
 from compress_core.session.logbook import Logbook
-from compress_core.session.model_copies import copy_of, take_decisions
+from compress_core.session.recording import RecordingMethods
 from compress_core.session.replaced import NAME as REPLACED_LAYERS
 from compress_core.session.replaced import ReplacedLayers, TransformPlaces
-from compress_core.session.report import Reported, ReportOptions, write_report
+from compress_core.session.results import ResultMethods
 from compress_core.session.scheduler import CompressionScheduler
 from compress_core.session.state import SavedState, dump_state
 from compress_core.session.transaction import Transaction
 from compress_core.session.uncompressed import UncompressedModel
-from compress_core.transforms.model_wide import bake_transforms
-from compress_core.transforms.python_state import copied
-from compress_core.transforms.wrapped_forward import drop_mixed_precision
 
 logger = logging.getLogger(__name__)
 
 
-class CompressionController:
+class CompressionController(RecordingMethods, ResultMethods):
     """Drives the compression of one model during training.
 
     It also offers the methods and attributes that its algorithms list in `controller_api`, such as
@@ -120,22 +107,6 @@ class CompressionController:
         ]
         return Table(f"{title}{trained}", ("algorithm", "stage", "compression rate"), rows).to_html()
 
-    @property
-    def _active(self) -> Lifecycle:
-        if self._stripped:
-            raise UsageError(
-                "the model was stripped in place and is no longer compressed; strip(do_copy=True) works on a copy"
-            )
-        return self._lifecycle
-
-    @property
-    def _inspected(self) -> Lifecycle:
-        """The lifecycle, after a look at layers that the user may have replaced or moved."""
-        lifecycle = self._active
-        if self._places is not None:
-            self._places.replaced()
-        return lifecycle
-
     def resume(self, state: SavedState) -> None:
         """Sets clock and history; called when a model is created from a state."""
         self.scheduler.load_state(state.scheduler, "compression_state.scheduler")
@@ -185,11 +156,6 @@ class CompressionController:
     def name(self) -> str:
         """Names of the algorithms, in pipeline order."""
         return ", ".join(self.algorithms)
-
-    @property
-    def context(self) -> Context:
-        """The context that the hooks of this model get."""
-        return self._lifecycle.context
 
     @property
     def ledger(self) -> Ledger:
@@ -279,7 +245,7 @@ class CompressionController:
         With several algorithms it is 1 minus the product of the shares that they keep. It can be set if exactly one
         algorithm allows it.
         """
-        return 1.0 - math.prod(1.0 - rate for rate in self._active.rates())
+        return self._rate()
 
     @compression_rate.setter
     def compression_rate(self, rate: float) -> None:
@@ -304,63 +270,6 @@ class CompressionController:
         if replaced:
             parts[REPLACED_LAYERS] = ReplacedLayers(replaced)
         return CompressionStatistics({**parts, **self._active.initializer_statistics(), "ledger": self.ledger})
-
-    @property
-    def history(self) -> tuple[EpochFigures, ...]:
-        """The figures of the model before the first epoch and after each one; the last row is measured now.
-
-        `scheduler.epoch_step()` records a row before the algorithms go on, so each row is what its epoch has trained,
-        with the level of that epoch. The history is part of the compression state. A training that goes back to an
-        earlier epoch writes it anew from there.
-        """
-        return self._history.until(self._figures())
-
-    def log_epoch(self, **values: Any) -> EpochFigures:
-        """Adds to history and logs what only the training loop knows about the epoch that it has just trained.
-
-        The last epoch, after which no other one begins, is logged by this call alone.
-
-        Args:
-            values: Numbers by name, such as `loss=0.31, accuracy=0.92`; a later call for the same epoch adds to them.
-
-        Returns:
-            The row of the history: what was given, and what was measured on the model now.
-
-        Raises:
-            UsageError: A value is no number, or has the name of what is measured.
-        """
-        row = self._history.until(self._figures(values))[-1]
-        self._logbook.at_epoch(row)
-        return self._history.record(row)
-
-    def log_to(self, writer: Any, *, every_steps: int | None = None) -> None:
-        """Logs the figures of the history to a writer, too, from now on; there may be several.
-
-        They are measured and written where an epoch begins, before the algorithms go on, as `history` says: what is
-        written at epoch 3 is what three epochs have trained. `log_epoch()` writes an epoch once it has ended. Of
-        several processes the first one writes. Neither copies of the controller nor its saved state have the writers:
-        call this again after a training was resumed.
-
-        Args:
-            writer: The path of a CSV file (`.csv`), with a line for each moment; a resumed training goes on in it, and
-                replaces what the interrupted one has written after its checkpoint. Or a `SummaryWriter` of TensorBoard,
-                or anything else with `add_scalar(name, value, step)`. Or a function that is called with a dict of
-                values and the step, such as `mlflow.log_metrics` or `wandb_run.log`. In the last two cases measured
-                figures are named as the callbacks for training libraries name them: `compression/quantization/...`.
-            every_steps: Writes also where an optimizer step begins that follows so many; then `step` counts optimizer
-                steps. By default it counts epochs. Each time reads figures from the device, which waits for it.
-
-        Raises:
-            UsageError: It is something else; or a CSV file has figures already, and this training is at its beginning.
-            FileError: The file cannot be read.
-        """
-        self._logbook.add(writer, every_steps, self.scheduler.clock)
-
-    def _figures(self, given: Mapping[str, Any] | None = None) -> EpochFigures:
-        # What initializers report is of a pass in the past, with its wall time; it would be the same in each row.
-        statistics = CompressionStatistics(self._inspected.statistics(self.model))
-        measured: dict[str, Number] = {"compression_rate": self.compression_rate, **statistics.scalars()}
-        return figures_at(self.scheduler.clock, measured, given)
 
     def get_compression_state(self) -> dict[str, Any]:
         """Returns the JSON-able state with which `create_compressed_model` builds the same structure again.
@@ -401,180 +310,6 @@ class CompressionController:
     def live_state(self) -> LiveState:
         """Loads states into this controller, within a transaction; for checkpoints."""
         return LiveState(self.model, self._active, self.scheduler, self._history, self.get_compression_state)
-
-    def strip(self, do_copy: bool = True, model: nn.Module | None = None) -> nn.Module:
-        """Returns a plain model that computes the same, with transforms baked into its weights.
-
-        Args:
-            do_copy: Whether to work on a copy. Otherwise this model itself becomes plain, and the controller can no
-                longer be used.
-            model: A copy of the compressed model with other weights, such as an average (`ema.module`), to strip in
-                place of the compressed model. What is not learned (masks, which quantizers are on) is taken from the
-                compressed model, because averages do not follow it.
-
-        Raises:
-            UsageError: `model` is no copy of the compressed model.
-        """
-        lifecycle = self._inspected
-        source = self.model if model is None else copy_of(self.model, model)
-        if do_copy:
-            return self._baked(lifecycle, source, copied(source))
-        others = [] if source is self.model else [source]
-        return self._transaction.run(lambda: self._baked(lifecycle, source, source), others, local=True)
-
-    def _baked(self, lifecycle: Lifecycle, source: nn.Module, stripped: nn.Module) -> nn.Module:
-        do_copy = stripped is not source
-        if source is not self.model:
-            take_decisions(stripped, self.model)
-        if do_copy:
-            drop_mixed_precision(stripped)
-        # The copy shares classes, closures and caches with the model.
-        with without_traces(self.model, parameters=False) if do_copy else contextlib.nullcontext():
-            lifecycle.strip(stripped)
-            bake_transforms(stripped)
-        remove_recorders(stripped)
-        self._stripped = not do_copy and source is self.model
-        return stripped
-
-    def export(
-        self,
-        path: str | os.PathLike[str],
-        args: Any = None,
-        *,
-        target: str | None = None,
-        tolerance: float | None = None,
-        opset: int | None = None,
-        input_names: Sequence[str] | None = None,
-        output_names: Sequence[str] | None = None,
-        dynamic_batch: bool = True,
-        dynamic_shapes: DynamicShapes | None = None,
-        external_data: bool | None = None,
-        verify: bool = True,
-        by_layer: bool = False,
-    ) -> ExportReport:
-        """Writes the compressed model to a file for a runtime, after running it there and comparing it with torch.
-
-        Without quantization the file contains the plain model that `strip` returns; with quantization, integer weights
-        and the scales that the model has been trained with. The model is not changed.
-
-        Args:
-            path: The file; an existing file is replaced only after everything else has succeeded.
-            args: Arguments of forward: a tensor, a tuple, or a dict of keyword arguments. By default a batch of the
-                data that the model was created with, or `input_info`. Pass realistic inputs, so that the comparison
-                is meaningful.
-            target: Name of the runtime, a choice at `export.target`: `onnxruntime`, `openvino`, `tensorrt`,
-                `executorch`, or what plugins add. By default the runtime that the config's `target_device` names, if it
-                reads such files, and else the first that does.
-            tolerance: Largest allowed mean absolute difference between the runtime and torch, divided by the mean
-                absolute output of torch. It applies to each output, with the runtime's graph optimizations on and off.
-                By default 0.05, or more if roundings that add up are the only reason: then each layer agrees within a
-                step of its quantizer on torch's own activations, and a warning and a note in the report say so.
-            opset: Version of ONNX's default operator set, at least 13; by default 21. Only for ONNX files. Operators
-                that an older one lacks are an `ExportError`, which names them.
-            input_names: Names of the inputs, in order; by default those of forward's arguments.
-            output_names: Names of the outputs.
-            dynamic_batch: Whether the file accepts any batch size. If the model does not, or computes something else
-                on others, the file takes the batch size of `args` only, with a warning and a note in the report. If
-                `dynamic_shapes` names dimension 0 of an input, or a dimension "batch", only what it names varies.
-            dynamic_shapes: Further sizes that vary: for each input, names by dimension, such as
-                `{"pixels": {2: "height", 3: "width"}, "ids": {1: "length"}}`; the same name means the same size. Inputs
-                are named as forward's arguments, or as in `input_names`; a list has an entry for each argument. What
-                the model does not take in other sizes has that of `args`, with a warning and a note in the report.
-            external_data: Whether weights are written to a second file beside the first; by default if they take more
-                than the 2 GB that one file holds. Only for ONNX files.
-            verify: Whether to compare with torch, on two batch sizes, before the file is written.
-            by_layer: Whether to compare each quantized tensor with torch, even if the outputs agree; the result is in
-                `layers` of the report.
-
-        Returns:
-            The result of the comparison.
-
-        Raises:
-            ExportError: A package is missing (the message names the extra), the model cannot be exported, or the
-                difference is larger than the tolerance. No file is left then.
-            ExportFileError: The file cannot be written, which is a `FileError` as well; an existing one is as it was.
-            DataError: There is no example input.
-            UsageError: An option has an invalid value.
-        """
-        options = Options(
-            tolerance,
-            opset,
-            input_names,
-            output_names,
-            dynamic_batch,
-            verify,
-            dynamic_shapes=dynamic_shapes,
-            external_data=external_data,
-            by_layer=by_layer,
-        )
-        device = self.context.config.root.target_device
-        name = chosen_target(exporters(), target, Path(path), device)
-        return ModelExport(self.model, self._inspected, "export").write(path, args, name, options)
-
-    def export_onnx(
-        self,
-        path: str | os.PathLike[str],
-        args: Any = None,
-        *,
-        tolerance: float | None = None,
-        opset: int = 21,
-        input_names: Sequence[str] | None = None,
-        output_names: Sequence[str] | None = None,
-        dynamic_batch: bool = True,
-        dynamic_shapes: DynamicShapes | None = None,
-        external_data: bool | None = None,
-        verify: bool = True,
-    ) -> ExportReport:
-        """Writes the compressed model to an ONNX file for ONNX Runtime; the file may have any ending.
-
-        Arguments, result and errors are those of `export`.
-        """
-        options = Options(
-            tolerance,
-            opset,
-            input_names,
-            output_names,
-            dynamic_batch,
-            verify,
-            dynamic_shapes=dynamic_shapes,
-            external_data=external_data,
-        )
-        return ModelExport(self.model, self._inspected, "export_onnx").write(path, args, "onnxruntime", options)
-
-    def report(
-        self,
-        path: str | os.PathLike[str],
-        *,
-        title: str | None = None,
-        accuracy: Mapping[str, float] | None = None,
-        evaluate_fn: Callable[[nn.Module], Any] | None = None,
-        args: Any = None,
-        latency: bool = True,
-    ) -> None:
-        """Writes a report of the compressed model as one HTML page, which needs neither a network nor JavaScript.
-
-        Everything is measured on a copy: model, controller and random generators are as before. A batch of the
-        calibration data is read for the inputs, and a few more for the histograms of activations.
-
-        Of several processes rank 0 writes; all may call this, and all have to if `evaluate_fn` waits for the others.
-
-        Args:
-            path: The file, which ends in .html; it appears completely or not at all.
-            title: The heading; by default the class of the model.
-            accuracy: What you have measured, by step and in order: `{"float": 0.93, "compressed": 0.87}`.
-            evaluate_fn: `evaluate_fn(model)`, returns a number. It is called with a copy of the compressed model, and
-                of the uncompressed model if that is kept (see `Algorithm.needs_uncompressed`).
-            args: Arguments of forward, as for `export`, to trace the network and to take the time of a forward with. By
-                default a batch of the data that the model was created with, or `input_info`.
-            latency: Whether to take the time of a forward, of the model before compression and stripped.
-
-        Raises:
-            ExportError: jinja2 is missing (`pip install 'compress-core[report]'`).
-            FileError: The file cannot be written.
-            UsageError: An argument has an invalid value.
-        """
-        options = ReportOptions(title, accuracy, evaluate_fn, args, latency)
-        write_report(Reported(self, self._inspected, self._uncompressed), path, options)
 
     def initialize(self, name: str, loader: Any = None, **options: Any) -> Statistics | None:
         """Runs a shared initializer again on the current model; if that fails, the model is restored.
