@@ -48,6 +48,7 @@ from compress_core.errors import (
 )
 from compress_core.session.checkpoints import Checkpoint, load_checkpoint, read_checkpoint, save_checkpoint
 from compress_core.session.controller import CompressionController
+from compress_core.session.history import EpochFigures
 from compress_core.transforms import mask_weight
 from compress_core.transforms.folding import fold_computed_weights
 from compress_core.transforms.layers import WeightTensor, register_module
@@ -75,6 +76,7 @@ __all__ = [
     "Count",
     "DataError",
     "EarlyExitCompressionTrainingLoop",
+    "EpochFigures",
     "EpochRecord",
     "ExportError",
     "ExportFileError",

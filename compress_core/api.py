@@ -152,7 +152,7 @@ def _resume(
                 lifecycle.commit(model, algorithm)
     recompute_weights(model, lifecycle.context.config.root.recompute_weights)
     await_checkpoint(model)
-    controller.scheduler.load_state(state.scheduler, "compression_state.scheduler")
+    controller.resume(state)
     lifecycle.load_state(model, {name: entry.state for name, entry in state.algorithms.items()})
     lifecycle.load_initializers(model, state.initializers)
     lifecycle.close_ledger()

@@ -9,7 +9,7 @@ transforms are cut as each transform declares (`following`), after decisions ove
 
 from compress_core.channels.after_removal import lost_channels, renumbered, smaller_group
 from compress_core.channels.algebra import Dims, Obstacle, Role
-from compress_core.channels.costs import Costs, operation_costs, parameter_costs
+from compress_core.channels.costs import Costs, count_operations, operation_costs, parameter_costs
 from compress_core.channels.errors import ShrinkError
 from compress_core.channels.groups import ChannelGroup, ChannelGroups, Member, channel_groups
 from compress_core.channels.heads import channel_groups_of_heads
@@ -50,6 +50,7 @@ __all__ = [
     "channel_groups_of_heads",
     "check_channels",
     "check_optimizer",
+    "count_operations",
     "example_arguments",
     "group_from_dict",
     "group_to_dict",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,8 +11,11 @@ import numpy as np
 from pydantic import BaseModel
 from torch import nn
 
-from compress_core.channels.groups import ChannelGroup, ChannelGroups
+from compress_core.channels.algebra import Algebra
+from compress_core.channels.groups import ChannelGroup, ChannelGroups, carry
+from compress_core.channels.inputs import batch_size, input_specs
 from compress_core.saved import STRICT, Items, Whole, damaged, parsed, shown
+from compress_core.trace.graph import ForwardTrace
 
 # Of the largest networks a few hundred thousand; each takes 8 bytes.
 _MOST_SLOPES = 1 << 22
@@ -97,6 +101,19 @@ class Costs:
             if total >= 2**63:
                 raise damaged(f"{path}.terms.{number}", "brings the cost beyond 64 bits")
         return _stacked(terms, groups)
+
+
+def count_operations(forward: ForwardTrace) -> int:
+    """Returns the floating point operations of one sample in a traced forward.
+
+    Two for each multiply-accumulate of products of matrices and convolutions, as in `operation_costs`; nothing else
+    counts.
+    """
+    algebra = Algebra()
+    carry(forward, algebra)
+    total = sum(2 * product.constant * math.prod(map(len, product.factors)) for product in algebra.products)
+    samples = batch_size(input_specs(forward))
+    return total if total % samples else total // samples
 
 
 def operation_costs(found: ChannelGroups, chosen: Sequence[ChannelGroup], batch_size: int = 1) -> Costs:

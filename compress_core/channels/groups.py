@@ -84,12 +84,13 @@ def channel_groups(trace: Trace, whole_heads: frozenset[str] = frozenset()) -> C
     """
     algebra = Algebra(whole_heads=whole_heads)
     for forward in [*trace.forwards, *(forward for forward in trace.training if forward is not None)]:
-        _carry(forward, algebra)
+        carry(forward, algebra)
         algebra.counting = False  # the cost is that of the first forward only
     return _grouped(algebra)
 
 
-def _carry(forward: ForwardTrace, algebra: Algebra) -> None:
+def carry(forward: ForwardTrace, algebra: Algebra) -> None:
+    """Carries labels through a forward: fills an algebra with its parameters, joins, obstacles and products."""
     shapes = [value.shape for value in forward.values]
     labels: dict[int, Dims] = {}
     activations = {value.index for value in forward.inputs}

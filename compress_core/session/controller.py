@@ -33,6 +33,7 @@ from compress_core.session.agreement import refuse_sharded
 from compress_core.session.batch_norm import BatchNorm
 from compress_core.session.batch_recorder import BatchRecorder, remove_recorders
 from compress_core.session.exports import ModelExport, exporters
+from compress_core.session.history import EpochFigures, History, Number, figures_at
 from compress_core.session.learning_rates import check_optimizers, parameter_groups, warn_if_nothing_learns
 from compress_core.session.lifecycle import Lifecycle
 from compress_core.session.live_state import LiveState
@@ -40,7 +41,7 @@ from compress_core.session.model_copies import copy_of, take_decisions
 from compress_core.session.replaced import NAME as REPLACED_LAYERS
 from compress_core.session.replaced import ReplacedLayers, TransformPlaces
 from compress_core.session.scheduler import CompressionScheduler
-from compress_core.session.state import dump_state
+from compress_core.session.state import SavedState, dump_state
 from compress_core.session.transaction import Transaction
 from compress_core.session.uncompressed import UncompressedModel
 from compress_core.transforms.model_wide import bake_transforms
@@ -70,6 +71,7 @@ class CompressionController:
         # Bound methods, so that the scheduler of a copy drives the copy.
         self.scheduler = CompressionScheduler(self._step, self._epoch_step, self._begin)
         self._transaction = Transaction(model, self, lifecycle, self.scheduler)
+        self._history = History()
         self._places: TransformPlaces | None = None
         self._warned_of_optimizers = False
         self._batch_norm = BatchNorm(model, lifecycle)
@@ -119,6 +121,11 @@ class CompressionController:
             self._places.replaced()
         return lifecycle
 
+    def resume(self, state: SavedState) -> None:
+        """Sets clock and history; called when a model is created from a state."""
+        self.scheduler.load_state(state.scheduler, "compression_state.scheduler")
+        self._history.load(state.history)
+
     def created(self) -> None:
         """Notes where the model has transforms; called at the end of creation."""
         self._places = TransformPlaces(self.model)
@@ -140,7 +147,10 @@ class CompressionController:
 
     def _epoch_step(self, clock: Clock) -> None:
         refuse_sharded(self.model)
-        self._inspected.epoch_step(self.model, clock)
+        lifecycle = self._inspected
+        # Before the algorithms go on: what was measured is what the epoch before has trained.
+        self._history.record(self._figures())
+        lifecycle.epoch_step(self.model, clock)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompressionController:
         """Returns a controller for the copy of the model that the same `deepcopy` makes."""
@@ -275,6 +285,39 @@ class CompressionController:
             parts[REPLACED_LAYERS] = ReplacedLayers(replaced)
         return CompressionStatistics({**parts, **self._active.initializer_statistics(), "ledger": self.ledger})
 
+    @property
+    def history(self) -> tuple[EpochFigures, ...]:
+        """The figures of the model before the first epoch and after each one; the last row is measured now.
+
+        `scheduler.epoch_step()` records a row before the algorithms go on, so each row is what its epoch has trained,
+        with the level of that epoch. The history is part of the compression state. A training that goes back to an
+        earlier epoch writes it anew from there.
+        """
+        return self._history.until(self._figures())
+
+    def log_epoch(self, **values: Any) -> EpochFigures:
+        """Adds to the history what only the training loop knows about the epoch that it has just trained.
+
+        The last epoch, after which no other one begins, is recorded by this call alone.
+
+        Args:
+            values: Numbers by name, such as `loss=0.31, accuracy=0.92`; a later call for the same epoch adds to them.
+
+        Returns:
+            The row of the history: what was given, and what was measured on the model now.
+
+        Raises:
+            UsageError: A value is no number, or has the name of what is measured.
+        """
+        call = f"log_epoch() of epoch {self.scheduler.current_epoch}"
+        return self._transaction.run(lambda: self._history.record(self._figures(values)), call=call, local=True)
+
+    def _figures(self, given: Mapping[str, Any] | None = None) -> EpochFigures:
+        # What initializers report is of a pass in the past, with its wall time; it would be the same in each row.
+        statistics = CompressionStatistics(self._inspected.statistics(self.model))
+        measured: dict[str, Number] = {"compression_rate": self.compression_rate, **statistics.scalars()}
+        return figures_at(self.scheduler.clock, measured, given)
+
     def get_compression_state(self) -> dict[str, Any]:
         """Returns the JSON-able state with which `create_compressed_model` builds the same structure again.
 
@@ -288,7 +331,7 @@ class CompressionController:
         return dump_state(
             lifecycle,
             lifecycle.state(self.model),
-            {"scheduler": self.scheduler.get_state(), "initializers": reports},
+            {"scheduler": self.scheduler.get_state(), "initializers": reports, "history": self._history.to_dict()},
         )
 
     def load_state(self, compression_state: Mapping[str, Any], model_state: Mapping[str, Any]) -> None:
@@ -313,7 +356,7 @@ class CompressionController:
     @property
     def live_state(self) -> LiveState:
         """Loads states into this controller, within a transaction; for checkpoints."""
-        return LiveState(self.model, self._active, self.scheduler, self.get_compression_state)
+        return LiveState(self.model, self._active, self.scheduler, self._history, self.get_compression_state)
 
     def strip(self, do_copy: bool = True, model: nn.Module | None = None) -> nn.Module:
         """Returns a plain model that computes the same, with transforms baked into its weights.

@@ -10,6 +10,7 @@ from torch import nn
 from compress_core.errors import StateError
 from compress_core.registry import default_registry
 from compress_core.session.checkpoint_parts import check_entries, loading
+from compress_core.session.history import History
 from compress_core.session.lifecycle import Lifecycle
 from compress_core.session.same_algorithms import check_same_algorithms, differing
 from compress_core.session.scheduler import CompressionScheduler
@@ -23,6 +24,7 @@ class LiveState:
         model: The compressed model.
         lifecycle: Its algorithms.
         scheduler: Its scheduler.
+        history: Its history.
         current: Returns the present compression state.
     """
 
@@ -31,12 +33,14 @@ class LiveState:
         model: nn.Module,
         lifecycle: Lifecycle,
         scheduler: CompressionScheduler,
+        history: History,
         current: Callable[[], dict[str, Any]],
     ) -> None:
         self._model, self._lifecycle, self._scheduler, self._current = model, lifecycle, scheduler, current
+        self._history = history
 
     def load(self, state: Any, weights: Mapping[str, Any], what: str, remedy: str) -> None:
-        """Loads what the algorithms know, the weights, and the clock.
+        """Loads what the algorithms know, the weights, the clock and the history.
 
         Args:
             state: The compression state.
@@ -64,5 +68,6 @@ class LiveState:
             raise StateError(f"{what} is of a model from which channels have been removed since. {remedy}")
         loading("model", what, self._model.load_state_dict, weights)
         loading("clock", what, self._scheduler.load_state, saved.scheduler)
+        self._history.load(saved.history)
         # Only now, because algorithms may measure their state on the model.
         check_same_algorithms(state, self._current(), what, remedy, ("plan", "state"))

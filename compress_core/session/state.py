@@ -14,6 +14,7 @@ from compress_core.contract.algorithm import Plan
 from compress_core.errors import PluginError, StateError
 from compress_core.registry import Registry
 from compress_core.saved import STRICT, Items, check_plain, shown
+from compress_core.session.history import SavedHistory
 from compress_core.session.lifecycle import Lifecycle
 
 logger = logging.getLogger(__name__)
@@ -98,6 +99,8 @@ class SavedState(BaseModel):
     algorithms: dict[str, SavedAlgorithm]
     scheduler: dict[str, Any]
     initializers: dict[str, dict[str, Any]] = {}
+    # States of earlier versions have none.
+    history: SavedHistory = SavedHistory()
 
     def plans(self) -> dict[str, Plan]:
         """Returns the plans by algorithm."""

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import signal
-
 import pytest
 import torch
 
 from compress_core import create_compressed_model
 from compress_core.testing.fingerprint import fingerprint
+from tests import ctrl_c
 from tests.instants import Instants
 from tests.sections import ADAPTATION, pruning, quantization, sparsity
 from tests.soak import count
@@ -30,16 +29,10 @@ def fail():
     raise RuntimeError("injected")
 
 
-def interrupt():
-    signal.raise_signal(signal.SIGINT)
-
-
 @pytest.fixture(autouse=True)
 def handled():
-    """A process that was started in the background ignores Ctrl-C; here it has Python's handler."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
+    with ctrl_c.python_handles_it():
+        yield
 
 
 def create(model, name):
@@ -48,7 +41,7 @@ def create(model, name):
 
 
 @pytest.mark.soak("faults")
-@pytest.mark.parametrize("action", [fail, interrupt])
+@pytest.mark.parametrize("action", [fail, ctrl_c.press])
 @pytest.mark.parametrize("name", CASES if count(0, 100) else ["all"])
 def test_a_creation_that_fails_at_any_line(name, action, tried):
     error = Exception if action is fail else KeyboardInterrupt

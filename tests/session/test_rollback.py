@@ -1,6 +1,5 @@
 """All or nothing, with models that make it hard."""
 
-import os
 import signal
 
 import pytest
@@ -12,6 +11,7 @@ from compress_core.testing import fingerprint
 from compress_core.transforms.containers import SavedContainer
 from compress_core.transforms.interrupts import interrupts_held
 from compress_core.transforms.snapshot import ModelSnapshot
+from tests import ctrl_c
 from tests.plugin_helpers import algorithm, contributing
 from tests.zoo import ResidualNet
 
@@ -20,10 +20,8 @@ SPARSE = {"compression": {"algorithm": "magnitude_sparsity", "sparsity_init": 0.
 
 @pytest.fixture
 def _ctrl_c():
-    """Python's own handling of Ctrl-C: a shell that starts us in the background switches it off."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
+    with ctrl_c.python_handles_it():
+        yield
 
 
 class Failing:
@@ -166,7 +164,7 @@ def test_interrupt_during_rollback_is_held_until_it_is_done():
 
         def restore(self):
             super().restore()
-            os.kill(os.getpid(), signal.SIGINT)
+            ctrl_c.press()
 
     snapshot._modules[0].containers.append(Interrupting({}))
     with pytest.raises(KeyboardInterrupt):
@@ -178,7 +176,7 @@ def test_interrupt_during_rollback_is_held_until_it_is_done():
 def test_held_interrupts_arrive_afterwards_and_only_then():
     reached = []
     with pytest.raises(KeyboardInterrupt), interrupts_held():
-        os.kill(os.getpid(), signal.SIGINT)
+        ctrl_c.press()
         reached.append(1)
     assert reached == [1]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

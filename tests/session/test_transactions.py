@@ -13,6 +13,7 @@ from torch import nn
 
 from compress_core import CompressionError, create_compressed_model
 from compress_core.testing.fingerprint import fingerprint
+from tests import ctrl_c
 from tests.instants import Instants
 from tests.soak import count
 
@@ -143,10 +144,8 @@ def instants_of(sections, method):
 
 @pytest.fixture(autouse=True)
 def handled():
-    """A process that was started in the background ignores Ctrl-C; here it has Python's handler."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
+    with ctrl_c.python_handles_it():
+        yield
 
 
 def fail():
@@ -158,7 +157,7 @@ def fail():
 @pytest.mark.parametrize("name", METHODS)
 def test_an_interrupted_method_changes_nothing_or_all(name, error, tried):
     sections, method = METHODS[name]
-    action = fail if error is RuntimeError else lambda: signal.raise_signal(signal.SIGINT)
+    action = fail if error is RuntimeError else ctrl_c.press
     outcomes = set()
     parts = compressed(*sections)
     for saving, instant in instants_of(sections, method):

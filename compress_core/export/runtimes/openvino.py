@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -35,10 +36,21 @@ class OpenVino(Runtime):
         return _Session(path, optimized, threads, profile)
 
 
+@cache
+def _core() -> Any:
+    """Returns the one Core of this process, which is never given up.
+
+    Each Core replaces the stack that the thread's signals are handled on, and puts back the one before it at its end.
+    Two that do not end in the reverse order leave a stack that does not exist any more, and the next signal, such as
+    Ctrl-C, kills the process without a word.
+    """
+    import openvino  # noqa: PLC0415 - an extra
+
+    return openvino.Core()
+
+
 class _Session(RuntimeSession):
     def __init__(self, path: Path, optimized: bool, threads: int | None, profile: bool) -> None:
-        import openvino  # noqa: PLC0415 - an extra
-
         options: dict[str, Any] = {
             "INFERENCE_NUM_THREADS": threads or torch.get_num_threads(),
             # bfloat16 where the processor has it would be another model than the one that is compared.
@@ -46,9 +58,8 @@ class _Session(RuntimeSession):
             "PERF_COUNT": profile,
             "LP_TRANSFORMS_MODE": "YES" if optimized else "NO",
         }
-        core = openvino.Core()
-        model = core.read_model(str(path))
-        self._model = core.compile_model(model, "CPU", options)
+        model = _core().read_model(str(path))
+        self._model = _core().compile_model(model, "CPU", options)
         self._request = self._model.create_infer_request()
         self.inputs = tuple(
             Port(

@@ -1,0 +1,102 @@
+"""`Page`: sections of blocks, and the file that they become."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from compress_core.errors import ExportError
+from compress_core.files import replaced_file
+from compress_core.pages.blocks import Block
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a page with a heading.
+
+    Attributes:
+        name: Its anchor in the page: letters, digits and `-`.
+        title: The heading.
+        blocks: What it holds; a section without blocks is left out.
+    """
+
+    name: str
+    title: str
+    blocks: Sequence[Block]
+
+
+@dataclass(frozen=True)
+class Page:
+    """A page.
+
+    Attributes:
+        title: Heading and title of the page.
+        subtitle: The line below it.
+        sections: Its parts, in order.
+        footer: The line at the end, such as versions.
+    """
+
+    title: str
+    subtitle: str
+    sections: Sequence[Section]
+    footer: str = ""
+
+    def to_html(self) -> str:
+        """Returns the page as one HTML document without scripts, fonts or addresses of other files.
+
+        Raises:
+            ExportError: jinja2 is missing (`pip install 'compress-core[report]'`).
+        """
+        sections = [section for section in self.sections if section.blocks]
+        text: str = _template().render(page=self, sections=sections)
+        return text
+
+
+def write_page(page: Page, path: str | os.PathLike[str]) -> None:
+    """Writes a page; the file appears completely or not at all.
+
+    Raises:
+        ExportError: jinja2 is missing.
+        FileError: The file cannot be written.
+    """
+    text = page.to_html().encode()
+    with replaced_file(path) as file:
+        file.write(text)
+
+
+@cache
+def _template() -> Any:
+    try:
+        from jinja2 import Environment, PackageLoader, StrictUndefined  # noqa: PLC0415 - an extra
+    except ImportError as error:
+        raise ExportError("an HTML page needs jinja2: pip install 'compress-core[report]'") from error
+    environment = Environment(
+        loader=PackageLoader("compress_core.pages", "."),
+        autoescape=True,  # names of layers and values of configs are the user's
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["cell"] = _cell
+    environment.tests["numeric"] = _is_number
+    return environment.get_template("page.html.jinja")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _cell(value: Any) -> str:
+    """Returns a value as a reader wants it: four digits, thousands apart, nothing for None."""
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return str(value)

@@ -1,0 +1,122 @@
+"""Pages hold everything in one file, and show the user's names as names."""
+
+import re
+import sys
+from html.parser import HTMLParser
+
+import pytest
+
+from compress_core.errors import ExportError
+from compress_core.pages import (
+    Bars,
+    Details,
+    Figures,
+    Grid,
+    Page,
+    Pairs,
+    Picture,
+    Section,
+    Text,
+    figure_svg,
+    page,
+    write_page,
+)
+from compress_core.pictures import new_figure
+
+HOSTILE = "<script>alert(\"x\")</script> & 'quoted'"
+VOID = {"meta", "link", "br", "img", "hr", "input"}
+
+
+class Reader(HTMLParser):
+    """Collects tags and text, and complains of tags that do not close in order."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.tags, self.text, self.ids = [], [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        self.ids += [value for name, value in attrs if name == "id"]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def read(text):
+    reader = Reader()
+    reader.feed(text)
+    assert reader.open == []
+    return reader
+
+
+def drawing(name):
+    figure = new_figure(4, 2)
+    axes = figure.subplots()
+    axes.fill_between([0, 1], [1, 2], hatch="//")
+    axes.set_title("accuracy")
+    return figure_svg(figure, name)
+
+
+def whole_page():
+    blocks = [
+        Text(HOSTILE),
+        Figures([(HOSTILE, HOSTILE, HOSTILE), ("size", "3 MB", "")]),
+        Pairs([(HOSTILE, HOSTILE), ("none", None), ("flag", True)]),
+        Grid(HOSTILE, (HOSTILE, "number"), [(HOSTILE, 12345), (None, 0.123456)]),
+        Bars("Layers", ("layer", "zeros"), [(HOSTILE, 0.25), ("other", None)], shares=(1,)),
+        Picture(drawing("one"), HOSTILE, HOSTILE),
+        Details(HOSTILE, [Text("inside"), Picture(drawing("two"), "again")]),
+    ]
+    return Page(HOSTILE, HOSTILE, [Section("a", HOSTILE, blocks), Section("b", "left out", [])], HOSTILE)
+
+
+def test_a_page_is_well_formed_and_alone():
+    reader = read(whole_page().to_html())
+    tags = [tag for tag, _ in reader.tags]
+    assert not {"script", "link", "img", "iframe", "object"} & set(tags)
+    for _, attributes in reader.tags:
+        for name in ("src", "href", "xlink:href"):
+            assert attributes.get(name, "#").startswith("#")
+        assert not any(name.startswith("on") for name in attributes)
+    assert len(set(reader.ids)) == len(reader.ids)
+    assert "left out" not in "".join(reader.text)
+
+
+def test_names_are_shown_as_they_are():
+    text = "".join(read(whole_page().to_html()).text)
+    # 4 in head and headings, 1 text, 3 in figures, 2 in pairs, 3 + 1 in tables, then caption, summary and footer.
+    assert text.count(HOSTILE) == 17
+    assert "12,345" in text
+    assert "0.1235" in text
+    assert "25.0 %" in text
+
+
+def test_drawings_follow_the_page_and_do_not_change():
+    text = drawing("one")
+    assert text == drawing("one")
+    assert "currentColor" in text
+    assert not re.search("#000000|black", text)
+    assert "accuracy" in text
+    used = set(re.findall(r"(?:href=\"#|url\(#)([^\")]+)", text))
+    assert used <= set(re.findall(r'\bid="([^"]+)"', text))
+    assert used.isdisjoint(re.findall(r'\bid="([^"]+)"', drawing("two")))
+
+
+def test_written_completely_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "page.html"
+    write_page(whole_page(), path)
+    assert path.read_text() == whole_page().to_html()
+    page._template.cache_clear()
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(ExportError, match=r"pip install 'compress-core\[report\]'"):
+        write_page(Page("other", "", []), path)
+    monkeypatch.undo()
+    assert path.read_text() == whole_page().to_html()
