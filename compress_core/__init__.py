@@ -8,7 +8,7 @@ from compress_core.accuracy_aware import (
     create_accuracy_aware_training_loop,
     draw_accuracy_aware,
 )
-from compress_core.api import check_config, create_compressed_model, register_default_init_args
+from compress_core.api import check_config, create_compressed_model, plan_compression, register_default_init_args
 from compress_core.channels import load_compressed_model
 from compress_core.config import AlgorithmConfig, CompressionConfig, Count, InitializerConfig, Scopes, Section
 from compress_core.contract.algorithm import Algorithm, Plan, all_or_nothing, for_one_process
@@ -16,11 +16,12 @@ from compress_core.contract.batch import Batch
 from compress_core.contract.choices import Choice, ChoiceOf, ChoicePoint, callable_choice, choice, find_choice
 from compress_core.contract.clock import Clock
 from compress_core.contract.context import Context
+from compress_core.contract.footprint import Footprint, TensorFootprint
 from compress_core.contract.hookspecs import hookimpl
 from compress_core.contract.initializer import Initializer, Phase
 from compress_core.contract.levels import LevelAlgorithm
 from compress_core.contract.stages import CompressionStage, Stage
-from compress_core.contract.statistics import Statistics, Table, TableStatistics
+from compress_core.contract.statistics import ByLayer, Statistics, Table, TableStatistics
 from compress_core.data.calibration import (
     AutoQPrecisionInitArgs,
     BNAdaptationInitArgs,
@@ -32,6 +33,7 @@ from compress_core.data.calibration import (
     QuantizationRangeInitArgs,
     TeacherArgs,
 )
+from compress_core.data.progress import show_progress
 from compress_core.errors import (
     CompressionError,
     ConfigError,
@@ -47,6 +49,7 @@ from compress_core.errors import (
     UsageError,
 )
 from compress_core.session.checkpoints import Checkpoint, load_checkpoint, read_checkpoint, save_checkpoint
+from compress_core.session.compression_plan import CompressionPlan, PlannedAlgorithm, PlannedTarget
 from compress_core.session.controller import CompressionController
 from compress_core.session.history import EpochFigures
 from compress_core.transforms import mask_weight
@@ -61,6 +64,7 @@ __all__ = [
     "AutoQPrecisionInitArgs",
     "BNAdaptationInitArgs",
     "Batch",
+    "ByLayer",
     "CalibrationData",
     "Checkpoint",
     "Choice",
@@ -70,6 +74,7 @@ __all__ = [
     "CompressionConfig",
     "CompressionController",
     "CompressionError",
+    "CompressionPlan",
     "CompressionStage",
     "ConfigError",
     "Context",
@@ -81,6 +86,7 @@ __all__ = [
     "ExportError",
     "ExportFileError",
     "FileError",
+    "Footprint",
     "InitArgs",
     "Initializer",
     "InitializerConfig",
@@ -90,6 +96,8 @@ __all__ = [
     "ModelEvaluationArgs",
     "Phase",
     "Plan",
+    "PlannedAlgorithm",
+    "PlannedTarget",
     "PluginError",
     "QuantizationPrecisionInitArgs",
     "QuantizationRangeInitArgs",
@@ -102,6 +110,7 @@ __all__ = [
     "Table",
     "TableStatistics",
     "TeacherArgs",
+    "TensorFootprint",
     "TransformError",
     "UsageError",
     "WeightTensor",
@@ -119,8 +128,10 @@ __all__ = [
     "load_checkpoint",
     "load_compressed_model",
     "mask_weight",
+    "plan_compression",
     "read_checkpoint",
     "register_default_init_args",
     "register_module",
     "save_checkpoint",
+    "show_progress",
 ]

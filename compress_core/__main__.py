@@ -1,4 +1,4 @@
-"""Command line: compress-core algorithms | choices | schema | check CONFIG | trace MODEL | compare FILE."""
+"""Command line: compress-core algorithms | choices | schema | check | plan | trace | compare."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from compress_core.api import check_config
-from compress_core.cli import compare, trace
+from compress_core.cli import compare, plan, trace
 from compress_core.contract.statistics import Table
 from compress_core.errors import CompressionError, ConfigError
 from compress_core.registry import default_registry
@@ -27,6 +27,7 @@ def make_parser() -> argparse.ArgumentParser:
     commands.add_parser("schema", help="print the JSON schema of configs")
     check = commands.add_parser("check", help="say whether a config is valid, and if not, what is wrong and where")
     check.add_argument("config", type=Path, help="path of a JSON file")
+    plan.add_parser(commands)
     trace.add_parser(commands)
     compare.add_parser(commands)
     return parser
@@ -49,11 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command == "schema":
         print(json.dumps(json_schema(default_registry()), indent=2))
         return 0
-    if options.command == "trace":
-        return trace.run(options)
-    if options.command == "compare":
-        return compare.run(options)
-    return _check(options.config)
+    run = {"plan": plan.run, "trace": trace.run, "compare": compare.run}.get(options.command)
+    return _check(options.config) if run is None else run(options)
 
 
 def _algorithms() -> int:

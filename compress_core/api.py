@@ -24,14 +24,17 @@ from compress_core.data.calibration import (
     QuantizationPrecisionInitArgs,
     QuantizationRangeInitArgs,
 )
+from compress_core.data.examples import examples_of
 from compress_core.data.ranks import settle, together
 from compress_core.errors import ModelError, UsageError
 from compress_core.registry import default_registry
 from compress_core.session.agreement import agree, refuse_sharded, same_start
+from compress_core.session.compression_plan import CompressionPlan
 from compress_core.session.controller import CompressionController
 from compress_core.session.finite import check_finite
 from compress_core.session.guard import ModelGuard, all_or_nothing
 from compress_core.session.lifecycle import Lifecycle
+from compress_core.session.planning import make_plan
 from compress_core.session.state import SavedState, check_plan, checked_state
 from compress_core.session.uncompressed import UncompressedModel
 from compress_core.transforms.model_wide import await_checkpoint, has_transforms
@@ -265,6 +268,47 @@ def _functions_for_searches(
         if name in named and not callable(given[name]):
             raise UsageError(f"{name}: must be a function, got {type(given[name]).__name__}")
     return [LeGRInitArgs(train_loader, train_steps_fn, legr_train_optimizer, val_loader, validate_fn)]
+
+
+def plan_compression(
+    model: nn.Module, config: CompressionConfig | Mapping[str, Any] | str | Path, example_inputs: Any = None
+) -> CompressionPlan:
+    """Returns what `create_compressed_model` would do to a model: nothing is changed, and no data is needed.
+
+    The algorithms plan and commit on a copy of the model, which is thrown away. Calibration, searches and corrections
+    do not run, with or without data: what they will decide is named. The copy takes as much memory as the model, which
+    is what `create_compressed_model` takes for its snapshot.
+
+    Args:
+        model: The model, with the weights that compression starts from.
+        config: A config, a dict, or the path of a JSON file.
+        example_inputs: Inputs of the model for tracing it: a tensor, a tuple of arguments, or a dict of keyword
+            arguments. By default those that `input_info` of the config describes, else a batch of the data that is
+            registered with the config.
+
+    Returns:
+        The plan: what each algorithm would change and leave alone, and parameters, operations and bytes before and
+        after.
+
+    Raises:
+        ConfigError, DataError, ModelError, PluginError: As `create_compressed_model` would raise; `DataError` only
+            where an example input is missing.
+        ModelError: The model cannot be copied.
+
+    Example:
+        ```python
+        plan = compress_core.plan_compression(model, "config.json", torch.rand(1, 3, 224, 224))
+        print(plan)
+        plan.write_html("plan.html")
+        ```
+    """
+    _check_model(model)
+    config = CompressionConfig.load(config)
+    example = None if example_inputs is None else examples_of(example_inputs)[0]
+    lifecycle = Lifecycle(default_registry(), Context(config, planning=True, example=example))
+    lifecycle.configure()
+    check_accuracy_aware(lifecycle.context, lifecycle.algorithms)
+    return make_plan(model, lifecycle)
 
 
 def check_config(config: CompressionConfig | Mapping[str, Any] | str | Path) -> None:

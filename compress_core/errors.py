@@ -68,6 +68,10 @@ class DataError(CompressionError, ValueError):
     """Calibration data is missing, empty, or not accepted by the model."""
 
 
+class DecidedFromDataError(DataError):
+    """Within `plan_compression`: what was asked for is decided from data when the model is created."""
+
+
 class UsageError(CompressionError, ValueError):
     """A method was called with an invalid value, or at a time when it cannot work."""
 

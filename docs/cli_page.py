@@ -9,6 +9,7 @@ EXPLAINED = {
     "check": "config.md",
     "choices": "plugins.md#choice-points",
     "compare": "export.md#compare-files-and-runtimes",
+    "plan": "plan.md",
     "schema": "reference/config.md",
     "trace": "trace.md#the-command",
 }

@@ -35,7 +35,7 @@ PACKAGES = (
     ("compress_core.integrations.lightning", "The callback for Lightning."),
     ("compress_core.integrations.transformers", "The callback for Hugging Face's Trainer."),
     ("compress_core.nncf", "NNCF's names, for scripts that were written for it."),
-    ("compress_core.pages", "HTML documents of one file, without scripts: what a report is made of."),
+    ("compress_core.pages", "What pages such as reports are made of."),
     ("compress_core.registry", "How plugins are found; `use_registry` gives a test plugins of its own."),
     ("compress_core.testing", "The conformance kit."),
     ("compress_core.trace", "How a model is read."),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
 import logging
 import time
@@ -119,13 +120,17 @@ def run(data: Dataset, folder: Path) -> tuple[Steps, CompressionController, list
 
 
 def save(folder: Path, steps: Steps, controller: CompressionController) -> None:
-    """Writes checkpoint, statistics and picture."""
+    """Writes checkpoint, statistics, report and picture."""
     torch.save(
         {"state_dict": controller.model.state_dict(), "compression_state": controller.get_compression_state()},
         folder / "compressed.pt",
     )
     report = {"steps": steps.rows, "statistics": controller.statistics().to_dict()}
     (folder / "statistics.json").write_text(json.dumps(report, indent=2))
+    # The rows of the sparse network; those that follow are of others.
+    own = itertools.takewhile(lambda row: not row["step"].startswith("stripped"), steps.rows)
+    accuracies = {row["step"]: row["accuracy"] for row in own}
+    controller.report(folder / "report.html", title=f"The sparse network, {folder.name}", accuracy=accuracies)
     plot(folder / "demo.png", steps, controller)
 
 
@@ -179,6 +184,7 @@ def main() -> None:
     print()
     print(controller.statistics().magnitude_sparsity.to_str())
     print(f"\ncheckpoints, statistics and picture: {folder}")
+    print(f"a report of the sparse network, for the browser: {folder / 'report.html'}")
 
 
 if __name__ == "__main__":

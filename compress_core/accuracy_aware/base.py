@@ -16,10 +16,11 @@ from compress_core.accuracy_aware.functions import UserFunctions
 from compress_core.accuracy_aware.picture import draw_accuracy_aware
 from compress_core.accuracy_aware.records import AccuracyAwareStatistics
 from compress_core.accuracy_aware.runner import Runner
-from compress_core.accuracy_aware.saved import Folder, Progress, check_same_settings, is_first_rank, read_progress
+from compress_core.accuracy_aware.saved import Folder, Progress, check_same_settings, read_progress
 from compress_core.config import CompressionConfig
 from compress_core.config.accuracy_aware import PATH, AccuracyAwareTraining
 from compress_core.contract.algorithm import Algorithm
+from compress_core.data.ranks import is_first_rank
 from compress_core.errors import ConfigError, UsageError
 from compress_core.files import replaced_file
 from compress_core.pictures import has_matplotlib
@@ -156,17 +157,14 @@ class AccuracyAwareTrainingLoop:
             **self._options,
         )
         self.log_dir = folder.path
-        try:
-            if checkpoint is None:
-                runner.make_optimizers()
-                runner.validate()
-                runner.save()
-            else:
-                runner.restore(checkpoint)
-            runner.show_progress(self._section.params.maximal_total_epochs)
+        if checkpoint is None:
+            runner.make_optimizers()
+            runner.validate()
+            runner.save()
+        else:
+            runner.restore(checkpoint)
+        with runner.shown(self._section.params.maximal_total_epochs):
             self._run(runner)
-        finally:
-            runner.close()
         self._report(runner, folder.path)
         return model
 

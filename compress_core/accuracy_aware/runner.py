@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from torch import nn
-from tqdm import tqdm
 
 from compress_core.accuracy_aware import learning_rate
 from compress_core.accuracy_aware.functions import UserFunctions
 from compress_core.accuracy_aware.learning_rate import as_list
 from compress_core.accuracy_aware.records import EpochRecord
-from compress_core.accuracy_aware.saved import Folder, Progress, best_name, is_first_rank
+from compress_core.accuracy_aware.saved import Folder, Progress, best_name
 from compress_core.contract.algorithm import Algorithm
 from compress_core.contract.stages import CompressionStage
-from compress_core.data.ranks import together
+from compress_core.data.progress import ProgressBar, progress_bar
+from compress_core.data.ranks import is_first_rank, together
 from compress_core.errors import PluginError, UsageError
 from compress_core.files import replaced_file
 from compress_core.session.checkpoints import Checkpoint
@@ -68,7 +69,7 @@ class Runner:
         self.lr_scheduler: Any = None
         self._functions, self._mover, self._folder = functions, mover, folder
         self._lr_updates_needed, self._verbose, self._dumps, self._writer = lr_updates_needed, verbose, dumps, writer
-        self._bar: Any = None
+        self._bar: ProgressBar | None = None
 
     # NNCF's names, for `dump_checkpoint_fn`.
 
@@ -89,21 +90,15 @@ class Runner:
 
     # Epochs.
 
-    def show_progress(self, total: int) -> None:
-        """Begins a progress bar over all epochs, on a terminal."""
-        shown = self._verbose and is_first_rank()
-        self._bar = tqdm(
-            total=total,
-            initial=self.progress.epochs,
-            unit="epoch",
-            desc="accuracy-aware training",
-            disable=None if shown else True,
-        )
-
-    def close(self) -> None:
-        """Ends the progress bar."""
-        if self._bar is not None:
-            self._bar.close()
+    @contextlib.contextmanager
+    def shown(self, total: int) -> Iterator[None]:
+        """Context manager with a progress bar over all epochs, which stays at the end."""
+        if not self._verbose:
+            yield
+            return
+        done = self.progress.epochs
+        with progress_bar("accuracy-aware training", total, unit="epoch", done=done, leave=True) as self._bar:
+            yield
 
     def make_optimizers(self, factor: float = 1.0) -> None:
         """Makes new optimizers, with their rates scaled, and forgets the best metric."""
@@ -130,7 +125,7 @@ class Runner:
         self._step_learning_rate(record)
         if self._bar is not None:
             self._bar.update()
-            self._bar.set_postfix(rate=f"{record.rate:.3f}", metric=record.metric)
+            self._bar.note(rate=f"{record.rate:.3f}", metric=record.metric)
         return record
 
     def validate(self, loss: float | None = None, lr: float | None = None) -> EpochRecord:
@@ -138,6 +133,8 @@ class Runner:
         progress = self.progress
         record = self._measured(loss, lr)
         progress.history.append(record)
+        given = {"loss": loss, "metric": record.metric}
+        self.controller.log_epoch(**{name: value for name, value in given.items() if value is not None})
         if record.metric is not None:
             best = progress.best_metric
             progress.best_metric = record.metric if best is None else max(best, record.metric)

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from compress_core.accuracy_aware.functions import of_first_rank
 from compress_core.accuracy_aware.records import EpochRecord, Phase
 from compress_core.accuracy_aware.search import SearchState
-from compress_core.data.ranks import together
+from compress_core.data.ranks import is_first_rank, together
 from compress_core.errors import FileError, StateError, UsageError
 from compress_core.saved import parsed
 from compress_core.session.checkpoints import Checkpoint, read_checkpoint, save_checkpoint
@@ -61,11 +61,6 @@ class Progress(BaseModel):
     best: int | None = Field(None, ge=0)
     best_of_user: str | None = None
     search: SearchState | None = None
-
-
-def is_first_rank() -> bool:
-    """Returns whether this process writes files."""
-    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
 
 
 def is_single_process() -> bool:

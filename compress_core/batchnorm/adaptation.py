@@ -40,6 +40,7 @@ from compress_core.transforms.model_wide import bypass_transforms
 logger = logging.getLogger(__name__)
 
 # Samples for the provisional statistics during calibration; 64 samples are within 0.5 points of 2048 in accuracy.
+_READING = "reading data for batch-norm adaptation"
 _PROVISIONAL_SAMPLES = 256
 
 # Dotted name of a layer -> running mean, running variance, number of batches tracked.
@@ -227,7 +228,7 @@ class BatchNormAdaptation(Initializer):
                 _set_statistics(layers, self._origin)
             with AdaptationPass(model, layers, method, data.path) as adaptation:
                 reference = reference if adaptation.needs_reference else None
-                adaptation.run(data, data.batches(num_samples), reference=reference, total=num_samples)
+                adaptation.run(data, data.batches(num_samples, None), reference=reference, total=num_samples)
                 return self._finish(adaptation, layers, num_samples, guard, before)
         except BaseException:
             _set_statistics(layers, before)
@@ -278,7 +279,9 @@ class BatchNormAdaptation(Initializer):
             with preserved_rng(data.loader), AdaptationPass(model, layers, method, data.path) as adaptation:
                 bypass = functools.partial(bypass_transforms, model)
                 reference = bypass if adaptation.needs_reference else None
-                adaptation.run(data, data.batches(samples), reference=reference, total=samples)
+                batches = data.batches(samples, None)
+                what = "batch-norm adaptation before calibration"
+                adaptation.run(data, batches, reference=reference, total=samples, what=what)
                 adaptation.finish(samples)
             yield
         finally:
@@ -294,9 +297,10 @@ class BatchNormAdaptation(Initializer):
             return
         data = context.calibration_data(self.paths[0], BNAdaptationInitArgs)
         with preserved_rng(data.loader):
-            batches = list(data.batches(self.num_samples))  # the second pass must see the same samples
+            batches = list(data.batches(self.num_samples, _READING))  # the second pass must see the same samples
         with adaptation:
-            adaptation.run(data, batches, reference=contextlib.nullcontext, compressed=False)
+            total, what = sum(size for _, size in batches), "batch norm of the uncompressed model"
+            adaptation.run(data, batches, reference=contextlib.nullcontext, compressed=False, total=total, what=what)
         adaptation.restore_statistics()
         self._observed = (adaptation, batches)
 

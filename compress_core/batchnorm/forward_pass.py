@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from compress_core.batchnorm.estimators import METHOD, Estimator
 from compress_core.batchnorm.report import AdaptationReport, LayerDrift
 from compress_core.contract.choices import choice
 from compress_core.data.calibration import CalibrationData
 from compress_core.data.forwards import without_traces
+from compress_core.data.progress import progress_bar
 from compress_core.data.rng import preserved_rng
 from compress_core.errors import DataError, ModelError
 from compress_core.torch_internals import AnyBatchNorm
@@ -73,6 +73,7 @@ class AdaptationPass:
         reference: Reference | None = None,
         compressed: bool = True,
         total: int | None = None,
+        what: str = "batch-norm adaptation",
     ) -> None:
         """Runs the model on batches.
 
@@ -83,12 +84,13 @@ class AdaptationPass:
                 forwards.
             compressed: Whether to run the compressed model.
             total: Number of samples expected, for the progress bar.
+            what: What is running, for the progress bar.
         """
         with (
             without_traces(self._model),
             _watched(self._estimators),
             _quiet(self._model, data.loader, {id(e.layer) for e in self._estimators}),
-            tqdm(total=total, unit="sample", desc="batch-norm adaptation", leave=False, disable=None) as bar,
+            progress_bar(what, total, unit="sample") as bar,
         ):
             for batch, size in batches:
                 if reference is not None:

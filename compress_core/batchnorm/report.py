@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from compress_core.contract.statistics import Statistics, Table
+from compress_core.pages import Bars, Block, Pairs
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,12 @@ class BatchNormAdaptationStatistics(Statistics):
             Table("Batch-norm adaptation", ("figure", "value"), rows),
             Table("Drift of the running statistics", headers, layers),
         ]
+
+    def blocks(self) -> list[Block]:
+        """Returns the figures of the run, and the drift of each layer with bars."""
+        run, drift = self.tables()
+        most = max((layer.mean_shift for layer in self.report.layers), default=0.0)
+        return [Pairs(run.rows), Bars(drift.title, drift.headers, drift.rows, lengths={2: most})]  # type: ignore[arg-type]
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the report as JSON-able values."""

@@ -16,6 +16,11 @@ from torch import nn
 
 from compress_core.errors import UsageError
 
+MODEL_HELP = (
+    "package.module:attribute or path/to/file.py:attribute: a torch.nn.Module, or a function (or class) that returns "
+    "one when it is called without arguments"
+)
+
 
 def load_model(name: str) -> nn.Module:
     """Returns the model with a name.

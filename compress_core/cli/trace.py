@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from compress_core.cli.models import load_model
+from compress_core.cli.inputs import INPUT_HELP, info_of
+from compress_core.cli.models import MODEL_HELP, load_model
 from compress_core.config.document import CompressionConfig, InputInfo
 from compress_core.errors import CompressionError, UsageError
 from compress_core.trace import Example, Trace, trace
@@ -20,8 +20,6 @@ from compress_core.trace.render import LEVELS, Level, counts_text
 
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
-
-_INPUT = re.compile(r"(?:(?P<name>[^\W\d]\w*)=)?(?P<sizes>\d{1,18}(?:,\d{1,18})*)(?::(?P<dtype>\w+))?")
 
 _WRITERS: dict[str, Callable[[Trace, Level], str]] = {
     ".svg": lambda found, level: found.to_svg(level),
@@ -36,8 +34,7 @@ def add_parser(commands: _SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument(
         "model",
         metavar="MODEL",
-        help="package.module:attribute or path/to/file.py:attribute: a torch.nn.Module, or a function (or class) that "
-        "returns one when it is called without arguments",
+        help=MODEL_HELP,
     )
     inputs = parser.add_mutually_exclusive_group()
     inputs.add_argument("--config", type=Path, help="a JSON file whose input_info describes the example inputs")
@@ -45,7 +42,7 @@ def add_parser(commands: _SubParsersAction[argparse.ArgumentParser]) -> None:
         "--input",
         action="append",
         metavar="[NAME=]SIZES[:DTYPE]",
-        help="shape of an argument of the model's forward, such as 1,3,32,32 or mask=1,16:bool; once for each argument",
+        help=INPUT_HELP,
     )
     parser.add_argument("--level", choices=LEVELS, default="calls", help="what is listed (default: calls)")
     parser.add_argument(
@@ -88,7 +85,7 @@ def _run(options: argparse.Namespace) -> None:
 def _infos(options: argparse.Namespace) -> tuple[list[InputInfo], str]:
     """Returns descriptions of the inputs, and their source for messages."""
     if options.input:
-        return [_info(text) for text in options.input], "--input"
+        return [info_of(text) for text in options.input], "--input"
     if options.config is not None:
         infos = CompressionConfig.from_json(options.config).root.input_info
         infos = [info for info in infos if info.sample_size is not None]
@@ -99,14 +96,3 @@ def _infos(options: argparse.Namespace) -> tuple[list[InputInfo], str]:
             '"input_info": {"sample_size": [1, 3, 32, 32]}'
         )
     raise UsageError("there is no example input; give --input, such as --input 1,3,32,32, or --config with input_info")
-
-
-def _info(text: str) -> InputInfo:
-    found = _INPUT.fullmatch(text)
-    if found is None:
-        raise UsageError(
-            f"--input {text}: is no shape; write sizes, such as 1,3,32,32; for a keyword argument put its name before "
-            "them, and for a dtype other than float put the dtype after them, such as mask=1,16:bool"
-        )
-    sizes = [int(size) for size in found["sizes"].split(",")]
-    return InputInfo(sample_size=sizes, type=found["dtype"] or "float", keyword=found["name"])

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import functools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -96,13 +97,14 @@ def _with_parents(name: str) -> list[str]:
 
 def _from_nncf(entry: str) -> Callable[[ScopedModule], bool]:
     """Matches `Model/Class[a]/Class[b]`, the module a.b and all below; with an operator at the end, that one alone."""
-    path, operator = _address(entry)
+    path, operator = nncf_address(entry)
     if not operator:
         return _below(path) if path else lambda module: False
-    return lambda module: any(_address(name) == (path, operator) for name in module.nncf_names)
+    return lambda module: any(nncf_address(name) == (path, operator) for name in module.nncf_names)
 
 
-def _address(node_name: str) -> tuple[str, str]:
+@functools.lru_cache(maxsize=1 << 16)  # a document may name each of hundreds of places
+def nncf_address(node_name: str) -> tuple[str, str]:
     """Returns the dotted path in a node name of NNCF, and the operator at its end, or an empty string."""
     parts = node_name.split("/")[1:]
     path = ".".join(match.group(1) for part in parts if (match := _NNCF_ATTRIBUTE.match(part)))
@@ -129,6 +131,7 @@ class ScopeFilter:
     def __post_init__(self) -> None:
         self._modules = {module.name: module for module in scoped_modules(self.model)}
         self._predicates: dict[str, Callable[[ScopedModule], bool]] = {}
+        self._left: set[str] = set()
         problems = []
         for path, entry in self.entries():
             try:
@@ -146,6 +149,10 @@ class ScopeFilter:
                 is below that of its module.
         """
         self._modules |= operators
+
+    def leave(self, entries: Iterable[str]) -> None:
+        """Leaves it to the caller to refuse these entries if they match nothing; `check` passes over them."""
+        self._left.update(entries)
 
     def entries(self) -> list[tuple[str, str]]:
         """Returns (config path, entry) for every scope."""
@@ -190,7 +197,7 @@ class ScopeFilter:
         problems = []
         for path, entry in self.entries():
             candidates = own if path.startswith(own_prefix) else others
-            if any(self._matches(entry, name) for name in candidates):
+            if entry in self._left or any(self._matches(entry, name) for name in candidates):
                 continue
             close = difflib.get_close_matches(entry, candidates, n=1)
             hint = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import FunctionType
@@ -15,6 +16,7 @@ from torch import nn
 from compress_core.config.sections import AlgorithmConfig
 from compress_core.contract.nncf_tensors import NncfTensor
 from compress_core.contract.stages import Stage
+from compress_core.contract.statistics import Table
 from compress_core.errors import UsageError
 
 if TYPE_CHECKING:
@@ -25,6 +27,8 @@ NeedsUncompressed = Literal["no", "creation", "training"]
 A = TypeVar("A", bound="Algorithm")
 P = ParamSpec("P")
 R = TypeVar("R")
+# Characters of a value in a table of a notebook.
+_LONGEST_SHOWN = 200
 # Attribute of methods that are all or nothing.
 _MARK = "_compress_all_or_nothing"
 
@@ -42,6 +46,19 @@ class Plan:
     targets: tuple[str, ...]
     skipped: Mapping[str, str] = field(default_factory=dict)
     details: Mapping[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        entries = [f"{len(self.targets)} targets", f"{len(self.skipped)} skipped"]
+        return f"Plan({', '.join([*entries, *self.details])})"
+
+    def _repr_html_(self) -> str:
+        tables = [Table("Targets", ("name",), [(name,) for name in self.targets])]
+        if self.skipped:
+            tables.append(Table("Left alone", ("name", "reason"), list(self.skipped.items())))
+        if self.details:
+            rows = [(name, textwrap.shorten(repr(value), _LONGEST_SHOWN)) for name, value in self.details.items()]
+            tables.append(Table("Details", ("name", "value"), rows))
+        return "\n".join(table.to_html() for table in tables)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the plan as a JSON-able dict."""

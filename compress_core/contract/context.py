@@ -6,7 +6,7 @@ import contextlib
 import copy
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -25,9 +25,10 @@ from compress_core.data.calibration import (
     InitArgs,
     QuantizationRangeInitArgs,
 )
+from compress_core.data.progress import progress
 from compress_core.data.ranks import alone
 from compress_core.data.rng import generators_of, preserved_rng
-from compress_core.errors import ConfigError, DataError, ModelError, PluginError, Problem
+from compress_core.errors import ConfigError, DataError, DecidedFromDataError, ModelError, PluginError, Problem
 from compress_core.torch_internals import AnyBatchNorm
 from compress_core.trace import Example, Trace, TraceError, trace
 from compress_core.trace.weights import WeightUse
@@ -36,6 +37,8 @@ from compress_core.transforms.folding import FOLD_REMEDY
 from compress_core.transforms.layers import WeightTensor, weight_tensors
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 # Parts of a section that the core reads, later than `compress_configure`.
 _READ_BY_THE_CORE = ("initializer.", "ignored_scopes", "target_scopes")
@@ -49,6 +52,8 @@ class Context:
         sections: The sections of the config in its order, those of other algorithms included: for cross-checks.
         ledger: Records what each value of the config did.
         resuming: Whether a compression state is being resumed; then there is no data and no initialization.
+        planning: Whether the model is a copy that shows what would be done (`plan_compression`). Then
+            `calibration_data` raises `DecidedFromDataError`, and calibration and initializers do not run.
         bypassable: Whether the model without its weight transforms is the uncompressed model.
         kept_trace: Keeps the last trace during the creation.
         batch_norm: Adapts the running statistics, for algorithms that change the model or measure activations.
@@ -67,8 +72,18 @@ class Context:
     uncompressed_model: UncompressedService
     announce_shrinkage: Callable[[nn.Module, Shrinkage], None]
 
-    def __init__(self, config: CompressionConfig, *, init_loader: Any = None, resuming: bool = False) -> None:
+    def __init__(
+        self,
+        config: CompressionConfig,
+        *,
+        init_loader: Any = None,
+        resuming: bool = False,
+        planning: bool = False,
+        example: Example | None = None,
+    ) -> None:
         self.config = config
+        self.planning = planning
+        self._given_example = example
         self.ledger = Ledger()
         self.resuming = resuming
         self.bypassable = True
@@ -95,6 +110,17 @@ class Context:
     def __getstate__(self) -> dict[str, Any]:
         # For pickle: loaders and functions of the user's often cannot be pickled, and data does not belong there.
         return {**self.__dict__, "config": self.config.without_extra_structs(), "_init_loader": None}
+
+    def progress(self, items: Iterable[T], what: str, *, total: float | None = None, unit: str = "step") -> Iterator[T]:
+        """Yields items with a progress bar, for loops that take long; `CalibrationData.batches` has one already.
+
+        Args:
+            items: The items.
+            what: What is running, such as "search for ranks".
+            total: Their number; by default their length, if they have one.
+            unit: What one of them is.
+        """
+        return progress(items, what, total=total, unit=unit)
 
     def weight(self, model: nn.Module, name: str, before: Stage = Stage.PRECISION) -> torch.Tensor:
         """Returns a weight with the transforms of earlier stages applied, for example masked and pruned.
@@ -228,7 +254,13 @@ class Context:
 
         Raises:
             DataError: There is no loader, or the object given is not a loader.
+            DecidedFromDataError: This is a plan (`planning`), with or without data.
         """
+        if self.planning:
+            raise DecidedFromDataError(f"{path}: is decided from data when the model is created")
+        return self._calibration_data(path, kind, loader)
+
+    def _calibration_data(self, path: str, kind: type[InitArgs] = InitArgs, loader: Any = None) -> CalibrationData:
         source = loader if loader is not None else self._init_loader
         if source is None:
             source = self._registered_data(kind)
@@ -251,6 +283,18 @@ class Context:
             yield
         finally:
             self._init_loader = before
+
+    def report_data(self, path: str, kind: type[InitArgs] = InitArgs) -> CalibrationData | None:
+        """Returns batches for `compress_report`; None if there are none, or only an iterator, which can be read once.
+
+        Args:
+            path: The caller, for messages.
+            kind: As for `calibration_data`.
+        """
+        if not self.has_data(kind):
+            return None
+        data = self.calibration_data(path, kind)
+        return None if isinstance(data.loader, Iterator) else data
 
     def _registered_data(self, kind: type[InitArgs]) -> InitArgs | None:
         """Returns the registered data of a kind, else registered data of any kind: all of them hold batches."""
@@ -282,6 +326,8 @@ class Context:
         return found
 
     def _trace(self, model: nn.Module, path: str) -> Trace:
+        if self._given_example is not None:
+            return trace(model, self._given_example, training=True)
         infos = [info for info in self.config.root.input_info if info.sample_size is not None]
         batch = self._example_batch(path)
         if not infos and batch is None:
@@ -311,7 +357,7 @@ class Context:
         Raises:
             DataError: There is neither data nor `input_info`.
         """
-        batch = self._example_batch(path)
+        batch = self._given_example or self._example_batch(path)
         if batch is not None:
             return batch
         infos = [info for info in self.config.root.input_info if info.sample_size is not None]
@@ -336,13 +382,13 @@ class Context:
             return None
         if self._read is not None and self._read[0] is source:
             return self._read[1]
-        data = self.calibration_data(path, loader=source)
+        data = self._calibration_data(path, loader=source)
         with preserved_rng(data.loader):
             if isinstance(data.loader, Iterator):
                 return None  # an iterator can be read only once, and calibration needs its batches
             # After the creation one process may export alone.
             with contextlib.nullcontext() if self._is_creating else alone():
-                example = Example.from_batch(data, next(iter(data.batches(1)))[0])
+                example = Example.from_batch(data, next(iter(data.batches(1, None)))[0])
         if self._is_creating:
             self._read = source, example
         return example

@@ -18,6 +18,7 @@ from torch import nn
 from compress_core.channels.costs import count_operations
 from compress_core.errors import PluginError
 from compress_core.trace import Trace
+from compress_core.transforms.chain import TransformContainer
 
 Figure = Literal["parameters", "nonzero", "operations", "size"]
 FIGURES: tuple[Figure, ...] = ("parameters", "nonzero", "operations", "size")
@@ -76,15 +77,18 @@ class Footprint:
 
     @classmethod
     def of_model(cls, model: nn.Module, trace: Trace | None = None) -> Footprint:
-        """Counts a model as it is.
+        """Counts a model as it is, without what transforms hold, such as scales.
 
         Args:
-            model: The model, without transforms.
+            model: The model.
             trace: Its trace, for the operations.
         """
         first: dict[int, str] = {}
         tensors, aliases = {}, {}
+        helpers = {id(p) for m in model.modules() if isinstance(m, TransformContainer) for p in m.parameters()}
         for name, parameter in model.named_parameters(remove_duplicate=False):
+            if id(parameter) in helpers:
+                continue
             if id(parameter) in first:
                 aliases[name] = first[id(parameter)]
                 continue
@@ -127,7 +131,7 @@ class Footprint:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the figures, what is open, and the notes; JSON-able."""
-        figures: dict[str, Any] = {**self.figures()}
+        figures: dict[str, Any] = {str(name): value for name, value in self.figures().items()}
         return figures | {"open": dict(self.open), "notes": list(self.notes)}
 
     # What algorithms do.
@@ -192,6 +196,9 @@ class Footprint:
         """
         return replace(self, remarks={**self.remarks, **remarks})
 
+    def __contains__(self, name: str) -> bool:
+        return self.aliases.get(name, name) in self.tensors
+
     def tensor(self, name: str) -> TensorFootprint:
         """Returns what a parameter takes.
 
@@ -209,6 +216,11 @@ class Footprint:
         # One change for each tensor, although a shared one may be named twice.
         own = {self.aliases.get(name, name): change(self.tensor(name), value) for name, value in values.items()}
         return replace(self, tensors={**self.tensors, **own})
+
+
+def shape_in_words(shape: Sequence[int]) -> str:
+    """Returns a shape as `64x3x7x7`; `scalar` for none."""
+    return "x".join(map(str, shape)) or "scalar"
 
 
 def _density(parameter: torch.Tensor) -> float:

@@ -22,7 +22,7 @@ implementation keeps its type and gets a note that names hook, algorithm and plu
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pluggy
@@ -37,10 +37,12 @@ if TYPE_CHECKING:
     from compress_core.contract.choices import Choice, ChoicePoint
     from compress_core.contract.clock import Clock
     from compress_core.contract.context import Context
+    from compress_core.contract.footprint import Footprint
     from compress_core.contract.initializer import Initializer
     from compress_core.contract.stages import CompressionStage
     from compress_core.contract.statistics import Statistics
     from compress_core.export.target import ExportTarget, GraphRewrite
+    from compress_core.pages import Block
 
 PROJECT = "compress_core"
 ENTRY_POINT_GROUP = "compress_core.plugins"
@@ -212,6 +214,37 @@ def compress_commit(model: nn.Module, algorithm: Algorithm, plan: Plan, context:
 
 
 @hookspec
+def compress_effect(  # type: ignore[empty-body]
+    model: nn.Module, algorithm: Algorithm, footprint: Footprint, at_end: bool, context: Context
+) -> Footprint:
+    """Says what the algorithm means for the size of the model; optional.
+
+    Called by `plan_compression`, on the committed copy of the model, in pipeline order. A plan names an algorithm
+    without this hook as one that says nothing of its effect on size; for one that declares `replaces_modules = True`,
+    the model is counted after its commit.
+
+    Args:
+        model: The model, after the commit.
+        algorithm: The algorithm.
+        footprint: What the algorithms before have left: the parameters with their shapes, zeros and bits.
+        at_end: Whether the end of the schedule is asked for; otherwise the algorithm as it is now.
+        context: The context.
+
+    Returns:
+        The footprint with the effect: `with_shapes`, `with_levels`, `with_bits`. What data or training will decide is
+        `left_open`, with the reason.
+
+    Example:
+        ```python
+        @hookimpl
+        def compress_effect(self, footprint, at_end):
+            level = self.config.target if at_end else self.level
+            return footprint.with_levels(dict.fromkeys(self.targets, level))
+        ```
+    """
+
+
+@hookspec
 def compress_calibrate(model: nn.Module, algorithm: Algorithm, context: Context) -> None:
     """Computes the algorithm's values from data, on the committed model.
 
@@ -229,7 +262,7 @@ def compress_calibrate(model: nn.Module, algorithm: Algorithm, context: Context)
         def compress_calibrate(self, model, context):
             path, _ = context.section(self)
             data = context.calibration_data(path)
-            for batch, size in data.batches(256):
+            for batch, size in data.batches(256, "largest activations"):  # what the progress bar says
                 data.call(model, batch)
         ```
     """
@@ -352,6 +385,31 @@ def compress_statistics(model: nn.Module, algorithm: Algorithm, context: Context
         @hookimpl
         def compress_statistics(self, model):
             return TableStatistics({"zeros": self.count_zeros(model)}, title="Random sparsity")
+        ```
+    """
+
+
+@hookspec
+def compress_report(model: nn.Module, algorithm: Algorithm, context: Context) -> Sequence[Block]:  # type: ignore[empty-body]
+    """Returns what a report shows beside the statistics and what has to be measured for it, such as histograms.
+
+    Called by `controller.report` with a copy of the model, and for a copy of the algorithm, in eval mode and without
+    gradients. Both are thrown away afterwards, so nothing has to be put back. What needs no measuring belongs to
+    `Statistics.blocks`.
+
+    Args:
+        model: The copy of the compressed model.
+        algorithm: The copy of the algorithm.
+        context: The context of the copies. `context.report_data(path)` returns batches, or None.
+
+    Returns:
+        Blocks of `compress_core.pages`.
+
+    Example:
+        ```python
+        @hookimpl
+        def compress_report(self, model):
+            return [Grid("Norms", ("weight", "norm"), [(name, float(w.norm())) for name, w in weights(model)])]
         ```
     """
 

@@ -47,6 +47,9 @@ class Ledger(Statistics):
     def __iter__(self) -> Iterator[LedgerEntry]:
         return iter(self._entries.values())
 
+    def __repr__(self) -> str:
+        return f"Ledger({len(self._entries)} values)"
+
     def __getitem__(self, path: str) -> LedgerEntry:
         return self._entries[path]
 
@@ -80,6 +83,35 @@ class Ledger(Statistics):
         for leaf, value, _ in config.given_leaves():
             if f"{path}.{leaf}" not in self._entries:
                 self.record(f"{path}.{leaf}", value, f"used by {config.algorithm}", modules)
+
+    def close_planned_section(
+        self,
+        path: str,
+        config: AlgorithmConfig,
+        targets: Iterable[str],
+        *,
+        read_later: Sequence[str] = (),
+        calibrates: bool,
+        strict: bool,
+    ) -> None:
+        """Records every value of a section of which only the plan was made; see `close_section`.
+
+        Args:
+            path: Config path of the section.
+            config: The section.
+            targets: Dotted names of what the algorithm would change.
+            read_later: Values that will be read in training.
+            calibrates: Whether the creation goes on to read the section, in calibration.
+            strict: Whether a value without effect is an error; otherwise it is a warning.
+
+        Raises:
+            ConfigError: A value was given but never read, and the creation would not read it either.
+        """
+        for leaf, value, was_read in config.given_leaves() if calibrates else ():
+            is_known = was_read or leaf in read_later or leaf in _ALWAYS_USED or f"{path}.{leaf}" in self._entries
+            if not is_known:
+                self.record(f"{path}.{leaf}", value, "not read by the plan: calibration reads it, or nothing does")
+        self.close_section(path, config, targets, read_later=read_later, strict=strict)
 
     def refuse_unread(
         self, path: str, config: AlgorithmConfig, *, read_later: Sequence[str] = (), strict: bool

@@ -11,12 +11,15 @@ from torch import nn
 from compress_core.config import AlgorithmConfig
 from compress_core.contract.algorithm import Algorithm, Plan
 from compress_core.contract.context import Context
+from compress_core.contract.footprint import Footprint
+from compress_core.contract.hookspecs import hookimpl
 from compress_core.contract.nncf_tensors import NncfTensor
 from compress_core.contract.sparsity_statistics import LayerSparsity
 from compress_core.contract.stages import Stage
 from compress_core.contract.trained_weights import trained_weights
 from compress_core.errors import ModelError, UsageError
 from compress_core.transforms import get_weight_transform, raw_parameter
+from compress_core.transforms.generated import of_transform
 
 MASKED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """Dtypes of weights that can be masked by what they are worth; others do not have the operators for it."""
@@ -77,6 +80,19 @@ class MaskingAlgorithm(Algorithm):
     def remember(self, plan: Plan) -> None:
         """Keeps the targets of a plan."""
         self._targets, self._skipped = plan.targets, plan.skipped
+
+    @hookimpl
+    def compress_effect(self, footprint: Footprint, at_end: bool) -> Footprint:
+        """Counts what is masked now; a subclass that knows the end says so."""
+        if at_end:
+            return footprint.left_open(f"training decides which weights '{self.name}' masks", ("nonzero",))
+        return self.with_masks(footprint)
+
+    def with_masks(self, footprint: Footprint) -> Footprint:
+        """Returns a footprint with the present masks."""
+        masks = {name: self.kept(name) for name in self.present}
+        zeros = {name: mask.numel() - int(torch.count_nonzero(mask)) for name, mask in masks.items()}
+        return footprint.with_levels({name: zeros[name] / max(mask.numel(), 1) for name, mask in masks.items()})
 
     def take_nncf(self, tensors: Sequence[NncfTensor]) -> dict[str, tuple[str, torch.Tensor] | None]:
         """Takes what `nncf_entries` names, of weights that have the same shape; see `Algorithm.take_nncf`."""
@@ -142,11 +158,9 @@ class MaskingAlgorithm(Algorithm):
             mask, weight = self.kept(name), raw_parameter(model, name)
             zeros = weight.numel() - int(torch.count_nonzero(mask))
             layers.append(LayerSparsity(name, tuple(weight.shape), weight.numel(), zeros))
-        helpers = [get_weight_transform(model, name, self.name) for name in self.present]
-        learned = {id(p): p.numel() for helper in helpers if helper is not None for p in helper.parameters()}
         return {
             "layers": tuple(layers),
-            "model_parameters": sum(p.numel() for p in model.parameters()) - sum(learned.values()),
+            "model_parameters": sum(p.numel() for name, p in model.named_parameters() if not of_transform(name)),
             "model_weights": sum(layer.weights for layer in layers) + sum(_size(model, n) for n in self._skipped),
             "skipped": self._skipped,
         }

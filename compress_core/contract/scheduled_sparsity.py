@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -11,14 +12,19 @@ from pydantic import BaseModel, Field
 from compress_core.config import AlgorithmConfig
 from compress_core.contract.clock import Clock
 from compress_core.contract.context import Context
+from compress_core.contract.footprint import Footprint
 from compress_core.contract.hookspecs import hookimpl
 from compress_core.contract.levels import LevelAlgorithm
 from compress_core.contract.masked_weights import MaskingAlgorithm
 from compress_core.contract.sparsity_config import SparsityConfig
 from compress_core.contract.sparsity_schedules import Schedule, make_schedule
 from compress_core.saved import Whole, damaged, parsed
+from compress_core.transforms import raw_parameter
 
 logger = logging.getLogger(__name__)
+
+# Longer schedules are not followed to find their end.
+_MOST_EPOCHS = 100_000
 
 
 class SavedSparsity(BaseModel):
@@ -143,6 +149,37 @@ class ScheduledSparsity(MaskingAlgorithm, LevelAlgorithm):
             "schedule": self.schedule.get_state(),
             "time": self._time,
         }
+
+    @hookimpl
+    def compress_effect(self, footprint: Footprint, at_end: bool) -> Footprint:
+        """Counts what is masked now; at the end it is as much as the schedule asks for."""
+        return self.with_last_level(footprint) if at_end else self.with_masks(footprint)
+
+    def with_last_level(self, footprint: Footprint) -> Footprint:
+        """Returns a footprint at the end of the schedule: at the target, unless the masks are frozen before."""
+        schedule, level = copy.deepcopy(self.schedule), self.config.unread().sparsity_init
+        if schedule.freeze_epoch > _MOST_EPOCHS:
+            return self.with_level(footprint, schedule.target)
+        for epoch in range(schedule.freeze_epoch):
+            clock = Clock(epoch, epoch, 0)
+            for found in (schedule.at_epoch(clock, level), schedule.at_step(clock)):
+                level = level if found is None else found
+        reached = self.with_level(footprint, level)
+        if level >= schedule.target:
+            return reached
+        words = f"are frozen in epoch {schedule.freeze_epoch}, before the schedule reaches its target {schedule.target}"
+        return reached.noted(f"masks {words}")
+
+    def with_level(self, footprint: Footprint, level: float) -> Footprint:
+        """Returns a footprint in which a level is reached."""
+        sizes = {name: raw_parameter(self.model, name).numel() for name in self.present}
+        if not self.is_global:
+            counts = {name: min(round(level * size), max(size - 1, 0)) for name, size in sizes.items()}
+            return footprint.with_levels({name: counts[name] / max(size, 1) for name, size in sizes.items()})
+        share = round(level * sum(sizes.values())) / max(sum(sizes.values()), 1)
+        # Which weight gets how many zeros is found when the level is set, so no number stands at a single one.
+        words = f"its part of {share:.1%} zeros in all"
+        return footprint.with_levels(dict.fromkeys(sizes, share)).remarked(dict.fromkeys(sizes, words) if level else {})
 
     def loaded_sparsity(self, state: Mapping[str, Any]) -> SavedSparsity:
         """Returns what `compress_state` returned after a check; the schedule is restored, nothing else is set.

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
-from compress_core.contract.statistics import Statistics, Table
+from compress_core.contract.statistics import ByLayer, Statistics, Table
+from compress_core.pages import Bars, Block, Details, Grid
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,25 @@ class SparsityStatistics(Statistics):
         if self.skipped:
             tables.append(Table(f"{self.title}: left dense", ("weight", "because"), list(self.skipped.items())))
         return tables
+
+    def blocks(self) -> list[Block]:
+        """Returns what `tables` says, with bars, and without what was left dense: a report has one place for that."""
+        found: list[Block] = []
+        for table in self.tables():
+            if table.title == f"{self.title}: layers":
+                bars = Bars(table.title, table.headers, table.rows, shares=(2,), lengths={3: 100.0})
+                found.append(Details(f"{len(self.layers)} weights", [bars]))
+            elif table.title != f"{self.title}: left dense":
+                found.append(Grid(table.title, table.headers, table.rows))
+        return found
+
+    def by_layer(self) -> Sequence[ByLayer]:
+        """Returns the masked share of each weight."""
+        return [ByLayer("masked", {layer.name: layer.level for layer in self.layers}, "zeros")]
+
+    def left_alone(self) -> Mapping[str, str]:
+        """Returns the weights that are left dense."""
+        return self.skipped
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the figures and the layers as JSON-able values."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from tabulate import tabulate
+
+from compress_core.pages.blocks import Block, Grid
 
 
 @dataclass(frozen=True)
@@ -23,13 +26,25 @@ class Table:
     headers: Sequence[str]
     rows: Sequence[Sequence[Any]]
 
+    def __repr__(self) -> str:
+        return f"Table({self.title!r}: {len(self.rows)} rows)"
+
     def to_str(self) -> str:
         """Returns the table as plain text."""
+        return f"{self.title}\n{self._in('simple_outline')}"
+
+    def to_html(self) -> str:
+        """Returns the table as HTML, without scripts and styles; what looks like HTML is shown as it is written."""
+        return f"<p><b>{html.escape(self.title)}</b></p>\n{self._in('html')}"
+
+    def _repr_html_(self) -> str:
+        return self.to_html()
+
+    def _in(self, form: str) -> str:
         cells = [[_shown(cell) for cell in row] for row in self.rows]
         columns = list(zip(*self.rows, strict=True)) or [()] * len(self.headers)
         align = ["right" if all(isinstance(cell, (int, float)) for cell in column) else "left" for column in columns]
-        body = tabulate(cells, self.headers, "simple_outline", colalign=align if cells else None, disable_numparse=True)
-        return f"{self.title}\n{body}"
+        return tabulate(cells, self.headers, form, colalign=align if cells else None, disable_numparse=True)
 
 
 def _shown(cell: Any) -> str:
@@ -38,8 +53,29 @@ def _shown(cell: Any) -> str:
     return str(cell)
 
 
+@dataclass(frozen=True)
+class ByLayer:
+    """A figure that there is one of for each layer, a column of a report's picture of the network.
+
+    Attributes:
+        title: The head of the column, such as `masked`.
+        values: Dotted name of a weight or of a module -> the figure.
+        kind: What the figure is: a share (0 to 1) of the weight's elements that is `zeros`; a share of its output
+            channels that is `pruned`; the number of `bits` that its elements have; another `share`; or another
+            `number`. The first three are drawn.
+    """
+
+    title: str
+    values: Mapping[str, float]
+    kind: Literal["zeros", "pruned", "bits", "share", "number"] = "number"
+
+
 class Statistics:
-    """Base class of what `compress_statistics` returns."""
+    """Base class of what `compress_statistics` returns.
+
+    A subclass implements `tables` and `to_dict`. A report of `controller.report` shows the tables, unless the class
+    says more about how it wants to be shown: `blocks`, `by_layer`, `left_alone`.
+    """
 
     def tables(self) -> Sequence[Table]:
         """Returns the report as tables."""
@@ -52,6 +88,24 @@ class Statistics:
     def to_str(self) -> str:
         """Returns the report as plain text."""
         return "\n\n".join(table.to_str() for table in self.tables())
+
+    def _repr_html_(self) -> str:
+        return "\n".join(table.to_html() for table in self.tables())
+
+    def blocks(self) -> Sequence[Block]:
+        """Returns what a report shows, blocks of `compress_core.pages`; by default the tables."""
+        return [Grid(table.title, table.headers, table.rows) for table in self.tables()]
+
+    def by_layer(self) -> Sequence[ByLayer]:
+        """Returns the figures that there is one of for each layer, for the picture of the network; by default none."""
+        return ()
+
+    def left_alone(self) -> Mapping[str, str]:
+        """Returns what was left as it is: dotted name -> the reason.
+
+        What the plan of an algorithm has skipped (`Plan.skipped`) is in a report without this.
+        """
+        return {}
 
 
 @dataclass(frozen=True)
@@ -100,6 +154,9 @@ class CompressionStatistics(Statistics):
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.parts)
+
+    def __repr__(self) -> str:
+        return f"CompressionStatistics({', '.join(self.parts)})"
 
     def tables(self) -> Sequence[Table]:
         """Returns the tables of all parts."""

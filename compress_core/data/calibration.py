@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from torch import nn
 from compress_core.data.arguments import arguments_of, samples_in
 from compress_core.data.forwards import running
 from compress_core.data.messages import described, remedy
+from compress_core.data.progress import progress_bar
 from compress_core.data.ranks import shared_batches
 from compress_core.data.structures import moved
 from compress_core.errors import DataError
@@ -148,15 +150,31 @@ class CalibrationData:
         """The path of the config section that needs the data."""
         return self._path
 
-    def batches(self, num_samples: int) -> Iterator[tuple[Any, int]]:
+    def batches(self, num_samples: int, what: str | None = "") -> Iterator[tuple[Any, int]]:
         """Yields (batch, its number of samples) until the total is as close to `num_samples` as whole batches allow.
 
         At least one batch is yielded. At most one batch is fetched and not used, because only its size tells whether
         it brings the total closer; the last batch of a loader is often smaller than the others.
 
+        Args:
+            num_samples: Number of samples wanted.
+            what: What is done with them, for the progress bar, such as "ranges of activations"; by default that the
+                data is read for the config path. None shows none, where the caller shows its own.
+
         Raises:
             DataError: The loader is empty, or a batch contains no tensor.
         """
+        found = self._sized(num_samples)
+        if what is None:
+            yield from found
+            return
+        total = num_samples if num_samples < sys.maxsize else None
+        with progress_bar(what or f"reading data for {self._path}", total, unit="sample") as bar:
+            for batch, size in found:
+                yield batch, size
+                bar.update(size)
+
+    def _sized(self, num_samples: int) -> Iterator[tuple[Any, int]]:
         seen = 0
         for batch in self._iterate():
             size = self._size(batch)

@@ -68,6 +68,11 @@ def _world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def is_first_rank() -> bool:
+    """Returns whether this process is the one of several that writes files and shows progress."""
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+
+
 def has_exchanged() -> bool:
     """Returns whether processes have given each other values in this section."""
     return _section is not None and _section.exchanged

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from compress_core.data.progress import progress
 from compress_core.errors import ExportError, UsageError
 from compress_core.export.agreement import compared
 from compress_core.export.onnx.work import Execution, work_of
@@ -141,18 +142,20 @@ def _times(
 ) -> list[list[float]]:
     sessions = [_loaded(file, runtime, threads=threads) for file, runtime in pairs]
     named = [_named(session, feeds) for session in sessions]
-    return interleaved([partial(session.run, own) for session, own in zip(sessions, named, strict=True)], rounds)
+    runs = [partial(session.run, own) for session, own in zip(sessions, named, strict=True)]
+    return interleaved(runs, rounds, f"timing {len(runs)} files, {threads} thread{'s' * (threads > 1)}")
 
 
-def interleaved(runs: Sequence[Callable[[], object]], rounds: int) -> list[list[float]]:
+def interleaved(runs: Sequence[Callable[[], object]], rounds: int, what: str = "timing") -> list[list[float]]:
     """Returns the wall times of runs in seconds, all of them once in each round, in alternating order.
 
     Args:
         runs: What is timed.
         rounds: Number of rounds that count.
+        what: What is running, for the progress bar.
     """
     times: list[list[float]] = [[] for _ in runs]
-    for number in range(_WARM_UP + rounds):
+    for number in progress(range(_WARM_UP + rounds), what, unit="round"):
         order = range(len(runs)) if number % 2 else reversed(range(len(runs)))
         for index in order:
             started = time.perf_counter()

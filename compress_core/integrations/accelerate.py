@@ -103,6 +103,7 @@ class CompressionCallback:
         Call it after the last epoch.
         """
         self._log()
+        self.controller.log_epoch()
         self._progress.warn_if_unfinished("at the end of the training")
 
     def _log(self) -> None:

@@ -148,7 +148,8 @@ class CompressionCallback(Callback):
                 take_decisions(average.module.get_submodule(name), model)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Warns if the model is not compressed as far as was asked for."""
+        """Logs the last epoch, and warns if the model is not compressed as far as was asked for."""
+        self.controller.log_epoch()
         self._progress.warn_if_unfinished("at the end of the training")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 
-import torch.distributed as dist
-
 from compress_core.contract.stages import CompressionStage
+from compress_core.data.ranks import is_first_rank
 from compress_core.errors import UsageError
 from compress_core.integrations.saved_run import SavedRun, check_controller
 from compress_core.session.controller import CompressionController
+from compress_core.session.log_writers import PREFIX
 
 logger = logging.getLogger(__name__)
 
@@ -69,18 +69,13 @@ class Progress:
         scheduler.epoch_step()
 
     def figures(self) -> dict[str, float]:
-        """Returns the levels and shares of the algorithms: `compression/magnitude_sparsity/sparsity_level`, ..."""
-        figures = self.controller.statistics().scalars()
-        algorithms = tuple(self.controller.algorithms)
-        return {
-            f"compression/{name}": value
-            for name, value in figures.items()
-            if isinstance(value, float) and name.split("/")[0] in algorithms
-        }
+        """Returns levels and shares of the algorithms: `compression/magnitude_sparsity/sparsity_level`, ..."""
+        measured = self.controller.history[-1].measured
+        return {f"{PREFIX}{name}": value for name, value in measured.items() if isinstance(value, float)}
 
     def warn_if_unfinished(self, when: str) -> None:
         """Warns if the model is compressed less than the config asks for."""
-        if dist.is_available() and dist.is_initialized() and dist.get_rank() != 0:
+        if not is_first_rank():
             return  # once is enough
         stage = self.controller.compression_stage()
         if stage != CompressionStage.FULLY_COMPRESSED:

@@ -197,7 +197,8 @@ class CompressionCallback(TrainerCallback):
         self.controller.scheduler.step()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Warns if the model is not compressed as far as was asked for."""
+        """Logs the last epoch, and warns if the model is not compressed as far as was asked for."""
+        self.controller.log_epoch()
         best = state.best_model_checkpoint if args.load_best_model_at_end else None
         if best is not None:  # the Trainer has loaded its weights
             self._progress.resume(read_run(best))

@@ -9,10 +9,10 @@ from typing import Any
 
 from compress_core.contract.algorithm import Algorithm
 from compress_core.contract.stages import CompressionStage
-from compress_core.contract.statistics import Statistics
 from compress_core.data.ranks import together
 from compress_core.errors import UsageError
 from compress_core.export import ExportReport
+from compress_core.nncf.statistics import AlgorithmStatistics, NNCFStatistics
 from compress_core.session.agreement import agree
 from compress_core.session.controller import CompressionController
 from compress_core.session.scheduler import CompressionScheduler
@@ -96,9 +96,10 @@ class ChildController:
         """Returns the progress of this algorithm."""
         return self._owner.compression_stages()[self.name]
 
-    def statistics(self, quickly_collected_only: bool = False) -> Statistics | None:
+    def statistics(self, quickly_collected_only: bool = False) -> AlgorithmStatistics | None:
         """Returns the figures of this algorithm; the argument is ignored."""
-        return self._owner.statistics().parts.get(self.name)
+        part = self._owner.statistics().parts.get(self.name)
+        return None if part is None else AlgorithmStatistics(part)
 
 
 class NNCFController(CompressionController):
@@ -110,6 +111,10 @@ class NNCFController(CompressionController):
         if name in _INSTEAD:
             raise UsageError(f"the controller has no '{name}' here; use {_INSTEAD[name]}")
         return super().__getattr__(name)
+
+    def statistics(self, quickly_collected_only: bool = False) -> NNCFStatistics:
+        """Returns figures measured on the current model, under NNCF's names as well; the argument is ignored."""
+        return NNCFStatistics(super().statistics().parts)
 
     def _figure(self, name: str) -> Any:
         for part in self.statistics().parts.values():

@@ -33,6 +33,8 @@ def create_compressed_model(
     wrap_inputs_fn: Callable[..., Any] | None = None,
     wrap_outputs_fn: Callable[..., Any] | None = None,
     dump_graphs: bool = True,
+    *,
+    uncompressed_model: nn.Module | None = None,
 ) -> tuple[NNCFController, nn.Module]:
     """Prepares a model for training with compression, with NNCF's arguments.
 
@@ -45,6 +47,8 @@ def create_compressed_model(
         wrap_inputs_fn: Not needed: the arguments of forward are the inputs. Accepted with a word.
         wrap_outputs_fn: Not needed: what forward returns are the outputs. Accepted with a word.
         dump_graphs: Ignored: no files are written; `compress-core trace` shows the graph.
+        uncompressed_model: Not in NNCF: the model with its trained weights, which distillation needs when a training is
+            resumed. NNCF takes `model`, and does not say so where that has other weights.
 
     Returns:
         The controller, and the model.
@@ -60,7 +64,9 @@ def create_compressed_model(
     loaded = config.compression_config() if isinstance(config, NNCFConfig) else CompressionConfig.from_dict(config)
     if dummy_forward_fn is not None and compression_state is None:
         loaded = _with_example(model, loaded, dummy_forward_fn)
-    controller, model = api.create_compressed_model(model, loaded, compression_state)
+    controller, model = api.create_compressed_model(
+        model, loaded, compression_state, uncompressed_model=uncompressed_model
+    )
     found = with_nncf_methods(controller)
     _controllers[model] = weakref.ref(found)
     return found, model

@@ -10,7 +10,8 @@ from typing import Any
 
 from compress_core.errors import ExportError
 from compress_core.files import replaced_file
-from compress_core.pages.blocks import Block
+from compress_core.pages.blocks import Block, Flow, Grid, Picture
+from compress_core.pages.charts import Rails
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,11 @@ def write_page(page: Page, path: str | os.PathLike[str]) -> None:
         file.write(text)
 
 
+def check_installed() -> None:
+    """Raises ExportError if jinja2 is missing, before somebody measures what then cannot be shown."""
+    _template()
+
+
 @cache
 def _template() -> Any:
     try:
@@ -82,7 +88,21 @@ def _template() -> Any:
     )
     environment.filters["cell"] = _cell
     environment.tests["numeric"] = _is_number
+    environment.tests["picture"] = lambda value: isinstance(value, Picture)
+    environment.globals["rails"] = _rails
+    environment.globals["numbers"] = _number_columns
     return environment.get_template("page.html.jinja")
+
+
+def _rails(block: Flow) -> list[str]:
+    return Rails(len(block.rows), block.links).pieces()
+
+
+def _number_columns(block: Grid) -> set[int]:
+    """Returns the columns whose cells are aligned to the right, as their head should be."""
+    drawn = {*getattr(block, "shares", ()), *getattr(block, "lengths", ())}
+    columns = [[cell for cell in cells if cell is not None] for cells in zip(*block.rows, strict=True)]
+    return {n for n, cells in enumerate(columns) if cells and all(map(_is_number, cells))} - drawn
 
 
 def _is_number(value: Any) -> bool:

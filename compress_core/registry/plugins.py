@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib.metadata
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 from compress_core.contract.algorithm import Algorithm
 from compress_core.contract.choices import Choice
 from compress_core.contract.initializer import Initializer
+from compress_core.errors import PluginError
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,7 @@ class PluginInfo:
     """Identifies a plugin.
 
     Attributes:
-        name: The name of its entry point.
+        name: What it calls itself (`plugin_name`), else the name of its entry point.
         distribution: The installed package that has the entry point; empty for a plugin registered in the process.
         version: The version of that package.
     """
@@ -40,6 +41,17 @@ class PluginInfo:
         if distribution is None:
             return cls(point.name)
         return cls(point.name, distribution.name, distribution.version)
+
+    def called(self, plugin: object) -> PluginInfo:
+        """Returns the same with the name that a plugin gives itself, which may have several entry points.
+
+        Raises:
+            PluginError: Its `plugin_name` is no text.
+        """
+        name = getattr(plugin, "plugin_name", self.name)
+        if not isinstance(name, str) or not name.strip():
+            raise PluginError(f"{self.label}: plugin_name is {name!r}; give the name as text, or leave it out")
+        return replace(self, name=name)
 
 
 Kind = TypeVar("Kind", Algorithm, Initializer)

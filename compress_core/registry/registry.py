@@ -90,7 +90,8 @@ class Registry:
         self._seen.add(point.value)
         info = PluginInfo.of(point)
         try:
-            self.register(point.load(), info)
+            plugin = point.load()
+            self.register(plugin, info.called(plugin))
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # SystemExit too: a plugin must not end the user's program

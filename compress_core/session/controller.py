@@ -22,7 +22,7 @@ from compress_core.contract.context import Context
 from compress_core.contract.ledger import Ledger
 from compress_core.contract.levels import has_settable_rate
 from compress_core.contract.stages import CompressionStage
-from compress_core.contract.statistics import CompressionStatistics, Statistics
+from compress_core.contract.statistics import CompressionStatistics, Statistics, Table
 from compress_core.data.forwards import without_traces
 from compress_core.data.rng import preserved_rng
 from compress_core.errors import CompressionError, PluginError, UsageError
@@ -37,9 +37,11 @@ from compress_core.session.history import EpochFigures, History, Number, figures
 from compress_core.session.learning_rates import check_optimizers, parameter_groups, warn_if_nothing_learns
 from compress_core.session.lifecycle import Lifecycle
 from compress_core.session.live_state import LiveState
+from compress_core.session.logbook import Logbook
 from compress_core.session.model_copies import copy_of, take_decisions
 from compress_core.session.replaced import NAME as REPLACED_LAYERS
 from compress_core.session.replaced import ReplacedLayers, TransformPlaces
+from compress_core.session.report import Reported, ReportOptions, write_report
 from compress_core.session.scheduler import CompressionScheduler
 from compress_core.session.state import SavedState, dump_state
 from compress_core.session.transaction import Transaction
@@ -72,11 +74,12 @@ class CompressionController:
         self.scheduler = CompressionScheduler(self._step, self._epoch_step, self._begin)
         self._transaction = Transaction(model, self, lifecycle, self.scheduler)
         self._history = History()
+        self._logbook = Logbook()
         self._places: TransformPlaces | None = None
         self._warned_of_optimizers = False
         self._batch_norm = BatchNorm(model, lifecycle)
         lifecycle.context.batch_norm = self._batch_norm
-        lifecycle.context.uncompressed_model = uncompressed
+        lifecycle.context.uncompressed_model = self._uncompressed = uncompressed
         self._recorder: BatchRecorder | None = None
         if any(algorithm.needs_batch for algorithm in lifecycle.algorithms):
             self._recorder = BatchRecorder()
@@ -104,6 +107,18 @@ class CompressionController:
     def __repr__(self) -> str:
         stage = "stripped" if self._stripped else self.compression_stage().name
         return f"CompressionController({', '.join(self.algorithms)}; {stage})"
+
+    def _repr_html_(self) -> str:
+        title = f"Compressed {type(self.model).__name__}, "
+        if self._stripped:
+            return Table(f"{title}stripped in place", ("algorithm",), [(name,) for name in self.algorithms]).to_html()
+        clock, stages = self.scheduler.clock, self.compression_stages()
+        trained = "not trained yet" if clock.epoch < 0 and clock.step < 0 else f"epoch {clock.epoch}, step {clock.step}"
+        rows = [
+            (name, stages[name].name if name in stages else "", "" if (r := a.compression_rate) is None else r)
+            for name, a in self.algorithms.items()
+        ]
+        return Table(f"{title}{trained}", ("algorithm", "stage", "compression rate"), rows).to_html()
 
     @property
     def _active(self) -> Lifecycle:
@@ -143,14 +158,19 @@ class CompressionController:
         self._transaction.run(function, lazily=lazily, call=call)
 
     def _step(self, clock: Clock) -> None:
-        self._active.step(self.model, clock)
+        lifecycle = self._active
+        # Before the algorithms go on, as in `_epoch_step`.
+        self._logbook.at_step(self.scheduler.clock, self._figures)
+        lifecycle.step(self.model, clock)
 
     def _epoch_step(self, clock: Clock) -> None:
         refuse_sharded(self.model)
         lifecycle = self._inspected
         # Before the algorithms go on: what was measured is what the epoch before has trained.
-        self._history.record(self._figures())
+        row = self._figures()
         lifecycle.epoch_step(self.model, clock)
+        # Last, because what is written stays, whatever fails.
+        self._logbook.at_epoch(self._history.record(row))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompressionController:
         """Returns a controller for the copy of the model that the same `deepcopy` makes."""
@@ -296,9 +316,9 @@ class CompressionController:
         return self._history.until(self._figures())
 
     def log_epoch(self, **values: Any) -> EpochFigures:
-        """Adds to the history what only the training loop knows about the epoch that it has just trained.
+        """Adds to history and logs what only the training loop knows about the epoch that it has just trained.
 
-        The last epoch, after which no other one begins, is recorded by this call alone.
+        The last epoch, after which no other one begins, is logged by this call alone.
 
         Args:
             values: Numbers by name, such as `loss=0.31, accuracy=0.92`; a later call for the same epoch adds to them.
@@ -309,8 +329,32 @@ class CompressionController:
         Raises:
             UsageError: A value is no number, or has the name of what is measured.
         """
-        call = f"log_epoch() of epoch {self.scheduler.current_epoch}"
-        return self._transaction.run(lambda: self._history.record(self._figures(values)), call=call, local=True)
+        row = self._history.until(self._figures(values))[-1]
+        self._logbook.at_epoch(row)
+        return self._history.record(row)
+
+    def log_to(self, writer: Any, *, every_steps: int | None = None) -> None:
+        """Logs the figures of the history to a writer, too, from now on; there may be several.
+
+        They are measured and written where an epoch begins, before the algorithms go on, as `history` says: what is
+        written at epoch 3 is what three epochs have trained. `log_epoch()` writes an epoch once it has ended. Of
+        several processes the first one writes. Neither copies of the controller nor its saved state have the writers:
+        call this again after a training was resumed.
+
+        Args:
+            writer: The path of a CSV file (`.csv`), with a line for each moment; a resumed training goes on in it, and
+                replaces what the interrupted one has written after its checkpoint. Or a `SummaryWriter` of TensorBoard,
+                or anything else with `add_scalar(name, value, step)`. Or a function that is called with a dict of
+                values and the step, such as `mlflow.log_metrics` or `wandb_run.log`. In the last two cases measured
+                figures are named as the callbacks for training libraries name them: `compression/quantization/...`.
+            every_steps: Writes also where an optimizer step begins that follows so many; then `step` counts optimizer
+                steps. By default it counts epochs. Each time reads figures from the device, which waits for it.
+
+        Raises:
+            UsageError: It is something else; or a CSV file has figures already, and this training is at its beginning.
+            FileError: The file cannot be read.
+        """
+        self._logbook.add(writer, every_steps, self.scheduler.clock)
 
     def _figures(self, given: Mapping[str, Any] | None = None) -> EpochFigures:
         # What initializers report is of a pass in the past, with its wall time; it would be the same in each row.
@@ -496,6 +540,41 @@ class CompressionController:
             external_data=external_data,
         )
         return ModelExport(self.model, self._inspected, "export_onnx").write(path, args, "onnxruntime", options)
+
+    def report(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        title: str | None = None,
+        accuracy: Mapping[str, float] | None = None,
+        evaluate_fn: Callable[[nn.Module], Any] | None = None,
+        args: Any = None,
+        latency: bool = True,
+    ) -> None:
+        """Writes a report of the compressed model as one HTML page, which needs neither a network nor JavaScript.
+
+        Everything is measured on a copy: model, controller and random generators are as before. A batch of the
+        calibration data is read for the inputs, and a few more for the histograms of activations.
+
+        Of several processes rank 0 writes; all may call this, and all have to if `evaluate_fn` waits for the others.
+
+        Args:
+            path: The file, which ends in .html; it appears completely or not at all.
+            title: The heading; by default the class of the model.
+            accuracy: What you have measured, by step and in order: `{"float": 0.93, "compressed": 0.87}`.
+            evaluate_fn: `evaluate_fn(model)`, returns a number. It is called with a copy of the compressed model, and
+                of the uncompressed model if that is kept (see `Algorithm.needs_uncompressed`).
+            args: Arguments of forward, as for `export`, to trace the network and to take the time of a forward with. By
+                default a batch of the data that the model was created with, or `input_info`.
+            latency: Whether to take the time of a forward, of the model before compression and stripped.
+
+        Raises:
+            ExportError: jinja2 is missing (`pip install 'compress-core[report]'`).
+            FileError: The file cannot be written.
+            UsageError: An argument has an invalid value.
+        """
+        options = ReportOptions(title, accuracy, evaluate_fn, args, latency)
+        write_report(Reported(self, self._inspected, self._uncompressed), path, options)
 
     def initialize(self, name: str, loader: Any = None, **options: Any) -> Statistics | None:
         """Runs a shared initializer again on the current model; if that fails, the model is restored.

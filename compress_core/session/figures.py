@@ -62,5 +62,4 @@ def in_words(figure: Figure, value: int) -> str:
 def _change(old: int | None, new: int | None) -> str:
     if not old or new is None or new == old:
         return ""
-    change = 100 * (new - old) / old
-    return f" ({change:+.1f} %)"
+    return f" ({(new - old) / old:+.1%})"

@@ -23,7 +23,7 @@ class EpochFigures:
     """The figures of a compressed model after so many epochs of training.
 
     Attributes:
-        epochs: Number of epochs that it has been trained for; 0 is the model before the first.
+        epochs: Number of epochs that have ended; 0 is the model before the first, or in it.
         steps: Number of optimizer steps that it has been trained for; 0 if the loop does not call `scheduler.step()`.
         measured: `compression_rate`, and of each algorithm what `statistics().scalars()` returns, measured after these
             epochs: `magnitude_sparsity/sparsity_level`, ...
@@ -34,6 +34,11 @@ class EpochFigures:
     steps: int
     measured: Mapping[str, Number]
     given: Mapping[str, Number] = field(default_factory=dict)
+
+    @property
+    def moment(self) -> tuple[int, int]:
+        """Number of epochs and of steps."""
+        return self.epochs, self.steps
 
     @property
     def values(self) -> dict[str, Number]:
@@ -122,7 +127,9 @@ def figures_at(clock: Clock, measured: Mapping[str, Number], given: Mapping[str,
     for name in numbers:
         if name in measured or name in ("epochs", "steps"):
             raise UsageError(f"'{name}' is measured; give your value another name")
-    return EpochFigures(clock.epoch + 1, clock.step + 1, dict(measured), numbers)
+    # Plugins may measure with NumPy, whose numbers print otherwise.
+    plain = {name: float(v) if isinstance(v, float) else int(v) for name, v in measured.items()}
+    return EpochFigures(clock.epoch + 1, clock.step + 1, plain, numbers)
 
 
 def _number(name: str, value: Any) -> Number:

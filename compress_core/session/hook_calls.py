@@ -131,6 +131,11 @@ class HookCalls:
             raise PluginError(f"{hook}() of {self.who(algorithm)} returned nothing; it needs a {kind.__name__}")
         return result
 
+    def implements(self, hook: str, algorithm: Algorithm) -> bool:
+        """Returns whether an algorithm itself implements a hook."""
+        implementations = getattr(self._manager.hook, hook).get_hookimpls()
+        return any(implementation.plugin is algorithm for implementation in implementations)
+
     def who(self, algorithm: Algorithm) -> str:
         """Returns how messages name an algorithm: with the plugin that it comes from."""
         return f"the algorithm '{algorithm.name}' ({self.origins[algorithm.name]})"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,11 +17,13 @@ from compress_core.contract.algorithm import Algorithm, Plan
 from compress_core.contract.batch import Batch
 from compress_core.contract.clock import Clock
 from compress_core.contract.context import Context
+from compress_core.contract.footprint import Footprint
 from compress_core.contract.initializer import Initializer
 from compress_core.contract.stages import CompressionStage
 from compress_core.contract.statistics import Statistics
 from compress_core.errors import ConfigError, PluginError, Problem, UsageError
 from compress_core.export.target import ExportTarget, GraphRewrite
+from compress_core.pages import Block
 from compress_core.registry import Registry
 from compress_core.session.hook_calls import HookCalls
 from compress_core.session.learning_rates import apply_multiplier
@@ -197,6 +199,13 @@ class Lifecycle(HookCalls):
                 "transforms, or declare replaces_modules = True and a stage before theirs"
             )
 
+    def effect(self, model: nn.Module, algorithm: Algorithm, footprint: Footprint, *, at_end: bool) -> Footprint | None:
+        """Returns the footprint after an algorithm, as it is now or at the end; None if it says nothing of it."""
+        found: Footprint | None = self._optional(
+            "compress_effect", algorithm, Footprint, model=model, footprint=footprint, at_end=at_end
+        )
+        return found
+
     def calibrate(self, model: nn.Module, algorithm: Algorithm) -> None:
         """Lets an algorithm compute its values from data."""
         before = transforms_by_key(model)
@@ -214,6 +223,22 @@ class Lifecycle(HookCalls):
                 config,
                 self.plans[algorithm.name].targets,
                 read_later=algorithm.reads_later,
+                strict=root.unused_values == "error",
+            )
+        self.context.ledger.close_root(root)
+
+    def close_planned_ledger(self) -> None:
+        """Does what `close_ledger` does, for algorithms that have not calibrated."""
+        root = self.context.config.root
+        for algorithm in self.algorithms:
+            path, config = self.context.section(algorithm)
+            plan = self.plans.get(algorithm.name)
+            self.context.ledger.close_planned_section(
+                path,
+                config,
+                () if plan is None else plan.targets,
+                read_later=algorithm.reads_later,
+                calibrates=plan is None or self.implements("compress_calibrate", algorithm),
                 strict=root.unused_values == "error",
             )
         self.context.ledger.close_root(root)
@@ -286,6 +311,25 @@ class Lifecycle(HookCalls):
         found = {a.name: self._optional("compress_statistics", a, Statistics, model=model) for a in self.algorithms}
         return {name: statistics for name, statistics in found.items() if statistics is not None}
 
+    def report(self, model: nn.Module) -> dict[str, Sequence[Block]]:
+        """Returns what algorithms have measured for a report, by name; see `compress_report`.
+
+        Raises:
+            PluginError: An algorithm returned something other than blocks.
+        """
+        found = {}
+        for algorithm in self.algorithms:
+            with evaluating(model):
+                blocks = self._optional("compress_report", algorithm, Sequence, model=model) or ()
+            wrong = next((block for block in blocks if not isinstance(block, Block)), None)
+            if wrong is not None:
+                raise PluginError(
+                    f"compress_report() of {self.who(algorithm)} returned a {type(wrong).__name__} among its blocks; "
+                    "see compress_core.pages"
+                )
+            found[algorithm.name] = blocks
+        return found
+
     def stage(self, model: nn.Module) -> CompressionStage:
         """Returns the common stage of all algorithms that change the model."""
         return CompressionStage.combine(self.stages(model).values())
@@ -351,8 +395,7 @@ class Lifecycle(HookCalls):
                     self._call("compress_strip", algorithm, model=model)
 
     def _exports(self, algorithm: Algorithm) -> bool:
-        implementations = self._manager.hook.compress_export.get_hookimpls()
-        return any(implementation.plugin is algorithm for implementation in implementations)
+        return self.implements("compress_export", algorithm)
 
     # Initializers.
 

@@ -32,6 +32,9 @@ class UncompressedModel:
         lifecycle: Has the algorithms and initializers that may need the model.
         given: The uncompressed model, if the user passed one.
 
+    Attributes:
+        shapes: Shapes of the model's parameters before it was compressed, by name.
+
     Raises:
         ModelError: `given` is not a model, or is compressed itself; or the registered teacher is not a model.
         UsageError: A compression state is resumed, an algorithm needs the model in training, and it was not given; or a
@@ -63,6 +66,7 @@ class UncompressedModel:
         self._copy: nn.Module | None = None
         self._model: nn.Module | None = None
         self._creating = True
+        self.shapes: dict[str, tuple[int, ...]] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> UncompressedModel:
         twin = object.__new__(type(self))
@@ -75,6 +79,7 @@ class UncompressedModel:
     def before_commit(self, model: nn.Module) -> None:
         """Copies the model, which is still uncompressed, if a copy will be needed."""
         self._model = model
+        self.shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         learns = self._lasts and self._teacher is None
         needed = learns or (not self._bypassable and any(need != "no" for need in self._needed.values()))
         if needed or (self._given is not None and any(need != "no" for need in self._needed.values())):
@@ -82,6 +87,11 @@ class UncompressedModel:
             self._copy = copied(source).eval().requires_grad_(False)
             remove_recorders(self._copy)
         self._given = None
+
+    @property
+    def kept(self) -> nn.Module | None:
+        """The frozen copy of the uncompressed model, if one is kept."""
+        return self._copy
 
     def end_of_creation(self) -> None:
         """Ends the time in which `view` works, and frees the copy unless it is needed in training."""

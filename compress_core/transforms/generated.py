@@ -44,6 +44,11 @@ ACTIVATIONS_ATTRIBUTE = "activation_transforms"
 _generated: dict[tuple[type[nn.Module], frozenset[str], bool], type[nn.Module]] = {}
 
 
+def of_transform(name: str) -> bool:
+    """Returns whether the dotted name of a module or parameter is of a transform, whichever algorithm added it."""
+    return not {TRANSFORMS_ATTRIBUTE, ACTIVATIONS_ATTRIBUTE}.isdisjoint(name.split("."))
+
+
 def base_class(module: nn.Module) -> type[nn.Module]:
     """Returns the class that `module` had before any transform was added."""
     return original_class(type(module))

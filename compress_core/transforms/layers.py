@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from compress_core.transforms.generated import of_transform
 from compress_core.transforms.weight import is_plain_parameter, parameter_places
 
 ModuleType = TypeVar("ModuleType", bound=type[nn.Module])
@@ -179,7 +180,7 @@ def own_parameters(model: nn.Module) -> dict[str, tuple[str, ...]]:
 
 def _belongs_to_others(model: nn.Module, module_name: str) -> bool:
     """Returns whether a module holds parameters of transforms, or of a parametrized weight of a known layer."""
-    if {"weight_transforms", "activation_transforms"}.intersection(module_name.split(".")):
+    if of_transform(module_name):
         return True
     owner, mark, parameter = f".{module_name}".rpartition(".parametrizations.")
     layer = weighted_layer(type(model.get_submodule(owner[1:]))) if mark else None

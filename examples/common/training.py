@@ -50,6 +50,7 @@ def train(
     for _ in range(epochs):
         if controller is not None:
             controller.scheduler.epoch_step()
+        losses = []
         for inputs, labels in batches:
             if controller is not None:
                 controller.scheduler.step()
@@ -60,4 +61,7 @@ def train(
             loss.backward()
             optimizer.step()
             schedule.step()
+            losses.append(loss.detach())
+        if controller is not None:
+            controller.log_epoch(loss=torch.stack(losses).mean())
     model.eval()

@@ -84,6 +84,10 @@ def test_the_best_epoch_is_returned_metrics_below_zero_included(tmp_path, shift)
     loop = training.loop(10.0 + shift)
     training.run(loop, tmp_path, validate_fn=validate)
     assert loop.statistics.result == 2
+    history = training.controller.history
+    assert [row.given.get("metric") for row in history] == [m + shift for m in (1.0, 2.0, 5.0)]
+    # Which the loop records once it has the metric.
+    at_best[0][1]["history"] = training.everything()[1]["history"]
     assert_same(training.everything(), at_best[0])
 
 

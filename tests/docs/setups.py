@@ -141,7 +141,33 @@ def reconstruction(space, monkeypatch):
     space.update(torch=torch, ProjectingTransform=ProjectingTransform)
 
 
+def planned(space, monkeypatch):
+    import compress_core
+
+    space.update(compress_core=compress_core, model=network())
+
+
+def config_of_the_plan(space, monkeypatch):
+    from tests.conftest import ROOT
+
+    text = (ROOT / "docs" / "plan.md").read_text()
+    Path("config.json").write_text(text.split("```json\n")[1].split("```")[0])
+
+
+def epochs(space, monkeypatch):
+    compressed(space, algorithm="magnitude_sparsity")
+    space.update(epochs=2, optimizer=None, train_one_epoch=lambda controller, model, optimizer: 0.5)
+
+
+def progress_is_as_before(space):
+    space["show_progress"](None)
+
+
 SETUPS = {
+    ("logging.md", 1): epochs,
+    "plan.md": planned,
+    ("plan.md", 1): config_of_the_plan,
+    "report.md": export,
     "start.md": start,
     "accuracy_aware.md": accuracy_aware,
     "export.md": export,
@@ -243,6 +269,11 @@ def step_is_trained(space):
 
 # What has to hold after a block.
 CHECKS = {
+    ("logging.md", 0): progress_is_as_before,
+    ("logging.md", 1): file_is_written("figures.csv"),
+    ("plan.md", 1): file_is_written("plan.html"),
+    ("report.md", 0): file_is_written("report.html"),
+    ("start.md", 4): file_is_written("report.html"),
     ("start.md", 3): file_is_written("resnet56.onnx"),
     ("export.md", 0): file_is_written("model.onnx"),
     ("export.md", 1): file_is_written("layers.png"),

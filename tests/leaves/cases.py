@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from tests.leaves.observe import Linears, Net, Normalized, Routed, Several
+from tests.leaves.observe import Linears, Net, Normalized, Routed, Several, Wide
 from tests.leaves.schema import ABSENT
 
 EVERY_OTHER_VALUE = object()
@@ -285,6 +285,8 @@ PRUNING = {
     "params.multiple_of": Case((1, 4, 8), refused=(8,)),
     "params.pruning_flops_target": Case((0.3, 0.6), context={"params": {"pruning_target": ABSENT}}),
     "params.pruning_parameters_target": Case((0.3, 0.6), context={"params": {"pruning_target": ABSENT}}),
+    # Next to nothing of the time of a narrow network can go.
+    "params.pruning_latency_target": Case((0.3, 0.5), context={"params": {"pruning_target": ABSENT}}, model=Wide),
     "params.pruning_target": Case((0.3, 0.6)),
     # Functions are registered only where there are `legr_params`.
     "params.interlayer_ranking_type": Case(refused=("learned_ranking",)),

@@ -52,6 +52,18 @@ class Net(nn.Module):
         return self.fc(torch.cat([y, F.max_pool2d(x, 2)], 1).mean((2, 3)))
 
 
+class Wide(Net):
+    """A model whose multiplications take most of its time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv0 = nn.Conv2d(3, 192, 3, padding=1, bias=False)
+        self.conv1 = nn.Conv2d(192, 192, 3, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(192, 192, 3, padding=1, stride=2, bias=False)
+        self.bn0, self.bn1, self.bn2 = (nn.BatchNorm2d(192) for _ in range(3))
+        self.fc = nn.Linear(384, 4)
+
+
 class Normalized(Net):
     """A model with a normalization of its outputs, whose input some devices quantize."""
 

@@ -180,6 +180,25 @@ def test_a_dummy_forward_stands_in_for_input_info():
         create_compressed_model(Two(), made, dummy_forward_fn=lambda model: None)
 
 
+def test_a_teacher_is_asked_for_by_name_when_a_training_is_resumed():
+    distillation = {"algorithm": "knowledge_distillation", "type": "mse"}
+    controller, model = compressed(distillation)
+    teacher = copy.deepcopy(model)
+    with torch.no_grad():
+        model.fc.weight.add_(0.1)
+    state = controller.get_compression_state()
+    with pytest.raises(UsageError, match="uncompressed_model="):
+        create_compressed_model(Net(), config(distillation), state)
+    again, twin = create_compressed_model(Net(), config(distillation), state, uncompressed_model=teacher)
+    load_state(twin, model.state_dict(), is_resume=True)
+    losses = []
+    for one, student in ((controller, model), (again, twin)):
+        torch.manual_seed(1)
+        student.train()(IMAGES)
+        losses.append(one.loss().item())
+    assert losses[0] == losses[1] > 0
+
+
 def test_a_state_of_ours_is_resumed_and_one_of_nncf_is_refused():
     controller, model = compressed(SPARSITY, QUANTIZATION)
     state = json.loads(json.dumps(controller.get_compression_state()))
@@ -225,6 +244,58 @@ def test_the_controller_stays_one_for_everything_else(tmp_path, caplog):
     controller.prepare_for_export()
     assert "prepare_for_export() does nothing" in caplog.text
     assert type(controller.strip_model(model, do_copy=True)).__name__ == "Net"
+
+
+def test_statistics_have_the_names_that_scripts_read():
+    """The figures are counted here from the model itself."""
+    names = ["conv1", "conv2", "fc"]
+    controller, model = compressed({**SPARSITY, "sparsity_init": 0.5}, QUANTIZATION)
+    figures = controller.statistics(quickly_collected_only=True)
+    sparsity, quantization = figures.magnitude_sparsity, figures.quantization
+    masked = {name: float((model.get_submodule(name).weight == 0).float().mean()) for name in names}
+    summary = {
+        layer.name.removesuffix(".weight"): layer for layer in sparsity.model_statistics.sparsified_layers_summary
+    }
+    assert {name: layer.sparsity_level for name, layer in summary.items()} == pytest.approx(masked)
+    assert summary["fc"].weight_shape == list(model.fc.weight.shape)
+    assert sum(layer.weight_percentage for layer in summary.values()) == pytest.approx(100)
+    sizes = {name: model.get_submodule(name).weight.numel() for name in names}
+    zeros = sum(masked[name] * sizes[name] for name in names)
+    assert sparsity.model_statistics.sparsity_level_for_layers == pytest.approx(zeros / sum(sizes.values()))
+    everything = sum(parameter.numel() for parameter in Net().parameters())
+    assert sparsity.model_statistics.sparsity_level == pytest.approx(zeros / everything)
+    assert sparsity.target_sparsity_level == 0.5
+    with pytest.raises(UsageError, match=r"no 'thresholds' here; use 'layers'"):
+        _ = sparsity.thresholds
+    quantizers = controller.all_quantizations
+    weights = [quantizers[name] for name in controller.weight_quantizers]
+    counter = quantization.wq_counter
+    assert counter.total_count == counter.potential_count == len(weights) == 3
+    assert counter.num_symmetric + counter.num_asymmetric == counter.num_signed + counter.num_unsigned == 3
+    assert counter.num_per_channel == sum(len(one.scale) > 1 for one in weights)
+    assert quantization.aq_counter.total_count == len(controller.non_weight_quantizers)
+    assert quantization.num_wq_per_bitwidth == {8: 3}
+    assert quantization.num_aq_per_bitwidth == {8: len(controller.non_weight_quantizers)}
+    assert quantization.ratio_of_enabled_quantizations == 100
+    children = {child.name: child.statistics() for child in controller.child_ctrls}
+    assert children["quantization"].wq_counter == counter
+    assert copy.deepcopy(quantization).wq_counter == counter
+    assert figures.to_dict()["magnitude_sparsity"] == sparsity.to_dict()
+    with pytest.raises(AttributeError, match="no statistics of 'rb_sparsity'"):
+        _ = figures.rb_sparsity
+    with pytest.raises(AttributeError, match="has no 'wq_counter'"):
+        _ = sparsity.wq_counter
+
+
+def test_statistics_of_pruning_have_the_names_that_scripts_read():
+    controller, _ = compressed(PRUNING)
+    found = controller.statistics().filter_pruning
+    assert found.model_statistics.full_flops == controller.full_flops
+    assert found.model_statistics.current_params_num == controller.current_params_num
+    assert found.current_pruning_level == found.model_statistics.pruning_level == controller.pruning_level
+    assert found.target_pruning_level == controller.statistics().to_dict()["filter_pruning"]["requested_level"]
+    with pytest.raises(UsageError, match="pruned_layers_summary"):
+        _ = found.pruned_layers_summary
 
 
 def test_export_model(tmp_path):

@@ -1,5 +1,6 @@
 import importlib.metadata
 import logging
+import sys
 import types
 
 import pluggy
@@ -17,6 +18,7 @@ from compress_core import (
 from compress_core.contract.hookspecs import ENTRY_POINT_GROUP
 from compress_core.registry import Registry
 from compress_core.registry.checks import hook_names, new_manager
+from tests.conftest import declared_entry_points
 from tests.plugin_helpers import Nothing, algorithm, contributing, plugin
 from tests.zoo import ResidualNet
 
@@ -117,6 +119,48 @@ def test_broken_entry_point_is_one_warning_and_an_error_for_who_needs_it(registr
         match=r"'wavelets' is not installed.*broken could not be loaded: ModuleNotFoundError: No module named 'no_such_module_anywhere'",
     ):
         create_compressed_model(ResidualNet(), {"compression": {"algorithm": "wavelets"}})
+
+
+def entry_points(module, *names):
+    return [importlib.metadata.EntryPoint(name, module.__name__, ENTRY_POINT_GROUP) for name in names]
+
+
+def plugin_module(monkeypatch, **members):
+    module = types.ModuleType("plugin_of_several")
+    module.compress_algorithms = hookimpl(lambda: [algorithm(name="one"), algorithm(name="two")])
+    vars(module).update(members)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    return module
+
+
+@pytest.mark.parametrize("first", ["one", "two"])
+def test_plugin_with_several_entry_points_is_called_by_its_own_name_whichever_is_loaded(monkeypatch, first):
+    registry = Registry()
+    module = plugin_module(monkeypatch, plugin_name="both")
+    registry.find_entry_points(entry_points(module, "one", "two"))
+    assert str(registry.algorithm(first).plugin) == "both"
+    assert {name: str(found[0].plugin) for name, found in registry.algorithms().items()} == {
+        "one": "both",
+        "two": "both",
+    }
+    assert registry.failures == []
+
+
+@pytest.mark.parametrize("name", ["", "  ", None, 3, ["both"]])
+def test_plugin_name_that_is_no_text_is_refused(monkeypatch, name):
+    registry = Registry()
+    registry.load_entry_points(entry_points(plugin_module(monkeypatch, plugin_name=name), "one"))
+    (failure,) = registry.failures
+    assert "plugin_name" in str(failure)
+    assert repr(name) in str(failure)
+    assert registry.algorithms() == {}
+
+
+def test_the_learned_kinds_of_sparsity_are_one_plugin_with_a_name_of_its_own():
+    for name in ("rb_sparsity", "movement_sparsity", "const_sparsity"):
+        registry = Registry()
+        registry.find_entry_points(declared_entry_points())
+        assert registry.algorithm(name).plugin.name == "learned_sparsity"
 
 
 def test_two_plugins_for_one_name_are_an_error_for_who_uses_it(registry):

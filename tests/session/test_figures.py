@@ -14,8 +14,8 @@ def test_the_table_has_a_row_for_each_figure_and_the_change():
     rows = {row[0]: row[1:] for row in table.rows}
     assert len(rows) == len(FIGURES)
     assert rows["parameters"] == ("1,000", "1,000")
-    assert rows["parameters that are not zero"] == ("1,000", "500 (-50.0 %)")
-    assert rows["bytes of the parameters in a file"] == ("4,000", "1,000 (-75.0 %)")
+    assert rows["parameters that are not zero"] == ("1,000", "500 (-50.0%)")
+    assert rows["bytes of the parameters in a file"] == ("4,000", "1,000 (-75.0%)")
     assert rows["operations (FLOPs of one sample)"] == ("unknown", "unknown")
 
 
@@ -23,7 +23,7 @@ def test_the_large_figures():
     before = Footprint.of_model(nn.Linear(1000, 10, bias=False))
     after = before.with_bits({"weight": 8}).left_open("because", ("nonzero",))
     figures = {name: (value, remark) for name, value, remark in headline(before, after).figures}
-    assert figures["Size"] == ("10 kB", "of 40 kB (-75.0 %)")
+    assert figures["Size"] == ("10 kB", "of 40 kB (-75.0%)")
     assert figures["Not zero"] == ("unknown", "of 10 k")
     assert figures["FLOPs"] == ("unknown", "")
 

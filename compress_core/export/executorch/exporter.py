@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx, nn
 
+from compress_core.data.progress import progress
 from compress_core.errors import ExportError, UsageError
 from compress_core.export.agreement import DisagreementError, compared
 from compress_core.export.executorch.layers import Quantizer, compare_parts, quantizers_of
@@ -137,7 +138,8 @@ class _Run:
         references: Sequence[Reference],
     ) -> ExportReport:
         loaded = Loaded(program)
-        agreements = [entry for reference in references for entry in _agreements(loaded, reference, report.outputs)]
+        shown = progress(references, f"comparing with torch in {self.exporter.name}", unit="batch")
+        agreements = [entry for reference in shown for entry in _agreements(loaded, reference, report.outputs)]
         operators = dict(report.operators)
         report = replace(report, runtime=label(), runtime_operators=operators, agreements=tuple(agreements))
         worst = report.worst()

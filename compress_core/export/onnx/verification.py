@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from compress_core.data.progress import progress
 from compress_core.errors import ExportError
 from compress_core.export.agreement import DisagreementError, RunError, compared
 from compress_core.export.notes import notes_on_large_layers
@@ -197,7 +198,9 @@ def compare(
         advice = _advice(path) or _unsupported(path, said, places)
         raise ExportError(f"{runtime.label} cannot load what was exported: {said}{advice}") from error
     try:
-        return [agreement for reference in references for agreement in _agreements(session, reference, optimized)]
+        what = f"comparing with torch in {runtime.label}, graph optimizations {'on' if optimized else 'off'}"
+        shown = progress(references, what, unit="batch")
+        return [agreement for reference in shown for agreement in _agreements(session, reference, optimized)]
     except RunError as error:
         message = f"{runtime.label} cannot run what was exported on {error.found}: {str(error.__cause__).strip()}"
         raise RunError(error.batch_size, message, _advice(path), error.sizes) from error.__cause__

@@ -16,6 +16,7 @@ from torch import nn
 from compress_core import BNAdaptationInitArgs, CalibrationData, DataError, LeGRInitArgs
 from compress_core.batchnorm.forward_pass import AdaptationPass
 from compress_core.data.forwards import without_traces
+from compress_core.data.progress import progress
 from compress_core.data.structures import tensors_of
 from compress_core.torch_internals import AnyBatchNorm
 from compress_core.transforms.python_state import copied
@@ -70,7 +71,7 @@ class _Judge:
         self._functions = None if functions is None or functions.val_fn is None else functions
         self._data = request.context.calibration_data(request.path, BNAdaptationInitArgs)
         with same_chances(self._seed, self._data.loader):
-            self._batches = list(self._data.batches(params.calibration_samples))
+            self._batches = list(self._data.batches(params.calibration_samples, "reading data for the ranking search"))
         self.measure, self.sign = ("error", -1.0) if self._functions is None else ("accuracy", 1.0)
         frozen = {name for name, layer in _norms(request.model).items() if _is_frozen(layer, request.model)}
         self._adapted = [name for name in _norms(request.model) if name not in frozen]
@@ -78,7 +79,10 @@ class _Judge:
         if self._functions is None:
             reference = copied(request.model).eval()
             with same_chances(self._seed), torch.no_grad():
-                self._expected = [_outputs(self._data, reference, batch) for batch, _ in self._batches]
+                self._expected = [
+                    _outputs(self._data, reference, batch)
+                    for batch, _ in progress(self._batches, "outputs of the uncompressed model", unit="batch")
+                ]
 
     def reward(self, trial: nn.Module) -> float:
         """Returns the accuracy of a candidate, or the negative error; larger is better. The candidate is adapted."""
@@ -97,7 +101,7 @@ class _Judge:
             without_traces(trial, parameters=False),
             AdaptationPass(trial, layers, "exact", self._path) as adaptation,
         ):
-            adaptation.run(self._data, self._batches)
+            adaptation.run(self._data, self._batches, total=sum(size for _, size in self._batches))
             adaptation.finish(adaptation.samples)
 
     def _error(self, trial: nn.Module) -> float:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import Any, ClassVar
 
 import torch
@@ -17,28 +17,32 @@ from compress_core import (
     ModelError,
     Plan,
     Stage,
-    StateError,
     UsageError,
-    choice,
     for_one_process,
     hookimpl,
 )
 from compress_core.channels import Certificate, Shrinkage
 from compress_core.contract.clock import Clock
 from compress_core.contract.context import Context
+from compress_core.contract.footprint import Footprint
 from compress_core.contract.nncf_tensors import NncfTensor
 from compress_core.data.forwards import without_traces
 from compress_core.saved import damaged
-from compress_filter_pruning.config import IMPORTANCE, FilterPruningConfig
+from compress_core.transforms.python_state import copied
+from compress_filter_pruning.attainable import check_attainable
+from compress_filter_pruning.config import FilterPruningConfig
 from compress_filter_pruning.config_checks import check_config
+from compress_filter_pruning.footprints import without_channels
 from compress_filter_pruning.latency import measured_latency
-from compress_filter_pruning.measured import DataImportance, ImportanceRequest, measured_importances
+from compress_filter_pruning.latency_budget import corrected, measured_check, warn_if_off, with_latency
+from compress_filter_pruning.measured import importances_from_data, importances_from_state
+from compress_filter_pruning.nncf_masks import masks_of_nncf
 from compress_filter_pruning.planning import RANKED_DTYPES, PruningPlan, make_plan
 from compress_filter_pruning.pruner import Pruner
-from compress_filter_pruning.rankings import found_ranking, largest_level, resumed_ranking
+from compress_filter_pruning.rankings import found_ranking, resumed_ranking, undecided
 from compress_filter_pruning.saved import SavedPruning, removed_groups, saved_plan, saved_state
 from compress_filter_pruning.schedules import Schedule, make_schedule
-from compress_filter_pruning.statistics import FilterPruningStatistics, Latency, PrunedLayer, Ranking
+from compress_filter_pruning.statistics import FilterPruningStatistics, Latency, LatencyCheck, PrunedLayer, Ranking
 
 
 class FilterPruning(LevelAlgorithm):
@@ -74,10 +78,13 @@ class FilterPruning(LevelAlgorithm):
         self._pruner: Pruner | None = None
         self._measured: list[torch.Tensor] | None = None
         self._ranking: Ranking | None = None
+        # In a plan: what data will decide about the channels.
+        self._undecided = ""
         self._requested = 0.0
         # Epoch and finished optimizer steps when the schedule's masks were computed; None if they are others.
         self._time: tuple[int, int] | None = None
         self._latency: Latency | None = None
+        self._stripped_latency: LatencyCheck | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # Schedules are functions, which pickle cannot store; they are made again from the config.
@@ -117,10 +124,18 @@ class FilterPruning(LevelAlgorithm):
         if not found.groups:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in list(found.skipped.items())[:3])
             raise ConfigError(f"finds no channels that can be pruned ({reasons}); remove this section")
-        self._check_attainable(found, path)
+        if self._counts_latency:
+            found = with_latency(model, found, self.config.params)
+        check_attainable(found, self.config, path)
         self._plan = found
-        self._measured = self._measure(model, context, path)
-        self._ranking = found_ranking(model, found, self.config, context, path)
+        if context.planning:
+            self._undecided = undecided(self.config, path)
+        if not self._undecided:
+            self._measured = importances_from_data(model, found.groups, self.config, context, path)
+            self._ranking = found_ranking(model, found, self.config, context, path)
+            if self._counts_latency and self.config.target:
+                trial = self._new_pruner(copied(model), found, lambda *_: None)
+                self._plan = found = replace(found, latency=corrected(model, trial, self.config))
         weights = [member.parameter for group in found.groups for member in group.makers]
         return Plan(tuple(weights), found.skipped, found.to_dict())
 
@@ -128,10 +143,8 @@ class FilterPruning(LevelAlgorithm):
     def compress_commit(self, model: nn.Module, context: Context) -> None:
         """Adds the masks, at the initial level."""
         assert self._plan is not None
-        self._pruner = Pruner(model, self._plan, self.config.params, self.name, self.context.shrunk, self._measured)
-        if self._ranking is not None:
-            self._pruner.coefficients = self._ranking.coefficients
-        if not context.resuming:
+        self._pruner = self._new_pruner(model, self._plan, self.context.shrunk)
+        if not (context.resuming or self._undecided):
             self._apply(self.config.pruning_init, (0, 0))
 
     @hookimpl
@@ -181,7 +194,15 @@ class FilterPruning(LevelAlgorithm):
             latency=self._latency,
             ranking=self._ranking,
             counts_parameters=pruner.counts_parameters,
+            counts_latency=pruner.counts_latency,
+            planned_latency=None if self._plan.latency is None else self._plan.latency.check,
+            stripped_latency=self._stripped_latency,
         )
+
+    @hookimpl
+    def compress_effect(self, footprint: Footprint, at_end: bool) -> Footprint:
+        """Counts the model without the pruned channels, as they are now or at the target."""
+        return without_channels(footprint, self._active, self.config.unread(), self._undecided, at_end=at_end)
 
     @hookimpl
     def compress_state(self) -> dict[str, Any]:
@@ -210,7 +231,7 @@ class FilterPruning(LevelAlgorithm):
         certificate = None
         if saved.certificate is not None:
             certificate = Certificate.from_dict(saved.certificate, f"{path}.certificate")
-        measured = self._saved_measured(saved, path)
+        measured = importances_from_state(self.config.params, saved.measured, path)
         ranking = resumed_ranking(self.config.params, saved.ranking, pruner.groups, path)
         pruner.restore(shrunk, groups)
         pruner.measured, pruner.certificate = measured, certificate
@@ -221,7 +242,13 @@ class FilterPruning(LevelAlgorithm):
     @hookimpl
     def compress_strip(self, model: nn.Module, context: Context) -> None:
         """Removes the masked channels; transforms of other algorithms are cut with their tensors."""
-        self._active.strip(model, context.removed_so_far)
+        pruner, check = self._active, None
+        if self._counts_latency and any(pruner.gone) and not context.removed_so_far:
+            check = measured_check(pruner.model, pruner)
+        pruner.strip(model, context.removed_so_far)
+        if check is not None:
+            self._stripped_latency = check
+            warn_if_off(check, "the stripped model takes")
 
     # What the controller offers.
 
@@ -238,12 +265,12 @@ class FilterPruning(LevelAlgorithm):
 
     @property
     def target_pruning_level(self) -> float:
-        """Level at the end of the schedule: of channels, operations or parameters, as the target counts."""
+        """Level at the end of the schedule: of channels, operations, parameters or time, as the target counts."""
         return self.config.target
 
     @property
     def maximal_compression_rate(self) -> float:
-        """Largest share that can be removed: of the parameters if the target counts these, else of the operations."""
+        """Largest share that can be removed: of what the target counts, of the operations if that is channels."""
         return self._active.selector().most()
 
     @property
@@ -333,19 +360,8 @@ class FilterPruning(LevelAlgorithm):
 
     def take_nncf(self, tensors: Sequence[NncfTensor]) -> dict[str, tuple[str, torch.Tensor] | None]:
         """Takes the masks of filters, where those of a group agree; see `Algorithm.take_nncf`."""
-        given = {f"{t.module}.weight": t for t in tensors if t.name == "_binary_filter_pruning_mask"}
         pruner = self._active
-        gone, taken = [list(channels) for channels in pruner.gone], []
-        for number, group in enumerate(pruner.groups):
-            masks = [(m, given[m.parameter]) for m in group.makers if m.parameter in given]
-            fits = all(len(member.channels) == tensor.value.numel() for member, tensor in masks)
-            wanted = [masked_channels(member.channels, tensor.value) for member, tensor in masks] if fits else []
-            if wanted and len(wanted) == len(group.makers) and all(channels == wanted[0] for channels in wanted):
-                gone[number] = wanted[0]
-                taken += [tensor.key for _, tensor in masks]
-                # Those of its normalization layers repeat what its makers say.
-                members = {member.parameter for member in group.channels.members}
-                taken += [t.key for name, t in given.items() if name in members and t.key not in taken]
+        gone, taken = masks_of_nncf(pruner.groups, pruner.gone, tensors)
         if taken:
             pruner.mask(gone)
             self._requested, self._time = self.pruning_level, None
@@ -359,25 +375,14 @@ class FilterPruning(LevelAlgorithm):
         self._pruner.check_makers()
         return self._pruner
 
-    def _measure(self, model: nn.Module, context: Context, path: str) -> list[torch.Tensor] | None:
-        """Returns importances that need data; measured here, before anything is changed."""
-        assert self._plan is not None
-        params = self.config.params
-        value = choice(params.filter_importance, IMPORTANCE)
-        if not isinstance(value, DataImportance):
-            return None
-        data = context.calibration_data(f"{path}.params.filter_importance")
-        groups = [group.channels for group in self._plan.groups]
-        request = ImportanceRequest(model, groups, data, self.config, params.is_global)
-        return measured_importances(value, params.filter_importance, request)
+    @property
+    def _counts_latency(self) -> bool:
+        return self.config.params.target_key == "pruning_latency_target"
 
-    def _saved_measured(self, saved: SavedPruning, path: str) -> list[torch.Tensor] | None:
-        kind = self.config.params.filter_importance
-        if not isinstance(choice(kind, IMPORTANCE), DataImportance):
-            return None
-        if saved.measured is None:
-            raise StateError(f"{path}.measured: there are none, and filter_importance '{kind}' needs them")
-        return [torch.tensor(values, dtype=torch.float64) for values in saved.measured]
+    def _new_pruner(self, model: nn.Module, plan: PruningPlan, announce: Callable[..., None]) -> Pruner:
+        pruner = Pruner(model, plan, self.config.params, self.name, announce, self._measured)
+        pruner.coefficients = None if self._ranking is None else self._ranking.coefficients
+        return pruner
 
     def _follow_schedule(self, level: float, time: tuple[int, int]) -> None:
         """Computes the masks for a level, unless they are those of this level and nothing was trained since.
@@ -391,30 +396,9 @@ class FilterPruning(LevelAlgorithm):
         self._active.apply(level)
         self._requested, self._time = level, time
 
-    def _check_attainable(self, plan: PruningPlan, section: str) -> None:
-        params = self.config.params
-        if params.target_key == "pruning_target":
-            if self.target_pruning_level and all(group.rounded(1) == group.full_size for group in plan.groups):
-                largest = max(group.full_size for group in plan.groups)
-                raise ConfigError(
-                    f"{params.multiple_of} lets no channel go: the largest group that can be pruned has {largest} "
-                    "channels. Lower it",
-                    path=f"{section}.params.multiple_of",
-                )
-            return
-        most = largest_level(plan, params)
-        if self.target_pruning_level > most:
-            what = "parameters" if params.target_key == "pruning_parameters_target" else "floating point operations"
-            raise ConfigError(
-                f"{self.target_pruning_level} cannot be reached: at most {most:.3f} of this model's {what} can be "
-                "removed. Lower it, lower multiple_of, or allow more layers (prune_first_conv, prune_downsample_convs, "
-                "scopes)",
-                path=f"{section}.params.{params.target_key}",
-            )
-
     def _resumed_plan(self, model: nn.Module, context: Context) -> Plan:
         plan = context.saved_plans[self.name]
-        self._plan = saved_plan(plan, self.name, model)
+        self._plan = saved_plan(plan, self.name, model, self.config.params.target_key)
         makers = [member.parameter for group in self._plan.groups for member in group.makers]
         if list(plan.targets) != makers:
             raise damaged(f"compression_state.algorithms.{self.name}.plan.targets", f"must be {makers[:3]} and so on")
@@ -422,14 +406,3 @@ class FilterPruning(LevelAlgorithm):
         for leaf, value, _ in config.given_leaves():
             context.ledger.record(f"{path}.{leaf}", value, "resumed: groups are those of the compression state")
         return plan
-
-
-def masked_channels(channels: Any, mask: torch.Tensor) -> list[int]:
-    """Returns the channels of which a filter is masked.
-
-    Args:
-        channels: Channel of each filter, -1 for none.
-        mask: 1 for each filter that is kept, else 0.
-    """
-    masked = torch.as_tensor(channels)[mask.flatten().cpu() == 0]
-    return sorted({int(channel) for channel in masked if channel >= 0})

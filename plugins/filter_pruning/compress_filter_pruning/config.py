@@ -62,6 +62,9 @@ class FilterPruningParams(Section):
     pruning_parameters_target: Level | None = Field(
         None, description="share of the parameters to remove, instead of pruning_target"
     )
+    pruning_latency_target: Level | None = Field(
+        None, description="share of the measured time of a forward to remove, instead of pruning_target"
+    )
     num_init_steps: Count = Field(0, ge=0, description="epochs of warm-up before the schedule begins")
     pruning_steps: Count = Field(100, ge=1, description="epochs from the initial level to the target")
     filter_importance: Annotated[str, ChoiceOf(IMPORTANCE)] = Field(
@@ -85,7 +88,7 @@ class FilterPruningParams(Section):
     @property
     def target_key(self) -> str:
         """The key of the target, which says what levels count: `pruning_target` (channels) unless another is given."""
-        keys = ("pruning_flops_target", "pruning_parameters_target")
+        keys = ("pruning_flops_target", "pruning_parameters_target", "pruning_latency_target")
         return next((key for key in keys if getattr(self, key) is not None), "pruning_target")
 
     @property
@@ -123,6 +126,6 @@ class FilterPruningConfig(AlgorithmConfig):
 
     @property
     def target(self) -> float:
-        """The level at the end, of what is counted: channels, operations or parameters."""
+        """The level at the end, of what is counted: channels, operations, parameters or time."""
         given = getattr(self.params, self.params.target_key)
         return self.default_target if given is None else float(given)

@@ -7,7 +7,7 @@ from compress_core.errors import Problem
 from compress_filter_pruning.config import IMPORTANCE, FilterPruningConfig, FilterPruningParams
 from compress_filter_pruning.measured import DataImportance
 
-_TARGETS = ("pruning_target", "pruning_flops_target", "pruning_parameters_target")
+_TARGETS = ("pruning_target", "pruning_flops_target", "pruning_parameters_target", "pruning_latency_target")
 # Searches with settings of their own -> the section that holds these.
 _SECTIONS = {"learned_ranking": "legr_params", "adapted_ranking": "adapted_params"}
 

@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
-from tqdm import tqdm
 
 from compress_core import DataError
+from compress_core.data.progress import progress
 from compress_filter_pruning.ranking import RankingRequest
 from compress_filter_pruning.statistics import Coefficients
 
@@ -110,7 +110,7 @@ class Evolution:
         generator = np.random.default_rng(self.random_seed)
         population: deque[tuple[float, Coefficients]] = deque(maxlen=self.population_size)
         found = Found({}, -math.inf)
-        for number in tqdm(range(self.generations), desc="ranking search", leave=False, disable=None):
+        for number in progress(range(self.generations), "ranking search", unit="candidate"):
             candidate = fixed.get(number) or self._next(number, population, generator)
             value = reward(candidate)
             value = value if math.isfinite(value) else -math.inf

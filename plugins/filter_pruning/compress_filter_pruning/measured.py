@@ -9,9 +9,12 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import nn
 
-from compress_core import AlgorithmConfig, PluginError
+from compress_core import AlgorithmConfig, PluginError, StateError, choice
 from compress_core.channels import ChannelGroup
+from compress_core.contract.context import Context
 from compress_core.data.calibration import CalibrationData
+from compress_filter_pruning.config import IMPORTANCE, FilterPruningConfig, FilterPruningParams
+from compress_filter_pruning.groups import PruningGroup
 
 
 @dataclass(frozen=True)
@@ -71,3 +74,32 @@ def _checked(found: object, kind: str, group: ChannelGroup) -> torch.Tensor:
     if not bool(values.isfinite().all()):
         raise PluginError(f"the filter importance '{kind}' returned NaN or infinity for the group of '{name}'")
     return values
+
+
+def importances_from_data(
+    model: nn.Module, groups: Sequence[PruningGroup], config: FilterPruningConfig, context: Context, section: str
+) -> list[torch.Tensor] | None:
+    """Returns importances that need data, before anything is changed; None if `filter_importance` needs none."""
+    params = config.params
+    value = choice(params.filter_importance, IMPORTANCE)
+    if not isinstance(value, DataImportance):
+        return None
+    data = context.calibration_data(f"{section}.params.filter_importance")
+    request = ImportanceRequest(model, [group.channels for group in groups], data, config, params.is_global)
+    return measured_importances(value, params.filter_importance, request)
+
+
+def importances_from_state(
+    params: FilterPruningParams, saved: Sequence[Sequence[float]] | None, path: str
+) -> list[torch.Tensor] | None:
+    """Returns the importances in a state; None if `filter_importance` needs none.
+
+    Raises:
+        StateError: It needs them, and there are none.
+    """
+    kind = params.filter_importance
+    if not isinstance(choice(kind, IMPORTANCE), DataImportance):
+        return None
+    if saved is None:
+        raise StateError(f"{path}.measured: there are none, and filter_importance '{kind}' needs them")
+    return [torch.tensor(values, dtype=torch.float64) for values in saved]

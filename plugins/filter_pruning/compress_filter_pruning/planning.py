@@ -28,6 +28,7 @@ from compress_core.trace import Example, Trace
 from compress_core.trace.graph import ForwardTrace, Operator, Ref
 from compress_filter_pruning.config import FilterPruningParams
 from compress_filter_pruning.groups import PruningGroup
+from compress_filter_pruning.latency_model import LatencyModel
 
 _PRODUCTS = ("convolution", "mm", "addmm", "bmm", "baddbmm", "embedding", "mv")
 _VIEWS = ("t", "transpose", "permute", "view", "reshape", "detach", "expand", "_to_copy", "unsqueeze", "squeeze")
@@ -43,6 +44,7 @@ class PruningPlan:
         operations: Floating point operations for one sample.
         parameters: Number of parameters.
         inputs: The inputs of the forward.
+        latency: The measured time of a forward; None unless the target counts it.
     """
 
     groups: list[PruningGroup]
@@ -50,6 +52,14 @@ class PruningPlan:
     operations: Costs
     parameters: Costs
     inputs: list[InputSpec]
+    latency: LatencyModel | None = None
+
+    def costs(self, target_key: str) -> Costs | LatencyModel:
+        """Returns what levels are shares of; floating point operations if these are channels."""
+        if target_key == "pruning_latency_target":
+            assert self.latency is not None, "the latency was not measured"
+            return self.latency
+        return self.parameters if target_key == "pruning_parameters_target" else self.operations
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the plan as a JSON-able dict, without `skipped`."""
@@ -58,7 +68,7 @@ class PruningPlan:
             "operations": self.operations.to_dict(),
             "parameters": self.parameters.to_dict(),
             "inputs": [spec.to_dict() for spec in self.inputs],
-        }
+        } | ({} if self.latency is None else {"latency": self.latency.to_dict()})
 
 
 def make_plan(

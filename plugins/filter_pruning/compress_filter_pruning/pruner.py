@@ -56,6 +56,7 @@ class Pruner:
         stripped: What the last `strip` or `shrink` removed.
         certificate: How well the result of the last `strip` or `shrink` agreed with the masked model.
         measured: Measured importances of the present channels of each group, or None.
+        costs: What levels are shares of, if not of channels: operations, parameters or seconds.
         coefficients: Name of a weight that makes channels -> (a, b): its filters count a * importance + b; or None.
     """
 
@@ -74,6 +75,7 @@ class Pruner:
         self.certificate: Certificate | None = None
         self.measured = None if measured is None else list(measured)
         self.coefficients: Mapping[str, tuple[float, float]] | None = None
+        self.costs = plan.costs(params.target_key)
         self._operations, self._parameters = plan.operations, plan.parameters
         self._params, self._key, self._announce = params, key, announce
         self._filters = Importances(params.filter_importance)
@@ -90,6 +92,11 @@ class Pruner:
     def counts_parameters(self) -> bool:
         """Whether levels are shares of parameters."""
         return self._params.target_key == "pruning_parameters_target"
+
+    @property
+    def counts_latency(self) -> bool:
+        """Whether levels are shares of the measured time of a forward."""
+        return self._params.target_key == "pruning_latency_target"
 
     def full(self) -> list[int]:
         """Returns the number of channels of each group in the uncompressed model."""
@@ -108,13 +115,29 @@ class Pruner:
         return self._parameters.of(left)
 
     def level(self) -> float:
-        """Returns the pruned share, of operations, parameters or channels as levels count."""
+        """Returns the pruned share, of operations, parameters, time or channels as levels count."""
         full, left = self.full(), self.left()
         return 1 - self._cost(left) / self._cost(full) if self._cost(full) else 0.0
 
     def reaches(self, level: float) -> bool:
         """Returns whether at least as much is pruned as a level asks for."""
         return self._cost(self.left()) <= self._cost(self._left_at(level))
+
+    def left_at(self, level: float) -> list[int]:
+        """Returns the number of channels left in each group at a level; ranks channels if all groups are compared."""
+        return self._left_at(level)
+
+    def shapes(self, left: Sequence[int]) -> dict[str, tuple[int, ...]]:
+        """Returns the shapes that parameters have with fewer channels, of those that then are smaller."""
+        present = {name: list(parameter.shape) for name, parameter in self.model.named_parameters()}
+        smaller = set()
+        for group, number in zip(self.groups, left, strict=True):
+            for member in group.channels.members if number < group.size else ():
+                if member.parameter in present:
+                    slices = int((member.channels >= 0).sum()) // group.size
+                    present[member.parameter][member.dim] -= slices * (group.size - number)
+                    smaller.add(member.parameter)
+        return {name: tuple(present[name]) for name in sorted(smaller)}
 
     # Masks.
 
@@ -246,18 +269,17 @@ class Pruner:
 
     def selector(self) -> Selector:
         """Returns the selector, which turns levels into numbers of channels."""
-        costs = self._parameters if self.counts_parameters else self._operations
-        return Selector(self.groups, costs, self._counts_costs, self._params.is_global)
+        return Selector(self.groups, self.costs, self._counts_costs, self._params.is_global)
 
     @property
     def _counts_costs(self) -> bool:
-        return self.counts_operations or self.counts_parameters
+        return self._params.target_key != "pruning_target"
 
     def _masked(self) -> Any:
         return masked_parameters(self.model, self.groups, batch_norms=self._params.prune_batch_norms)
 
-    def _cost(self, left: Sequence[int]) -> int:
-        return self.selector().costs.of(left) if self._counts_costs else sum(left)
+    def _cost(self, left: Sequence[int]) -> float:
+        return self.costs.of(left) if self._counts_costs else sum(left)
 
     def _left_at(self, level: float) -> list[int]:
         # Removed channels cannot come back.

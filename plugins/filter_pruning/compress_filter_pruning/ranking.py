@@ -79,9 +79,7 @@ class RankingRequest:
             coefficients: Their scales stay.
             level: What is pruned: a share of what the target counts.
         """
-        costs = (
-            self._plan.parameters if self._params.target_key == "pruning_parameters_target" else self._plan.operations
-        )
+        costs = self._plan.costs(self._params.target_key)
         counts_costs = self._params.target_key != "pruning_target"
         left = Selector(self._plan.groups, costs, counts_costs, is_global=False).left(level, list)
         found = dict(coefficients)

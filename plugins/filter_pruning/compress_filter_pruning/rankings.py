@@ -11,14 +11,15 @@ from compress_core import Choice, ConfigError, Context, StateError, choice
 from compress_core.data.ranks import number_of_ranks
 from compress_core.saved import damaged
 from compress_filter_pruning.adapted import AdaptedRanking
+from compress_filter_pruning.attainable import largest_level
 from compress_filter_pruning.coefficients import check_folder, read_coefficients, write_coefficients
-from compress_filter_pruning.config import RANKING, FilterPruningConfig, FilterPruningParams
+from compress_filter_pruning.config import IMPORTANCE, RANKING, FilterPruningConfig, FilterPruningParams
 from compress_filter_pruning.groups import PruningGroup
 from compress_filter_pruning.legr import LearnedRanking
+from compress_filter_pruning.measured import DataImportance
 from compress_filter_pruning.planning import PruningPlan
 from compress_filter_pruning.ranking import RankingRequest, Unweighted, checked, problem_with
 from compress_filter_pruning.saved import SavedRanking
-from compress_filter_pruning.selection import Selector
 from compress_filter_pruning.statistics import Ranking
 
 CHOICES = [
@@ -63,6 +64,23 @@ def found_ranking(
     return found
 
 
+def undecided(config: FilterPruningConfig, section: str) -> str:
+    """Returns what data decides about the channels when a model is created; empty if their weights decide.
+
+    Args:
+        config: The section; its values do not count as read.
+        section: Its path.
+    """
+    params = config.unread().params
+    words = "is decided from data when the model is created"
+    if params.is_searched and params.load_ranking_coeffs_path is None:
+        key, what = "interlayer_ranking_type", "how channels of different layers compare"
+        return f"{what} {words} ({section}.params.{key}: '{params.interlayer_ranking_type}')"
+    if isinstance(choice(params.filter_importance, IMPORTANCE), DataImportance):
+        return f"which channels go {words} ({section}.params.filter_importance: '{params.filter_importance}')"
+    return ""
+
+
 def resumed_ranking(
     params: FilterPruningParams, saved: SavedRanking | None, groups: Sequence[PruningGroup], path: str
 ) -> Ranking | None:
@@ -81,12 +99,6 @@ def resumed_ranking(
     if problem is not None:
         raise damaged(f"{path}.ranking.coefficients", problem)
     return Ranking(dict(saved.coefficients), saved.tried, saved.measure, saved.value, saved.unweighted)
-
-
-def largest_level(plan: PruningPlan, params: FilterPruningParams) -> float:
-    """Returns the largest share that can be removed: of the parameters if the target counts these, else operations."""
-    costs = plan.parameters if params.target_key == "pruning_parameters_target" else plan.operations
-    return Selector(plan.groups, costs, True, params.is_global).most()
 
 
 def _check_level(plan: PruningPlan, config: FilterPruningConfig, section: str) -> None:

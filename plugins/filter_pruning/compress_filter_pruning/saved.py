@@ -8,10 +8,11 @@ from typing import Annotated, Any
 from pydantic import BaseModel, Field
 from torch import nn
 
-from compress_core import Plan
+from compress_core import Plan, StateError
 from compress_core.channels import Costs, InputSpec, SavedGroup, Shrinkage, check_channels, parameter_costs, shrinkage
 from compress_core.saved import STRICT, Items, Positive, Whole, damaged, parsed
 from compress_filter_pruning.groups import PruningGroup
+from compress_filter_pruning.latency_model import LatencyModel
 from compress_filter_pruning.planning import PruningPlan
 
 
@@ -27,6 +28,7 @@ class _SavedDetails(BaseModel):
     operations: dict[str, Any]
     parameters: dict[str, Any]
     inputs: Items[dict[str, Any]]
+    latency: dict[str, Any] | None = None
 
 
 class SavedRanking(BaseModel):
@@ -138,13 +140,14 @@ def _gone(group: PruningGroup, shrunk: Shrinkage, path: str) -> set[int]:
     return set(range(group.size)) - set(maker.channels[kept].tolist())
 
 
-def saved_plan(plan: Plan, name: str, model: nn.Module) -> PruningPlan:
+def saved_plan(plan: Plan, name: str, model: nn.Module, target_key: str) -> PruningPlan:
     """Returns the pruning plan in the details of a plan, checked against the model.
 
     Args:
         plan: The plan.
         name: Name of the algorithm.
         model: The model, as it was when the plan was made.
+        target_key: The key of the target, see `FilterPruningParams.target_key`.
 
     Raises:
         StateError: The details were not made by this algorithm, or for another model.
@@ -162,7 +165,13 @@ def saved_plan(plan: Plan, name: str, model: nn.Module) -> PruningPlan:
     if parameters.to_dict() != parameter_costs(model, [group.channels for group in groups]).to_dict():
         raise damaged(f"{path}.parameters", "are not those of this model")
     inputs = [InputSpec.from_dict(entry, f"{path}.inputs.{i}") for i, entry in enumerate(details.inputs)]
-    return PruningPlan(groups, dict(plan.skipped), operations, parameters, inputs)
+    latency = None if details.latency is None else LatencyModel.from_dict(details.latency, full, f"{path}.latency")
+    if latency is None and target_key == "pruning_latency_target":
+        raise StateError(
+            f"{path}.latency: there is none, and the target is pruning_latency_target; resume with the target that the "
+            "state was saved with"
+        )
+    return PruningPlan(groups, dict(plan.skipped), operations, parameters, inputs, latency)
 
 
 def _check_group(group: _SavedGroup, path: str, model: nn.Module) -> None:

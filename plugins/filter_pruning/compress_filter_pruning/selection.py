@@ -9,6 +9,7 @@ import torch
 
 from compress_core.channels import Costs
 from compress_filter_pruning.groups import PruningGroup
+from compress_filter_pruning.latency_model import LatencyModel
 
 # In rankings over all groups, at least this share of each group stays, so that no layer becomes a bottleneck.
 _LEAST_SHARE = 0.1
@@ -20,13 +21,13 @@ class Selector:
 
     Attributes:
         groups: The groups.
-        costs: Cost in floating point operations or in parameters.
+        costs: Cost in floating point operations, in parameters, or in seconds.
         counts_costs: Whether a level is a share of the cost, instead of the channels.
         is_global: Whether channels are ranked over all groups together.
     """
 
     groups: Sequence[PruningGroup]
-    costs: Costs
+    costs: Costs | LatencyModel
     counts_costs: bool
     is_global: bool
 
@@ -34,7 +35,7 @@ class Selector:
         """Returns the number of channels left in each group.
 
         At level 0 all channels stay. A level in channels is never exceeded, because rounding to a multiple keeps more
-        channels. A level in operations or parameters is reached, or everything is pruned that can be.
+        channels. A level in operations, parameters or time is reached, or everything is pruned that can be.
 
         Args:
             level: The level, 0 <= level < 1.
@@ -50,19 +51,22 @@ class Selector:
 
     def most(self) -> float:
         """Returns the largest share of the cost that can be pruned."""
-        least = [group.rounded(self._floor(group)) for group in self.groups]
-        return 1 - self.costs.of(least) / self._full
+        return 1 - self.costs.of(self.least()) / self._full
+
+    def least(self) -> list[int]:
+        """Returns the number of channels that each group has to keep."""
+        return [group.rounded(self._floor(group)) for group in self.groups]
 
     def most_level(self) -> float:
-        """Returns the highest level, of operations, parameters or channels as levels count.
+        """Returns the highest level, of operations, parameters, time or channels as levels count.
 
-        Below 1 with operations or parameters, because at least one channel of each group stays. Levels in channels are
+        Below 1 with all but channels, because at least one channel of each group stays. Levels in channels are
         rounded for each group, so all below 1 can be asked for.
         """
         return self.most() if self.counts_costs else 1.0
 
     @property
-    def _full(self) -> int:
+    def _full(self) -> float:
         return self.costs.of([group.full_size for group in self.groups])
 
     def _floor(self, group: PruningGroup) -> int:

@@ -7,6 +7,9 @@ from compress_learned_sparsity.const.algorithm import ConstSparsity
 from compress_learned_sparsity.movement.algorithm import MovementSparsity
 from compress_learned_sparsity.rb.algorithm import RBSparsity
 
+plugin_name = "learned_sparsity"
+"""What messages call it, whichever of its entry points it was loaded through."""
+
 
 @hookimpl
 def compress_algorithms() -> list[type[Algorithm]]:

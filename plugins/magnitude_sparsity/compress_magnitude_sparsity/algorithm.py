@@ -18,6 +18,7 @@ from compress_core import (
     hookimpl,
 )
 from compress_core.contract.context import Context
+from compress_core.contract.footprint import Footprint
 from compress_core.contract.nncf_tensors import NncfTensor
 from compress_core.contract.scheduled_sparsity import ScheduledSparsity
 from compress_core.data.calibration import CalibrationData
@@ -81,7 +82,7 @@ class MagnitudeSparsity(ScheduledSparsity):
             ModelError: A weight has a dtype that cannot be ranked.
         """
         plan = self.plan_masks(model, context)
-        if needs_data(self._importance) and not context.resuming:
+        if needs_data(self._importance) and not (context.resuming or context.planning):
             self._data(context)
         return plan
 
@@ -93,7 +94,7 @@ class MagnitudeSparsity(ScheduledSparsity):
         found = None
         if needs_data(importance) and self.context.resuming:
             self._record_settings_of_measuring()
-        elif needs_data(importance):
+        elif needs_data(importance) and not self.context.planning:
             found = self._measured(model, importance)
         for name in self._targets:
             add_mask(model, name, self.name)
@@ -101,7 +102,10 @@ class MagnitudeSparsity(ScheduledSparsity):
             for name in self.present:
                 self._mask(name).factor = compact(found[name]) if name in found else None
             found = None
-        self._ranking(self.present).set_level(self.config.sparsity_init, together=self.is_global, chosen=found)
+        # What a plan cannot measure stays without zeros; `compress_effect` says how many there will be.
+        known = not (self.context.planning and needs_data(importance))
+        level = self.config.sparsity_init if known else 0.0
+        self._ranking(self.present).set_level(level, together=self.is_global, chosen=found)
         self._requested, self._time = self.config.sparsity_init, (0, 0)
 
     @hookimpl
@@ -116,6 +120,20 @@ class MagnitudeSparsity(ScheduledSparsity):
     def compress_statistics(self, model: nn.Module) -> MagnitudeSparsityStatistics:
         """Measures the masks."""
         return MagnitudeSparsityStatistics(**self.measured(model), **self.progress_figures())
+
+    @hookimpl
+    def compress_effect(self, footprint: Footprint, at_end: bool) -> Footprint:
+        """Counts the zeros; how many there are never depends on data, but which weights they are may."""
+        name = self.config.unread().params.weight_importance
+        if not needs_data(importance_named(name)):
+            return super().compress_effect(footprint, at_end)
+        if at_end:
+            footprint = self.with_last_level(footprint)
+        elif self.context.planning:
+            footprint = self.with_level(footprint, self._requested)
+        else:
+            footprint = self.with_masks(footprint)
+        return footprint.noted(f"which weights become zero is decided from data when the model is created: '{name}'")
 
     @hookimpl
     def compress_load_state(self, state: Mapping[str, Any]) -> None:

@@ -24,9 +24,11 @@ from compress_core import (
 )
 from compress_core.contract.clock import Clock
 from compress_core.contract.context import Context
+from compress_core.contract.footprint import Footprint
 from compress_core.contract.nncf_tensors import NncfTensor
 from compress_core.data.calibration import CalibrationData
 from compress_core.export import ExportTarget, GraphRewrite
+from compress_core.pages import Block
 from compress_core.saved import damaged
 from compress_quantization.calibration import Calibrated, calibrate
 from compress_quantization.config import QuantizationConfig, QuantizerGroup
@@ -34,6 +36,7 @@ from compress_quantization.config_checks import check_config, given_to_example_s
 from compress_quantization.effects import applied_to
 from compress_quantization.export import prepare, prepare_decomposed, rewrite, rewrite_program
 from compress_quantization.fake_quantize import FakeQuantize
+from compress_quantization.footprints import with_quantizers
 from compress_quantization.nncf_quantizers import taken_from_nncf
 from compress_quantization.plan import PlannedQuantizer
 from compress_quantization.planning import Planner
@@ -43,6 +46,7 @@ from compress_quantization.profiles import load_profile
 from compress_quantization.quantizers import add_quantizer, find_quantizer, make_quantizer, replace_by_native
 from compress_quantization.ranges import collector_for
 from compress_quantization.saved import SavedQuantization, saved_quantizers
+from compress_quantization.seen import ranges_and_values
 from compress_quantization.staging import StagedQuantization
 from compress_quantization.statistics import QuantizationStatistics, QuantizerStatistics
 
@@ -158,6 +162,13 @@ class Quantization(Algorithm):
                 self._calibrate(("weights", "activations"), context.batch_norm.as_it_will_be)
 
     @hookimpl
+    def compress_effect(self, model: nn.Module, footprint: Footprint, at_end: bool) -> Footprint:
+        """Gives the weights their bits, and one byte for each integer, as the exported files have."""
+        on = [planned for planned, module in self._present if at_end or module.enabled]
+        precision = self.config.unread().initializer.precision
+        return with_quantizers(model, footprint, on, precision, self._precision.choices)
+
+    @hookimpl
     def compress_epoch_step(self, clock: Clock, context: Context) -> None:
         """Turns groups of quantizers on in their epoch, with freshly measured ranges."""
         if self._staging is None:
@@ -180,6 +191,13 @@ class Quantization(Algorithm):
         """Returns the present settings and ranges of the quantizers."""
         quantizers = tuple(self._described(planned, module) for planned, module in self._present)
         return QuantizationStatistics(quantizers, self._skipped, self._potential, self.precision_report)
+
+    @hookimpl
+    def compress_report(self, model: nn.Module, context: Context) -> list[Block]:
+        """Returns histograms of what reaches the quantizers, and the share that they clip."""
+        path, _ = context.section(self)
+        data = context.report_data(path, QuantizationRangeInitArgs)
+        return ranges_and_values(model, [pair for pair in self._present if pair[1].enabled], data)
 
     @hookimpl
     def compress_state(self) -> dict[str, Any]:
@@ -323,8 +341,12 @@ class Quantization(Algorithm):
         return plan
 
     def _record(self, planner: Planner, scopes: Any, path: str, context: Context) -> None:
+        named = planner.ignored_by_name
         for scope_path, entry in scopes.entries():
-            context.ledger.record(scope_path, entry, "matches these modules", scopes.matches(entry))
+            if scope_path in named:
+                context.ledger.record(scope_path, entry, "leaves out these quantizers", named[scope_path])
+            else:
+                context.ledger.record(scope_path, entry, "matches these modules", scopes.matches(entry))
         entries = {**planner.resolver.used, **planner.unified}
         for leaf, value, was_read in self.config.given_leaves():
             names = applied_to(leaf, entries)
@@ -393,6 +415,7 @@ class Quantization(Algorithm):
             module.enabled,
             float(low.detach().min()),
             float(high.detach().max()),
+            planned.parameter,
         )
 
 

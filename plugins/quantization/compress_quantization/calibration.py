@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Generic, Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import nn
@@ -27,9 +28,22 @@ from compress_quantization.ranges import RangeStatistics
 logger = logging.getLogger(__name__)
 
 
+class Seeing(Protocol):
+    """What is told the tensors that reach a quantizer."""
+
+    def one_batch(self) -> AbstractContextManager[None]:
+        """Returns a context manager for the tensors of one batch."""
+
+    def update(self, tensor: torch.Tensor, /) -> None:
+        """Takes a tensor into account."""
+
+
+S = TypeVar("S", bound=Seeing)
+
+
 @dataclass
-class Calibrated:
-    """A quantizer whose range is being measured.
+class Observed(Generic[S]):
+    """A quantizer that is being observed.
 
     Attributes:
         planned: Its entry in the plan.
@@ -40,8 +54,12 @@ class Calibrated:
 
     planned: PlannedQuantizer
     module: FakeQuantize
-    statistics: RangeStatistics
+    statistics: S
     samples: int
+
+
+Calibrated: TypeAlias = Observed[RangeStatistics]
+"""A quantizer whose range is being measured."""
 
 
 def calibrate(
@@ -77,12 +95,14 @@ def calibrate(
     activations = [quantizer for quantizer in chosen if quantizer.planned.group == "activations"]
     gates = [quantizer for quantizer in quantizers if quantizer.planned.is_gate]
     for quantizer in weights:
-        _see_weight(model, quantizer)
+        see_weight(model, quantizer)
         _set_range(quantizer)
     if data is None or not activations:
         return []
     with _observing([], silenced=[*activations, *gates]), batch_norm():
-        _see_activations(model, activations, data)
+        seen = see_activations(model, activations, data)
+    if 2 * seen < (wanted := max(quantizer.samples for quantizer in activations)):
+        logger.warning("%s: %d samples were asked for, the data loader gave %d", data.path, wanted, seen)
     unreached = _unreached(activations, data, strict=strict)
     for quantizer in activations:
         if quantizer.planned.name not in unreached:
@@ -90,24 +110,27 @@ def calibrate(
     return unreached
 
 
-def _see_weight(model: nn.Module, quantizer: Calibrated) -> None:
+def see_weight(model: nn.Module, quantizer: Observed[S]) -> None:
     """Updates the statistics of a weight quantizer with its weight, after the transforms before the quantizer."""
     owner, name = resolve_parameter(model, quantizer.planned.parameter)
     with torch.no_grad(), _observing([quantizer]):
         getattr(owner, name)
 
 
-def _see_activations(model: nn.Module, quantizers: Sequence[Calibrated], data: CalibrationData) -> None:
-    """Updates the statistics of activation quantizers with batches, each until it has its number of samples."""
+def see_activations(model: nn.Module, quantizers: Sequence[Observed[S]], data: CalibrationData) -> int:
+    """Updates the statistics of activation quantizers with batches, each until it has its number of samples.
+
+    Returns:
+        How many samples there were.
+    """
     wanted = max(quantizer.samples for quantizer in quantizers)
     seen = 0
     with evaluating(model), without_traces(model), preserved_rng(data.loader):
-        for batch, size in data.batches(wanted):
+        for batch, size in data.batches(wanted, "ranges of activations"):
             with _observing([q for q in quantizers if seen < q.samples], silenced=quantizers):
                 data.call(model, batch)
             seen += size
-    if 2 * seen < wanted:
-        logger.warning("%s: %d samples were asked for, the data loader gave %d", data.path, wanted, seen)
+    return seen
 
 
 def _unreached(quantizers: Sequence[Calibrated], data: CalibrationData, *, strict: bool) -> list[str]:
@@ -155,7 +178,7 @@ def _set_range(quantizer: Calibrated) -> None:
 
 
 @contextlib.contextmanager
-def _observing(observed: Sequence[Calibrated], silenced: Iterable[Calibrated] = ()) -> Iterator[None]:
+def _observing(observed: Sequence[Observed[S]], silenced: Iterable[Observed[S]] = ()) -> Iterator[None]:
     """Context manager in which the quantizers return tensors unchanged, and those in `observed` record them.
 
     What one of them records is one batch: a quantizer may have several places, or be called several times.
@@ -175,7 +198,7 @@ def _observing(observed: Sequence[Calibrated], silenced: Iterable[Calibrated] = 
             module.observer = observer
 
 
-def _seen_by(statistics: RangeStatistics) -> Callable[[torch.Tensor], None]:
+def _seen_by(statistics: Seeing) -> Callable[[torch.Tensor], None]:
     def observe(tensor: torch.Tensor) -> None:
         # If a user's hook calls a module of the model, the data is not that of the forward.
         if not hook_is_running():

@@ -36,7 +36,13 @@ from compress_quantization.plan import InitialRange, PlannedQuantizer, Quantizat
 from compress_quantization.precision.candidates import PlacedQuantizers, choices_of
 from compress_quantization.profiles import Profile
 from compress_quantization.quantizer_config import QuantizerSpec, Resolver, check_strict_bits
-from compress_quantization.quantizer_names import QuantizerPlace, QuantizersByName, nncf_input, place_name
+from compress_quantization.quantizer_names import (
+    QuantizerPlace,
+    QuantizersByName,
+    nncf_input,
+    place_name,
+    scope_matcher,
+)
 from compress_quantization.unifying import UnifiedScales
 
 logger = logging.getLogger(__name__)
@@ -95,9 +101,14 @@ class Planner:
 
     @property
     def scope_candidates(self) -> list[str]:
-        """Returns everything that scopes can match: modules, calls that are not modules, and quantizers."""
+        """Returns everything that scopes can match: modules, and calls that are not modules."""
         calls = (call_key(*key) for key in self._calls)
-        return [*self._names, *self._own_names, *calls, *self._by_name.entries.values()]
+        return [*self._names, *self._own_names, *calls]
+
+    @property
+    def ignored_by_name(self) -> dict[str, list[str]]:
+        """Config path of an ignored scope that is a name of quantizers -> these quantizers, for the ledger."""
+        return {path: self._by_name.used.get(path, []) for path in self._by_name.entries}
 
     def plan(self) -> QuantizationPlan:
         """Returns the plan.
@@ -109,7 +120,7 @@ class Planner:
         self._quantized = frozenset(weights)
         activations = self._activations()
         self._plan.quantizers = [*weights.values(), *activations]
-        problems = self.resolver.dead_entries()
+        problems = self.resolver.dead_entries(self._is_known)
         if problems:
             raise ConfigError(problems)
         check_strict_bits(self._config, self._feeding_one_operator(weights, activations))
@@ -118,6 +129,12 @@ class Planner:
             placed = PlacedQuantizers(weights, self._weight_places, self._kept, self._placement.reads)
             self._plan.choices = choices_of(self._trace, placed, self.resolver, self._input_place)
         return self._plan
+
+    def _is_known(self, entry: str) -> bool:
+        """Returns whether a scope matches a module or a call."""
+        matches = scope_matcher(entry)
+        names = (*self._names.values(), *self._calls.values())
+        return any(matches(QuantizerPlace((name,), "activations", "", "")) for name in names)
 
     def _potential(self, rules: Rules, activations: int) -> dict[str, int]:
         outputs = QuantizerSpec() if self._config.quantize_outputs else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
@@ -20,7 +21,15 @@ from compress_quantization.config import (
     ScopeOverride,
 )
 from compress_quantization.profiles import Profile, Scheme, described
-from compress_quantization.quantizer_names import QuantizerPlace, is_nncf_name, quantizer_matcher, scope_matcher
+from compress_quantization.quantizer_names import (
+    QuantizerPlace,
+    below_hint,
+    can_name_quantizer,
+    quantizer_matcher,
+    scope_matcher,
+)
+
+logger = logging.getLogger(__name__)
 
 _OVERRIDABLE = ("bits", "mode", "signed", "per_channel")
 
@@ -115,6 +124,7 @@ class Resolver:
         self._config = config
         self._profile = profile
         self._matchers: dict[str, Callable[[QuantizerPlace], bool]] = {}
+        self._own_matchers: dict[str, Callable[[QuantizerPlace], bool]] = {}  # for names of quantizers
         self._validated: list[tuple[str, str]] = []
         self._used: dict[str, list[str]] = {}
         problems = [problem for path, entry, strict in self._entries() if (problem := self._add(path, entry, strict))]
@@ -251,7 +261,7 @@ class Resolver:
         """Returns the path of an entry of the group's `ignored_scopes` that is a name of the quantizer, or None."""
         entries = getattr(self._config, place.group).ignored_scopes
         paths = [f"{place.group}.ignored_scopes.{i}" for i, entry in enumerate(entries)]
-        found = [path for path, entry in zip(paths, entries, strict=True) if self._names_it(path, entry, place)]
+        found = [path for path, entry in zip(paths, entries, strict=True) if self._own_matchers[path](place)]
         for path in found:
             self._note(path, place)
         return found[0] if found else None
@@ -262,13 +272,29 @@ class Resolver:
         paths = self._matching(f"{place.group}.target_scopes", entries, place)
         return [(path, entries[int(path.rpartition(".")[2])]) for path in paths]
 
-    def dead_entries(self) -> list[Problem]:
-        """Returns a problem for each scope that matched no quantizer; call it after all have been resolved."""
-        return [
-            Problem(path, f"the scope '{entry}' matches no quantizer that this could mean. {_hint(path, entry)}")
-            for path, entry in self._validated
-            if path not in self._used
-        ]
+    def dead_entries(self, is_known: Callable[[str], bool]) -> list[Problem]:
+        """Returns a problem for each scope that matched no quantizer; call it after all have been resolved.
+
+        An override that a document of NNCF gives to an operator whose inputs have no quantizer does nothing there, and
+        is left with a warning.
+
+        Args:
+            is_known: Tells whether an entry matches an operator of the model.
+        """
+        problems = []
+        for path, entry in self._validated:
+            if path in self._used:
+                continue
+            if path.startswith("scope_overrides.activations.") and "/" in entry and is_known(entry):
+                logger.warning(
+                    "%s: has no effect, as in NNCF: no quantizer is at the inputs of these operators%s",
+                    path,
+                    _hint(path, entry),
+                )
+                continue
+            message = f"the scope '{entry}' matches no quantizer that this could mean. Correct or remove it"
+            problems.append(Problem(path, message + _hint(path, entry)))
+        return problems
 
     # The settings that the section requests for a place.
 
@@ -286,9 +312,9 @@ class Resolver:
 
     def _bits_by_scope(self, place: QuantizerPlace, request: _Request) -> _Request:
         precision = self._config.initializer.precision
-        for index, (bits, entry) in enumerate(precision.bitwidth_per_scope if precision else ()):
+        for index, (bits, _) in enumerate(precision.bitwidth_per_scope if precision else ()):
             path = f"initializer.precision.bitwidth_per_scope.{index}"
-            if self._matches(path, entry, place):
+            if self._matches(path, place):
                 request.take("bits", bits, path)
         return request
 
@@ -299,11 +325,11 @@ class Resolver:
         overrides: dict[str, ScopeOverride] = getattr(self._config.scope_overrides, place.group)
         for scope, override in overrides.items():
             path = f"scope_overrides.{place.group}.{scope}"
-            if by_name and not self._names_it(path, scope, place):
+            if by_name and not self._own_matchers[path](place):
                 continue
             if of_range and override.initializer.range is None:
                 continue
-            if self._matches(path, scope, place):
+            if self._matches(path, place):
                 yield path, override
 
     def _scheme(self, request: _Request, place: QuantizerPlace) -> Scheme:
@@ -365,28 +391,25 @@ class Resolver:
                     yield f"initializer.range.{index}.{key}.{position}", entry, item.validate_scopes
 
     def _add(self, path: str, entry: str, strict: bool) -> Problem | None:
-        compile_entry = quantizer_matcher if ".bitwidth_per_scope." in path else scope_matcher
+        if entry and ".bitwidth_per_scope." in path and not can_name_quantizer(entry):
+            return Problem(path, f"'{entry}' names no quantizer: it must end with |WEIGHT, |OUTPUT or |INPUT<n>")
         try:
-            self._matchers[path] = compile_entry(entry)
+            self._matchers[path], self._own_matchers[path] = scope_matcher(entry), quantizer_matcher(entry)
         except ValueError as error:
             return Problem(path, str(error))
         if strict:
             self._validated.append((path, entry))
         return None
 
-    def _matches(self, path: str, entry: str, place: QuantizerPlace) -> bool:
-        matched = entry in place.own_names or self._matchers[path](place)
+    def _matches(self, path: str, place: QuantizerPlace) -> bool:
+        matched = self._matchers[path](place)
         if matched:
             self._note(path, place)
         return matched
 
-    def _names_it(self, path: str, entry: str, place: QuantizerPlace) -> bool:
-        """Returns whether an entry is a name of this very quantizer, not of an operator that reads it."""
-        return entry in place.own_names or (is_nncf_name(entry) and self._matchers[path](place))
-
     def _matching(self, path: str, entries: Sequence[str], place: QuantizerPlace) -> list[str]:
         """Returns the paths of the entries of a list that match."""
-        return [p for i, entry in enumerate(entries) if self._matches(p := f"{path}.{i}", entry, place)]
+        return [p for i in range(len(entries)) if self._matches(p := f"{path}.{i}", place)]
 
     def _note(self, path: str, place: QuantizerPlace) -> None:
         names = self._used.setdefault(path, [])
@@ -395,9 +418,12 @@ class Resolver:
 
 
 def _hint(path: str, entry: str) -> str:
-    is_operator = "activations" in path and "/" in entry and "#" not in entry and "|" not in entry
-    more = f" ('{entry}|OUTPUT' would mean the quantizer behind it)" if is_operator else ""
-    return f"Correct or remove it{more}"
+    if hint := below_hint(entry):
+        return f". {hint}"
+    if "activations" not in path or "/" not in entry or "#" in entry or "|" in entry:
+        return ""
+    behind = rf"{entry}.*\|OUTPUT$" if entry.startswith("{re}") else f"{entry}|OUTPUT"
+    return f" ('{behind}' would mean the quantizers behind it)"
 
 
 def _is_narrow(scheme: Scheme, place: QuantizerPlace, bits: int) -> bool:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from compress_core import Statistics, Table
+from compress_core import ByLayer, Statistics, Table
+from compress_core.pages import Block, Details, Grid
 from compress_quantization.precision.report import PrecisionReport
 
 _GROUPS = ("weights", "activations")
@@ -27,6 +28,7 @@ class QuantizerStatistics:
         enabled: Whether it quantizes.
         low: Smallest value of its grid, over all channels.
         high: Largest value of its grid, over all channels.
+        parameter: Dotted name of the weight; empty for activations.
     """
 
     name: str
@@ -38,6 +40,7 @@ class QuantizerStatistics:
     enabled: bool
     low: float
     high: float
+    parameter: str = ""
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,21 @@ class QuantizationStatistics(Statistics):
         if self.skipped:
             tables.append(Table("Quantization: left as it is", ("tensor", "why"), list(self.skipped.items())))
         return [*tables, *(self.precision.tables() if self.precision is not None else ())]
+
+    def blocks(self) -> list[Block]:
+        """Returns the tables of counts and of quantizers, and the frontier of a search for numbers of bits."""
+        counts, quantizers = (Grid(table.title, table.headers, table.rows) for table in self.tables()[:2])
+        found: list[Block] = [counts, Details(f"{len(self.quantizers)} quantizers", [quantizers])]
+        return [*found, *(self.precision.blocks() if self.precision is not None else ())]
+
+    def by_layer(self) -> Sequence[ByLayer]:
+        """Returns the number of bits of each weight that is quantized."""
+        bits = {q.parameter: q.bits for q in self.quantizers if q.parameter and q.enabled}
+        return [ByLayer("bits", bits, "bits")]
+
+    def left_alone(self) -> Mapping[str, str]:
+        """Returns the tensors that could be quantized but are not."""
+        return self.skipped
 
     def to_dict(self) -> dict[str, Any]:
         """Returns all figures as JSON-able values."""

@@ -51,7 +51,7 @@ class Batches:
         sizes: list[int] = []
         others: list[Any] = []
         held_out = 0
-        for given, size in data.batches(sys.maxsize):
+        for given, size in data.batches(sys.maxsize, "reading data for weight reconstruction"):
             # A copy, because a loader may fill the same tensors again.
             batch = copied(given)
             seen = sum(sizes)

@@ -124,7 +124,7 @@ def observe(
             raise ModelError(f"{data.path}: the weight '{name}' holds NaN or infinity; repair it before compression")
     with preserved_rng(data.loader), bypass_transforms(model), without_traces(model), running(model), torch.no_grad():
         observer = _Observer(model, frozenset(firsts.values()), Positions(positions, num_samples), data.path)
-        for batch, size in data.batches(num_samples):
+        for batch, size in data.batches(num_samples, "moments of the inputs of layers"):
             observer.run(data, batch, size)
     products = observer.products()
     seen = {name: products[first] for name, first in firsts.items()}

@@ -15,6 +15,7 @@ from compress_core.batchnorm.guard import MetricGuard
 from compress_core.config.scopes import ScopeFilter
 from compress_core.data.calibration import CalibrationData
 from compress_core.data.forwards import running, without_traces
+from compress_core.data.progress import ProgressBar, progress, progress_bar
 from compress_core.data.rng import preserved_rng
 from compress_core.transforms.interrupts import interrupts_held
 from compress_weight_reconstruction.batches import Batches
@@ -80,6 +81,7 @@ class Reconstruction:
         self._model, self._settings, self._metric = model, settings, metric
         self._sources = Sources(model, reference, data, Surroundings())
         self._found = _Found()
+        self._bar: ProgressBar | None = None
         self._candidates, self._found.left_alone = candidates(model, reference, scopes)
         self._norms = norms_of(model, reference, scopes, frozen)
         self._saved = SavedTensors(model, [candidate.weight for candidate in self._candidates.values()])
@@ -105,14 +107,16 @@ class Reconstruction:
         if not self._candidates:
             self._found.notes.append("there is no weight to reconstruct")
             return self._report(batches, None)
-        survey, expected = self._survey(batches)
+        with progress_bar("weight reconstruction: first forwards", len(batches.compared), unit="batch") as bar:
+            survey, expected = self._survey(batches, bar)
         before = self._output_error(batches, expected)
         guard = None
         if self._metric is not None:
             # What the user would have without reconstruction: the old weights, with adapted batch norms.
             guard = MetricGuard(self._metric, self._model, f"{self._settings.path}.guard")
         self._saved.restore()
-        self._solve_all(batches, survey)
+        with progress_bar("weight reconstruction: layers", len(self._candidates), unit="weight") as self._bar:
+            self._solve_all(batches, survey)
         after = self._output_error(batches, expected)
         report = self._report(batches, None if before is None or after is None else (before, after))
         if guard is not None:
@@ -129,7 +133,7 @@ class Reconstruction:
             return dataclasses.replace(report, kept=False, reason=reason)
         return report
 
-    def _survey(self, batches: Batches) -> tuple[Survey, list[Any]]:
+    def _survey(self, batches: Batches, bar: ProgressBar) -> tuple[Survey, list[Any]]:
         """Runs both models on the batches for comparing, and adapts the batch norms to these.
 
         Returns:
@@ -137,8 +141,13 @@ class Reconstruction:
         """
         scout = Pass(self._sources, frozenset(self._candidates), self._paired_norms(), self._positions(batches))
         pairs: list[Pair] = []
+
+        def finished(pair: Pair) -> None:
+            pairs.append(pair)
+            bar.update()
+
         with running(self._model):
-            scout.run([(batch, 0) for batch in batches.compared], pairs.append)
+            scout.run([(batch, 0) for batch in batches.compared], finished)
         # From here on the twins share the buffers that no forward writes to.
         sides = ([pair.compressed for pair in pairs], [pair.reference for pair in pairs])
         ours, theirs = (frozenset().union(*(forward.writes.found() for forward in side)) for side in sides)
@@ -183,6 +192,8 @@ class Reconstruction:
         if layer.name in self._found.errors or layer.name in self._found.left_alone:
             return  # batches that come later by another way pass it with the weight that it has now
         result = layer.solve(self._settings.damping)
+        if self._bar is not None:
+            self._bar.update()
         if isinstance(result, str):
             self._found.left_alone[layer.name] = result
             return
@@ -191,7 +202,8 @@ class Reconstruction:
 
     def _output_error(self, batches: Batches, expected: list[Any]) -> float | None:
         error = OutputError()
-        for batch, output in zip(batches.compared, expected, strict=True):
+        pairs = list(zip(batches.compared, expected, strict=True))
+        for batch, output in progress(pairs, "weight reconstruction: error of the outputs", unit="batch"):
             with running(self._model):
                 error.add(plain_output(self._sources, batch), output)
         return error.value()

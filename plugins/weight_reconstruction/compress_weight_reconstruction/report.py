@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from compress_core import StateError, Statistics, Table
+from compress_core.pages import Bars, Block, Pairs
 
 Report = TypeVar("Report")
 
@@ -109,6 +110,17 @@ class WeightReconstructionStatistics(Statistics):
         if report.left_alone:
             tables.append(Table("Weights left alone", ("weight", "reason"), list(report.left_alone.items())))
         return tables
+
+    def blocks(self) -> list[Block]:
+        """Returns the figures of the run, and the errors of each layer with bars."""
+        run, errors = self.tables()[:2]
+        largest = max((max(layer.before, layer.after) for layer in self.report.layers), default=0.0)
+        bars = Bars(errors.title, errors.headers, errors.rows, lengths={2: largest, 3: largest})
+        return [Pairs(run.rows), bars]  # type: ignore[arg-type]
+
+    def left_alone(self) -> Mapping[str, str]:
+        """Returns the weights that were not changed."""
+        return self.report.left_alone
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the report as JSON-able values."""

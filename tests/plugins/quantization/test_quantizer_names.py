@@ -244,6 +244,23 @@ def test_an_override_for_what_demands_nothing_is_not_taken_for_used():
         plan(model, torch.ones(2, 3, 4, 4), device="TRIAL", scope_overrides={"activations": {"1": {"bits": 4}}})
 
 
+@pytest.mark.parametrize("scope", [r"{re}Block/ELU\[act\]", "Block/ELU[act]/elu_0"])
+def test_an_override_of_nncf_for_what_demands_nothing_is_left_with_a_warning(scope, caplog):
+    """NNCF's own document of RMNet has one; what it says is how to mean the quantizer behind the operator."""
+    model = Block(lambda m, x: m.b(m.act(m.a(x))))
+    model.act = nn.ELU()
+    x = torch.ones(2, 4, 4, 4)
+    override = {"bits": 4}
+    found = plan(model, x, device="TRIAL", scope_overrides={"activations": {scope: override}})
+    assert {q.spec.bits for q in found.quantizers} == {8}
+    (record,) = [one for one in caplog.records if "has no effect, as in NNCF" in one.getMessage()]
+    meant = record.getMessage().partition("('")[2].partition("' would")[0]
+    found = plan(model, x, device="TRIAL", scope_overrides={"activations": {meant: override}})
+    assert [q.name for q in found.quantizers if q.spec.bits == 4] == ["act|OUTPUT"]
+    with pytest.raises(ConfigError, match="matches no quantizer"):
+        plan(model, x, device="TRIAL", scope_overrides={"activations": {scope.replace("act", "acc"): override}})
+
+
 def test_names_of_calls_mean_the_calls_of_that_module():
     class Inner(nn.Sequential):
         def forward(self, x):

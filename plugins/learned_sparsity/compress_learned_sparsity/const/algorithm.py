@@ -12,6 +12,7 @@ from torch import nn
 
 from compress_core import AlgorithmConfig, CompressionStage, Plan, Stage, hookimpl
 from compress_core.contract.context import Context
+from compress_core.contract.footprint import Footprint
 from compress_core.contract.masked_weights import MaskingAlgorithm
 from compress_core.contract.sparsity_statistics import SparsityStatistics
 from compress_core.transforms import WeightMask, add_weight_transform, get_weight_transform, raw_parameter
@@ -103,6 +104,11 @@ class ConstSparsity(MaskingAlgorithm):
     def compress_stage(self) -> CompressionStage:
         """Nothing more will be masked."""
         return CompressionStage.FULLY_COMPRESSED
+
+    @hookimpl
+    def compress_effect(self, footprint: Footprint, at_end: bool) -> Footprint:
+        """Counts what is masked, which stays as it is."""
+        return self.with_masks(footprint)
 
     @property
     def compression_rate(self) -> float:

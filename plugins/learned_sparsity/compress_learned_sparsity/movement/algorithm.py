@@ -24,6 +24,7 @@ from compress_core import (
 from compress_core.channels import Role, Shrinkage, lost_channels, renumbered, smaller_group
 from compress_core.contract.clock import Clock
 from compress_core.contract.context import Context
+from compress_core.contract.footprint import Footprint
 from compress_core.contract.masked_weights import MaskingAlgorithm
 from compress_core.contract.trained_weights import trained_weights
 from compress_core.transforms import add_weight_transform, bypass_transforms, get_weight_transform, raw_parameter
@@ -217,6 +218,15 @@ class MovementSparsity(MaskingAlgorithm):
         self._over, self._gone = saved.over, [set(lost) for lost in saved.gone]
         self._set_frozen(saved.frozen)
         mark_awaiting(self._mask(name) for name in self.present)
+
+    @hookimpl
+    def compress_effect(self, footprint: Footprint, at_end: bool) -> Footprint:
+        """Counts what is masked now; at the end training will have decided."""
+        if not at_end or self._over:
+            return self.with_masks(footprint)
+        if not self._structure.groups:
+            return footprint.left_open("training decides which weights are masked", ("nonzero",))
+        return footprint.left_open("training decides which weights are masked, and which channels and heads go")
 
     @hookimpl
     def compress_shrunk(self, model: nn.Module, shrinkage: Shrinkage, context: Context) -> None:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from compress_core import Table
 from compress_core.contract.sparsity_statistics import SparsityStatistics
+from compress_core.pages import Block
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,17 @@ class MovementSparsityStatistics(SparsityStatistics):
         if self.whole:
             more.append(Table(f"{self.title}: channels that stay", ("made by", "because"), list(self.whole.items())))
         return [*super().tables(), *more]
+
+    def blocks(self) -> list[Block]:
+        """Returns the tables with bars, without what was left alone."""
+        return [
+            block for block in super().blocks() if getattr(block, "title", "") != f"{self.title}: channels that stay"
+        ]
+
+    def left_alone(self) -> Mapping[str, str]:
+        """Returns the weights that are left dense, and those whose channels stay."""
+        stay = {name: f"its channels stay: {reason}" for name, reason in self.whole.items()}
+        return {**stay, **self.skipped}
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the figures, the layers and the groups as JSON-able values."""

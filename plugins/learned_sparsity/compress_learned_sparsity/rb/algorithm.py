@@ -13,6 +13,7 @@ from torch import nn
 from compress_core import AlgorithmConfig, CompressionStage, Plan, Stage, all_or_nothing, hookimpl
 from compress_core.contract.clock import Clock
 from compress_core.contract.context import Context
+from compress_core.contract.footprint import Footprint
 from compress_core.contract.nncf_tensors import NncfTensor
 from compress_core.contract.scheduled_sparsity import ScheduledSparsity
 from compress_core.contract.sparsity_statistics import ScheduledSparsityStatistics
@@ -151,6 +152,13 @@ class RBSparsity(ScheduledSparsity):
         return RBSparsityStatistics(
             **self.measured(model), **self.progress_figures(), mean_sparse_prob=1 - is_open / total if total else 0.0
         )
+
+    @hookimpl
+    def compress_effect(self, footprint: Footprint, at_end: bool) -> Footprint:
+        """Counts the closed gates; the end is what the loss asks for."""
+        found = super().compress_effect(footprint, at_end)
+        words = "the loss asks for the level at the end; training decides how near it comes"
+        return found.noted(words) if at_end else found
 
     @hookimpl
     def compress_load_state(self, state: Mapping[str, Any]) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from compress_core import AutoQPrecisionInitArgs, ConfigError, DataError
+from compress_core.data.progress import progress, progress_bar
 from compress_core.data.rng import preserved_rng
 from compress_core.errors import Problem
 from compress_core.transforms import raw_parameter
@@ -71,7 +72,8 @@ def choose(search: PrecisionSearch) -> ChosenBits:
     budget = Budget("compression_ratio", unit, ratio, lambda w, b, a: elements[w.name] * b, size)
     with search.forwards():
         loss, words, samples = _loss(search)
-        measured = [[loss(option, True) for option in decision.options] for decision in decisions]
+        shown = progress(decisions, "precision search: loss of each group", unit="group")
+        measured = [[loss(option, True) for option in decision.options] for decision in shown]
         problem = Problems(search, decisions, _comparable(search, decisions, measured), budget)
         bits = problem.solve(ratio)
         if bits is None:
@@ -236,14 +238,16 @@ def _swapped(
     if not budget:
         return bits, 0, 0
     best, tried, kept, seen = loss(bits, False), 1, 0, {_key(bits)}
-    while tried < budget:
-        found = next((s for s in _swaps(decisions, problem, bits) if _key(s) not in seen), None)
-        if found is None:
-            break
-        seen.add(_key(found))
-        value, tried = loss(found, False), tried + 1
-        if value < best:
-            best, bits, kept = value, found, kept + 1
+    with progress_bar("precision search: swaps", budget, unit="evaluation", done=tried) as bar:
+        while tried < budget:
+            found = next((s for s in _swaps(decisions, problem, bits) if _key(s) not in seen), None)
+            if found is None:
+                break
+            seen.add(_key(found))
+            value, tried = loss(found, False), tried + 1
+            bar.update()
+            if value < best:
+                best, bits, kept = value, found, kept + 1
     return bits, tried, kept
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from compress_core import ModelError
+from compress_core.data.progress import progress_bar
 from compress_quantization.precision.outputs import ErrorKind
 
 # So few estimates may agree by luck.
@@ -126,14 +127,16 @@ def _factor(kind: ErrorKind, output: torch.Tensor, signs: torch.Tensor) -> torch
 def _averaged(estimates: Callable[[int], list[list[float]]], iterations: int, tolerance: float) -> Traces:
     """Returns the means of estimates, of which a function makes as many as it is asked for."""
     samples: list[list[float]] = []
-    while len(samples) < iterations:
-        for estimate in estimates(min(_BLOCK, iterations - len(samples))):
-            samples.append(estimate)
-            if len(samples) >= _FEWEST and _relative_error(samples) < tolerance:
-                break
-        else:
-            continue
-        break
+    with progress_bar("precision search: traces of the Hessian", iterations, unit="vector") as bar:
+        while len(samples) < iterations:
+            for estimate in estimates(min(_BLOCK, iterations - len(samples))):
+                samples.append(estimate)
+                bar.update()
+                if len(samples) >= _FEWEST and _relative_error(samples) < tolerance:
+                    break
+            else:
+                continue
+            break
     means = [math.fsum(column) / len(samples) for column in zip(*samples, strict=True)]
     if not all(map(math.isfinite, means)):
         raise ModelError("derivatives of the loss are not finite on the data; check data and weights")

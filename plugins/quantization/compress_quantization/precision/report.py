@@ -6,14 +6,18 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, Field
 
 from compress_core import Statistics, Table
 from compress_core.errors import UsageError
-from compress_core.pictures import check_format, new_figure, write_figure
+from compress_core.pages import Block, Grid, Picture, Text, figure_svg
+from compress_core.pictures import check_format, has_matplotlib, new_figure, write_figure
 from compress_core.saved import STRICT, Items, parsed
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -138,6 +142,9 @@ class PrecisionReport(Statistics):
         check_format(path)
         if not self.points:
             raise UsageError("the report has no frontier; set initializer.precision.frontier_points above 0")
+        write_figure(self._figure(), path)
+
+    def _figure(self) -> Figure:
         figure = new_figure(7, 4.5)
         axes = figure.subplots()
         used = [point.used for point in self.points]
@@ -152,7 +159,18 @@ class PrecisionReport(Statistics):
         axes.set_ylabel(self.error)
         axes.set_title(f"Precision by {self.method}, {self.samples} samples", fontsize=10)
         axes.legend(fontsize=8)
-        write_figure(figure, path)
+        return figure
+
+    def blocks(self) -> Sequence[Block]:
+        """Returns the frontier as a picture, and the tables."""
+        tables: list[Block] = [Grid(table.title, table.headers, table.rows) for table in self.tables()]
+        if not self.points:
+            return tables
+        if not has_matplotlib():
+            return [Text("The frontier as a picture needs matplotlib: pip install 'compress-core[report]'."), *tables]
+        words = f"Error ({self.error}) over {self.unit}, for each budget of the search; a table has the figures."
+        picture = Picture(figure_svg(self._figure(), "precision"), words, "The frontier of budget and error")
+        return [picture, *tables]
 
 
 def _positive(value: float | None) -> float:

@@ -14,6 +14,7 @@ from torch import nn
 from compress_core import ConfigError, DataError
 from compress_core.data.calibration import CalibrationData
 from compress_core.data.forwards import running, without_traces
+from compress_core.data.progress import progress
 from compress_core.data.rng import preserved_rng
 from compress_core.transforms.model_wide import evaluating
 from compress_core.transforms.weight import resolve_parameter
@@ -199,7 +200,7 @@ class PrecisionSearch:
     def batches(self, samples: int) -> list[tuple[Any, int]]:
         """Returns the first batches of the data, (batch, number of samples), about as many samples as asked for."""
         with preserved_rng(self.data.loader):
-            return list(self.data.batches(samples))
+            return list(self.data.batches(samples, "reading data for the precision search"))
 
     def outputs(self, batch: Any) -> list[torch.Tensor]:
         """Returns the floating-point tensors of the model's output for a batch."""
@@ -247,7 +248,8 @@ class OutputErrors:
         self._batches = search.batches(samples)
         self.samples = sum(size for _, size in self._batches)
         with search.quantized(alone=True):
-            self._references = [[t.clone() for t in search.outputs(batch)] for batch, _ in self._batches]
+            batches = progress(self._batches, "outputs of the unquantized model", unit="batch")
+            self._references = [[t.clone() for t in search.outputs(batch)] for batch, _ in batches]
         if not all(bool(t.isfinite().all()) for tensors in self._references for t in tensors):
             raise DataError(
                 f"{search.path}: the output of the unquantized model is not finite on the data, so the error of the "

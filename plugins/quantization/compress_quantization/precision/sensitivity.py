@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from compress_core import ConfigError, StateError
+from compress_core.data.progress import progress
 from compress_core.errors import Problem
 from compress_quantization.config import PrecisionConfig
 from compress_quantization.plan import BitsChoice
@@ -87,7 +88,8 @@ def choose(search: PrecisionSearch) -> ChosenBits:
                     f"'{config.sensitivities_path}' holds another error ({saved[0][0]}); set output_error as it was",
                     path=f"{search.path}.sensitivities_path",
                 )
-            measured = saved[1] if saved else [[errors.measure(o, alone=True) for o in d.options] for d in decisions]
+            shown = progress(decisions, "precision search: error of each group", unit="group")
+            measured = saved[1] if saved else [[errors.measure(o, alone=True) for o in d.options] for d in shown]
             problem, bits = _solved(search, decisions, measured, budget)
             points = problem.frontier(errors, config.frontier_points, bits)
         kind, samples = IN_WORDS[errors.kind], errors.samples
@@ -258,7 +260,8 @@ class Problems:
         least, most = (self._budget.used(cost) for cost in self.reach)
         values = [float(v) for v in np.linspace(least, most, count)]
         found: dict[tuple[tuple[str, int], ...], FrontierPoint] = {}
-        for value in sorted([*values, self._budget.value]):
+        wanted = sorted([*values, self._budget.value])
+        for value in progress(wanted, "precision search: frontier", unit="budget"):
             bits = self.solve(value * (1 + 1e-12))
             key = () if bits is None else tuple(sorted(bits.items()))
             if bits is None or key in found:

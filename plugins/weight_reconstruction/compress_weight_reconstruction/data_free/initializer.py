@@ -24,6 +24,7 @@ from compress_core import (
 from compress_core.config.scopes import ScopeFilter
 from compress_core.contract.algorithm import NeedsUncompressed
 from compress_core.data.forwards import without_traces
+from compress_core.pages import Block, Grid
 from compress_core.torch_internals import AnyBatchNorm
 from compress_core.trace import Example
 from compress_core.transforms import TransformedWeight, transformed_weights
@@ -89,6 +90,15 @@ class CorrectionStatistics(Statistics):
         if self.report.left_alone:
             tables.append(Table("Left alone", ("weight", "reason"), list(self.report.left_alone.items())))
         return tables
+
+    def blocks(self) -> list[Block]:
+        """Returns the table of what was corrected."""
+        table = self.tables()[0]
+        return [Grid(table.title, table.headers, table.rows)]
+
+    def left_alone(self) -> Mapping[str, str]:
+        """Returns the weights behind which nothing was corrected."""
+        return self.report.left_alone
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the report as JSON-able values."""
