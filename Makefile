@@ -7,7 +7,7 @@ DATA ?= digits
 # Two threads: what CI has, and what keeps results comparable between machines.
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test lint types tests docs gpu-check soak test-torch install recipes bench-data bench zoo zoo-channels clean
+.PHONY: demo test lint types tests docs gpu-check soak test-torch install recipes bench-data bench zoo zoo-channels dist clean
 
 install: $(STAMP)
 
@@ -99,6 +99,12 @@ zoo: $(STAMP)
 # Channel groups of every network that is installed of torchvision, pytorchcv and transformers.
 zoo-channels: $(STAMP)
 	$(BIN)/python -m benchmarks.zoo.channels
+
+# What a release uploads: source distribution and wheel, built in an environment of their own, and checked as the index does.
+dist: $(STAMP)
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
 
 clean:
 	rm -rf $(VENV) $(VENV)-recipes $(VENV)-torch-* runs dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -20,6 +20,7 @@ _MOBILE_BLOCKS = (
 # RMNet: number of blocks of each stage; the first of all stages but one makes pictures smaller.
 _RMNET_STAGES = (4, 9, 11, 12)
 _WIDTH = 8
+_WIDE = 32  # where documents prune, of which eight or sixteen channels at a time can go
 
 
 class Conv2dNormActivation(nn.Sequential):
@@ -144,3 +145,89 @@ class RMNetClassifierCifar(nn.Module):
         x = F.relu(self.extra_conv_2_bn(self.extra_conv_2(x)))
         x = self.fc(F.dropout(x, 0.1, self.training))
         return x.view(-1, x.size(1))
+
+
+class UNetConvBlock(nn.Module):
+    """Two convolutions."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for inputs in (channels, _WIDE):
+            layers += [nn.Conv2d(inputs, _WIDE, 3, padding=1), nn.ReLU(), nn.BatchNorm2d(_WIDE)]
+        self.block = nn.Sequential(*layers)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.block(x)
+
+
+class UNetUpBlock(nn.Module):
+    """Makes pictures larger, and joins them with those of the way down."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.conv_block = nn.ConvTranspose2d(_WIDE, _WIDE, 2, 2), UNetConvBlock(2 * _WIDE)
+
+    def forward(self, x: torch.Tensor, bridge: torch.Tensor) -> torch.Tensor:
+        return self.conv_block(torch.cat([self.up(x), bridge], 1))
+
+
+class UNet(nn.Module):
+    """The names of NNCF's UNet; takes float (N, 3, H, W), H and W multiples of 16, gives (N, classes, H, W)."""
+
+    def __init__(self, classes: int = 5) -> None:
+        super().__init__()
+        self.down_path = nn.ModuleList(UNetConvBlock(channels) for channels in (3, *[_WIDE] * 4))
+        self.up_path = nn.ModuleList(UNetUpBlock() for _ in range(4))
+        self.last = nn.Conv2d(_WIDE, classes, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        bridges = []
+        for number, block in enumerate(self.down_path):
+            x = block(x)
+            if number < len(self.up_path):
+                bridges.append(x)
+                x = F.max_pool2d(x, 2)
+        for block in self.up_path:
+            x = block(x, bridges.pop())
+        return self.last(x)
+
+
+class ICNet(nn.Module):
+    """Branches of two sizes; NNCF's ICNet interpolates its input, too. (N, 3, H, W) -> (N, classes, H, W)."""
+
+    def __init__(self, classes: int = 5) -> None:
+        super().__init__()
+        self.small, self.large = Conv2dNormActivation(3, nn.ReLU, _WIDE), Conv2dNormActivation(3, nn.ReLU, _WIDE)
+        self.join, self.last = Conv2dNormActivation(_WIDE, nn.ReLU, _WIDE), nn.Conv2d(_WIDE, classes, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        half = F.interpolate(x, scale_factor=0.5, mode="bilinear", align_corners=False)
+        small = F.interpolate(self.small(half), scale_factor=2, mode="bilinear", align_corners=False)
+        return self.last(self.join(small + self.large(x)))
+
+
+class SSD(nn.Module):
+    """A detector of NNCF's kind: features, and a head for boxes and one for classes; not its names, which no list has.
+
+    Takes float (N, 3, H, W), gives boxes (N, boxes, 4) and scores (N, boxes, classes).
+    """
+
+    def __init__(self, classes: int = 5) -> None:
+        super().__init__()
+        self.basenet = nn.ModuleList(
+            [
+                Conv2dNormActivation(3, nn.ReLU, _WIDE),
+                nn.MaxPool2d(2),
+                Conv2dNormActivation(_WIDE, nn.ReLU, _WIDE),
+                nn.MaxPool2d(2),
+            ]
+        )
+        self.loc, self.conf = nn.Conv2d(_WIDE, 8, 3, padding=1), nn.Conv2d(_WIDE, 2 * classes, 3, padding=1)
+        self.classes = classes
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        for layer in self.basenet:
+            x = layer(x)
+        boxes, scores = (head(x).permute(0, 2, 3, 1).reshape(len(x), -1) for head in (self.loc, self.conf))
+        return boxes.view(len(x), -1, 4), scores.view(len(x), -1, self.classes)

@@ -292,7 +292,8 @@ def saved_tensors_hook() -> Any:
     return None if hooks is None else hooks[0]
 
 
-_CHECKPOINT = inspect.unwrap(checkpoint.checkpoint).__code__
+# Since torch 2.14 a function of its own does what `checkpoint` did.
+_CHECKPOINT = inspect.unwrap(getattr(checkpoint, "_checkpoint_impl", checkpoint.checkpoint)).__code__
 _REENTRANT = checkpoint.CheckpointFunction.forward.__code__
 
 

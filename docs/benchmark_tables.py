@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks import bn_adaptation, reconstruction
+from benchmarks import bn_adaptation, nncf_documents, reconstruction
 from benchmarks.zoo import channels
 from compress_core.contract.statistics import Table
 
@@ -191,3 +191,30 @@ def zoo_channels_tables(content: Content) -> list[Table]:
     ]
     headers = ("networks", "certified", "nothing to remove", "operations as counted", "median s", "most s")
     return [Table("Half of the channels removed from every group that can be pruned", headers, rows)]
+
+
+def sparsity_against_nncf_tables(content: Content) -> list[Table]:
+    titles = {
+        "const": "const_sparsity",
+        "rb": "rb_sparsity, largest differences",
+        "movement": "movement_sparsity, largest differences until the warm-up is over (NNCF / here)",
+        "from_the_start": "movement_sparsity without an initial threshold",
+    }
+    return [
+        Table(title, tuple(content[key][0]), [[_figure(value) for value in row.values()] for row in content[key]])
+        for key, title in titles.items()
+    ]
+
+
+def _figure(value: Any) -> str:
+    if isinstance(value, list):
+        return " / ".join(_figure(item) for item in value)
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def nncf_documents_tables(content: Content) -> list[Table]:
+    made = nncf_documents.table(content["documents"])
+    *rows, total = made.rows
+    refused = [(row[0], row[-1]) for row in rows if row[-1]]
+    tables = [Table(f"Of {total[0]}, how many were", made.headers[2:-1], [total[2:-1]])]
+    return [*tables, Table("Refused", (made.headers[0], made.headers[-1]), refused)] if refused else tables

@@ -141,6 +141,20 @@ BENCHMARKS = (
         benchmark_tables.against_nncf_tables,
         "magnitude_sparsity.md#what-is-different-from-nncf-216-on-purpose",
     ),
+    Benchmark(
+        "Other sparsity: beside NNCF 2.16",
+        "sparsity_against_nncf",
+        ["sparsity_against_nncf"],
+        benchmark_tables.sparsity_against_nncf_tables,
+        "learned_sparsity.md",
+    ),
+    Benchmark(
+        "Documents of NNCF",
+        "nncf_documents DIRECTORY",
+        ["nncf_documents"],
+        benchmark_tables.nncf_documents_tables,
+        "from_nncf.md",
+    ),
     *(
         Benchmark(
             f"Weight reconstruction: {net}",
@@ -221,8 +235,9 @@ def benchmarks_page() -> str:
         "`make bench-data`; NNCF needs an environment of its own, which the docstring of the script describes.",
         "Brackets hold the first and the third quartile.",
         "",
-        "Three scripts print a table and keep no file: `distillation` ([figures](knowledge_distillation.md#measured)),",
-        "`learned_sparsity` ([figures](learned_sparsity.md#measured)) and `calibration_order`.",
+        "No file is kept yet of four scripts: `latency_budget`, `calibration_order`,",
+        "`distillation` ([figures](knowledge_distillation.md#measured)) and",
+        "`learned_sparsity` ([figures](learned_sparsity.md#measured)).",
         "",
     ]
     for benchmark in BENCHMARKS:

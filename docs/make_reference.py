@@ -48,6 +48,7 @@ INTERNAL = {
     "compress_core.contract.choices",
     "compress_core.contract.stages",
     "compress_core.export.runtimes",
+    "compress_core.session.report",
     "compress_core.torch_internals",
     "compress_magnitude_sparsity.statistics",
     "compress_quantization.export",

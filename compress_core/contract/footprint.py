@@ -31,6 +31,7 @@ class TensorFootprint:
     Attributes:
         shape: Its shape.
         density: Share of its elements that are not zero, 0 to 1.
+        is_average: Whether the density is that of several parameters together, and that of this one is not known.
         bits: Bits of precision of an element.
         stored_bits: Bits that an element takes in a file; 8 for integers of fewer bits, for example, if the format does
             not pack them.
@@ -42,6 +43,7 @@ class TensorFootprint:
     bits: int
     stored_bits: int
     extra_bytes: int = 0
+    is_average: bool = False
 
     @property
     def elements(self) -> int:
@@ -146,12 +148,21 @@ class Footprint:
         found = self._changed(shapes, lambda tensor, shape: replace(tensor, shape=tuple(shape)))
         return replace(found, operations=found.operations if operations is None else operations)
 
-    def with_levels(self, levels: Mapping[str, float]) -> Footprint:
+    def with_levels(self, levels: Mapping[str, float], *, together: bool = False) -> Footprint:
         """Returns the footprint after a share of each of these parameters, 0 to 1, became zero.
 
         Zeros that are there already count: the share holds for all of them together.
+
+        Args:
+            levels: The share by name of the parameter.
+            together: Whether the share is known only of all these parameters together.
         """
-        return self._changed(levels, lambda tensor, level: replace(tensor, density=min(tensor.density, 1 - level)))
+        return self._changed(
+            levels,
+            lambda tensor, level: replace(
+                tensor, density=min(tensor.density, 1 - level), is_average=together or tensor.is_average
+            ),
+        )
 
     def with_bits(
         self, bits: Mapping[str, int], *, stored_bits: int | None = None, extra_bytes: Mapping[str, int] | None = None

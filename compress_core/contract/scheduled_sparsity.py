@@ -177,9 +177,7 @@ class ScheduledSparsity(MaskingAlgorithm, LevelAlgorithm):
             counts = {name: min(round(level * size), max(size - 1, 0)) for name, size in sizes.items()}
             return footprint.with_levels({name: counts[name] / max(size, 1) for name, size in sizes.items()})
         share = round(level * sum(sizes.values())) / max(sum(sizes.values()), 1)
-        # Which weight gets how many zeros is found when the level is set, so no number stands at a single one.
-        words = f"its part of {share:.1%} zeros in all"
-        return footprint.with_levels(dict.fromkeys(sizes, share)).remarked(dict.fromkeys(sizes, words) if level else {})
+        return footprint.with_levels(dict.fromkeys(sizes, share), together=level > 0)
 
     def loaded_sparsity(self, state: Mapping[str, Any]) -> SavedSparsity:
         """Returns what `compress_state` returned after a check; the schedule is restored, nothing else is set.

@@ -118,7 +118,7 @@ def _per_bits(part: Any, group: str) -> dict[int, int]:
 
 
 def _enabled(part: Any) -> float:
-    enabled: int = sum(quantizer.enabled for quantizer in part.quantizers)
+    enabled = sum(bool(quantizer.enabled) for quantizer in part.quantizers)
     return 100.0 * enabled / (len(part.quantizers) or 1)
 
 

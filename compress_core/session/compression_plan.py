@@ -203,7 +203,8 @@ class CompressionPlan(Statistics):
                 rows.append((name, shape_in_words(old.shape), "replaced", None, None, old.size, None, None))
                 continue
             shapes = shape_in_words(old.shape), shape_in_words(new.shape)
-            rows.append((name, *shapes, 1 - new.density, new.bits, old.size, new.size, _share(new.size, old.size)))
+            zeros = None if new.is_average else 1 - new.density
+            rows.append((name, *shapes, zeros, new.bits, old.size, new.size, _share(new.size, old.size)))
         rows.sort(key=lambda row: -(row[5] or 0))
         headers = ("parameter", "shape", "at the end", "zeros", "bits", "bytes", "at the end", "of the bytes")
         return Bars("Parameters, the largest first", headers, rows, (3, 7))
@@ -264,7 +265,7 @@ def _changes(algorithm: PlannedAlgorithm, *, complete: bool) -> Table:
     headers = ("when created", "at the end") if differs else ("change",)
 
     def words(target: PlannedTarget) -> tuple[str, ...]:
-        return (target.at_start or _UNCHANGED, target.at_end or _UNCHANGED) if differs else (target.at_end,)
+        return (target.at_start or _UNCHANGED, target.at_end or _UNCHANGED) if differs else (target.at_end or "-",)
 
     if complete:
         return Table(title, ("what", *headers), [(target.name, *words(target)) for target in algorithm.targets])
@@ -312,4 +313,5 @@ def _tensor(footprint: Footprint, name: str) -> dict[str, Any] | None:
     found = footprint.tensors.get(name)
     if found is None:
         return None
-    return {"shape": list(found.shape), "density": found.density, "bits": found.bits, "bytes": found.size}
+    density = None if found.is_average else found.density
+    return {"shape": list(found.shape), "density": density, "bits": found.bits, "bytes": found.size}

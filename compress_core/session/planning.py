@@ -240,7 +240,8 @@ def _changes(old: TensorFootprint, new: TensorFootprint) -> list[str]:
     if new.shape != old.shape:
         found.append(f"{shape_in_words(old.shape)} to {shape_in_words(new.shape)}")
     if new.density != old.density:
-        found.append(f"{1 - new.density:.1%} zeros")
+        zeros = f"{1 - new.density:.1%} zeros"
+        found.append(f"its part of {zeros} in all" if new.is_average else zeros)
     if new.bits != old.bits:
         found.append(f"{new.bits} bits")
     return found

@@ -80,9 +80,23 @@ class Frame:
     turn: int
 
 
-# The code that runs the forward of a `torch.autograd.Function`, as in `Call.location`.
-_APPLY = id(torch.autograd.Function.apply.__code__)
+# The code that runs the forward of a `torch.autograd.Function`, as in `Call.location`; since torch 2.14 it is none of
+# Python's, and no frame shows it.
+_APPLY = id(getattr(torch.autograd.Function.apply, "__code__", None))
+_HAS_FRAME = hasattr(torch.autograd.Function.apply, "__code__")
 _CHECKPOINT = id(CheckpointFunction.forward.__code__)
+
+
+def _codes_of_forwards() -> set[int]:
+    """Returns the codes of the forwards of all classes of `torch.autograd.Function` that there are."""
+    found, waiting = set(), [torch.autograd.Function]
+    while waiting:
+        kind = waiting.pop()
+        waiting += kind.__subclasses__()
+        code = getattr(kind.forward, "__code__", None)
+        if code is not None:
+            found.add(id(code))
+    return found
 
 
 @dataclass
@@ -123,7 +137,11 @@ class Call:
         The one of reentrant checkpoints runs its forward again in the backward pass, and autograd records that.
         """
         codes = [code for code, _ in self.location]
-        forwards = [inner for code, inner in itertools.pairwise(codes) if code == _APPLY]
+        if _HAS_FRAME:
+            forwards = [inner for code, inner in itertools.pairwise(codes) if code == _APPLY]
+        else:
+            known = _codes_of_forwards()
+            forwards = [code for code in codes if code in known]
         return any(code != _CHECKPOINT for code in forwards)
 
     @property

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from compress_core import (
     plan_compression,
     register_default_init_args,
 )
+from compress_core.contract.footprint import Footprint
 from compress_core.testing import fingerprint
 from compress_core.transforms import raw_parameter
 from tests.instants import Instants
@@ -184,6 +186,19 @@ def test_sparse_models_have_as_many_zeros_as_planned(sections, name):
         assert found.size == plan.before.size
 
 
+@pytest.mark.parametrize("mode", ["global", "local"])
+@pytest.mark.parametrize("importance", ["abs", "normed_abs"])
+def test_each_layer_has_as_many_zeros_as_planned(importance, mode):
+    params = {"weight_importance": importance, "sparsity_level_setting_mode": mode, "sparsity_target": 0.7}
+    sections = [{"algorithm": "magnitude_sparsity", "params": params}]
+    plan = plan_compression(trained_model("resnet"), {"compression": sections})
+    controller, _ = created("resnet", sections)
+    controller.set_sparsity_level(0.7)
+    for layer in controller.statistics().magnitude_sparsity.layers:
+        tensor = plan.at_end.tensors[layer.name]
+        assert (tensor.density, tensor.is_average) == (1 - layer.zeros / layer.weights, False)
+
+
 SCHEDULES = {
     "polynomial": {"schedule": "polynomial", "sparsity_target_epoch": 8},
     "exponential": {"schedule": "exponential", "sparsity_target_epoch": 8},
@@ -276,6 +291,21 @@ def test_files_are_as_large_as_planned(tmp_path):
     assert file.stat().st_size == pytest.approx(plan.at_start.size, rel=0.03)
 
 
+def test_a_model_in_training_tells_its_effect_as_well():
+    sections = [pruning(pruning_steps=4), sparsity(), quantization()]
+    before = Footprint.of_model(trained_model("resnet"))
+    model, inputs = trained_model("resnet"), (images(),)
+    controller, _ = create_compressed_model(model, config_of(sections, inputs))
+    for _ in range(3):
+        controller.scheduler.epoch_step()
+        found = before
+        for each in controller.algorithms.values():
+            found = controller._lifecycle.effect(model, each, found, at_end=False)
+        stripped = controller.strip()
+        assert found.parameters == sum(p.numel() for p in stripped.parameters())
+        assert found.operations == cost(stripped.eval(), (images(1),))
+
+
 # What cannot be known is said.
 
 
@@ -327,8 +357,33 @@ def test_bits_that_data_choose(kind, more):
     assert any(" or " in target.at_end for target in plan.algorithms[0].targets)
 
 
+def test_zeros_that_training_distributes_are_told_of_all_weights_together():
+    plan = plan_compression(trained_model("resnet"), {"compression": LEARNED["rb"]})
+    assert {target.at_end for target in plan.algorithms[0].targets} == {"its part of 40.0% zeros in all"}
+    assert all(
+        entry["at_end"]["density"] is None
+        for entry in plan.to_dict()["parameters"].values()
+        if len(entry["at_end"]["shape"]) > 1
+    )
+
+
+def test_a_budget_of_time_says_that_it_was_measured():
+    params = {"pruning_latency_target": 0.1, "prune_first_conv": True, "multiple_of": 1}
+    sections = [{"algorithm": "filter_pruning", "params": params}]
+    model = trained_model("resnet")
+    before = fingerprint(model)
+    try:
+        plan = plan_compression(model, {**IMAGES, "compression": sections})
+    except CompressionError as error:  # so small a network may not become faster at all
+        assert "latency" in str(error)
+    else:
+        assert any("creation measures again" in line for line in plan.remarks())
+    assert fingerprint(model) == before
+
+
 def test_training_decides():
     plan = plan_compression(trained_model("resnet"), {**IMAGES, "compression": LEARNED["movement"]})
+    assert {target.at_end for target in plan.algorithms[0].targets} == {"masked as training decides"}
     assert plan.at_end.figures()["nonzero"] is None
     assert plan.at_end.figures()["parameters"] == plan.before.parameters
     assert "training decides" in plan.to_str()
@@ -504,6 +559,27 @@ def test_the_report_is_the_same_in_all_its_forms():
             assert name in complete
             assert reason.split()[0] in text
     assert str(plan) == text
+
+
+def test_a_notebook_shows_the_page_or_without_jinja2_the_tables(monkeypatch):
+    from compress_core.pages import page
+
+    plan = plan_compression(trained_model("resnet"), SPARSE)
+    shown = plan._repr_html_()
+    assert shown.startswith('<iframe srcdoc="&lt;!DOCTYPE html&gt;')
+    assert shown.count("<") == 2  # the page is an attribute of the frame
+    page._template.cache_clear()
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    assert "<iframe" not in plan._repr_html_()
+    assert "would change" in plan._repr_html_()
+
+
+def test_the_page_has_a_row_for_each_parameter(tmp_path):
+    plan = plan_compression(trained_model("resnet"), {**IMAGES, "compression": SECTIONS["all"]})
+    plan.write_html(tmp_path / "plan.html")
+    text = (tmp_path / "plan.html").read_text()
+    for name, _ in trained_model("resnet").named_parameters():
+        assert f">{name}</th>" in text
 
 
 def test_a_plan_holds_no_model(registry):

@@ -32,6 +32,8 @@ def without_channels(
         for name, filters in group.full_filters.items()
     }
     found = footprint.with_shapes(pruner.shapes(left), pruner.operations(left)).remarked(words)
+    if config.params.target_key == "pruning_latency_target" and at_end:
+        found = found.noted("how much goes follows from a latency measured just now; the creation measures again")
     if undecided:
         return found.noted(undecided)
     if at_end and compares_groups and left != pruner.left():

@@ -135,6 +135,17 @@ class MagnitudeSparsity(ScheduledSparsity):
             footprint = self.with_masks(footprint)
         return footprint.noted(f"which weights become zero is decided from data when the model is created: '{name}'")
 
+    def with_level(self, footprint: Footprint, level: float) -> Footprint:
+        """Returns a footprint in which a level is reached by the weights as they are now."""
+        importance = importance_named(self.config.unread().params.weight_importance)
+        if needs_data(importance):
+            return super().with_level(footprint, level)
+        zeros = self._ranking(self.present).zeros_at(level, together=self.is_global)
+        found = footprint.with_levels({name: n / max(self._mask(name).mask.numel(), 1) for name, n in zeros.items()})
+        if not (level and self.is_global):
+            return found
+        return found.noted("zeros of single layers are those by the weights as they are now, and training moves those")
+
     @hookimpl
     def compress_load_state(self, state: Mapping[str, Any]) -> None:
         """Restores the state; masks come from the present weights until a `state_dict` with saved masks is loaded."""

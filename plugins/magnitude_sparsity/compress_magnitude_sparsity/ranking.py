@@ -53,6 +53,21 @@ class Ranking:
             mask.is_outdated = False
         mark_filled(self.masks.values())
 
+    def zeros_at(self, level: float, *, together: bool) -> dict[str, int]:
+        """Returns how many elements of each weight a level would mask by the present weights; changes no mask.
+
+        For importances that need no data.
+        """
+        found = {}
+        for names, count in self._groups(level, together=together, chosen=None):
+            tensors = self._ranked(names, count, None)
+            assert tensors is not None, "without data, all weights are ranked"
+            masks = [torch.empty_like(self.masks[name].mask) for name in names]
+            select(tensors, count).write(masks)
+            kept = {name: int(torch.count_nonzero(mask)) for name, mask in zip(names, masks, strict=True)}
+            found.update({name: self.masks[name].mask.numel() - number for name, number in kept.items()})
+        return found
+
     def _groups(
         self, level: float, *, together: bool, chosen: Mapping[str, torch.Tensor] | None
     ) -> list[tuple[list[str], int]]:

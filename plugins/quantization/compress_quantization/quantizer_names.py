@@ -162,8 +162,8 @@ class QuantizersByName:
             # Another input is not suggested, because it may be the data.
             close = [] if _is_input(entry) else difflib.get_close_matches(entry, self._known, n=1)
             hint = f"Did you mean '{close[0]}'?" if close else "Remove it: controller.statistics() lists the names."
-            hint = below_hint(entry) or hint
-            problems.append(Problem(path, f"'{entry}' is nothing that would be quantized. {hint}"))
+            text = f"'{entry}' is nothing that would be quantized. {hint} {below_hint(entry)}"
+            problems.append(Problem(path, text.rstrip()))
         if problems:
             raise ConfigError(problems)
 

@@ -224,6 +224,7 @@ class MovementSparsity(MaskingAlgorithm):
         """Counts what is masked now; at the end training will have decided."""
         if not at_end or self._over:
             return self.with_masks(footprint)
+        footprint = footprint.remarked(dict.fromkeys(self.present, "masked as training decides"))
         if not self._structure.groups:
             return footprint.left_open("training decides which weights are masked", ("nonzero",))
         return footprint.left_open("training decides which weights are masked, and which channels and heads go")
