@@ -37,7 +37,16 @@ ELSEWHERE = {
 NEEDS = {("export.md", 3): "executorch"}
 
 # The languages of blocks; `text` is output, and commands stand in blocks without a language.
-LANGUAGES = {"", "json", "python", "text", "{toctree}", "{code-cell}", "{code-cell} ipython3"}
+LANGUAGES = {
+    "",
+    "json",
+    "python",
+    "text",
+    "{toctree}",
+    "{include} ../CHANGELOG.md",
+    "{code-cell}",
+    "{code-cell} ipython3",
+}
 
 
 def blocks(page, language):
