@@ -75,6 +75,25 @@ def measure(
     }
 
 
+def table(fp32: float, rows: list[dict[str, Any]]) -> Table:
+    """Returns the rows as they are printed."""
+    cells = [
+        (
+            row["kind"],
+            row["target"],
+            f"{row['asked for']:.2f}",
+            f"{row['FLOPs removed']:.3f}",
+            "" if row["predicted"] is None else f"{row['predicted']:.3f}",
+            "{:.3f} [{:.3f}, {:.3f}]".format(row["time removed"], *row["quartiles"]),
+            f"{row['accuracy']:.1f}",
+            f"{row['seconds']:.0f}",
+        )
+        for row in rows
+    ]
+    headers = ("ranking", "target", "asked for", "FLOPs removed", "predicted", "time removed", "accuracy, %", "CPU s")
+    return Table(f"ResNet-56 on CIFAR-10, FP32 {fp32:.2f} %, pruned and adapted", headers, cells)
+
+
 def main() -> None:
     """Measures, prints, and writes results/latency_budget.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -94,21 +113,7 @@ def main() -> None:
         for share in (options.share, round(first["time removed"], 2)):
             rows.append(measure(base, data, kind, "pruning_latency_target", share, options))
             report.write("latency_budget", {"settings": vars(options), "fp32": fp32, "rows": rows})
-    cells = [
-        (
-            row["kind"],
-            row["target"],
-            f"{row['asked for']:.2f}",
-            f"{row['FLOPs removed']:.3f}",
-            "" if row["predicted"] is None else f"{row['predicted']:.3f}",
-            "{:.3f} [{:.3f}, {:.3f}]".format(row["time removed"], *row["quartiles"]),
-            f"{row['accuracy']:.1f}",
-            f"{row['seconds']:.0f}",
-        )
-        for row in rows
-    ]
-    headers = ("ranking", "target", "asked for", "FLOPs removed", "predicted", "time removed", "accuracy, %", "CPU s")
-    report.show(Table(f"ResNet-56 on CIFAR-10, FP32 {fp32:.2f} %, pruned and adapted", headers, cells))
+    report.show(table(fp32, rows))
 
 
 if __name__ == "__main__":

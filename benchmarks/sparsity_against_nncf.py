@@ -15,6 +15,7 @@ import logging
 import math
 import re
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -70,7 +71,7 @@ def in_nncf(model: nn.Module, document: Mapping[str, Any]) -> tuple[Any, nn.Modu
     import nncf  # noqa: PLC0415
     from nncf.torch import create_compressed_model as create  # noqa: PLC0415
 
-    document = copy.deepcopy(dict(document))
+    document = {**copy.deepcopy(dict(document)), "log_dir": tempfile.gettempdir()}  # it writes a CSV file there
     return create(copy.deepcopy(model), nncf.NNCFConfig.from_dict(document), dump_graphs=False)
 
 
@@ -432,7 +433,19 @@ def shown(value: Any) -> Any:
     """Writes small figures so that they can be told from 0."""
     if isinstance(value, list):
         return " / ".join(f"{entry:.4f}" for entry in value)
-    return f"{value:.1e}" if isinstance(value, float) and 0 < value < 1e-3 else value
+    if not isinstance(value, float):
+        return value
+    return f"{value:.1e}" if 0 < value < 1e-3 else f"{value:.4g}"
+
+
+def tables(found: Mapping[str, Any]) -> list[Table]:
+    """Returns what was found as it is printed."""
+    return [
+        table("const_sparsity", found["const"]),
+        table(f"rb_sparsity, largest differences in {EPOCHS} epochs of {STEPS} steps", found["rb"]),
+        table("movement_sparsity, largest differences until the warm-up is over (NNCF / here)", found["movement"]),
+        table("movement_sparsity without an initial threshold", found["from_the_start"]),
+    ]
 
 
 def main() -> None:
@@ -448,12 +461,7 @@ def main() -> None:
     found["rb"], found["requested_levels"] = rb()
     found["movement"], found["courses"] = movement()
     found["from_the_start"] = from_the_start()
-    report.show(
-        table("const_sparsity", found["const"]),
-        table(f"rb_sparsity, largest differences in {EPOCHS} epochs of {STEPS} steps", found["rb"]),
-        table("movement_sparsity, largest differences until the warm-up is over (NNCF / here)", found["movement"]),
-        table("movement_sparsity without an initial threshold", found["from_the_start"]),
-    )
+    report.show(*tables(found))
     report.write("sparsity_against_nncf", found)
 
 

@@ -193,25 +193,6 @@ def zoo_channels_tables(content: Content) -> list[Table]:
     return [Table("Half of the channels removed from every group that can be pruned", headers, rows)]
 
 
-def sparsity_against_nncf_tables(content: Content) -> list[Table]:
-    titles = {
-        "const": "const_sparsity",
-        "rb": "rb_sparsity, largest differences",
-        "movement": "movement_sparsity, largest differences until the warm-up is over (NNCF / here)",
-        "from_the_start": "movement_sparsity without an initial threshold",
-    }
-    return [
-        Table(title, tuple(content[key][0]), [[_figure(value) for value in row.values()] for row in content[key]])
-        for key, title in titles.items()
-    ]
-
-
-def _figure(value: Any) -> str:
-    if isinstance(value, list):
-        return " / ".join(_figure(item) for item in value)
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
 def nncf_documents_tables(content: Content) -> list[Table]:
     made = nncf_documents.table(content["documents"])
     *rows, total = made.rows

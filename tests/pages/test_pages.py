@@ -67,6 +67,9 @@ def test_drawings_follow_the_page_and_do_not_change():
     assert "currentColor" in text
     assert not re.search("#000000|black", text)
     assert "accuracy" in text
+    # Black text has no color of its own there, and that of SVG is black: the page sets it.
+    assert re.search(r"<text (?![^>]*fill)", text)
+    assert ".whole svg text { fill: currentColor; }" in whole_page().to_html()
     used = set(re.findall(r"(?:href=\"#|url\(#)([^\")]+)", text))
     assert used <= set(re.findall(r'\bid="([^"]+)"', text))
     assert used.isdisjoint(re.findall(r'\bid="([^"]+)"', drawing("two")))

@@ -23,6 +23,7 @@ from compress_core import (
     mask_weight,
 )
 from compress_core.pages import Grid, Text, page
+from compress_core.session.figures import in_words
 from compress_core.testing.fingerprint import fingerprint
 from compress_core.transforms import raw_parameter
 from tests.html_helpers import cells, check
@@ -441,3 +442,20 @@ def test_of_two_processes_the_first_writes(tmp_path):
     run_in_processes(by_rank, (str(tmp_path),), 2)
     assert sorted(path.name for path in tmp_path.glob("*.html")) == ["all0.html", "one.html"]
     check((tmp_path / "all0.html").read_text())
+
+
+def test_sizes_are_those_of_stripped_model_and_file(tmp_path):
+    controller, _ = create(COMPOSED)
+    text = written(controller, tmp_path)
+    stripped = controller.strip()
+    size = sum(p.numel() * p.element_size() for p in stripped.parameters())
+    # A byte for each element of a quantized weight, and five for each of its scales; the rest as it is.
+    quantizers = [q for q in controller.statistics().quantization.quantizers if q.parameter]
+    scales = {q.parameter: controller.weight_quantizers[q.name].shape for q in quantizers}
+    weights = {name: stripped.get_parameter(name) for name in scales}
+    file = size - sum(3 * w.numel() for w in weights.values())
+    file += sum(5 * (w.shape[0] if max(scales[name]) > 1 else 1) for name, w in weights.items())
+    assert f'<dt>Size</dt><dd class="value">{in_words("size", size)}</dd>' in text
+    assert f'<dt>Size of a file</dt><dd class="value">{in_words("size", file)}</dd>' in text
+    sparse, _ = create(SECTIONS["magnitude_sparsity"])
+    assert "Size of a file" not in written(sparse, tmp_path)

@@ -95,8 +95,8 @@ def _figures(material: Material) -> list[Block]:
     if material.before is not None and material.after is not None:
         tiles += headline(material.before, material.after).figures
         blocks.append(Text(_SIZE))
-        if (integers := _with_integers(material)) is not None:
-            tiles.append(("Size with integer weights", in_words("size", integers), "as a file for a runtime has them"))
+        if material.file is not None:
+            tiles.append(("Size of a file", in_words("size", material.file.size), "with integer weights"))
             blocks.append(Text(_INTEGERS))
     if material.times is not None and material.times.seconds:
         tiles.append(_time_tile(material.times.seconds))
@@ -125,19 +125,9 @@ _SIZE = (
     "parameters take as strip() holds them; zeros take as much as other values."
 )
 _INTEGERS = (
-    "With integer weights: quantized weights counted with 8 bits each (16 for those of more than 8 bits), without "
-    "scales; controller.export writes such files, whose true size depends on the format."
+    "A file for a runtime (controller.export) holds quantized weights as integers: its size is that of the parameters, "
+    "with their scales, without the graph."
 )
-
-
-def _with_integers(material: Material) -> int | None:
-    """Returns the size with quantized weights as integers, in bytes; None if no weight is quantized."""
-    assert material.after is not None
-    columns = [column for part in material.statistics.values() for column in part.by_layer()]
-    bits = {name: int(value) for c in columns if c.kind == "bits" for name, value in c.values.items()}
-    known = {*material.after.tensors, *material.after.aliases}
-    stored = {name: 8 if width <= 8 else 16 for name, width in bits.items() if name in known}
-    return material.after.with_bits(stored).size if stored else None
 
 
 def _time_tile(seconds: Mapping[str, float]) -> tuple[str, str, str]:

@@ -95,6 +95,7 @@ class Material:
         call: Inputs of the model.
         before: Size and operations before compression.
         after: Those of the stripped model.
+        file: What a file for a runtime takes, by what the algorithms say; None if that is not known, or the same.
         times: Times of a forward.
         difference: How far the stripped model is from the compressed one.
         remarks: What could not be done, and why.
@@ -108,6 +109,7 @@ class Material:
     call: Call | None = None
     before: Footprint | None = None
     after: Footprint | None = None
+    file: Footprint | None = None
     times: Times | None = None
     difference: float | None = None
     remarks: list[str] = field(default_factory=list)
@@ -136,7 +138,7 @@ def gather(twin: Reported, accuracy: dict[str, float], options: ReportOptions) -
                 "There is nothing to compare with: the model as it is has other parameters than before compression."
             )
         else:
-            _count(material, Footprint.of_model(plain, traced), stripped)
+            _count(material, twin, _footprint_before(twin, plain, traced), stripped)
         _compare(material, twin, plain, stripped, options)
     # Now, because with strip() filter pruning gets its certificate.
     material.statistics = controller.statistics().parts
@@ -165,11 +167,29 @@ def _call(twin: Reported, args: Any) -> Call:
     return Call.of(twin.lifecycle.context.example("report()", device), model)
 
 
-def _count(material: Material, before: Footprint, stripped: nn.Module) -> None:
-    """Counts parameters, operations and bytes after compression."""
+def _footprint_before(twin: Reported, plain: nn.Module, traced: Trace | None) -> Footprint:
+    """Returns the footprint of the model before compression; its zeros are known if a copy of it is kept."""
+    kept = twin.uncompressed.kept
+    if kept is not None:
+        return Footprint.of_model(kept, traced)
+    found = Footprint.of_model(plain, traced)
+    return found.left_open("the weights before compression are not kept", ["nonzero"])
+
+
+def _count(material: Material, twin: Reported, before: Footprint, stripped: nn.Module) -> None:
+    """Counts parameters, operations and bytes after compression, and what a file with integers takes."""
     with _noting(material, "Parameters and operations could not be counted"):
         material.after = Footprint.of_model(stripped, _traced(material, stripped))
         material.before = before
+        file = before
+        for algorithm in twin.lifecycle.algorithms:
+            file = twin.lifecycle.effect(twin.controller.model, algorithm, file, at_end=False) or file
+        has_integers = any(
+            tensor.stored_bits < before.tensor(name).stored_bits for name, tensor in file.tensors.items()
+        )
+        # Otherwise an algorithm has said nothing of what it does to shapes.
+        if has_integers and "size" not in file.open and file.parameters == material.after.parameters:
+            material.file = file
 
 
 def _traced(material: Material, model: nn.Module) -> Trace | None:

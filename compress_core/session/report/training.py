@@ -44,7 +44,7 @@ def _panel(name: str, history: Sequence[EpochFigures]) -> tuple[str, Picture, st
     known = [(row.epochs, float(row.values[name])) for row in history if name in row.values]
     finite = [value for _, value in known if math.isfinite(value)]
     first, last = known[0], known[-1]
-    remark = f"{first[1]:.4g} after {first[0]} epochs, {last[1]:.4g} after {last[0]}"
+    remark = f"epoch {first[0]}: {first[1]:.4g}, epoch {last[0]}: {last[1]:.4g}"
     if finite:
         remark += f"; {min(finite):.4g} to {max(finite):.4g}"
     svg = line_svg([epochs for epochs, _ in known], [value for _, value in known])

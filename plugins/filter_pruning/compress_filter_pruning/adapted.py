@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from compress_core import BNAdaptationInitArgs, CalibrationData, DataError, LeGRInitArgs
+from compress_core import BNAdaptationInitArgs, CalibrationData, Context, DataError, LeGRInitArgs
 from compress_core.batchnorm.forward_pass import AdaptationPass
+from compress_core.config.scopes import ScopeFilter
 from compress_core.data.forwards import without_traces
 from compress_core.data.progress import progress
 from compress_core.data.structures import tensors_of
@@ -73,8 +74,13 @@ class _Judge:
         with same_chances(self._seed, self._data.loader):
             self._batches = list(self._data.batches(params.calibration_samples, "reading data for the ranking search"))
         self.measure, self.sign = ("error", -1.0) if self._functions is None else ("accuracy", 1.0)
-        frozen = {name for name, layer in _norms(request.model).items() if _is_frozen(layer, request.model)}
-        self._adapted = [name for name in _norms(request.model) if name not in frozen]
+        # The model will be adapted with the scopes of all sections, so candidates are as well.
+        scopes = ScopeFilter(request.model, _ignored(request.context))
+        self._adapted = [
+            name
+            for name, layer in _norms(request.model).items()
+            if not _is_frozen(layer, request.model) and scopes.reason_to_skip([name]) is None
+        ]
         self._expected: list[list[torch.Tensor]] = []
         if self._functions is None:
             reference = copied(request.model).eval()
@@ -143,6 +149,15 @@ def _norms(model: nn.Module) -> dict[str, AnyBatchNorm]:
         for name, module in model.named_modules()
         if isinstance(module, AnyBatchNorm) and module.running_mean is not None and module.running_var is not None
     }
+
+
+def _ignored(context: Context) -> dict[str, Any]:
+    """Returns path -> scope, of what batch-norm adaptation leaves alone."""
+    ignored = {f"ignored_scopes.{i}": scope for i, scope in enumerate(context.config.root.ignored_scopes)}
+    for path, section in context.requests("batchnorm_adaptation").items():
+        scopes = getattr(section, "ignored_scopes", ())
+        ignored |= {f"{path}.ignored_scopes.{i}": scope for i, scope in enumerate(scopes)}
+    return ignored
 
 
 def _is_frozen(layer: AnyBatchNorm, model: nn.Module) -> bool:

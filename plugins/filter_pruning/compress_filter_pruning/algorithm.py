@@ -34,7 +34,7 @@ from compress_filter_pruning.config import FilterPruningConfig
 from compress_filter_pruning.config_checks import check_config
 from compress_filter_pruning.footprints import without_channels
 from compress_filter_pruning.latency import measured_latency
-from compress_filter_pruning.latency_budget import corrected, measured_check, warn_if_off, with_latency
+from compress_filter_pruning.latency_budget import corrected, stripped_and_checked, with_latency
 from compress_filter_pruning.measured import importances_from_data, importances_from_state
 from compress_filter_pruning.nncf_masks import masks_of_nncf
 from compress_filter_pruning.planning import RANKED_DTYPES, PruningPlan, make_plan
@@ -242,13 +242,11 @@ class FilterPruning(LevelAlgorithm):
     @hookimpl
     def compress_strip(self, model: nn.Module, context: Context) -> None:
         """Removes the masked channels; transforms of other algorithms are cut with their tensors."""
-        pruner, check = self._active, None
-        if self._counts_latency and any(pruner.gone) and not context.removed_so_far:
-            check = measured_check(pruner.model, pruner)
-        pruner.strip(model, context.removed_so_far)
-        if check is not None:
-            self._stripped_latency = check
-            warn_if_off(check, "the stripped model takes")
+        pruner, before = self._active, context.removed_so_far
+        if self._counts_latency and any(pruner.gone) and not before:
+            self._stripped_latency = stripped_and_checked(pruner, model)
+        else:
+            pruner.strip(model, before)
 
     # What the controller offers.
 

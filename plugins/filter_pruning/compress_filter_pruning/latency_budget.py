@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from compress_core.channels import InputSpec
+from compress_core.channels import InputSpec, Shrinkage
 from compress_core.data.forwards import without_traces
 from compress_core.data.ranks import exchange, number_of_ranks
 from compress_filter_pruning.config import FilterPruningConfig, FilterPruningParams
@@ -77,6 +77,24 @@ def corrected(model: nn.Module, pruner: Pruner, config: FilterPruningConfig) -> 
             return replace(found, check=check)
         seen.append(left)
         found = found.corrected(left, check.measured)
+
+
+def stripped_and_checked(pruner: Pruner, model: nn.Module) -> LatencyCheck:
+    """Removes the masked channels from a model, and measures what has become of the prediction.
+
+    Args:
+        pruner: What removes them.
+        model: The model, usually a copy of that of the pruner.
+
+    Raises:
+        ShrinkError: The smaller model would fail or compute something else; the model is not changed.
+    """
+    in_place = model is pruner.model  # afterwards there is nothing left to compare with
+    check = measured_check(pruner.model, pruner) if in_place else None
+    pruner.strip(model, Shrinkage())
+    check = check or measured_check(pruner.model, pruner)
+    warn_if_off(check, "the stripped model takes")
+    return check
 
 
 def measured_check(model: nn.Module, pruner: Pruner, *, shared: bool = False) -> LatencyCheck:

@@ -71,7 +71,10 @@ class LearnedRanking:
         size, share = params.population_size, params.mutate_percent
         evolution = Evolution(space, params.generations, size, params.num_samples, share, params.random_seed)
         plain = min(size, params.generations) - 1
-        found = evolution.run(reward, {plain: identity}, request.path)
+        fixed: dict[int, Coefficients] = {plain: identity}
+        if plain:  # the result is not worse than the same level in each group either
+            fixed[plain - 1] = request.uniform(identity, level)
+        found = evolution.run(reward, fixed, request.path)
         return Ranking(dict(found.best), params.generations, "loss", -found.reward, _finite(-found.rewards[plain]))
 
     def _train(self, functions: LeGRInitArgs, trial: nn.Module, steps: int) -> None:

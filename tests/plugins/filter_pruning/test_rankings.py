@@ -613,3 +613,43 @@ def test_the_controller_of_a_trial_has_nothing_to_add():
     assert controller.loss() == 0
     controller.scheduler.step(3)
     controller.scheduler.epoch_step()
+
+
+@pytest.mark.parametrize("where", ["of the section", "of another section", "of the document"])
+def test_candidates_keep_the_statistics_that_adaptation_leaves_alone(where):
+    """Else a candidate would be judged with other statistics than the model has in the end."""
+    plain, kept = seen(Chain()), []
+
+    def validate(model, loader):
+        kept.append(
+            {name: torch.equal(bn.running_mean, getattr(plain, name).running_mean) for name, bn in norms(model)}
+        )
+        return 0.0, 1.0
+
+    def norms(model):
+        return [(name, module) for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)]
+
+    document = config(0.4, interlayer_ranking_type="adapted_ranking", adapted_params=ADAPTED)
+    section = document["compression"]
+    section["initializer"] = {"batchnorm_adaptation": {"num_bn_adaptation_samples": 8}}
+    if where == "of the document":
+        document["ignored_scopes"] = ["bn2"]
+    elif where == "of the section":
+        section["initializer"]["batchnorm_adaptation"]["ignored_scopes"] = ["bn2"]
+    else:
+        adaptation = {"batchnorm_adaptation": {"num_bn_adaptation_samples": 8, "ignored_scopes": ["bn2"]}}
+        document["compression"] = [section, {"algorithm": "magnitude_sparsity", "initializer": adaptation}]
+    functions = {"val_loader": batches(), "validate_fn": validate}
+    create_compressed_model(copy.deepcopy(plain), register_default_init_args(document, batches(), **functions))
+    assert kept == [{"bn1": False, "bn2": True}] * ADAPTED["candidates"]
+
+
+def test_learned_ranking_tries_the_same_level_in_each_group():
+    plain, functions = seen(Chain()), Functions()
+    controller, _ = learned(functions, copy.deepcopy(plain), pruning_target=0.5)
+    level, _ = create_compressed_model(copy.deepcopy(plain), config(0.5, pruning_target=0.5))
+    trial = functions.models[LEGR["population_size"] - 2]
+    norms = {name: getattr(trial, name).weight.detach().flatten(1).norm(dim=1) for name in NAMES}
+    channels = {name: (values == 0).nonzero().flatten().tolist() for name, values in norms.items()}
+    assert list(channels.values()) == list(gone(level).values())
+    assert found(controller).value <= functions.losses[LEGR["population_size"] - 2]

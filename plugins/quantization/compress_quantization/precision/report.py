@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
@@ -156,9 +157,9 @@ class PrecisionReport(Statistics):
                 axes.axvline(point.used, color="gray", linestyle=":", linewidth=1, label="chosen")
         axes.set_yscale("log")
         axes.set_xlabel(self.unit)
-        axes.set_ylabel(self.error)
+        axes.set_ylabel(textwrap.fill(self.error, 45))
         axes.set_title(f"Precision by {self.method}, {self.samples} samples", fontsize=10)
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=8, framealpha=0)  # a page may be dark
         return figure
 
     def blocks(self) -> Sequence[Block]:
