@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks import bn_adaptation, reconstruction
+from benchmarks import bn_adaptation, nncf_documents, reconstruction
 from benchmarks.zoo import channels
 from compress_core.contract.statistics import Table
 
@@ -191,3 +191,11 @@ def zoo_channels_tables(content: Content) -> list[Table]:
     ]
     headers = ("networks", "certified", "nothing to remove", "operations as counted", "median s", "most s")
     return [Table("Half of the channels removed from every group that can be pruned", headers, rows)]
+
+
+def nncf_documents_tables(content: Content) -> list[Table]:
+    made = nncf_documents.table(content["documents"])
+    *rows, total = made.rows
+    refused = [(row[0], row[-1]) for row in rows if row[-1]]
+    tables = [Table(f"Of {total[0]}, how many were", made.headers[2:-1], [total[2:-1]])]
+    return [*tables, Table("Refused", (made.headers[0], made.headers[-1]), refused)] if refused else tables

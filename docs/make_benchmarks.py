@@ -157,6 +157,13 @@ BENCHMARKS = (
         sparsity_against_nncf.tables,
         "learned_sparsity.md#side-by-side-with-nncf",
     ),
+    Benchmark(
+        "Documents of NNCF",
+        "nncf_documents DIRECTORY",
+        ["nncf_documents"],
+        benchmark_tables.nncf_documents_tables,
+        "from_nncf.md",
+    ),
     *(
         Benchmark(
             f"Weight reconstruction: {net}",

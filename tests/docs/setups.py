@@ -141,6 +141,19 @@ def reconstruction(space, monkeypatch):
     space.update(torch=torch, ProjectingTransform=ProjectingTransform)
 
 
+def planned(space, monkeypatch):
+    import compress_core
+
+    space.update(compress_core=compress_core, model=network())
+
+
+def config_of_the_plan(space, monkeypatch):
+    from tests.conftest import ROOT
+
+    text = (ROOT / "docs" / "plan.md").read_text()
+    Path("config.json").write_text(text.split("```json\n")[1].split("```")[0])
+
+
 def logging_page(space, monkeypatch):
     from compress_core.data import progress
 
@@ -157,6 +170,9 @@ def figures_were_logged(space):
 
 
 SETUPS = {
+    "plan.md": planned,
+    ("plan.md", 1): config_of_the_plan,
+    "report.md": export,
     "start.md": start,
     "accuracy_aware.md": accuracy_aware,
     "export.md": export,
@@ -171,7 +187,6 @@ SETUPS = {
     "magnitude_sparsity.md": lambda space, monkeypatch: space.update(factor_of=lambda *args: torch.ones(())),
     "quantization.md": quantization,
     "reconstruction.md": reconstruction,
-    "report.md": lambda space, monkeypatch: compressed(space, algorithm="magnitude_sparsity", sparsity_init=0.5),
 }
 
 
@@ -260,6 +275,9 @@ def step_is_trained(space):
 
 # What has to hold after a block.
 CHECKS = {
+    ("plan.md", 1): file_is_written("plan.html"),
+    ("report.md", 0): file_is_written("report.html"),
+    ("start.md", 4): file_is_written("report.html"),
     ("start.md", 3): file_is_written("resnet56.onnx"),
     ("export.md", 0): file_is_written("model.onnx"),
     ("export.md", 1): file_is_written("layers.png"),
@@ -271,6 +289,5 @@ CHECKS = {
     ("plugins.md", 0): schedule_is_followed,
     ("quantization.md", 2): file_is_written("model.onnx"),
     ("reconstruction.md", 0): transform_keeps_blocks,
-    ("report.md", 0): file_is_written("report.html"),
     ("trace.md", 0): saved_as_network,
 }
