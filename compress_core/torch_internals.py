@@ -615,7 +615,7 @@ def compile_graph(
         tensors: Examples. Sizes that are equal stay equal, others may be any.
     """
     from torch._guards import TracingContext, tracing  # noqa: PLC0415
-    from torch._inductor import config  # noqa: PLC0415
+    from torch._inductor import config, lowering  # noqa: PLC0415
     from torch._inductor.compile_fx import compile_fx_inner  # noqa: PLC0415
     from torch._inductor.decomposition import select_decomp_table  # noqa: PLC0415
     from torch.fx.experimental.proxy_tensor import make_fx  # noqa: PLC0415
@@ -624,7 +624,9 @@ def compile_graph(
     # Without what tracing attached to it, so that the compiler's cache can tell whether it knows the graph.
     graph = torch.fx.GraphModule({}, traced.graph)
     inputs = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
-    with tracing(TracingContext(inputs[0].fake_mode)), config.patch(size_asserts=False):
+    # Checks of sizes are another microsecond for each call; from torch 2.14 on, they are what reads the sizes.
+    asserts = hasattr(lowering, "_record_symbolic_input_source")
+    with tracing(TracingContext(inputs[0].fake_mode)), config.patch(size_asserts=asserts):
         code: Any = compile_fx_inner(graph, inputs, is_inference=True)
     call = code.current_callable
     return lambda *arguments: call(list(arguments))
