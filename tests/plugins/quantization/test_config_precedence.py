@@ -113,7 +113,7 @@ def test_quantizers_are_named_by_scope_and_port():
     }
     assert {bits: resolver.resolve(where).bits for bits, where in named.items()} == {bits: bits for bits in named}
     assert resolver.used["initializer.precision.bitwidth_per_scope.3"] == ["add_0|INPUT0"]
-    assert resolver.dead_entries() == []
+    assert resolver.dead_entries(lambda entry: False) == []
 
 
 def test_scopes_that_match_no_quantizer_are_reported():
@@ -130,13 +130,13 @@ def test_scopes_that_match_no_quantizer_are_reported():
         if resolver.reason_to_skip(where) is None:
             resolver.resolve(where)
             resolver.range_for(where)
-    assert [problem.path for problem in resolver.dead_entries()] == [
+    assert [problem.path for problem in resolver.dead_entries(lambda entry: False)] == [
         "weights.ignored_scopes.1",
         "scope_overrides.weights.absent",
         "initializer.precision.bitwidth_per_scope.0",
         "initializer.range.0.target_scopes.1",
     ]
-    assert "'absent'" in resolver.dead_entries()[1].message
+    assert "'absent'" in resolver.dead_entries(lambda entry: False)[1].message
 
 
 def test_scopes_of_a_group_leave_places_alone():
