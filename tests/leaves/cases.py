@@ -300,7 +300,7 @@ PRUNING = {
             "max_pruning": (ABSENT, 0.5),
             "random_seed": (1, 2),
             "population_size": (4, 12),
-            "num_samples": (1, 16),
+            "num_samples": (2, 16),
             "mutate_percent": (0.1, 1.0),
             "scale_sigma": (1.0, 2.0),
         }.items()

@@ -359,5 +359,5 @@ def test_a_unified_quantizer_has_the_names_of_all_its_places():
 
 def test_an_operator_whose_inputs_are_not_quantized_is_named_with_what_to_write():
     entry = "InPlace/Sequential[body]/ReLU[1]/relu__0"
-    with pytest.raises(ConfigError, match=r"relu__0\|OUTPUT' would mean the quantizer behind it"):
+    with pytest.raises(ConfigError, match=r"relu__0\|OUTPUT' would mean the quantizers behind it"):
         plan(InPlace(), torch.ones(2, 3, 4, 4), activations={"ignored_scopes": [entry]})
