@@ -293,6 +293,23 @@ def test_inputs_that_do_not_fit(tmp_path):
         assert len(wrong) == 0 or "There are no inputs that the model takes, so nothing was run" in text
 
 
+class Keyed(nn.Linear):
+    def forward(self, inputs):
+        return super().forward(inputs["pixels"])
+
+
+def test_inputs_without_a_key_that_the_model_reads(tmp_path):
+    config = {"compression": {"algorithm": "magnitude_sparsity", "sparsity_init": 0.5}}
+    controller, _ = create_compressed_model(Keyed(8, 8), config)
+    text = written(controller, tmp_path, args=({"image": torch.rand(1, 8)},))
+    assert "There are no inputs that the model takes, so nothing was run: KeyError: &#39;pixels&#39;" in text
+
+
+def test_a_time_with_rounding_says_so(tmp_path):
+    controller, _ = create(SECTIONS["quantization"])
+    assert "rounding included" in written(controller, tmp_path, latency=True).partition("Time of a forward: median")[0]
+
+
 def test_without_data_and_inputs(tmp_path):
     config = {"compression": SECTIONS["const_sparsity"]}
     controller, _ = create_compressed_model(trained_model("resnet"), config)

@@ -98,7 +98,7 @@ def _figures(material: Material) -> list[Block]:
             tiles.append(("Size of a file", in_words("size", material.file.size), "with integer weights"))
             blocks.append(Text(_INTEGERS))
     if material.times is not None and material.times.seconds:
-        tiles.append(_time_tile(material.times.seconds))
+        tiles.append(_time_tile(material.times.seconds, rounds=material.file is not None))
         blocks.append(Text(_time_remark(material)))
     if material.difference is not None:
         blocks.append(
@@ -134,14 +134,18 @@ _INTEGERS = (
 )
 
 
-def _time_tile(seconds: Mapping[str, float]) -> tuple[str, str, str]:
+def _time_tile(seconds: Mapping[str, float], *, rounds: bool) -> tuple[str, str, str]:
     value = _milliseconds(seconds["stripped"])
     before = seconds.get("before")
     if before is None:
         return "Time of a forward", value, ""
     ratio = before / seconds["stripped"]
     change = f"{ratio:.3g} times faster" if ratio >= 1 else f"{1 / ratio:.3g} times slower"
-    return "Time of a forward, in torch", value, f"before: {_milliseconds(before)}; {change}"
+    return (
+        "Time of a forward, in torch",
+        value,
+        f"before: {_milliseconds(before)}; {change}{', rounding included' if rounds else ''}",
+    )
 
 
 def _milliseconds(seconds: float) -> str:

@@ -15,7 +15,7 @@ from compress_core.contract.algorithm import Plan
 from compress_core.contract.footprint import Footprint
 from compress_core.contract.statistics import Statistics
 from compress_core.data.examples import examples_of
-from compress_core.errors import CompressionError, PluginError
+from compress_core.errors import CompressionError, PluginError, UsageError
 from compress_core.pages import Block
 from compress_core.session.batch_recorder import remove_recorders
 from compress_core.session.report.measured import Call, Times, largest_difference, times
@@ -166,7 +166,10 @@ def _noting(material: Material, what: str) -> Iterator[None]:
 def _call(twin: Reported, args: Any) -> Call:
     model = twin.controller.model
     if args is not None:
-        return Call.of(examples_of(args)[0], model)
+        try:
+            return Call.of(examples_of(args)[0], model)
+        except (LookupError, AttributeError, AssertionError) as error:  # the model's own, of other inputs
+            raise UsageError(f"{type(error).__name__}: {error}") from error
     device = next((parameter.device for parameter in model.parameters()), None)
     return Call.of(twin.lifecycle.context.example("report()", device), model)
 
