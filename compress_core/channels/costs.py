@@ -112,7 +112,7 @@ def count_operations(forward: ForwardTrace) -> int:
     algebra = Algebra()
     carry(forward, algebra)
     total = sum(2 * product.constant * math.prod(map(len, product.factors)) for product in algebra.products)
-    samples = batch_size(input_specs(forward))
+    samples = max(batch_size(input_specs(forward)), 1)  # an empty batch costs nothing
     return total if total % samples else total // samples
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from compress_core.channels.algebra import Dims, Labels, Role
-from compress_core.channels.rules import Step, rule, untracked
+from compress_core.channels.rules import Step, barrier, rule, untracked
 
 
 @rule("aten.convolution")
@@ -195,6 +195,16 @@ def _heads(step: Step, operands: Sequence[tuple[Labels, int]]) -> Labels:
         else:
             queries = step.met([queries, labels])
     return queries
+
+
+@rule("aten.mkldnn_rnn_layer")
+def _lstm(step: Step) -> list[Dims]:
+    """Counts one direction of a layer of an LSTM, which oneDNN computes as a whole; its channels stay."""
+    x = step.shape(step.argument(0))
+    weights = [step.shape(step.argument(position)) for position in (1, 2)]  # of inputs, and of what it has computed
+    for made, read in weights:
+        step.algebra.multiply([*((size, None) for size in x[:-1]), (made, None), (read, None)])
+    return barrier(step)
 
 
 @rule("aten.embedding", "aten._embedding_bag", "aten._embedding_bag_forward_only")

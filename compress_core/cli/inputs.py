@@ -25,4 +25,6 @@ def info_of(text: str) -> InputInfo:
             "them, and for a dtype other than float put the dtype after them, such as mask=1,16:bool"
         )
     sizes = [int(size) for size in found["sizes"].split(",")]
+    if 0 in sizes:
+        raise UsageError(f"--input {text}: sizes have to be at least 1")
     return InputInfo(sample_size=sizes, type=found["dtype"] or "float", keyword=found["name"])

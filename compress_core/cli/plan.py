@@ -16,6 +16,7 @@ from compress_core.cli.inputs import INPUT_HELP, info_of
 from compress_core.cli.models import MODEL_HELP, load_model
 from compress_core.config import CompressionConfig
 from compress_core.errors import CompressionError, ConfigError
+from compress_core.pages.page import check_path
 from compress_core.trace import Example
 
 if TYPE_CHECKING:
@@ -55,6 +56,8 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _run(options: argparse.Namespace) -> None:
+    if options.html is not None:
+        check_path(options.html)
     config = CompressionConfig.from_json(options.config)
     infos = [info_of(text) for text in options.input or ()]
     # So that output of the model's own code does not end up in the plan.

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
-from compress_core.errors import ExportError
-from compress_core.files import replaced_file
+from compress_core.errors import ExportError, UsageError
+from compress_core.files import file_error, replaced_file
 from compress_core.pages.blocks import Block, Flow, Grid, Picture
 from compress_core.pages.charts import Rails
 
@@ -62,10 +64,32 @@ def write_page(page: Page, path: str | os.PathLike[str]) -> None:
     Raises:
         ExportError: jinja2 is missing.
         FileError: The file cannot be written.
+        UsageError: The path does not end in .html.
     """
-    text = page.to_html().encode()
+    check_path(path)
+    text = page.to_html().encode(errors="backslashreplace")  # names may have halves of surrogate pairs
     with replaced_file(path) as file:
         file.write(text)
+
+
+def check_path(path: str | os.PathLike[str], *, folder: bool = True) -> None:
+    """Checks where a page is to be written, before somebody measures what it shows.
+
+    Args:
+        path: The file.
+        folder: Whether to check that its folder exists, too.
+
+    Raises:
+        UsageError: It is no path of an HTML file, such as that of a config.
+        FileError: Its folder does not exist.
+    """
+    if not isinstance(path, (str, os.PathLike)):
+        raise UsageError(f"path: must be the path of a file, got {type(path).__name__}")
+    if Path(path).suffix.lower() not in {".html", ".htm"}:
+        raise UsageError(f"path: '{path}' must end in .html")
+    if folder and not Path(path).parent.is_dir():
+        missing = FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+        raise file_error("cannot write", path, missing)
 
 
 def check_installed() -> None:

@@ -223,6 +223,7 @@ class CompressionPlan(Statistics):
         Raises:
             ExportError: jinja2 is missing.
             FileError: The file cannot be written.
+            UsageError: The path does not end in .html.
         """
         write_page(self.to_page(), path)
 

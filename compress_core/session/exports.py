@@ -21,6 +21,7 @@ from compress_core.export.references import references_of
 from compress_core.export.sizes import with_varying_sizes
 from compress_core.session.batch_recorder import remove_recorders
 from compress_core.session.lifecycle import Lifecycle
+from compress_core.session.unfinished import unfinished
 from compress_core.transforms.model_wide import bake_transforms
 from compress_core.transforms.python_state import copied
 from compress_core.transforms.wrapped_forward import drop_mixed_precision
@@ -82,7 +83,8 @@ class ModelExport:
             )
             with export_errors(file):
                 report = exporter.export(job)
-        for note in report.notes:
+        less = unfinished(self.model, self.lifecycle)
+        for note in [*report.notes, *([f"{less}."] if less else [])]:
             logger.warning("%s %s", report.path, note)
         return report
 

@@ -137,7 +137,10 @@ def _number(name: str, value: Any) -> Number:
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, Real):
         raise UsageError(f"'{name}' must be a number, or a tensor of one, got {_described(value)}")
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError as error:
+        raise UsageError(f"'{name}' is larger than any floating-point number") from error
     return int(value) if isinstance(value, int) and math.isfinite(number) and abs(number) < 2**63 else number
 
 

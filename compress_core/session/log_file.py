@@ -54,16 +54,35 @@ class CsvFile:
 
         Raises:
             FileError: The file cannot be written.
-            UsageError: Somebody else has written to it.
+            UsageError: Somebody else has written to it, such as another training at the same time.
         """
         if self._size_now() != self._size:
-            self._read()
+            last = self._last
+            self._refuse_others(self._read(), last, moment, values)
         is_new = self._last is not None and moment > self._last
         if is_new and all(name in self._columns for name in values):
             self._append(self._line(moment, values))
         else:
             self._replace(moment, values)
         self._last = moment
+
+    def _refuse_others(
+        self,
+        rows: Mapping[Moment, Mapping[str, str]],
+        last: Moment | None,
+        moment: Moment,
+        values: Mapping[str, Number],
+    ) -> None:
+        """Raises UsageError if lines have come since the last one that was written here; the same figures may have."""
+        new = {at: row for at, row in rows.items() if last is None or at > last}
+        same = new.pop(moment, {})
+        if new or any(same.get(name, repr(value)) != repr(value) for name, value in values.items()):
+            self._last = last  # so that the next figures are refused as well
+            self._size = -1
+            raise UsageError(
+                f"log_to: '{self.path}' has figures of another training that were written since this one wrote to it; "
+                "give each training a file of its own"
+            )
 
     def _replace(self, moment: Moment, values: Mapping[str, Number]) -> None:
         rows = {earlier: row for earlier, row in self._read().items() if earlier <= moment}

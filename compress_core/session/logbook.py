@@ -11,7 +11,7 @@ from compress_core.contract.clock import Clock
 from compress_core.data.ranks import is_first_rank
 from compress_core.errors import UsageError
 from compress_core.session.history import EpochFigures
-from compress_core.session.log_writers import Writer, writer_of
+from compress_core.session.log_writers import ToFile, Writer, writer_of
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +69,10 @@ class Logbook:
         if not is_first_rank():
             return
         writer, name = writer_of(given, begins=clock.epoch < 0 and clock.step < 0)
+        if isinstance(writer, ToFile):  # of which there is one object for each file
+            place = writer.file.path.resolve()
+            files = [t.writer.file for t in self._targets if isinstance(t.writer, ToFile)]
+            writer = ToFile(next((file for file in files if file.path.resolve() == place), writer.file))
         self._targets.append(_Target(writer, name, every_steps))
 
     def at_epoch(self, figures: EpochFigures) -> None:

@@ -124,6 +124,8 @@ def _forward(model: nn.Module, example: Example, results: FakeResults, *, traini
     except Exception as error:
         refuse_out_of_memory(error)
         reason = str(error).strip() or type(error).__name__
+        if isinstance(error, KeyError):  # whose words are the key alone
+            reason = f"{type(error).__name__}: {reason}"
         # An error of the data loader says what to write.
         remedy = "Give example inputs that the model takes: input_info in the config, or a data loader"
         raise TraceError(

@@ -187,3 +187,16 @@ def test_the_document_shows_what_the_command_prints(tmp_path, monkeypatch, capsy
     # Where a plugin comes from depends on how it is installed.
     without = re.compile(r"(?<=would change) \(.*")
     assert without.sub("", capsys.readouterr().out) == without.sub("", printed)
+
+
+def test_a_page_does_not_replace_another_kind_of_file(files, capsys):
+    before = (files / "pruned.json").read_text()
+    assert plan("pruned.json", "--model", "net.py:network", "--html", "pruned.json") == 1
+    assert "must end in .html" in capsys.readouterr().err
+    assert (files / "pruned.json").read_text() == before
+
+
+@pytest.mark.parametrize("text", ["1,3,0,12", "0"])
+def test_a_size_of_zero_is_refused(files, capsys, text):
+    assert plan("sparse.json", "--model", "net.py:network", "--input", text) == 1
+    assert f"--input {text}: sizes have to be at least 1" in capsys.readouterr().err

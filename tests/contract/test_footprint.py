@@ -58,6 +58,22 @@ def test_a_layer_that_runs_twice_costs_twice():
     assert (found.parameters, found.operations) == (20, 2 * 2 * 16)
 
 
+@pytest.mark.parametrize("samples", [1, 3])
+@pytest.mark.parametrize("options", [{}, {"batch_first": True}, {"num_layers": 2, "bidirectional": True}], ids=str)
+def test_an_lstm_counts_its_products(options, samples):
+    class Last(nn.LSTM):
+        def forward(self, x):
+            return super().forward(x)[0]
+
+    model = Last(8, 16, **options).eval()
+    shape = (samples, 5, 8) if model.batch_first else (5, samples, 8)
+    # With transposed inputs, the size of the batch is not the first one of the input.
+    per_sample = 1 if model.batch_first else samples / shape[0]
+    weights = sum(parameter.numel() for name, parameter in model.named_parameters() if "weight" in name)
+    found = Footprint.of_model(model, trace(model, torch.rand(shape)))
+    assert found.operations == 2 * 5 * weights * per_sample
+
+
 def test_without_a_trace_operations_are_open():
     found = Footprint.of_model(nn.Linear(2, 3))
     assert found.figures() == {"parameters": 9, "nonzero": 9, "operations": None, "size": 36}

@@ -71,6 +71,7 @@ def test_what_the_loop_gives_stays_with_its_epoch():
         ({"loss": True}, "'loss' must be a number"),
         ({"loss": None}, "'loss' must be a number"),
         ({"loss": 1j}, "'loss' must be a number"),
+        ({"loss": 10**400}, "'loss' is larger than any floating-point number"),
         ({"loss": torch.zeros(3)}, r"'loss' must be a number, or a tensor of one, got a tensor of shape \(3,\)"),
         ({"loss": 1.0, "compression_rate": 0.5}, "'compression_rate' is measured"),
         ({LEVEL: 0.5}, f"'{LEVEL}' is measured"),

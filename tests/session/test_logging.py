@@ -244,6 +244,38 @@ def test_figures_of_another_training_are_not_replaced(tmp_path):
     assert path.read_bytes() == before
 
 
+def test_two_trainings_at_once_do_not_replace_one_anothers_figures(tmp_path):
+    path = tmp_path / "figures.csv"
+    first, second = compressed(), compressed()
+    for controller in (first, second):
+        controller.log_to(path)
+    for controller in (first, second):
+        controller.scheduler.epoch_step()
+    first.log_epoch(loss=1.0)
+    with pytest.raises(UsageError, match="has figures of another training that were written since"):
+        second.log_epoch(loss=2.0)
+    first.scheduler.epoch_step()
+    first.log_epoch(loss=3.0)
+    with pytest.raises(UsageError, match="has figures of another training"):
+        second.scheduler.epoch_step()
+    assert column(path, "loss") == [None, 1.0, 3.0]
+
+
+def test_the_same_file_may_be_given_twice(tmp_path):
+    path = tmp_path / "figures.csv"
+    (tmp_path / "folder").mkdir()
+    controller = compressed()
+    controller.log_to(path)
+    controller.log_to(tmp_path / "folder" / ".." / "figures.csv", every_steps=2)
+    for epoch in range(2):
+        controller.scheduler.epoch_step()
+        for _ in range(3):
+            controller.scheduler.step()
+        controller.log_epoch(loss=epoch)
+    assert column(path, "epochs") == [0, 0, 1, 1, 2]
+    assert column(path, "steps") == [0, 2, 3, 4, 6]
+
+
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_a_writer_that_fails_is_named_and_the_epoch_has_not_begun(error, tmp_path):
     def broken(values, step):

@@ -239,11 +239,82 @@ def test_an_existing_report_stays_if_there_is_an_error(tmp_path, monkeypatch):
     assert (tmp_path / "report.html").read_text() == text
 
 
+def test_a_model_whose_schedule_has_not_ended_is_called_that(tmp_path):
+    section = {
+        "algorithm": "filter_pruning",
+        "params": {"pruning_target": 0.5, "pruning_steps": 2, "prune_first_conv": True, "multiple_of": 1},
+    }
+    controller, model = create([section, SECTIONS["quantization"]])
+    words = "is compressed less than the config asks for: filter_pruning is uncompressed"
+    assert words in written(controller, tmp_path)
+    train(controller, model, epochs=3)
+    assert "than the config asks for" not in written(controller, tmp_path)
+
+
+class TwoOutputs(nn.Linear):
+    """Its second output is NaN."""
+
+    def forward(self, x):
+        return super().forward(x), super().forward(x) * torch.nan
+
+
+def test_nan_is_no_agreement(tmp_path):
+    config = {"compression": SECTIONS["magnitude_sparsity"], "input_info": {"sample_size": [2, 8]}}
+    config["compression"] = {"algorithm": "magnitude_sparsity", "sparsity_init": 0.5}
+    controller, _ = create_compressed_model(TwoOutputs(8, 8), config)
+    text = written(controller, tmp_path)
+    assert "there is NaN in their outputs" in text and "bit for bit" not in text
+
+
+@pytest.mark.parametrize("value", [torch.rand(2), torch.rand(2).numpy(), 10**400, None, "0.5"], ids=repr)
+def test_accuracies_that_are_no_number(tmp_path, value):
+    controller, _ = create(SECTIONS["magnitude_sparsity"])
+    with pytest.raises(UsageError, match="must be a number, got"):
+        controller.report(tmp_path / "report.html", evaluate_fn=lambda model: value)
+    with pytest.raises(UsageError, match=r"accuracy\['float'\] must be a number, got"):
+        controller.report(tmp_path / "report.html", accuracy={"float": value})
+
+
+def test_a_path_that_cannot_be_written_is_refused_before_anything_is_measured(tmp_path):
+    controller, _ = create(SECTIONS["magnitude_sparsity"])
+    paths = {"report.txt": UsageError, 5: UsageError, b"report.html": UsageError, "no/such/report.html": FileError}
+    for path, error in paths.items():
+        place = tmp_path / path if isinstance(path, str) else path
+        with pytest.raises(error, match=r"path: |the folder must exist"):
+            controller.report(place, evaluate_fn=lambda model: pytest.fail("was called"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_inputs_that_do_not_fit(tmp_path):
+    controller, _ = create(SECTIONS["magnitude_sparsity"])
+    for wrong in (torch.rand(2, 1, 8, 8), "text", torch.rand(0, 3, 8, 8)):
+        text = written(controller, tmp_path, args=wrong, title="half \ud800")
+        assert "half \\ud800" in text
+        assert len(wrong) == 0 or "There are no inputs that the model takes, so nothing was run" in text
+
+
+class Keyed(nn.Linear):
+    def forward(self, inputs):
+        return super().forward(inputs["pixels"])
+
+
+def test_inputs_without_a_key_that_the_model_reads(tmp_path):
+    config = {"compression": {"algorithm": "magnitude_sparsity", "sparsity_init": 0.5}}
+    controller, _ = create_compressed_model(Keyed(8, 8), config)
+    text = written(controller, tmp_path, args=({"image": torch.rand(1, 8)},))
+    assert "There are no inputs that the model takes, so nothing was run: KeyError: &#39;pixels&#39;" in text
+
+
+def test_a_time_with_rounding_says_so(tmp_path):
+    controller, _ = create(SECTIONS["quantization"])
+    assert "rounding included" in written(controller, tmp_path, latency=True).partition("Time of a forward: median")[0]
+
+
 def test_without_data_and_inputs(tmp_path):
     config = {"compression": SECTIONS["const_sparsity"]}
     controller, _ = create_compressed_model(trained_model("resnet"), config)
     text = written(controller, tmp_path, latency=True)
-    assert "There are no inputs, so nothing was run" in text
+    assert "There are no inputs that the model takes, so nothing was run" in text
     names = [row[1] for row in cells(text, "Layers in the order of the forward")[1:]]
     assert names == ["conv1.weight", "conv2.weight", "fc.weight"]
     given = written(controller, tmp_path, args=images())

@@ -196,9 +196,15 @@ class Uncalled(nn.Module):
         return x
 
 
+class Keyed(nn.Module):
+    def forward(self, inputs):
+        return inputs["pixels"]
+
+
 @pytest.mark.parametrize(
     ("model", "example", "message"),
     [
+        (Keyed(), Example.of({"image": torch.ones(1)}), "fails on the given example: KeyError: 'pixels'"),
         (nn.Linear(4, 4), [], "there is no example input"),
         (nn.Linear(4, 4), Example.of(), "its forward fails on the given example: .*missing 1 required positional"),
         (nn.LazyLinear(4), torch.ones(2, 4), "the parameter 'weight' is lazy"),

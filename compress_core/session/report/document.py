@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,9 +20,8 @@ from compress_core.contract.ledger import Ledger
 from compress_core.data.forwards import without_traces
 from compress_core.data.ranks import alone
 from compress_core.data.rng import RngState
-from compress_core.errors import UsageError
 from compress_core.pages import Bars, Block, Code, Details, Figures, Grid, Page, Pairs, Section, Text, write_page
-from compress_core.pages.page import check_installed
+from compress_core.pages.page import check_installed, check_path
 from compress_core.session.agreement import refuse_sharded
 from compress_core.session.figures import headline, in_words
 from compress_core.session.report.bounded import bounded
@@ -34,8 +33,8 @@ from compress_core.session.report.training import training_blocks
 
 def write_report(reported: Reported, path: str | os.PathLike[str], options: ReportOptions) -> None:
     """Writes the report; see `CompressionController.report`."""
-    if Path(path).suffix.lower() not in {".html", ".htm"}:
-        raise UsageError(f"path: '{path}' must end in .html")
+    # Before anything is measured. Other processes may not see the folder in which the first one writes.
+    check_path(path, folder=not (dist.is_available() and dist.is_initialized()))
     model = reported.controller.model
     refuse_sharded(model)
     check_installed()
@@ -99,24 +98,29 @@ def _figures(material: Material) -> list[Block]:
             tiles.append(("Size of a file", in_words("size", material.file.size), "with integer weights"))
             blocks.append(Text(_INTEGERS))
     if material.times is not None and material.times.seconds:
-        tiles.append(_time_tile(material.times.seconds))
+        tiles.append(_time_tile(material.times.seconds, rounds=material.file is not None))
         blocks.append(Text(_time_remark(material)))
     if material.difference is not None:
         blocks.append(
             Text(
                 "The stripped model was run beside the compressed one on a batch of inputs, in eval mode: "
-                + (
-                    f"the largest difference of an output is {material.difference:.1e} of its largest value."
-                    if material.difference
-                    else "their outputs are the same, bit for bit."
-                )
+                + _agreement(material.difference)
             )
         )
     if len(steps) > 1:
         most = max(steps.values())
         blocks.insert(0, Bars("Accuracy by step", ("step", "accuracy"), list(steps.items()), lengths={1: most}))
     remarks = [Text(remark) for remark in material.remarks]
-    return [*([Figures(tiles)] if tiles else []), *blocks, *remarks]
+    warning: list[Block] = [Text(f"The model {material.unfinished}.")] if material.unfinished else []
+    return [*warning, *([Figures(tiles)] if tiles else []), *blocks, *remarks]
+
+
+def _agreement(difference: float) -> str:
+    if math.isnan(difference):
+        return "there is NaN in their outputs, so how far they agree is not known."
+    if difference:
+        return f"the largest difference of an output is {difference:.1e} of its largest value."
+    return "their outputs are the same, bit for bit."
 
 
 _SIZE = (
@@ -130,14 +134,18 @@ _INTEGERS = (
 )
 
 
-def _time_tile(seconds: Mapping[str, float]) -> tuple[str, str, str]:
+def _time_tile(seconds: Mapping[str, float], *, rounds: bool) -> tuple[str, str, str]:
     value = _milliseconds(seconds["stripped"])
     before = seconds.get("before")
     if before is None:
         return "Time of a forward", value, ""
     ratio = before / seconds["stripped"]
     change = f"{ratio:.3g} times faster" if ratio >= 1 else f"{1 / ratio:.3g} times slower"
-    return "Time of a forward, in torch", value, f"before: {_milliseconds(before)}; {change}"
+    return (
+        "Time of a forward, in torch",
+        value,
+        f"before: {_milliseconds(before)}; {change}{', rounding included' if rounds else ''}",
+    )
 
 
 def _milliseconds(seconds: float) -> str:

@@ -15,10 +15,11 @@ from compress_core.contract.algorithm import Plan
 from compress_core.contract.footprint import Footprint
 from compress_core.contract.statistics import Statistics
 from compress_core.data.examples import examples_of
-from compress_core.errors import CompressionError, PluginError
+from compress_core.errors import CompressionError, PluginError, UsageError
 from compress_core.pages import Block
 from compress_core.session.batch_recorder import remove_recorders
 from compress_core.session.report.measured import Call, Times, largest_difference, times
+from compress_core.session.unfinished import unfinished
 from compress_core.trace import Example, Trace, trace
 from compress_core.trace.graph import ForwardTrace
 from compress_core.transforms import activation_transforms
@@ -99,6 +100,7 @@ class Material:
         times: Times of a forward.
         difference: How far the stripped model is from the compressed one.
         remarks: What could not be done, and why.
+        unfinished: What the config asks for and the model does not have yet.
     """
 
     accuracy: dict[str, float]
@@ -113,6 +115,7 @@ class Material:
     times: Times | None = None
     difference: float | None = None
     remarks: list[str] = field(default_factory=list)
+    unfinished: str = ""
 
 
 def gather(twin: Reported, accuracy: dict[str, float], options: ReportOptions) -> Material:
@@ -125,7 +128,8 @@ def gather(twin: Reported, accuracy: dict[str, float], options: ReportOptions) -
     """
     material = Material(accuracy, plans=twin.lifecycle.plans)
     controller, model = twin.controller, twin.controller.model
-    with _noting(material, "There are no inputs, so nothing was run"):
+    material.unfinished = unfinished(model, twin.lifecycle)
+    with _noting(material, "There are no inputs that the model takes, so nothing was run"):
         material.call = _call(twin, options.args)
     plain, traced = twin.plain(), None
     with _noting(material, "The order of the layers could not be traced"), bypass_transforms(model):
@@ -162,7 +166,10 @@ def _noting(material: Material, what: str) -> Iterator[None]:
 def _call(twin: Reported, args: Any) -> Call:
     model = twin.controller.model
     if args is not None:
-        return Call.of(examples_of(args)[0], model)
+        try:
+            return Call.of(examples_of(args)[0], model)
+        except (LookupError, AttributeError, AssertionError) as error:  # the model's own, of other inputs
+            raise UsageError(f"{type(error).__name__}: {error}") from error
     device = next((parameter.device for parameter in model.parameters()), None)
     return Call.of(twin.lifecycle.context.example("report()", device), model)
 

@@ -42,7 +42,11 @@ def _number(value: Any, what: str) -> float:
         value = value.item()
     if isinstance(value, bool) or not hasattr(value, "__float__"):
         raise UsageError(f"{what} must be a number, got {type(value).__name__}")
-    return float(value)
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError) as error:  # arrays of several numbers, integers beyond all floats
+        shape = f" of shape {tuple(value.shape)}" if hasattr(value, "shape") else ""
+        raise UsageError(f"{what} must be a number, got {type(value).__name__}{shape}: {error}") from error
 
 
 def evaluated(evaluate_fn: Callable[[nn.Module], Any], models: Mapping[str, nn.Module]) -> dict[str, float]:
@@ -108,7 +112,7 @@ class Call:
 def largest_difference(model: nn.Module, stripped: nn.Module, call: Call) -> float | None:
     """Returns how far the outputs of two models are apart, relative to the largest value of each output.
 
-    None if they return no tensors of floating-point numbers, or not the same ones.
+    None if they return no tensors of floating-point numbers, or not the same ones; NaN if one of them has NaN.
     """
     with evaluating(model), evaluating(stripped):
         pairs = [list(tensors_of(call.run(module))) for module in (model, stripped)]
@@ -120,7 +124,8 @@ def largest_difference(model: nn.Module, stripped: nn.Module, call: Call) -> flo
             largest = float(reference.double().abs().max())
             difference = float((reference.double() - other.double()).abs().max())
             found.append(difference / largest if largest else difference)
-    return max(found, default=None)
+    # `max` would pass over NaN.
+    return math.nan if any(map(math.isnan, found)) else max(found, default=None)
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ def with_quantizers(
     """
     method: PrecisionMethod | None = None if precision is None else choice(precision.type, PRECISION)
     is_chosen = method is not None and method.choose is not None
-    options = {entry.name: sorted(entry.options) for entry in choices if is_chosen and len(entry.options) > 1}
+    options = {entry.name: _options(entry, precision) for entry in choices if is_chosen and len(entry.options) > 1}
     found = footprint.remarked({q.name: _words(q, options.get(q.name)) for q in quantizers})
     weights = [q for q in quantizers if q.group == "weights"]
     missing = [q.parameter for q in weights if q.parameter not in footprint]
@@ -52,14 +52,25 @@ def with_quantizers(
     )
     if options and precision is not None:
         found = found.noted(f"numbers of bits are chosen from data when the model is created: '{precision.type}'")
+    elif is_chosen and precision is not None:
+        found = found.noted(
+            f"'{precision.type}' has nothing to choose: the device leaves each weight one number of bits"
+        )
     if len(stored) < len(weights):
         found = found.noted("weights of recurrent layers are stored as floating-point values, which ONNX demands")
     return found
 
 
+def _options(entry: BitsChoice, precision: PrecisionConfig | None) -> list[int]:
+    """Returns the numbers of bits that a quantizer may get, of those that the user has named if there are any."""
+    named = precision.bits if precision is not None and "bits" in precision.model_fields_set else entry.options
+    return sorted(set(entry.options).intersection(named)) or sorted(entry.options)
+
+
 def _words(quantizer: PlannedQuantizer, options: Sequence[int] | None) -> str:
     spec = quantizer.spec
-    bits = f"{spec.bits} bits" if not options else f"{', '.join(map(str, options[:-1]))} or {options[-1]} bits"
+    options = options or [spec.bits]
+    bits = f"{options[0]} bits" if len(options) == 1 else f"{', '.join(map(str, options[:-1]))} or {options[-1]} bits"
     return f"{quantizer.group}: {bits}, {spec.mode}, per {'channel' if spec.per_channel else 'tensor'}"
 
 
