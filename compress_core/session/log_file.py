@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -29,7 +31,7 @@ class CsvFile:
 
     Raises:
         UsageError: The file has something else in it, or `begins`, and it has figures already.
-        FileError: The file cannot be read.
+        FileError: The file cannot be read, or its folder does not exist.
     """
 
     def __init__(self, path: Path, *, begins: bool = False) -> None:
@@ -37,6 +39,8 @@ class CsvFile:
         self._columns: list[str] = []
         self._size = 0
         self._last: Moment | None = None
+        if not self.path.parent.is_dir():  # else the first epoch would find out
+            raise file_error("cannot write", path, FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)))
         rows = self._read()
         if begins and rows:
             raise UsageError(

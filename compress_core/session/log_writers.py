@@ -71,7 +71,7 @@ def writer_of(given: Any, *, begins: bool) -> tuple[Writer, str]:
 
     Raises:
         UsageError: It is something else, or such a file.
-        FileError: The file cannot be read.
+        FileError: The file cannot be read, or its folder does not exist.
     """
     if isinstance(given, (str, os.PathLike)):
         path = Path(given)

@@ -60,7 +60,7 @@ class RecordingMethods(ControllerParts):
 
         Raises:
             UsageError: It is something else; or a CSV file has figures already, and this training is at its beginning.
-            FileError: The file cannot be read.
+            FileError: The file cannot be read, or its folder does not exist.
         """
         self._logbook.add(writer, every_steps, self.scheduler.clock)
 

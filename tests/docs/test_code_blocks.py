@@ -42,6 +42,7 @@ LANGUAGES = {
     "json",
     "python",
     "text",
+    "{image} pictures/report.png",
     "{toctree}",
     "{include} ../CHANGELOG.md",
     "{code-cell}",

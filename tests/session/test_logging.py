@@ -321,6 +321,8 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path):
     folder = tmp_path / "runs"
     folder.mkdir()
     controller = compressed()
+    with pytest.raises(FileError, match=r"elsewhere/figures.csv.*the folder must exist"):
+        controller.log_to(folder / "elsewhere/figures.csv")
     controller.log_to(folder / "figures.csv")
     folder.rmdir()
     state = controller.get_compression_state()
