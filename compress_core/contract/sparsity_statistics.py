@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 from compress_core.contract.statistics import ByLayer, Statistics, Table
-from compress_core.pages import Bars, Block, Details, Grid
+from compress_core.pages import Bars, Block, Details
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class SparsityStatistics(Statistics):
                 bars = Bars(table.title, table.headers, table.rows, shares=(2,), lengths={3: 100.0})
                 found.append(Details(f"{len(self.layers)} weights", [bars]))
             elif table.title != f"{self.title}: left dense":
-                found.append(Grid(table.title, table.headers, table.rows))
+                found.append(table.to_grid())
         return found
 
     def by_layer(self) -> Sequence[ByLayer]:

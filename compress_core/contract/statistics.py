@@ -37,6 +37,10 @@ class Table:
         """Returns the table as HTML, without scripts and styles; what looks like HTML is shown as it is written."""
         return f"<p><b>{html.escape(self.title)}</b></p>\n{self._in('html')}"
 
+    def to_grid(self) -> Grid:
+        """Returns the table as a block of a page."""
+        return Grid(self.title, self.headers, self.rows)
+
     def _repr_html_(self) -> str:
         return self.to_html()
 
@@ -94,7 +98,7 @@ class Statistics:
 
     def blocks(self) -> Sequence[Block]:
         """Returns what a report shows, blocks of `compress_core.pages`; by default the tables."""
-        return [Grid(table.title, table.headers, table.rows) for table in self.tables()]
+        return [table.to_grid() for table in self.tables()]
 
     def by_layer(self) -> Sequence[ByLayer]:
         """Returns the figures that there is one of for each layer, for the picture of the network; by default none."""

@@ -14,7 +14,7 @@ from compress_core.contract.footprint import Footprint, shape_in_words
 from compress_core.contract.ledger import Ledger
 from compress_core.contract.statistics import Statistics, Table
 from compress_core.errors import ExportError
-from compress_core.pages import Bars, Block, Details, Grid, Page, Section, Text, write_page
+from compress_core.pages import Bars, Block, Details, Page, Section, Text, write_page
 from compress_core.session.figures import comparison, headline
 
 # Names that a line of a summary shows.
@@ -175,7 +175,7 @@ class CompressionPlan(Statistics):
                 "Before and after",
                 [
                     headline(self.before, self.at_end),
-                    _grid(self._figures()),
+                    self._figures().to_grid(),
                     *map(Text, self.remarks()),
                     Text(_UNITS_OF_FIGURES),
                     Details("Every parameter", [self._parameters()]),
@@ -184,13 +184,15 @@ class CompressionPlan(Statistics):
         ]
         for number, algorithm in enumerate(self.algorithms):
             blocks: list[Block] = [Text(sentence) for sentence in algorithm.remarks]
-            blocks += map(_grid, _tables_of(algorithm, complete=False))
+            blocks += map(Table.to_grid, _tables_of(algorithm, complete=False))
             if len(algorithm.targets) > 1:
                 complete = _tables_of(algorithm, complete=True)
-                blocks.append(Details("Every target and what is left alone, one by one", [*map(_grid, complete)]))
+                blocks.append(
+                    Details("Every target and what is left alone, one by one", [*map(Table.to_grid, complete)])
+                )
             sections.append(Section(f"algorithm-{number}", algorithm.name, blocks))
-        sections.append(Section("afterwards", "When the model is created", [*map(_grid, self._afterwards())]))
-        sections.append(Section("config", "The config", [_grid(_config_table(self.ledger))]))
+        sections.append(Section("afterwards", "When the model is created", [*map(Table.to_grid, self._afterwards())]))
+        sections.append(Section("config", "The config", [_config_table(self.ledger).to_grid()]))
         names = ", ".join(algorithm.name for algorithm in self.algorithms) or "no algorithm"
         return Page(f"Plan: {self.model}", f"What {names} would do. Nothing has been changed.", sections)
 
@@ -299,10 +301,6 @@ def _narrow(table: Table) -> Table:
 def _wrapped(text: str) -> str:
     # Dotted names are not broken, so that they can be copied.
     return "\n".join(textwrap.wrap(text, _WIDTH, break_long_words=False, break_on_hyphens=False)) or text
-
-
-def _grid(table: Table) -> Grid:
-    return Grid(table.title, table.headers, table.rows)
 
 
 def _share(new: int, old: int) -> float | None:

@@ -37,13 +37,13 @@ TOLD = ("plan", "modules", "statistics")
 class Net(nn.Module):
     """Three convolutions with batch norm, a residual add, a concat, a linear layer: 8x8 images."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = 8) -> None:
         super().__init__()
-        self.conv0 = nn.Conv2d(3, 8, 3, padding=1, bias=False)
-        self.conv1 = nn.Conv2d(8, 8, 3, padding=1, bias=False)
-        self.conv2 = nn.Conv2d(8, 8, 3, padding=1, stride=2, bias=False)
-        self.bn0, self.bn1, self.bn2 = (nn.BatchNorm2d(8) for _ in range(3))
-        self.fc = nn.Linear(16, 4)
+        self.conv0 = nn.Conv2d(3, width, 3, padding=1, bias=False)
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, stride=2, bias=False)
+        self.bn0, self.bn1, self.bn2 = (nn.BatchNorm2d(width) for _ in range(3))
+        self.fc = nn.Linear(2 * width, 4)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.bn0(self.conv0(x)).relu()
@@ -56,12 +56,7 @@ class Wide(Net):
     """A model whose multiplications take most of its time."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.conv0 = nn.Conv2d(3, 192, 3, padding=1, bias=False)
-        self.conv1 = nn.Conv2d(192, 192, 3, padding=1, bias=False)
-        self.conv2 = nn.Conv2d(192, 192, 3, padding=1, stride=2, bias=False)
-        self.bn0, self.bn1, self.bn2 = (nn.BatchNorm2d(192) for _ in range(3))
-        self.fc = nn.Linear(384, 4)
+        super().__init__(192)
 
 
 class Normalized(Net):

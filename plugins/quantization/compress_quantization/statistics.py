@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from compress_core import ByLayer, Statistics, Table
-from compress_core.pages import Block, Details, Grid
+from compress_core.pages import Block, Details
 from compress_quantization.precision.report import PrecisionReport
 
 _GROUPS = ("weights", "activations")
@@ -105,7 +105,7 @@ class QuantizationStatistics(Statistics):
 
     def blocks(self) -> list[Block]:
         """Returns the tables of counts and of quantizers, and the frontier of a search for numbers of bits."""
-        counts, quantizers = (Grid(table.title, table.headers, table.rows) for table in self.tables()[:2])
+        counts, quantizers = (table.to_grid() for table in self.tables()[:2])
         found: list[Block] = [counts, Details(f"{len(self.quantizers)} quantizers", [quantizers])]
         return [*found, *(self.precision.blocks() if self.precision is not None else ())]
 

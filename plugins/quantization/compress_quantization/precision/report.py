@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field
 
 from compress_core import Statistics, Table
 from compress_core.errors import UsageError
-from compress_core.pages import Block, Grid, Picture, Text, figure_svg
+from compress_core.pages import Block, Picture, Text, figure_svg
 from compress_core.pictures import check_format, has_matplotlib, new_figure, write_figure
 from compress_core.saved import STRICT, Items, parsed
 
@@ -164,7 +164,7 @@ class PrecisionReport(Statistics):
 
     def blocks(self) -> Sequence[Block]:
         """Returns the frontier as a picture, and the tables."""
-        tables: list[Block] = [Grid(table.title, table.headers, table.rows) for table in self.tables()]
+        tables: list[Block] = [table.to_grid() for table in self.tables()]
         if not self.points:
             return tables
         if not has_matplotlib():

@@ -24,7 +24,7 @@ from compress_core import (
 from compress_core.config.scopes import ScopeFilter
 from compress_core.contract.algorithm import NeedsUncompressed
 from compress_core.data.forwards import without_traces
-from compress_core.pages import Block, Grid
+from compress_core.pages import Block
 from compress_core.torch_internals import AnyBatchNorm
 from compress_core.trace import Example
 from compress_core.transforms import TransformedWeight, transformed_weights
@@ -94,7 +94,7 @@ class CorrectionStatistics(Statistics):
     def blocks(self) -> list[Block]:
         """Returns the table of what was corrected."""
         table = self.tables()[0]
-        return [Grid(table.title, table.headers, table.rows)]
+        return [table.to_grid()]
 
     def left_alone(self) -> Mapping[str, str]:
         """Returns the weights behind which nothing was corrected."""
