@@ -266,7 +266,11 @@ def test_nan_is_no_agreement(tmp_path):
     assert "there is NaN in their outputs" in text and "bit for bit" not in text
 
 
-@pytest.mark.parametrize("value", [torch.rand(2), torch.rand(2).numpy(), 10**400, None, "0.5"], ids=repr)
+@pytest.mark.parametrize(
+    "value",
+    [torch.rand(2), torch.rand(2).numpy(), 10**400, None, "0.5"],
+    ids=["tensor", "array", "beyond floats", "nothing", "text"],  # the same in every process
+)
 def test_accuracies_that_are_no_number(tmp_path, value):
     controller, _ = create(SECTIONS["magnitude_sparsity"])
     with pytest.raises(UsageError, match="must be a number, got"):
