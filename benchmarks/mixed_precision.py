@@ -1,6 +1,6 @@
 """Is a choice of bits by `sensitivity` ahead of uniform bits, of `hawq` and of random choices of the same size?
 
-Usage: python -m benchmarks.mixed_precision [--networks resnet56 vgg16-bn fashion-resnet] [--test-images 1000]
+Usage: python -m benchmarks.mixed_precision [--networks resnet56 vgg16-bn fashion-resnet] [--keep] [--test-images 10000]
 
 Trained networks, not trained further: ranges from 128 training images, batch-norm adaptation on 256, weights with an
 average of 4 or 6 bits, activations with 8. `hawq` gets the same budget, numbers of bits 2, 4, 6, 8 (more make too many
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 import logging
 import random
 import tempfile
@@ -171,20 +172,34 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", choices=NAMES, default=list(NAMES))
     parser.add_argument("--budgets", nargs="+", type=int, default=[4, 6])
-    parser.add_argument("--test-images", type=int, default=1000)
+    parser.add_argument("--test-images", type=int, default=10_000)
     parser.add_argument("--training-images", type=int, default=256, help="images that everything is measured on")
     parser.add_argument("--samples", type=int, default=64, help="images on which errors and traces are measured")
     parser.add_argument("--iterations", type=int, default=12, help="random vectors of hawq")
     parser.add_argument("--random", type=int, default=3, help="random choices")
+    parser.add_argument("--keep", action="store_true", help="leave other networks in the file of results as they are")
     options = parser.parse_args()
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
-    results: dict[str, Any] = {}
+    settings = {key: value for key, value in vars(options).items() if key not in ("networks", "keep")}
+    results = kept(settings) if options.keep else {}
     for name in options.networks:
-        results[name] = measure(name, options)
-        settings = {key: value for key, value in vars(options).items() if key != "networks"}
+        measured = measure(name, options)
+        # Read again: another process may have measured another network meanwhile.
+        results = {**(kept(settings) if options.keep else results), name: measured}
         report.write("mixed_precision", {"settings": settings, "results": results})
     report.show(shown(results))
+
+
+def kept(settings: dict[str, Any]) -> dict[str, Any]:
+    """Returns what the file of results has of each network; figures of other settings do not stand in one table."""
+    path = report.RESULTS / "mixed_precision.json"
+    if not path.exists():
+        return {}
+    content = json.loads(path.read_text())
+    if content["settings"] != settings:
+        raise SystemExit(f"{path.name} has {content['settings']}, not {settings}: run without --keep")
+    return dict(content["results"])
 
 
 if __name__ == "__main__":

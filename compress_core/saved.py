@@ -80,22 +80,26 @@ def check_plain(value: Any, path: str, *, finite: bool = True) -> None:
     Raises:
         StateError: Names the path of the first such value.
     """
-    pending: list[tuple[Any, Any, int]] = [(value, (None, path), 0)]
+    # Only containers wait for their turn: a state can hold lists of a hundred thousand numbers.
+    pending: list[tuple[Any, Any, int]] = [({path: value}, None, -1)]
     while pending:
-        item, place, depth = pending.pop()
-        if isinstance(item, (Mapping, list, tuple)):
-            if depth >= _DEEPEST:
-                raise damaged(_joined(place), f"is nested more than {_DEEPEST} levels deep")
-            if isinstance(item, Mapping):
-                for key in item:
-                    if not isinstance(key, str):
-                        raise damaged(_joined(place), f"has the key {shown(key)}, which is no text")
-                entries: Any = item.items()
-            else:
-                entries = enumerate(item)
-            pending.extend((entry, (place, key), depth + 1) for key, entry in entries)
-        elif (problem := _problem(item, finite)) is not None:
-            raise damaged(_joined(place), problem)
+        container, place, depth = pending.pop()
+        if depth >= _DEEPEST:
+            raise damaged(_joined(place), f"is nested more than {_DEEPEST} levels deep")
+        if isinstance(container, Mapping):
+            for key in container:
+                if not isinstance(key, str):
+                    raise damaged(_joined(place), f"has the key {shown(key)}, which is no text")
+            entries: Any = container.items()
+        else:
+            entries = enumerate(container)
+        for key, item in entries:
+            problem = _problem(item, finite)
+            if problem is None:
+                continue
+            if not isinstance(item, (Mapping, list, tuple)):
+                raise damaged(_joined((place, key)), problem)
+            pending.append((item, (place, key), depth + 1))
 
 
 def _problem(item: Any, finite: bool) -> str | None:

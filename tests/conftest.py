@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import os
 import tomllib
@@ -24,9 +25,21 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatabl
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def declared_entry_points() -> list[importlib.metadata.EntryPoint]:
+@functools.cache
+def declared_entry_points() -> tuple[importlib.metadata.EntryPoint, ...]:
     table = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"][ENTRY_POINT_GROUP]
-    return [importlib.metadata.EntryPoint(name, value, ENTRY_POINT_GROUP) for name, value in table.items()]
+    return tuple(importlib.metadata.EntryPoint(name, value, ENTRY_POINT_GROUP) for name, value in table.items())
+
+
+def with_built_in_plugins() -> Registry:
+    """Returns a new registry of the built-in plugins, from the table in pyproject.toml, and of no others."""
+    registry = Registry()
+    registry.load_entry_points(declared_entry_points())
+    assert not registry.failures
+    return registry
+
+
+shared_registry = functools.cache(with_built_in_plugins)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -36,13 +49,22 @@ def few_threads():
 
 
 @pytest.fixture(autouse=True)
-def registry():
-    """The built-in plugins, from the table in pyproject.toml, and nothing that happens to be installed."""
-    fresh = Registry()
-    fresh.load_entry_points(declared_entry_points())
-    assert not fresh.failures
-    with use_registry(fresh):
-        yield fresh
+def built_in_plugins():
+    """The built-in plugins, and nothing that happens to be installed. A test that adds to them asks for `registry`."""
+    shared = shared_registry()  # to make one for each test took an eighth of the time of all tests
+    loaded = list(shared.plugins)
+    with use_registry(shared):
+        yield
+    if shared.plugins != loaded or shared.failures:
+        shared_registry.cache_clear()
+        pytest.fail("this test registers plugins for those that follow: let it ask for the fixture 'registry'")
+
+
+@pytest.fixture
+def registry(built_in_plugins):
+    """A registry of this test's own, in use, with the built-in plugins in it."""
+    with use_registry(with_built_in_plugins()) as own:
+        yield own
 
 
 @pytest.fixture(autouse=True)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
 import typing
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import pluggy
@@ -22,13 +24,15 @@ _MARK = f"{hookspecs.PROJECT}_impl"
 _PREFIX = "compress_"
 
 
-def hook_names() -> dict[str, tuple[str, ...]]:
+@functools.cache
+def hook_names() -> Mapping[str, tuple[str, ...]]:
     """Returns every hook of the contract with the names of its arguments."""
-    return {
+    found = {
         name: tuple(inspect.signature(function).parameters)
         for name, function in inspect.getmembers(hookspecs, inspect.isfunction)
         if hasattr(function, f"{hookspecs.PROJECT}_spec")
     }
+    return MappingProxyType(found)
 
 
 # Which kind of class may implement which hook; lifecycle hooks in neither set belong to algorithms.

@@ -73,7 +73,7 @@ def test_what_is_listed_is_there():
 
 
 @pytest.mark.parametrize("page", pages_with("python"))
-def test_python_runs(page, tmp_path, monkeypatch):
+def test_python_runs(page, registry, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setenv("COMPRESS_QUANTIZATION_KERNELS", "eager")
