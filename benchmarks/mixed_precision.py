@@ -159,7 +159,7 @@ def shown(results: dict[str, Any]) -> Table:
                     name,
                     budget,
                     method,
-                    *(f"{row[key]:.{digits}f}" for key, digits in zip(keys, (2, 1, 1, 4), strict=True)),
+                    *(f"{row[key]:.{digits}f}" for key, digits in zip(keys, (2, 2, 2, 4), strict=True)),
                 )
                 for method, row in kept.items()
             ]

@@ -444,7 +444,7 @@ QUANTIZATION = {
         }.items()
     },
     "initializer.precision.output_error": Case(
-        ("kl", "squared", "auto"), context=_chosen(), root=TRIAL, same=(("kl", "auto"),)
+        ("kl", "squared", "auto"), context=_chosen(), root=TRIAL, same=(("squared", "auto"),)
     ),
     "initializer.precision.frontier_points": Case((0, 3), context=_chosen(frontier_points=None), root=TRIAL),
     "initializer.precision.eval_subset_ratio": Case((ABSENT, 0.5), context=_chosen("autoq"), root=TRIAL, warned=True),

@@ -161,7 +161,8 @@ class PrecisionConfig(Section):
     output_error: Literal["auto", "kl", "squared"] = Field(
         "auto",
         description="how the output's error is measured: kl: divergence of the softmax over dimension 1; squared: mean "
-        "square relative to the output's; auto: kl if the output is one tensor of two dimensions, else squared",
+        "square relative to the output's, averaged over outputs; auto: squared; for hawq, kl if the output is one "
+        "tensor of two dimensions",
     )
     frontier_points: Count = Field(
         9, ge=0, le=100, description="sensitivity: budgets for which the error is predicted and measured"

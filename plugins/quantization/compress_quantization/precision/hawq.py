@@ -30,7 +30,7 @@ from compress_quantization.precision.budgets import budget_of
 from compress_quantization.precision.dumps import dump, read_traces
 from compress_quantization.precision.hessian import Traces, gauss_newton_traces, hessian_traces
 from compress_quantization.precision.method import ChosenBits, PrecisionMethod
-from compress_quantization.precision.outputs import IN_WORDS
+from compress_quantization.precision.outputs import IN_WORDS, mean_squares
 from compress_quantization.precision.report import FrontierPoint, PrecisionReport
 from compress_quantization.precision.search import PrecisionSearch
 from compress_quantization.precision.targets import target_of
@@ -137,10 +137,11 @@ def _traces(search: PrecisionSearch, candidates: Sequence[BitsChoice]) -> tuple[
         else:
             with torch.no_grad():
                 first = search.outputs(batches[0][0])
-            kind = search.error_kind(first)
-            words = IN_WORDS[kind] if kind == "kl" else "half the squared change of the output"
+            kind = search.error_kind(first, auto="kl")
+            words = IN_WORDS[kind]
             share = 1.0 / sum(_rows(kind, first) / batches[0][1] * size for _, size in batches)
-            outputs = [(functools.partial(search.outputs, batch), share) for batch, _ in batches]
+            scales = mean_squares(first) if kind == "squared" else [1.0] * len(first)
+            outputs = [(functools.partial(_scaled, search, batch, scales), share) for batch, _ in batches]
             traces = gauss_newton_traces(weights, outputs, kind, iterations=iterations, tolerance=config.tolerance)
     negative = [w.name for w, trace in zip(candidates, traces.values, strict=True) if trace < 0]
     if negative:
@@ -183,6 +184,12 @@ def _given_criterion(search: PrecisionSearch) -> QuantizationPrecisionInitArgs |
 def _rows(kind: str, outputs: Sequence[torch.Tensor]) -> float:
     """Returns the number of positions, or samples, of the outputs of a batch."""
     return sum(t.numel() / t.shape[1] if kind == "kl" else t.shape[0] if t.ndim else 1 for t in outputs)
+
+
+def _scaled(search: PrecisionSearch, batch: Any, mean_squares: Sequence[float]) -> list[torch.Tensor]:
+    """Returns the outputs for a batch, each in units of its root mean square: so none hides the others."""
+    outputs = search.outputs(batch)
+    return [tensor / square**0.5 for tensor, square in zip(outputs, mean_squares, strict=True)]
 
 
 def _criterion(search: PrecisionSearch, given: QuantizationPrecisionInitArgs, batch: Any) -> torch.Tensor:

@@ -35,15 +35,21 @@ def output_tensors(output: Any, path: str) -> list[torch.Tensor]:
     return found
 
 
-def kind_of_error(wanted: str, tensors: Sequence[torch.Tensor], path: str) -> ErrorKind:
+def kind_of_error(wanted: str, tensors: Sequence[torch.Tensor], path: str, *, auto: ErrorKind = "squared") -> ErrorKind:
     """Returns how the error of these outputs is measured; see `PrecisionConfig.output_error`.
+
+    Args:
+        wanted: What the config says.
+        tensors: The outputs.
+        path: Where it is said, for messages.
+        auto: What `auto` stands for; `kl` only if the output is one tensor of two dimensions, scores of classes.
 
     Raises:
         DataError: `kl` is wanted, and an output has fewer than two classes in dimension 1.
     """
     are_scores = [tensor.ndim > 1 and tensor.shape[1] > 1 for tensor in tensors]
     if wanted == "auto":
-        return "kl" if len(tensors) == 1 and tensors[0].ndim == 2 and are_scores[0] else "squared"
+        return "kl" if auto == "kl" and len(tensors) == 1 and tensors[0].ndim == 2 and are_scores[0] else "squared"
     if wanted == "kl" and not all(are_scores):
         shape = list(tensors[are_scores.index(False)].shape)
         raise DataError(
@@ -51,6 +57,11 @@ def kind_of_error(wanted: str, tensors: Sequence[torch.Tensor], path: str) -> Er
             "'squared'"
         )
     return "kl" if wanted == "kl" else "squared"
+
+
+def mean_squares(tensors: Sequence[torch.Tensor]) -> list[float]:
+    """Returns the mean square of each output; 1 for one of zeros, which then counts by its change."""
+    return [float(tensor.detach().double().square().mean()) or 1.0 for tensor in tensors]
 
 
 def divergence(kind: ErrorKind, reference: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -75,7 +86,11 @@ def divergence(kind: ErrorKind, reference: Sequence[torch.Tensor], outputs: Sequ
 
 
 class MeanError:
-    """The mean error over batches: per position for `kl`, relative to the squares of the reference for `squared`.
+    """The mean error over batches.
+
+    `kl`: the mean over positions. `squared`: the mean over outputs of the sum of squares of each one's change, divided
+    by that of its reference, so that boxes in pixels do not hide scores. On data that the network was trained on it is
+    sure of its classes, and `kl` hardly sees an error there; `squared` is as large as elsewhere.
 
     Args:
         kind: The kind.
@@ -83,7 +98,7 @@ class MeanError:
 
     def __init__(self, kind: ErrorKind) -> None:
         self._kind = kind
-        self._sum = self._scale = 0.0
+        self._sums: list[tuple[float, float]] = []
 
     def update(self, reference: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> None:
         """Adds a batch."""
@@ -96,13 +111,20 @@ class MeanError:
                 "measured; give a forward_fn that returns tensors of fixed shapes, such as scores before they are "
                 "selected"
             )
-        change = float(divergence(self._kind, reference, outputs))
-        self._sum += change if self._kind == "kl" else 2 * change
-        for ref in reference:
-            self._scale += ref.numel() / ref.shape[1] if self._kind == "kl" else float(ref.double().square().sum())
+        is_kl = self._kind == "kl"
+        self._sums = self._sums or [(0.0, 0.0)] * len(reference)
+        for number, (ref, out) in enumerate(zip(reference, outputs, strict=True)):
+            change, scale = self._sums[number]
+            added = float(divergence(self._kind, [ref], [out]))
+            size = ref.numel() / ref.shape[1] if is_kl else float(ref.double().square().sum())
+            self._sums[number] = change + (added if is_kl else 2 * added), scale + size
 
     def value(self) -> float:
         """Returns the mean; infinite if an output was not finite."""
-        if not math.isfinite(self._sum):
+        if not all(math.isfinite(change) for change, _ in self._sums):
             return math.inf
-        return max(self._sum, 0.0) / self._scale if self._scale else self._sum
+        if self._kind == "kl":
+            total = sum(change for change, _ in self._sums)
+            return max(total, 0.0) / (sum(scale for _, scale in self._sums) or 1.0)
+        relative = [change / (scale or 1.0) for change, scale in self._sums]
+        return sum(relative) / max(len(relative), 1)

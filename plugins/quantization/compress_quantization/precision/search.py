@@ -85,7 +85,6 @@ class PrecisionSearch:
         self._modules, self._find_data, self._extra = dict(modules), find_data, extra
         self._off = frozenset(name for name, module in modules.items() if not module.enabled)
         self._choices = {choice.name: choice for choice in choices if choice.name in modules}
-        self._kind: ErrorKind | None = None
 
     # What can be chosen.
 
@@ -221,11 +220,9 @@ class PrecisionSearch:
         found: torch.Tensor = getattr(owner, attribute)
         return found
 
-    def error_kind(self, outputs: Sequence[torch.Tensor]) -> ErrorKind:
-        """Returns how the error of the output is measured."""
-        if self._kind is None:
-            self._kind = kind_of_error(self.config.output_error, outputs, f"{self.path}.output_error")
-        return self._kind
+    def error_kind(self, outputs: Sequence[torch.Tensor], *, auto: ErrorKind = "squared") -> ErrorKind:
+        """Returns how the error of the output is measured; see `kind_of_error`."""
+        return kind_of_error(self.config.output_error, outputs, f"{self.path}.output_error", auto=auto)
 
 
 class OutputErrors:
