@@ -468,6 +468,33 @@ def test_what_does_not_fit_is_named_and_refused_on_resume(caplog):
     assert count == len(before) - 1
 
 
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("ignored", [["fc.weight"], "fc.weight", ["module.fc.weight"]])
+def test_ignored_names_stay_as_they_are_with_any_prefix_and_on_resume(prefix, ignored, caplog):
+    _, model = compressed(SPARSITY)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    given = {f"{prefix}{name}": value + value.is_floating_point() for name, value in before.items()}
+    assert load_state(model, given, is_resume=True, keys_to_ignore=ignored) == len(before) - 1
+    after = model.state_dict()
+    assert torch.equal(after["fc.weight"], before["fc.weight"])
+    assert torch.equal(after["fc.bias"], before["fc.bias"] + 1)
+    assert "keys_to_ignore" not in caplog.text
+    load_state(model, given, keys_to_ignore=["fc.wieght"])
+    assert "keys_to_ignore: neither the file nor the model has 'fc.wieght'" in caplog.text
+
+
+def test_what_a_file_has_twice_or_is_no_tensor_is_named(caplog):
+    _, model = compressed(SPARSITY)
+    given = dict(model.state_dict())
+    twice = {"fc.weight": given["fc.weight"] + 1, **{f"module.{name}": value for name, value in given.items()}}
+    expected = twice["fc.weight"]
+    assert load_state(model, twice) == len(given)
+    assert torch.equal(model.state_dict()["fc.weight"], expected)
+    assert "'module.fc.weight' (the file has 'fc.weight' besides" in caplog.text
+    load_state(model, {**given, "fc.bias": 3})
+    assert "'fc.bias' (it is no tensor but a int)" in caplog.text
+
+
 def test_masks_that_have_no_place_are_never_dropped_silently(caplog):
     _, model = compressed(QUANTIZATION)
     given = of_nncf(model, masks=masks_of(model))
@@ -500,6 +527,8 @@ def test_plain_models_and_strange_arguments():
     assert_same(net.state_dict(), other.state_dict())
     with pytest.raises(UsageError, match="checkpoint"):
         load_state(net, 3)
+    with pytest.raises(UsageError, match="pass the model"):
+        load_state(compressed(SPARSITY)[0], {})
     wrapped = nn.Sequential()
     _, model = compressed(SPARSITY)
     wrapped.module = model
