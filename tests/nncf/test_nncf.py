@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+import pickle
 
 import pytest
 import torch
@@ -178,6 +179,37 @@ def test_a_dummy_forward_stands_in_for_input_info():
         assert torch.equal(model.state_dict()[name], value)
     with pytest.raises(UsageError, match="did not"):
         create_compressed_model(Two(), made, dummy_forward_fn=lambda model: None)
+
+
+class Chooses(nn.Module):
+    """Computes another layer for large inputs, and takes arguments that are no tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.small, self.large, self.last = nn.Linear(4, 16), nn.Linear(4, 16), nn.Linear(16, 2)
+
+    def forward(self, x, mask=None, scale=1.0):
+        hidden = (self.large if x.sum() > 100 else self.small)(x).relu()
+        return self.last(hidden if mask is None else hidden * mask) * scale
+
+
+def test_the_values_of_a_dummy_forward_count_and_it_serves_a_resumed_model_too():
+    made = NNCFConfig.from_dict({"compression": QUANTIZATION})
+    made["compression"]["initializer"] = {"range": {"num_init_samples": 0}}
+
+    def dummy(model):
+        model(torch.full((2, 4), 1000.0), None, scale=2.0)
+
+    controller, model = create_compressed_model(Chooses(), made, dummy_forward_fn=dummy)
+    assert sorted(controller.weight_quantizers) == ["large|WEIGHT", "last|WEIGHT"]
+    state = json.loads(json.dumps(controller.get_compression_state()))
+    again, twin = create_compressed_model(Chooses(), made, state, dummy_forward_fn=dummy)
+    load_state(twin, model.state_dict(), is_resume=True)
+    for found in (controller, pickle.loads(pickle.dumps(controller)), again):
+        args, kwargs = found.context.example("a test").batch
+        assert float(args[0].min()) == 1000 and args[1:] == (None,) and kwargs == {"scale": 2.0}
+    with pytest.raises(UsageError, match="must be a function"):
+        create_compressed_model(Chooses(), made, dummy_forward_fn=3)
 
 
 def test_a_teacher_is_asked_for_by_name_when_a_training_is_resumed():
