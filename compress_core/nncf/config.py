@@ -44,6 +44,14 @@ class NNCFConfig(dict[str, Any]):
         super().__init__(*args, **kwargs)
         self._structs: dict[type, Any] = {}
 
+    def copy(self) -> NNCFConfig:
+        """Returns a config with the same values, and with the attached objects, to which others can be attached."""
+        twin = type(self)(self)
+        twin._structs = dict(self._structs)
+        return twin
+
+    __copy__ = copy
+
     @classmethod
     def from_dict(cls, nncf_dict: Mapping[str, Any]) -> NNCFConfig:
         """Returns a config from a dict, which is copied.

@@ -30,8 +30,8 @@ _FIGURES = {
 _INSTEAD = {
     "disable_scheduler": "freeze(); the accuracy-aware loop stops the schedule of the level that it moves",
     "get_state": "get_compression_state(); save_checkpoint() saves it with the weights",
-    "current_groupwise_pruning_level": "statistics() has the level of each layer",
-    "nodes_flops": "statistics() has the operations of the whole model",
+    "current_groupwise_pruning_level": "statistics(), which has the level of each layer",
+    "nodes_flops": "statistics(), which has the operations of the whole model",
     "run_batchnorm_adaptation": "adapt_batchnorm()",
     "compression_level": "compression_rate, or compression_stage()",
 }
@@ -93,8 +93,11 @@ class ChildController:
         return getattr(self._algorithm, name)
 
     def compression_stage(self) -> CompressionStage:
-        """Returns the progress of this algorithm."""
-        return self._owner.compression_stages()[self.name]
+        """Returns the progress of this algorithm; of one that has no part in the stage, that of the whole.
+
+        So the sum over `child_ctrls` is `controller.compression_stage()`.
+        """
+        return self._owner.compression_stages().get(self.name, self._owner.compression_stage())
 
     def statistics(self, quickly_collected_only: bool = False) -> AlgorithmStatistics | None:
         """Returns the figures of this algorithm; the argument is ignored."""

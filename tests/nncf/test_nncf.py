@@ -86,6 +86,16 @@ def test_extra_structs():
     )
 
 
+def test_a_copy_of_a_config_has_the_attached_objects():
+    made = register_default_init_args(config(QUANTIZATION), [(IMAGES, LABELS)])
+    for twin in (made.copy(), copy.copy(made)):
+        assert twin == made and isinstance(twin, NNCFConfig)
+        assert twin.get_all_extra_structs_for_copy() == made.get_all_extra_structs_for_copy()
+        twin.register_extra_structs([nncf.ModelEvaluationArgs(print)])
+        assert not made.has_extra_struct(nncf.ModelEvaluationArgs)
+    create_compressed_model(Net(), made.copy())
+
+
 def test_every_argument_of_register_default_init_args_is_kept_or_named(caplog):
     made = config(QUANTIZATION)
     loader = [(IMAGES, LABELS)]
@@ -276,6 +286,17 @@ def test_the_controller_stays_one_for_everything_else(tmp_path, caplog):
     controller.prepare_for_export()
     assert "prepare_for_export() does nothing" in caplog.text
     assert type(controller.strip_model(model, do_copy=True)).__name__ == "Net"
+
+
+def test_the_stages_of_children_add_up_to_that_of_the_whole():
+    distillation = {"algorithm": "knowledge_distillation", "type": "mse"}
+    for sections in ([distillation], [distillation, QUANTIZATION], [distillation, SPARSITY, QUANTIZATION]):
+        controller, _ = compressed(*sections)
+        stages = [child.compression_stage() for child in controller.child_ctrls]
+        total = stages[0]
+        for stage in stages[1:]:
+            total = total + stage
+        assert total == controller.compression_stage()
 
 
 def test_statistics_have_the_names_that_scripts_read():
