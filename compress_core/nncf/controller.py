@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from compress_core.contract.algorithm import Algorithm
 from compress_core.contract.stages import CompressionStage
 from compress_core.data.ranks import together
-from compress_core.errors import UsageError
+from compress_core.errors import StateError, UsageError
 from compress_core.export import ExportReport
 from compress_core.nncf.statistics import AlgorithmStatistics, NNCFStatistics
 from compress_core.session.agreement import agree
@@ -58,6 +58,15 @@ class NNCFScheduler(CompressionScheduler):
         if name in _OF_SCHEDULES:
             raise UsageError(f"the scheduler has no '{name}' here; use {_OF_SCHEDULES[name]}")
         raise AttributeError(f"the scheduler has no '{name}'")
+
+    def load_state(self, state: Mapping[str, Any], path: str = "scheduler") -> None:
+        """Sets the clock; see `CompressionScheduler.load_state`. A state of NNCF is refused."""
+        if isinstance(state, Mapping) and "current_epoch" in state:
+            raise StateError(
+                f"{path}: this state was saved by NNCF, which knows no steps within an epoch. Set the clock instead: "
+                "scheduler.epoch_step(next_epoch)"
+            )
+        super().load_state(state, path)
 
     @property
     def current_sparsity_level(self) -> float:

@@ -124,11 +124,26 @@ def test_every_argument_of_register_default_init_args_is_kept_or_named(caplog):
         ({"criterion_fn": print}, "without criterion"),
         ({"train_steps_fn": print}, "val_loader and validate_fn"),
         ({"legr_train_optimizer": print}, "without train_steps_fn"),
+        ({"validate_fn": print}, "validate_fn: is of no use without val_loader"),
     ]:
         with pytest.raises(UsageError, match=words):
             register_default_init_args(config(QUANTIZATION), loader, **arguments)
     with pytest.raises(UsageError, match=r"NNCFConfig\.from_dict"):
         register_default_init_args({}, loader)
+
+
+def test_a_validation_without_training_decides_an_adapted_ranking(caplog):
+    params = {"pruning_target": 0.5, "multiple_of": 1, "interlayer_ranking_type": "adapted_ranking"}
+    section = {"algorithm": "filter_pruning", "params": {**params, "adapted_params": {"candidates": 3}}}
+    loader = [(IMAGES, LABELS)]
+    accuracies = iter([0.25, 0.75, 0.5])
+    made = register_default_init_args(
+        config(section), loader, validate_fn=lambda model, data: (next(accuracies), 0.0), val_loader=loader
+    )
+    ranking = create_compressed_model(Net(), made)[0].statistics().filter_pruning.to_dict()["ranking"]
+    assert (ranking["measure"], ranking["value"]) == ("accuracy", 0.75)
+    register_default_init_args(config(section), loader, val_loader=loader)
+    assert "val_loader: is for validate_fn and autoq_eval_fn" in caplog.text
 
 
 class TakesAPair(nn.Module):
@@ -278,6 +293,8 @@ def test_the_controller_stays_one_for_everything_else(tmp_path, caplog):
     for name in ("disable_scheduler", "get_state", "nodes_flops"):
         with pytest.raises(UsageError, match=f"no '{name}' here; use"):
             getattr(controller, name)
+    with pytest.raises(StateError, match=r"saved by NNCF.*epoch_step\(next_epoch\)"):
+        controller.scheduler.load_state({"current_step": 7, "current_epoch": 1})
     with pytest.raises(UsageError, match="sparsity_target_epoch"):
         _ = controller.scheduler.target_epoch
     with pytest.raises(AttributeError, match="nothing_of_the_kind"):
