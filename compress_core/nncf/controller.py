@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from compress_core.contract.algorithm import Algorithm
+from compress_core.contract.levels import LevelAlgorithm
 from compress_core.contract.stages import CompressionStage
 from compress_core.data.ranks import together
 from compress_core.errors import StateError, UsageError
@@ -138,6 +139,12 @@ class NNCFController(CompressionController):
     def child_ctrls(self) -> list[ChildController]:
         """A view of each algorithm, in pipeline order."""
         return [ChildController(self, algorithm) for algorithm in self.algorithms.values()]
+
+    @property
+    def maximal_compression_rate(self) -> float:
+        """The highest `compression_rate` that can be set, in its unit; of several algorithms the lowest."""
+        found = [a.highest_level for a in self.algorithms.values() if isinstance(a, LevelAlgorithm)]
+        return min(found, default=1.0)
 
     @property
     def pruned_module_groups_info(self) -> dict[int, list[str]]:

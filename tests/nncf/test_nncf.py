@@ -316,6 +316,16 @@ def test_the_stages_of_children_add_up_to_that_of_the_whole():
         assert total == controller.compression_stage()
 
 
+def test_the_highest_rate_is_in_the_unit_of_the_rate():
+    """The formulas of NNCF: 1, unless operations are counted: then what is left if each group keeps one channel."""
+    for sections in ([], [QUANTIZATION], [SPARSITY], [PRUNING, QUANTIZATION]):
+        assert compressed(*sections)[0].maximal_compression_rate == 1.0
+    params = {"pruning_flops_target": 0.25, "multiple_of": 1, "prune_first_conv": True}
+    controller, _ = compressed({"algorithm": "filter_pruning", "params": params}, SPARSITY)
+    full, least = (2 * (3 * 9 * a * 64 + a * 9 * b * 64 + b * 4) for a, b in ((16, 8), (1, 1)))
+    assert controller.maximal_compression_rate == pytest.approx(1 - least / full, rel=1e-12)
+
+
 def test_statistics_have_the_names_that_scripts_read():
     """The figures are counted here from the model itself."""
     names = ["conv1", "conv2", "fc"]
