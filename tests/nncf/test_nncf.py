@@ -367,6 +367,12 @@ def test_statistics_have_the_names_that_scripts_read():
         _ = sparsity.wq_counter
 
 
+def test_shares_of_weights_are_of_those_that_are_sparsified():
+    controller, _ = compressed({**SPARSITY, "ignored_scopes": ["{re}fc"]})
+    layers = controller.statistics().magnitude_sparsity.model_statistics.sparsified_layers_summary
+    assert [layer.weight_percentage for layer in layers] == pytest.approx([100 * 432 / 1584, 100 * 1152 / 1584])
+
+
 def test_statistics_of_pruning_have_the_names_that_scripts_read():
     controller, _ = compressed(PRUNING)
     found = controller.statistics().filter_pruning
