@@ -51,6 +51,7 @@ def create_compressed_model(
     init_loader: Any = None,
     uncompressed_model: nn.Module | None = None,
     observers: Iterable[object] = (),
+    example_inputs: Any = None,
 ) -> tuple[CompressionController, nn.Module]:
     """Prepares a model for training with compression, in place.
 
@@ -67,6 +68,8 @@ def create_compressed_model(
         uncompressed_model: The model with its trained weights, for algorithms that need it in training (a teacher). It
             is required when a compression state is resumed; otherwise it defaults to `model` itself. It is copied.
         observers: Plugin objects that are active for this model alone and see the hooks of every algorithm.
+        example_inputs: Inputs of the model for tracing it, instead of `input_info`: a tensor, a tuple of arguments, or
+            a dict of keyword arguments, on the model's device.
 
     Returns:
         The controller, and the model that was given.
@@ -85,7 +88,9 @@ def create_compressed_model(
         config = CompressionConfig.load(config)
         registry = default_registry()
         resuming = compression_state is not None
-        lifecycle = Lifecycle(registry, Context(config, init_loader=init_loader, resuming=resuming), observers)
+        example = None if example_inputs is None else examples_of(example_inputs)[0]
+        context = Context(config, init_loader=init_loader, resuming=resuming, example=example)
+        lifecycle = Lifecycle(registry, context, observers)
         if not lifecycle.algorithms:
             logger.warning("the config names no algorithm in 'compression': the model stays uncompressed")
         lifecycle.configure()

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from compress_core.accuracy_aware.functions import UserFunctions
+from compress_core.accuracy_aware.functions import UserFunctions, number_in
 from compress_core.accuracy_aware.picture import draw_accuracy_aware
 from compress_core.accuracy_aware.records import AccuracyAwareStatistics
 from compress_core.accuracy_aware.runner import Runner
@@ -63,10 +63,12 @@ class AccuracyAwareTrainingLoop:
     ) -> None:
         self._section = _section_of(config, controller, self.mode)
         self._controller = controller
-        accuracy = uncompressed_model_accuracy
-        if isinstance(accuracy, bool) or not hasattr(accuracy, "__float__") or not math.isfinite(float(accuracy)):
-            raise UsageError(f"uncompressed_model_accuracy: must be a finite number, got {accuracy!r}")
-        self._uncompressed = float(accuracy)
+        accuracy = number_in(uncompressed_model_accuracy)
+        if accuracy is None or not math.isfinite(accuracy):
+            raise UsageError(
+                f"uncompressed_model_accuracy: must be a finite number, got {uncompressed_model_accuracy!r}"
+            )
+        self._uncompressed = accuracy
         self._options = {"lr_updates_needed": lr_updates_needed, "verbose": verbose, "dumps": dump_checkpoints}
         self._statistics: AccuracyAwareStatistics | None = None
         self.log_dir: Path | None = None

@@ -103,7 +103,7 @@ class UserFunctions:
                 "train_epoch_fn never called controller.scheduler.step(); call it before each optimizer step, or "
                 "schedules that count steps do not move"
             )
-        number = _number(loss)
+        number = number_in(loss)
         return number if number is not None and math.isfinite(number) else None
 
     def metric(self, model: nn.Module, epoch: int) -> float | None:
@@ -114,7 +114,7 @@ class UserFunctions:
         """
         with torch.no_grad():
             found = self.validate(model, epoch=epoch)
-        number = _number(found)
+        number = number_in(found)
         if number is None or number == math.inf:
             raise UsageError(f"validate_fn: must return a number, of which more is better; got {found!r}")
         number = of_first_rank("the metric", number)
@@ -130,13 +130,14 @@ class UserFunctions:
         return of_first_rank("early_stopping_fn", bool(self.early_stopping(math.nan if metric is None else metric)))
 
 
-def _number(value: Any) -> float | None:
-    if isinstance(value, torch.Tensor) and value.numel() == 1:
-        value = value.item()
-    if isinstance(value, bool) or not hasattr(value, "__float__"):
+def number_in(value: Any) -> float | None:
+    """Returns a number, or the only element of a tensor or an array; None for anything else."""
+    element = getattr(value, "item", None)
+    try:
+        value = element() if callable(element) else value
+        return None if isinstance(value, bool) or not hasattr(value, "__float__") else float(value)
+    except (TypeError, ValueError, RuntimeError):  # several elements
         return None
-    number: float = float(value)
-    return number
 
 
 def of_first_rank(what: str, value: Value) -> Value:

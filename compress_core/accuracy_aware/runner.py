@@ -104,6 +104,7 @@ class Runner:
         """Makes new optimizers, with their rates scaled, and forgets the best metric."""
         self.optimizer, self.lr_scheduler = self._functions.optimizers()
         schedulers = as_list(self.lr_scheduler)
+        self.controller.check_optimizers(*as_list(self.optimizer))
         learning_rate.check_schedulers(
             schedulers,
             updates=self._lr_updates_needed,
@@ -212,7 +213,7 @@ class Runner:
         budget = None if metric is None else metric - self.minimal_accuracy
         stage, searching = self.controller.compression_stage(), progress.phase == "search"
         holds = budget is not None and budget >= 0
-        complete = self.others_are_complete() if searching else stage == CompressionStage.FULLY_COMPRESSED
+        complete = self.others_are_complete() if searching else not self.unfinished()
         return EpochRecord(
             epoch=progress.epochs,
             phase=progress.phase,

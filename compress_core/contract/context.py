@@ -6,6 +6,7 @@ import contextlib
 import copy
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -28,6 +29,7 @@ from compress_core.data.calibration import (
 from compress_core.data.progress import progress
 from compress_core.data.ranks import alone
 from compress_core.data.rng import generators_of, preserved_rng
+from compress_core.data.structures import moved
 from compress_core.errors import ConfigError, DataError, DecidedFromDataError, ModelError, PluginError, Problem
 from compress_core.torch_internals import AnyBatchNorm
 from compress_core.trace import Example, Trace, TraceError, trace
@@ -348,16 +350,19 @@ class Context:
             return trace(model, batch, training=True)
 
     def example(self, path: str, device: torch.device | None = None) -> Example:
-        """Returns an example to run the model on: a batch of the user's data, else `input_info`.
+        """Returns an example to run the model on: the one that was given, else a batch of data, else `input_info`.
 
         Args:
             path: The caller, for messages.
-            device: Device for tensors made from `input_info`.
+            device: Device for tensors that were given, or are made from `input_info`.
 
         Raises:
             DataError: There is neither data nor `input_info`.
         """
-        batch = self._given_example or self._example_batch(path)
+        given = self._given_example
+        if given is not None:
+            return given if device is None else replace(given, batch=moved(given.batch, device))
+        batch = self._example_batch(path)
         if batch is not None:
             return batch
         infos = [info for info in self.config.root.input_info if info.sample_size is not None]

@@ -28,12 +28,13 @@ _MOST_EPOCHS = 100_000
 
 
 class SavedSparsity(BaseModel):
-    """The state that `ScheduledSparsity.compress_state` returns."""
+    """The state that `ScheduledSparsity.compress_state` returns; `held` is there if masks have to be trained."""
 
     level: float = Field(ge=0, lt=1)
     frozen: bool
     schedule: dict[str, Any]
     time: tuple[Whole, Whole] | None = None
+    held: bool = False
 
 
 class ScheduledSparsity(MaskingAlgorithm, LevelAlgorithm):

@@ -33,7 +33,7 @@ class Example:
     @classmethod
     def of(cls, /, *args: Any, **kwargs: Any) -> Example:
         """Returns an example from the arguments of the model's forward."""
-        return cls((args, kwargs), lambda model, batch: model(*batch[0], **batch[1]))
+        return cls((args, kwargs), _called)
 
     @classmethod
     def from_batch(cls, data: CalibrationData, batch: Any) -> Example:
@@ -64,7 +64,12 @@ class Example:
                 raise ConfigError(f"the argument {info.keyword!r} is described twice", path=f"{path}.keyword")
             else:
                 kwargs[info.keyword] = tensor
-        return cls((tuple(args), kwargs), lambda model, batch: model(*batch[0], **batch[1]), source)
+        return cls((tuple(args), kwargs), _called, source)
+
+
+def _called(model: nn.Module, batch: Any) -> Any:
+    # No lambda: controllers, which keep the example that they were given, can be pickled.
+    return model(*batch[0], **batch[1])
 
 
 def _filled(info: InputInfo, path: str, device: torch.device | None) -> torch.Tensor:

@@ -44,6 +44,14 @@ class NNCFConfig(dict[str, Any]):
         super().__init__(*args, **kwargs)
         self._structs: dict[type, Any] = {}
 
+    def copy(self) -> NNCFConfig:
+        """Returns a config with the same values, and with the attached objects, to which others can be attached."""
+        twin = type(self)(self)
+        twin._structs = dict(self._structs)
+        return twin
+
+    __copy__ = copy
+
     @classmethod
     def from_dict(cls, nncf_dict: Mapping[str, Any]) -> NNCFConfig:
         """Returns a config from a dict, which is copied.
@@ -149,8 +157,9 @@ def register_default_init_args(
         criterion: The loss, for mixed precision with a Hessian.
         criterion_fn: `(outputs, target, criterion)`; by default it calls the criterion.
         train_steps_fn: For learned ranking, with `val_loader` and `validate_fn`.
-        validate_fn: As above.
-        val_loader: As above; also for `autoq_eval_fn`.
+        validate_fn: `(model, loader)`, returns accuracy and loss: for learned ranking, and for adapted ranking, where
+            NNCF has none, without `train_steps_fn`.
+        val_loader: What `validate_fn` and `autoq_eval_fn` get.
         autoq_eval_fn: `(model, loader) -> number`, for mixed precision with an evaluation.
         model_eval_fn: `(model) -> number`, larger is better: the metric of `"guard": true`.
         distributed_callbacks: Not used, with a warning: nothing here wraps a model.
@@ -178,15 +187,11 @@ def register_default_init_args(
     if autoq_eval_fn is not None:
         loader = train_loader if val_loader is None else val_loader
         structs.append(AutoQPrecisionInitArgs(loader, autoq_eval_fn, nncf_config))
-    legr = {"train_steps_fn": train_steps_fn, "val_loader": val_loader, "validate_fn": validate_fn}
-    if train_steps_fn is not None:
-        if missing := [name for name, value in legr.items() if value is None]:
-            raise UsageError(f"train_steps_fn: learned ranking needs {' and '.join(missing)}, too")
-        structs.append(
-            LeGRInitArgs(train_loader, train_steps_fn, legr_train_optimizer, val_loader, validate_fn, nncf_config)
-        )
-    elif legr_train_optimizer is not None:
-        raise UsageError("legr_train_optimizer: is of no use without train_steps_fn, val_loader and validate_fn")
+    structs += _for_searches(
+        LeGRInitArgs(train_loader, train_steps_fn, legr_train_optimizer, val_loader, validate_fn, nncf_config)
+    )
+    if val_loader is not None and validate_fn is None and autoq_eval_fn is None:
+        logger.warning("val_loader: is for validate_fn and autoq_eval_fn, and has no effect without them")
     if model_eval_fn is not None:
         structs.append(ModelEvaluationArgs(model_eval_fn))
     if distributed_callbacks is not None:
@@ -197,3 +202,22 @@ def register_default_init_args(
         logger.warning("execution_parameters: not used; batches are moved to the model, or to device=")
     nncf_config.register_extra_structs(structs)
     return nncf_config
+
+
+def _for_searches(given: LeGRInitArgs) -> list[LeGRInitArgs]:
+    """Returns the functions for searches of rankings, if there are any.
+
+    Raises:
+        UsageError: One lacks another one.
+    """
+    others = {"val_loader": given.val_loader, "validate_fn": given.val_fn}
+    missing = [name for name, value in others.items() if value is None]
+    if given.train_fn is not None and missing:
+        raise UsageError(f"train_steps_fn: learned ranking needs {' and '.join(missing)}, too")
+    if given.train_fn is None and given.train_optimizer is not None:
+        raise UsageError("legr_train_optimizer: is of no use without train_steps_fn, val_loader and validate_fn")
+    if given.val_fn is None:
+        return []
+    if missing:
+        raise UsageError("validate_fn: is of no use without val_loader, which it would be called with; give both")
+    return [given]  # without train_steps_fn for adapted ranking, which trains nothing

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from compress_core.contract.algorithm import Algorithm
+from compress_core.contract.levels import LevelAlgorithm
 from compress_core.contract.stages import CompressionStage
 from compress_core.data.ranks import together
-from compress_core.errors import UsageError
+from compress_core.errors import StateError, UsageError
 from compress_core.export import ExportReport
 from compress_core.nncf.statistics import AlgorithmStatistics, NNCFStatistics
 from compress_core.session.agreement import agree
@@ -30,8 +31,8 @@ _FIGURES = {
 _INSTEAD = {
     "disable_scheduler": "freeze(); the accuracy-aware loop stops the schedule of the level that it moves",
     "get_state": "get_compression_state(); save_checkpoint() saves it with the weights",
-    "current_groupwise_pruning_level": "statistics() has the level of each layer",
-    "nodes_flops": "statistics() has the operations of the whole model",
+    "current_groupwise_pruning_level": "statistics(), which has the level of each layer",
+    "nodes_flops": "statistics(), which has the operations of the whole model",
     "run_batchnorm_adaptation": "adapt_batchnorm()",
     "compression_level": "compression_rate, or compression_stage()",
 }
@@ -58,6 +59,15 @@ class NNCFScheduler(CompressionScheduler):
         if name in _OF_SCHEDULES:
             raise UsageError(f"the scheduler has no '{name}' here; use {_OF_SCHEDULES[name]}")
         raise AttributeError(f"the scheduler has no '{name}'")
+
+    def load_state(self, state: Mapping[str, Any], path: str = "scheduler") -> None:
+        """Sets the clock; see `CompressionScheduler.load_state`. A state of NNCF is refused."""
+        if isinstance(state, Mapping) and "current_epoch" in state:
+            raise StateError(
+                f"{path}: this state was saved by NNCF, which knows no steps within an epoch. Set the clock instead: "
+                "scheduler.epoch_step(next_epoch)"
+            )
+        super().load_state(state, path)
 
     @property
     def current_sparsity_level(self) -> float:
@@ -93,8 +103,11 @@ class ChildController:
         return getattr(self._algorithm, name)
 
     def compression_stage(self) -> CompressionStage:
-        """Returns the progress of this algorithm."""
-        return self._owner.compression_stages()[self.name]
+        """Returns the progress of this algorithm; of one that has no part in the stage, that of the whole.
+
+        So the sum over `child_ctrls` is `controller.compression_stage()`.
+        """
+        return self._owner.compression_stages().get(self.name, self._owner.compression_stage())
 
     def statistics(self, quickly_collected_only: bool = False) -> AlgorithmStatistics | None:
         """Returns the figures of this algorithm; the argument is ignored."""
@@ -126,6 +139,12 @@ class NNCFController(CompressionController):
     def child_ctrls(self) -> list[ChildController]:
         """A view of each algorithm, in pipeline order."""
         return [ChildController(self, algorithm) for algorithm in self.algorithms.values()]
+
+    @property
+    def maximal_compression_rate(self) -> float:
+        """The highest `compression_rate` that can be set, in its unit; of several algorithms the lowest."""
+        found = [a.highest_level for a in self.algorithms.values() if isinstance(a, LevelAlgorithm)]
+        return min(found, default=1.0)
 
     @property
     def pruned_module_groups_info(self) -> dict[int, list[str]]:

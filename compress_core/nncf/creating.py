@@ -7,14 +7,13 @@ import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import nn
 
 from compress_core import api
 from compress_core.accuracy_aware import AccuracyAwareTrainingLoop
 from compress_core.accuracy_aware import create_accuracy_aware_training_loop as create_loop
 from compress_core.config import CompressionConfig
-from compress_core.data.calibration import InitArgs
+from compress_core.data.examples import Example
 from compress_core.errors import StateError, UsageError
 from compress_core.nncf.config import NNCFConfig
 from compress_core.nncf.controller import NNCFController, with_nncf_methods
@@ -42,8 +41,8 @@ def create_compressed_model(
         model: The model; it stays the same object.
         config: The config, with the registered data.
         compression_state: What `get_compression_state()` of compress-core returned.
-        dummy_forward_fn: `(model)`: calls the model with an example, in place of `input_info`; its first call of the
-            model is the example.
+        dummy_forward_fn: `(model)`: calls the model with an example, in place of `input_info`; the arguments of its
+            first call of the model, with their values, are the example.
         wrap_inputs_fn: Not needed: the arguments of forward are the inputs. Accepted with a word.
         wrap_outputs_fn: Not needed: what forward returns are the outputs. Accepted with a word.
         dump_graphs: Ignored: no files are written; `compress-core trace` shows the graph.
@@ -62,10 +61,9 @@ def create_compressed_model(
         logger.info("wrap_inputs_fn and wrap_outputs_fn are not needed here: forward's arguments and results count")
     _refuse_nncf_state(compression_state)
     loaded = config.compression_config() if isinstance(config, NNCFConfig) else CompressionConfig.from_dict(config)
-    if dummy_forward_fn is not None and compression_state is None:
-        loaded = _with_example(model, loaded, dummy_forward_fn)
+    example = None if dummy_forward_fn is None else _first_call(model, dummy_forward_fn)
     controller, model = api.create_compressed_model(
-        model, loaded, compression_state, uncompressed_model=uncompressed_model
+        model, loaded, compression_state, uncompressed_model=uncompressed_model, example_inputs=example
     )
     found = with_nncf_methods(controller)
     _controllers[model] = weakref.ref(found)
@@ -103,42 +101,20 @@ def _refuse_nncf_state(state: Any) -> None:
         )
 
 
-def _with_example(
-    model: nn.Module, config: CompressionConfig, dummy_forward_fn: Callable[[nn.Module], Any]
-) -> CompressionConfig:
-    """Returns the config with what `dummy_forward_fn` calls the model with as its example input."""
-    args, kwargs = _first_call(model, dummy_forward_fn)
-    values = [(None, value) for value in args] + list(kwargs.items())
-    if any(isinstance(struct, InitArgs) for struct in config.extra_structs()):
-        others = [value for _, value in values if not isinstance(value, torch.Tensor)]
-        if others:
-            return config  # the registered batches are examples, too
-    entries = []
-    for keyword, value in values:
-        if not isinstance(value, torch.Tensor):
-            raise UsageError(
-                f"dummy_forward_fn: calls the model with a {type(value).__name__}; only tensors can stand in for "
-                "input_info. Register a loader instead: register_default_init_args(config, loader)"
-            )
-        entry = {"sample_size": list(value.shape), "type": str(value.dtype).removeprefix("torch."), "filler": "random"}
-        entries.append(entry if keyword is None else {**entry, "keyword": keyword})
-    document = {**config.source, "input_info": entries}
-    return CompressionConfig.from_dict(document).register_extra_structs(config.extra_structs())
-
-
 class _CalledError(Exception):
     """Ends the forward once its arguments are known."""
 
 
-def _first_call(
-    model: nn.Module, dummy_forward_fn: Callable[[nn.Module], Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+def _first_call(model: nn.Module, dummy_forward_fn: Callable[[nn.Module], Any]) -> Example:
+    """Returns the arguments that `dummy_forward_fn` calls the model with, of whatever types."""
+    calls: list[Example] = []
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        calls.append((args, kwargs))
+        calls.append(Example.of(*args, **kwargs))
         raise _CalledError
 
+    if not callable(dummy_forward_fn):
+        raise UsageError(f"dummy_forward_fn: must be a function of the model, got {dummy_forward_fn!r}")
     handle = model.register_forward_pre_hook(note, prepend=True, with_kwargs=True)
     try:
         dummy_forward_fn(model)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -44,33 +44,41 @@ def load_state(
         model: What `create_compressed_model` of this module returned, a wrapper of it, or a plain model.
         state_dict_to_load: The `state_dict`.
         is_resume: Whether everything has to fit.
-        keys_to_ignore: Names, in the file, to leave out.
+        keys_to_ignore: Names to leave out, in the file or in the model, with or without prefixes of wrappers; the model
+            keeps what it has there, also with `is_resume`. A name that is nowhere is named in a warning.
 
     Returns:
         The number of tensors of the file that were loaded.
 
     Raises:
         StateError: `is_resume` is true, and something does not fit; the model is as before.
-        UsageError: The state is no dict of tensors.
+        UsageError: The state is no dict of tensors, or the model is none.
     """
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"model: got a {type(model).__name__}; pass the model that create_compressed_model returned")
     if not isinstance(state_dict_to_load, Mapping):
         kind = type(state_dict_to_load).__name__
         raise UsageError(f"state_dict_to_load: got a {kind}; pass checkpoint['state_dict'], a dict of tensors")
-    ignored = set(keys_to_ignore or ())
-    given = {key: value for key, value in state_dict_to_load.items() if key not in ignored}
+    ignored = {keys_to_ignore} if isinstance(keys_to_ignore, str) else set(keys_to_ignore or ())
     controller = controller_of(model)
     target = model if controller is None else controller.model
     if controller is None:
-        return _load(target, given, [], is_resume)
+        return _load(target, state_dict_to_load, [], is_resume, ignored)
     algorithms = list(controller.algorithms.values())
     count: int = controller.context.transaction.run(
-        lambda: _load(target, given, algorithms, is_resume), call="load_state()"
+        lambda: _load(target, state_dict_to_load, algorithms, is_resume, ignored), call="load_state()"
     )
     return count
 
 
-def _load(model: nn.Module, given: Mapping[str, Any], algorithms: Iterable[Any], is_resume: bool) -> int:
-    names = {key: _unwrapped(key, model.state_dict().keys()) for key in given}
+def _load(
+    model: nn.Module, whole: Mapping[str, Any], algorithms: Iterable[Any], is_resume: bool, ignored: set[str]
+) -> int:
+    known = model.state_dict().keys()
+    names = {key: _unwrapped(key, known) for key in whole}
+    ignored = {names.get(name, _unwrapped(name, known)) for name in ignored}
+    _warn_of_unknown(ignored - set(names.values()) - known)
+    given = {key: value for key, value in whole.items() if names[key] not in ignored}
     foreign = [found for key, value in given.items() if (found := _foreign(key, names[key], value)) is not None]
     taken: dict[str, tuple[str, torch.Tensor] | None] = {}
     set_by = set()
@@ -82,27 +90,46 @@ def _load(model: nn.Module, given: Mapping[str, Any], algorithms: Iterable[Any],
     own = model.state_dict()
     loaded, values, left = set(taken), {}, {}
     for key, value in given.items():
-        name = names[key]
         if key in taken:
             continue
-        if name not in own:
-            left[key] = "the model has nothing that it belongs to"
-        elif isinstance(value, torch.Tensor) and value.shape != own[name].shape:
-            left[key] = f"its shape is {tuple(value.shape)}, and that of the model {tuple(own[name].shape)}"
-        else:
-            values[name] = value
+        problem = _problem(key, names[key], value, own, given)
+        if problem is None:
+            values[names[key]] = value
             loaded.add(key)
+        else:
+            left[key] = problem
     values |= {entry[0]: entry[1] for entry in taken.values() if entry is not None}
     idle = {key for key in left if _IDLE.search(key) and not _matters(key, given[key], loaded)}
-    _report({key: why for key, why in left.items() if key not in idle}, _missing(own, values, set_by), is_resume)
+    missing = [name for name in _missing(own, values, set_by) if name not in ignored]
+    _report({key: why for key, why in left.items() if key not in idle}, missing, is_resume)
     model.load_state_dict({**own, **values})
     logger.info("load_state: %d of %d tensors were loaded", len(loaded), len(given))
     return len(loaded)
 
 
-def _unwrapped(key: str, own: Iterable[str]) -> str:
+def _problem(key: str, name: str, value: Any, own: Mapping[str, Any], given: Mapping[str, Any]) -> str | None:
+    """Returns why an entry of the file cannot be loaded under a name of the model; None if it can."""
+    if name not in own:
+        return "the model has nothing that it belongs to"
+    if name != key and name in given:
+        return f"the file has '{name}' besides, which is loaded"
+    if not isinstance(own[name], torch.Tensor):
+        return None  # what a module saves with `get_extra_state`
+    if not isinstance(value, torch.Tensor):
+        return f"it is no tensor but a {type(value).__name__}"
+    if value.shape != own[name].shape:
+        return f"its shape is {tuple(value.shape)}, and that of the model {tuple(own[name].shape)}"
+    return None
+
+
+def _warn_of_unknown(names: Iterable[str]) -> None:
+    if unknown := sorted(names):
+        shown = ", ".join(repr(name) for name in unknown[:_SHOWN])
+        logger.warning("keys_to_ignore: neither the file nor the model has %s%s", shown, _more(len(unknown)))
+
+
+def _unwrapped(key: str, known: Collection[str]) -> str:
     """Returns a name without prefixes of wrappers, unless the model itself has it with them."""
-    known = set(own)
     name = key
     while name not in known:
         prefix = next((prefix for prefix in _WRAPPERS if name.startswith(prefix)), None)

@@ -34,7 +34,7 @@ class QuantizersCounter:
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """The sparsity of one weight; `weight_percentage` is its share of all weights of the model in percent."""
+    """The sparsity of one weight; `weight_percentage` is its share of all sparsified ones in percent."""
 
     name: str
     weight_shape: list[int]
@@ -123,7 +123,7 @@ def _enabled(part: Any) -> float:
 
 
 def _sparse_model(part: Any) -> ModelSparsity:
-    total = part.model_weights or 1
+    total = sum(layer.weights for layer in part.layers) or 1
     layers = [
         LayerSummary(layer.name, list(layer.shape), layer.level, 100.0 * layer.weights / total) for layer in part.layers
     ]

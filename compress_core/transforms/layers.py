@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from compress_core.errors import UsageError
 from compress_core.transforms.generated import of_transform
 from compress_core.transforms.weight import is_plain_parameter, parameter_places
 
@@ -67,19 +68,31 @@ def register_module(
 
     Args:
         *parameter_names: Names of its weight parameters; `"weight"` when none is given.
-        ignored_algorithms: Names of algorithms that must skip it.
+        ignored_algorithms: Names of algorithms that must skip it, or one name.
         target_weight_dim_for_compression: The dimension of the weights that has the output channels.
 
     Returns:
         The decorator, which returns the class unchanged.
+
+    Raises:
+        UsageError: An argument is of another type, such as the class itself: `@register_module` without parentheses.
     """
+    ignored = frozenset([ignored_algorithms] if isinstance(ignored_algorithms, str) else ignored_algorithms)
+    for name in (*parameter_names, *ignored):
+        if not isinstance(name, str):
+            raise UsageError(f"register_module(): names are text, got {name!r}; write @register_module() above a class")
+    if isinstance(target_weight_dim_for_compression, bool) or not isinstance(target_weight_dim_for_compression, int):
+        raise UsageError(
+            "register_module(): target_weight_dim_for_compression must be the number of a dimension, got "
+            f"{target_weight_dim_for_compression!r}"
+        )
 
     def register(cls: ModuleType) -> ModuleType:
         _WEIGHTED_LAYERS[cls] = WeightedLayer(
             parameters=parameter_names or ("weight",),
             output_dim=target_weight_dim_for_compression,
             operator=cls.__name__.lower(),
-            ignored_algorithms=frozenset(ignored_algorithms),
+            ignored_algorithms=ignored,
         )
         return cls
 

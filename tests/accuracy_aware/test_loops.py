@@ -6,6 +6,7 @@ import logging
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -193,6 +194,37 @@ def test_where_no_level_holds_the_model_stays_as_it_is_with_a_word(tmp_path, cap
     assert training.controller.compression_rate == pytest.approx(0.25, abs=1e-3)
 
 
+@pytest.mark.parametrize(
+    "kind", [np.float32, np.array, torch.tensor, lambda v: np.array([v]), lambda v: torch.tensor([v])]
+)
+def test_metrics_may_be_tensors_and_arrays_of_one_number(kind, tmp_path):
+    training = Training(document("early_exit", QUANTIZATION), metrics=[kind(-0.5), kind(2.25)])
+    loop = training.loop(kind(1.5))
+    assert loop.minimal_accuracy == 1.485
+    training.run(loop, tmp_path)
+    assert [record.metric for record in loop.statistics.epochs] == [-0.5, 2.25]
+    for wrong in (kind([1.5, 2.5]) if kind in (np.array, torch.tensor) else None, "80", True):
+        with pytest.raises(UsageError, match="uncompressed_model_accuracy: must be a finite number"):
+            training.loop(wrong)
+
+
+def test_early_exit_of_what_compresses_nothing_ends_when_the_accuracy_holds(tmp_path):
+    """Distillation alone: there is nothing to wait for."""
+    config = document("early_exit", {"algorithm": "knowledge_distillation", "type": "mse"}, maximal_total_epochs=9)
+    training = Training(config, metrics=[70.0, 79.0, 79.5, 80.0])
+    loop = training.loop(80.0)
+    training.run(loop, tmp_path)
+    assert [record.metric for record in loop.statistics.epochs] == [70.0, 79.0, 79.5]
+    assert loop.statistics.result == 2
+
+
+def test_a_factor_that_the_optimizer_undoes_is_named_without_checkpoints_too(tmp_path, caplog):
+    config = {**document("early_exit", QUANTIZATION, maximal_total_epochs=1), "compression_lr_multiplier": 5.0}
+    training = Training(config)
+    training.run(training.loop(dump_checkpoints=False), tmp_path)
+    assert "compression_lr_multiplier multiplies the gradients" in caplog.text
+
+
 def test_a_metric_that_is_not_a_number_ends_nothing(tmp_path, caplog):
     below = holds_up_to(0.62)
     training = Training(adaptive(), lambda t: below(t) if t.controller.compression_rate < 0.65 else math.nan)
@@ -311,6 +343,9 @@ def test_what_the_functions_should_not_return_is_refused(tmp_path):
         ({"configure_optimizers_fn": lambda: (None, None)}, "its first value is empty"),
         ({"validate_fn": lambda model, epoch: "good"}, "validate_fn: must return a number"),
         ({"validate_fn": lambda model, epoch: math.inf}, "got inf"),
+        ({"validate_fn": lambda model, epoch: (90.0, 0.3)}, r"must return a number, .*got \(90.0, 0.3\)"),
+        ({"validate_fn": lambda model, epoch: torch.ones(2)}, "validate_fn: must return a number"),
+        ({"validate_fn": lambda model, epoch: np.ones(2)}, "validate_fn: must return a number"),
         ({"train_epoch_fn": 3}, "train_epoch_fn: must be a function"),
         ({"load_checkpoint_fn": print}, "load_checkpoint_fn: without dump_checkpoint_fn"),
         ({"tensorboard_writer": 3}, "tensorboard_writer"),

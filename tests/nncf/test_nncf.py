@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+import pickle
 
 import pytest
 import torch
@@ -85,6 +86,16 @@ def test_extra_structs():
     )
 
 
+def test_a_copy_of_a_config_has_the_attached_objects():
+    made = register_default_init_args(config(QUANTIZATION), [(IMAGES, LABELS)])
+    for twin in (made.copy(), copy.copy(made)):
+        assert twin == made and isinstance(twin, NNCFConfig)
+        assert twin.get_all_extra_structs_for_copy() == made.get_all_extra_structs_for_copy()
+        twin.register_extra_structs([nncf.ModelEvaluationArgs(print)])
+        assert not made.has_extra_struct(nncf.ModelEvaluationArgs)
+    create_compressed_model(Net(), made.copy())
+
+
 def test_every_argument_of_register_default_init_args_is_kept_or_named(caplog):
     made = config(QUANTIZATION)
     loader = [(IMAGES, LABELS)]
@@ -113,11 +124,26 @@ def test_every_argument_of_register_default_init_args_is_kept_or_named(caplog):
         ({"criterion_fn": print}, "without criterion"),
         ({"train_steps_fn": print}, "val_loader and validate_fn"),
         ({"legr_train_optimizer": print}, "without train_steps_fn"),
+        ({"validate_fn": print}, "validate_fn: is of no use without val_loader"),
     ]:
         with pytest.raises(UsageError, match=words):
             register_default_init_args(config(QUANTIZATION), loader, **arguments)
     with pytest.raises(UsageError, match=r"NNCFConfig\.from_dict"):
         register_default_init_args({}, loader)
+
+
+def test_a_validation_without_training_decides_an_adapted_ranking(caplog):
+    params = {"pruning_target": 0.5, "multiple_of": 1, "interlayer_ranking_type": "adapted_ranking"}
+    section = {"algorithm": "filter_pruning", "params": {**params, "adapted_params": {"candidates": 3}}}
+    loader = [(IMAGES, LABELS)]
+    accuracies = iter([0.25, 0.75, 0.5])
+    made = register_default_init_args(
+        config(section), loader, validate_fn=lambda model, data: (next(accuracies), 0.0), val_loader=loader
+    )
+    ranking = create_compressed_model(Net(), made)[0].statistics().filter_pruning.to_dict()["ranking"]
+    assert (ranking["measure"], ranking["value"]) == ("accuracy", 0.75)
+    register_default_init_args(config(section), loader, val_loader=loader)
+    assert "val_loader: is for validate_fn and autoq_eval_fn" in caplog.text
 
 
 class TakesAPair(nn.Module):
@@ -180,6 +206,37 @@ def test_a_dummy_forward_stands_in_for_input_info():
         create_compressed_model(Two(), made, dummy_forward_fn=lambda model: None)
 
 
+class Chooses(nn.Module):
+    """Computes another layer for large inputs, and takes arguments that are no tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.small, self.large, self.last = nn.Linear(4, 16), nn.Linear(4, 16), nn.Linear(16, 2)
+
+    def forward(self, x, mask=None, scale=1.0):
+        hidden = (self.large if x.sum() > 100 else self.small)(x).relu()
+        return self.last(hidden if mask is None else hidden * mask) * scale
+
+
+def test_the_values_of_a_dummy_forward_count_and_it_serves_a_resumed_model_too():
+    made = NNCFConfig.from_dict({"compression": QUANTIZATION})
+    made["compression"]["initializer"] = {"range": {"num_init_samples": 0}}
+
+    def dummy(model):
+        model(torch.full((2, 4), 1000.0), None, scale=2.0)
+
+    controller, model = create_compressed_model(Chooses(), made, dummy_forward_fn=dummy)
+    assert sorted(controller.weight_quantizers) == ["large|WEIGHT", "last|WEIGHT"]
+    state = json.loads(json.dumps(controller.get_compression_state()))
+    again, twin = create_compressed_model(Chooses(), made, state, dummy_forward_fn=dummy)
+    load_state(twin, model.state_dict(), is_resume=True)
+    for found in (controller, pickle.loads(pickle.dumps(controller)), again):
+        args, kwargs = found.context.example("a test").batch
+        assert float(args[0].min()) == 1000 and args[1:] == (None,) and kwargs == {"scale": 2.0}
+    with pytest.raises(UsageError, match="must be a function"):
+        create_compressed_model(Chooses(), made, dummy_forward_fn=3)
+
+
 def test_a_teacher_is_asked_for_by_name_when_a_training_is_resumed():
     distillation = {"algorithm": "knowledge_distillation", "type": "mse"}
     controller, model = compressed(distillation)
@@ -236,6 +293,8 @@ def test_the_controller_stays_one_for_everything_else(tmp_path, caplog):
     for name in ("disable_scheduler", "get_state", "nodes_flops"):
         with pytest.raises(UsageError, match=f"no '{name}' here; use"):
             getattr(controller, name)
+    with pytest.raises(StateError, match=r"saved by NNCF.*epoch_step\(next_epoch\)"):
+        controller.scheduler.load_state({"current_step": 7, "current_epoch": 1})
     with pytest.raises(UsageError, match="sparsity_target_epoch"):
         _ = controller.scheduler.target_epoch
     with pytest.raises(AttributeError, match="nothing_of_the_kind"):
@@ -244,6 +303,27 @@ def test_the_controller_stays_one_for_everything_else(tmp_path, caplog):
     controller.prepare_for_export()
     assert "prepare_for_export() does nothing" in caplog.text
     assert type(controller.strip_model(model, do_copy=True)).__name__ == "Net"
+
+
+def test_the_stages_of_children_add_up_to_that_of_the_whole():
+    distillation = {"algorithm": "knowledge_distillation", "type": "mse"}
+    for sections in ([distillation], [distillation, QUANTIZATION], [distillation, SPARSITY, QUANTIZATION]):
+        controller, _ = compressed(*sections)
+        stages = [child.compression_stage() for child in controller.child_ctrls]
+        total = stages[0]
+        for stage in stages[1:]:
+            total = total + stage
+        assert total == controller.compression_stage()
+
+
+def test_the_highest_rate_is_in_the_unit_of_the_rate():
+    """The formulas of NNCF: 1, unless operations are counted: then what is left if each group keeps one channel."""
+    for sections in ([], [QUANTIZATION], [SPARSITY], [PRUNING, QUANTIZATION]):
+        assert compressed(*sections)[0].maximal_compression_rate == 1.0
+    params = {"pruning_flops_target": 0.25, "multiple_of": 1, "prune_first_conv": True}
+    controller, _ = compressed({"algorithm": "filter_pruning", "params": params}, SPARSITY)
+    full, least = (2 * (3 * 9 * a * 64 + a * 9 * b * 64 + b * 4) for a, b in ((16, 8), (1, 1)))
+    assert controller.maximal_compression_rate == pytest.approx(1 - least / full, rel=1e-12)
 
 
 def test_statistics_have_the_names_that_scripts_read():
@@ -285,6 +365,12 @@ def test_statistics_have_the_names_that_scripts_read():
         _ = figures.rb_sparsity
     with pytest.raises(AttributeError, match="has no 'wq_counter'"):
         _ = sparsity.wq_counter
+
+
+def test_shares_of_weights_are_of_those_that_are_sparsified():
+    controller, _ = compressed({**SPARSITY, "ignored_scopes": ["{re}fc"]})
+    layers = controller.statistics().magnitude_sparsity.model_statistics.sparsified_layers_summary
+    assert [layer.weight_percentage for layer in layers] == pytest.approx([100 * 432 / 1584, 100 * 1152 / 1584])
 
 
 def test_statistics_of_pruning_have_the_names_that_scripts_read():
@@ -468,6 +554,33 @@ def test_what_does_not_fit_is_named_and_refused_on_resume(caplog):
     assert count == len(before) - 1
 
 
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("ignored", [["fc.weight"], "fc.weight", ["module.fc.weight"]])
+def test_ignored_names_stay_as_they_are_with_any_prefix_and_on_resume(prefix, ignored, caplog):
+    _, model = compressed(SPARSITY)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    given = {f"{prefix}{name}": value + value.is_floating_point() for name, value in before.items()}
+    assert load_state(model, given, is_resume=True, keys_to_ignore=ignored) == len(before) - 1
+    after = model.state_dict()
+    assert torch.equal(after["fc.weight"], before["fc.weight"])
+    assert torch.equal(after["fc.bias"], before["fc.bias"] + 1)
+    assert "keys_to_ignore" not in caplog.text
+    load_state(model, given, keys_to_ignore=["fc.wieght"])
+    assert "keys_to_ignore: neither the file nor the model has 'fc.wieght'" in caplog.text
+
+
+def test_what_a_file_has_twice_or_is_no_tensor_is_named(caplog):
+    _, model = compressed(SPARSITY)
+    given = dict(model.state_dict())
+    twice = {"fc.weight": given["fc.weight"] + 1, **{f"module.{name}": value for name, value in given.items()}}
+    expected = twice["fc.weight"]
+    assert load_state(model, twice) == len(given)
+    assert torch.equal(model.state_dict()["fc.weight"], expected)
+    assert "'module.fc.weight' (the file has 'fc.weight' besides" in caplog.text
+    load_state(model, {**given, "fc.bias": 3})
+    assert "'fc.bias' (it is no tensor but a int)" in caplog.text
+
+
 def test_masks_that_have_no_place_are_never_dropped_silently(caplog):
     _, model = compressed(QUANTIZATION)
     given = of_nncf(model, masks=masks_of(model))
@@ -500,6 +613,8 @@ def test_plain_models_and_strange_arguments():
     assert_same(net.state_dict(), other.state_dict())
     with pytest.raises(UsageError, match="checkpoint"):
         load_state(net, 3)
+    with pytest.raises(UsageError, match="pass the model"):
+        load_state(compressed(SPARSITY)[0], {})
     wrapped = nn.Sequential()
     _, model = compressed(SPARSITY)
     wrapped.module = model

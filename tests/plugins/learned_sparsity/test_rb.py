@@ -210,6 +210,28 @@ def test_setting_the_rate_asks_for_it_and_leaves_the_gates_free():
     assert controller.loss().item() == pytest.approx(64)
 
 
+@pytest.mark.parametrize("update", [{}, {"schedule": "polynomial", "update_per_optimizer_step": True}])
+def test_a_rate_that_was_set_holds_whatever_the_schedule_says_and_after_resuming(update):
+    """Accuracy-aware training sets rates, and its epochs begin with `epoch_step()`."""
+    params = {"sparsity_target": 0.6, "sparsity_target_epoch": 2, "sparsity_freeze_epoch": 3, **update}
+    params |= {"steps_per_epoch": 1} if update else {}
+    section = {"sparsity_init": 0.1, "params": params}
+    controller, model = create(network(), KEY, **section)
+    controller.scheduler.epoch_step()
+    controller.compression_rate = 0.3
+    state = through_json(controller.get_compression_state())
+    again, resumed = create(network(9), KEY, state=state, **section)
+    resumed.load_state_dict(model.state_dict())
+    for found in (controller, again):
+        for _ in range(4):  # the schedule would be at 0.6 in epoch 2, and would freeze in epoch 3
+            found.scheduler.epoch_step()
+            found.scheduler.step()
+            assert (found.requested_level, found.frozen) == (0.3, False)
+        found.freeze(False)  # the user's word: the schedule goes on, which ends in frozen gates
+        found.scheduler.epoch_step()
+        assert found.frozen
+
+
 def test_the_default_schedule_is_exponential_and_ends_in_frozen_gates():
     section = {"sparsity_init": 0.1, "params": {"sparsity_target": 0.7, "sparsity_target_epoch": 4}}
     section["params"]["sparsity_freeze_epoch"] = 6

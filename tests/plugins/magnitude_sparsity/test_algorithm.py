@@ -5,7 +5,14 @@ import pytest
 import torch
 from torch import nn
 
-from compress_core import CompressionError, CompressionStage, ModelError, create_compressed_model, register_module
+from compress_core import (
+    CompressionError,
+    CompressionStage,
+    ModelError,
+    UsageError,
+    create_compressed_model,
+    register_module,
+)
 from compress_core.transforms import raw_parameter
 from tests.zoo import MobileNet, Recurrent, ResidualNet, StackedLSTM, Transformer, images, trained
 
@@ -115,6 +122,24 @@ def test_registered_user_modules():
     controller = create(model, sparsity_init=0.5)
     assert controller.sparsified_module_info == ["0.kernel"]
     assert int((model[0].kernel == 0).sum()) == 8
+
+
+def test_one_ignored_algorithm_may_be_a_word_and_what_is_no_name_is_refused():
+    @register_module(ignored_algorithms="magnitude_sparsity")
+    class Mine(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 4))
+
+        def forward(self, x):
+            return x @ self.weight
+
+    assert create(nn.Sequential(Mine(), nn.Linear(4, 4)), sparsity_init=0.5).sparsified_module_info == ["1.weight"]
+    for arguments in ({"ignored_algorithms": [3]}, {"target_weight_dim_for_compression": "0"}):
+        with pytest.raises(UsageError, match=r"register_module\(\)"):
+            register_module(**arguments)
+    with pytest.raises(UsageError, match=r"write @register_module\(\) above"):
+        register_module(nn.Linear)
 
 
 def test_masked_gradients_are_zero_and_weights_can_grow_back():

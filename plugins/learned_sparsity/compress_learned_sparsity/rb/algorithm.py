@@ -75,6 +75,8 @@ class RBSparsity(ScheduledSparsity):
 
     def __init__(self, config: AlgorithmConfig) -> None:
         super().__init__(config)
+        # Whether the level was set as a rate: it holds, and gates are trained to reach it, so the schedule has ended.
+        self._held = False
         # Losses since the last optimizer step began, to notice loops that do not tell the scheduler of steps.
         self._losses = 0
         self._warned = False
@@ -105,7 +107,8 @@ class RBSparsity(ScheduledSparsity):
     @hookimpl
     def compress_epoch_step(self, clock: Clock) -> None:
         """Sets what the loss asks for in the epoch that begins, and draws noise."""
-        super().compress_epoch_step(clock)
+        if not self._held:
+            super().compress_epoch_step(clock)
         if self._losses > 1 and not self._warned:
             self._warned = True
             logger.warning(
@@ -119,7 +122,8 @@ class RBSparsity(ScheduledSparsity):
     @hookimpl
     def compress_step(self, clock: Clock) -> None:
         """Draws the noise of the optimizer step that begins."""
-        super().compress_step(clock)
+        if not self._held:
+            super().compress_step(clock)
         self._losses = 0
         self._draw(clock.step)
 
@@ -161,9 +165,15 @@ class RBSparsity(ScheduledSparsity):
         return found.noted(words) if at_end else found
 
     @hookimpl
+    def compress_state(self) -> dict[str, Any]:
+        """Returns the level, whether it was set as a rate, whether gates are frozen, and the schedule."""
+        return {**super().compress_state(), "held": self._held}
+
+    @hookimpl
     def compress_load_state(self, state: Mapping[str, Any]) -> None:
         """Restores the state; the `state_dict` brings scores, masks and the number of the step."""
         saved = self.loaded_sparsity(state)
+        self._held = saved.held
         self._requested, self._time, self._frozen = saved.level, saved.time, saved.frozen
         for gate in self._gates():
             gate.frozen = saved.frozen
@@ -198,6 +208,7 @@ class RBSparsity(ScheduledSparsity):
             UsageError: `freeze` is neither True nor False.
         """
         super().freeze(freeze)
+        self._held = False
         for gate in self._gates():
             gate.freeze(freeze)
 
@@ -207,9 +218,11 @@ class RBSparsity(ScheduledSparsity):
 
     @all_or_nothing
     def _set_rate(self, rate: float) -> None:
-        # Unlike a mask that is computed, a gate has to be trained to reach the level, so it stays unfrozen.
+        # Unlike a mask that is computed, a gate has to be trained to reach the level, so it stays unfrozen. The
+        # schedule ends, which would set another level in the next epoch, or freeze the gates before they are there.
         self.freeze(False)
         self.set_sparsity_level(rate)
+        self._held = True
 
     def take_nncf(self, tensors: Sequence[NncfTensor]) -> dict[str, tuple[str, torch.Tensor] | None]:
         """Takes the scores; the noise begins anew, because NNCF's is not that of a step. See `Algorithm.take_nncf`."""
