@@ -19,7 +19,7 @@ from tests.soak import pytest_runtest_makereport, pytest_terminal_summary, tried
 __all__ = ["pytest_runtest_makereport", "pytest_terminal_summary", "tried"]
 
 # The same examples in every run, so that a commit does not fail by chance; HYPOTHESIS_PROFILE=default draws new ones.
-hypothesis.settings.register_profile("repeatable", derandomize=True)
+hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 ROOT = Path(__file__).resolve().parent.parent

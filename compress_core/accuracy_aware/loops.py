@@ -118,6 +118,17 @@ class AdaptiveCompressionTrainingLoop(AccuracyAwareTrainingLoop):
         progress.phase = "search"
         first = self._section.params.initial_compression_rate_step
         progress.search = SearchState(rate=runner.rate(), step=first)
+        lowest, highest = self._bounds
+        if not lowest <= progress.search.rate <= highest:
+            logger.warning(
+                "accuracy-aware training: the search begins at the level %.4g, outside of minimal_compression_rate %.4g "
+                "and maximal_compression_rate %.4g, which bound the levels that it sets; the model may be returned with "
+                "the level that it began with. Start %s within them",
+                progress.search.rate,
+                lowest,
+                highest,
+                self._moving.name,
+            )
         progress.search.best = runner.validate().budget
 
     def _train_where_the_search_goes(self, runner: Runner, search: RateSearch) -> None:

@@ -184,6 +184,14 @@ def test_a_level_that_no_bound_stops_ends_at_the_bound(tmp_path):
     assert loop.statistics.compression_rate == pytest.approx(0.83, abs=1e-3)
 
 
+@pytest.mark.parametrize(("bounds", "warned"), [((0.0, 0.4), True), ((0.6, 0.9), True), ((0.3, 0.6), False)])
+def test_a_search_that_begins_outside_of_its_bounds_says_so(bounds, warned, tmp_path, caplog):
+    training = Training(adaptive(maximal_total_epochs=4), lambda t: 0.0)  # the schedule has ended at 0.5 by then
+    loop = training.loop(minimal_compression_rate=bounds[0], maximal_compression_rate=bounds[1])
+    training.run(loop, tmp_path)
+    assert ("outside of minimal_compression_rate" in caplog.text) == warned
+
+
 def test_where_no_level_holds_the_model_stays_as_it_is_with_a_word(tmp_path, caplog):
     training = Training(adaptive(), lambda t: -5.0)
     loop = training.loop(minimal_compression_rate=0.25)
