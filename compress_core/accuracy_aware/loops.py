@@ -121,9 +121,9 @@ class AdaptiveCompressionTrainingLoop(AccuracyAwareTrainingLoop):
         lowest, highest = self._bounds
         if not lowest <= progress.search.rate <= highest:
             logger.warning(
-                "accuracy-aware training: the search begins at the level %.4g, outside of minimal_compression_rate %.4g "
-                "and maximal_compression_rate %.4g, which bound the levels that it sets; the model may be returned with "
-                "the level that it began with. Start %s within them",
+                "accuracy-aware training: the search begins at the level %.4g, outside of minimal_compression_rate "
+                "%.4g and maximal_compression_rate %.4g, which bound the levels that it sets; the model may be "
+                "returned with the level that it began with. Start %s within them",
                 progress.search.rate,
                 lowest,
                 highest,
