@@ -74,6 +74,9 @@ def choose(search: PrecisionSearch) -> ChosenBits:
         loss, words, samples = _loss(search)
         shown = progress(decisions, "precision search: loss of each group", unit="group")
         measured = [[loss(option, True) for option in decision.options] for decision in shown]
+        if samples:  # a metric is coarse, and losses of zero are common
+            silent = [str(d.group) for d, found in zip(decisions, measured, strict=True) if not any(found)]
+            search.warn_of_no_effect(silent)
         problem = Problems(search, decisions, _comparable(search, decisions, measured), budget)
         bits = problem.solve(ratio)
         if bits is None:

@@ -16,6 +16,7 @@ from torch import nn
 from compress_core import (
     Choice,
     CompressionError,
+    CompressionStage,
     ConfigError,
     DataError,
     PluginError,
@@ -183,6 +184,33 @@ def test_other_budgets_are_kept(budget, unit):
         rest = sum(8 * t.numel() * t.element_size() for n, t in model.state_dict().items() if not _is_stored_weight(n))
         used = (packed + rest) / 8e6
     assert point.used == pytest.approx(used, rel=1e-6)
+
+
+BESIDE = {
+    "magnitude_sparsity": {"sparsity_init": 0.5},
+    "rb_sparsity": {},
+    "const_sparsity": {},
+    "movement_sparsity": {
+        "params": {"warmup_start_epoch": 1, "warmup_end_epoch": 2, "importance_regularization_factor": 0.1}
+    },
+}
+
+
+@pytest.mark.parametrize("other", BESIDE)
+def test_the_size_of_the_file_is_that_of_the_stripped_model(other):
+    """Masks and scores go with `strip`, and buffers that are not saved are in no file."""
+    model = make_net()
+    model.register_buffer("cache", torch.zeros(1000), persistent=False)
+    section = document({**FOUR, "budget": {"file_size": 0.00035}, "frontier_points": 1})
+    section["compression"] = [{"algorithm": other, **BESIDE[other]}, section["compression"]]
+    controller, model = create_compressed_model(model, section, init_loader=pairs())
+    (point,) = [p for p in controller.precision_report.points if p.chosen]
+    bits = weight_bits(controller)
+    masked = ("mask", "scores", "threshold", "moment")
+    state = {n: t for n, t in model.state_dict().items() if n.rpartition(".")[2] not in masked}
+    rest = sum(8 * t.numel() * t.element_size() for n, t in state.items() if not _is_stored_weight(n))
+    packed = sum(bits[f"{n.removesuffix('.weight')}|WEIGHT"] * state[n].numel() for n in state if _is_stored_weight(n))
+    assert point.used == pytest.approx((packed + rest) / 8e6, rel=1e-12)
 
 
 def _is_stored_weight(name):
@@ -580,3 +608,16 @@ def test_with_stages_the_bits_hold_when_the_quantizers_are_turned_on():
     controller.scheduler.epoch_step()
     assert quantizer.enabled
     assert bits_of(controller) == bits
+
+
+@pytest.mark.parametrize("kind", ["sensitivity", "hawq", "autoq"])
+@pytest.mark.parametrize("group", ["weights", "activations"])
+def test_stages_that_begin_later_do_not_change_the_choice(kind, group):
+    """Quantizers that are still off are measured as they will be: off, they would have no error with any bits."""
+    precision = {"sensitivity": FOUR, "hawq": METHODS["hawq"], "autoq": METHODS["autoq"]}[kind]
+    plain, _ = created(precision)
+    other = "activations" if group == "weights" else "weights"
+    params = {f"{group}_quant_start_epoch": 2, f"{other}_quant_start_epoch": 0}
+    staged, _ = created(precision, params=params)
+    assert weight_bits(staged) == weight_bits(plain)
+    assert staged.compression_stage() == CompressionStage.PARTIALLY_COMPRESSED
