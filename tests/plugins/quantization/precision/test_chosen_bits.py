@@ -7,6 +7,7 @@ import functools
 import itertools
 import json
 import logging
+import math
 
 import numpy as np
 import pytest
@@ -457,6 +458,23 @@ def test_a_metric_that_does_not_tell_bits_apart_leaves_as_many_as_the_ratio_allo
     config = register_default_init_args(document({"type": "autoq"}), pairs(), autoq_eval_fn=lambda model, loader: 1.0)
     controller, model = create_compressed_model(make_net(), config)
     assert 0.11 < average(controller, model) / 32 <= 0.15
+
+
+def test_among_equal_losses_none_gets_two_bits_for_the_sake_of_others():
+    """All layers have as many weights: 2, 4 and 8 bits would be more bits in sum, and far worse than 4 bits for all."""
+    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6))
+    section = {**document({"type": "autoq"}), "input_info": {"sample_size": [1, 6]}}
+    loader = [(torch.randn(8, 6), torch.zeros(8))]
+    config = register_default_init_args(section, loader, autoq_eval_fn=lambda model, loader: 1.0)
+    controller, _ = create_compressed_model(model, config)
+    assert set(weight_bits(controller).values()) == {4}
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_metric_that_is_not_finite_is_refused(value):
+    config = register_default_init_args(document({"type": "autoq"}), pairs(), autoq_eval_fn=lambda model, loader: value)
+    with pytest.raises(DataError, match="autoq_eval_fn must return a finite number for the unquantized model"):
+        create_compressed_model(make_net(), config)
 
 
 def test_swaps_are_kept_only_if_the_metric_is_better():

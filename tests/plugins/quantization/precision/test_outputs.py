@@ -158,7 +158,7 @@ class Silent(Net):
 @pytest.mark.parametrize("method", MEASURED)
 def test_weights_without_an_effect_are_named(method, caplog):
     controller, _ = created(MEASURED[method], Silent())
-    assert "does not depend on 1 of the weights, such as 'right|WEIGHT'" in caplog.text
+    assert "the error of the output does not depend on 1 of the weights, such as 'right|WEIGHT'" in caplog.text
     assert weight_bits(controller)["stem|WEIGHT"] > 2
 
 
