@@ -193,8 +193,8 @@ class PrecisionSearch:
         """
         if names:
             logger.warning(
-                "%s: on the data, the error of the output does not depend on %d of the weights, such as '%s', so nothing "
-                "speaks against the fewest bits for them. If they matter in training, give them bits in "
+                "%s: on the data, the error of the output does not depend on %d of the weights, such as '%s', so "
+                "nothing speaks against the fewest bits for them. If they matter in training, give them bits in "
                 "scope_overrides, or name them in ignored_scopes",
                 self.path,
                 len(names),
