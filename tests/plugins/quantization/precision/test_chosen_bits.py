@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from compress_core import (
-    Choice,
     CompressionError,
     CompressionStage,
     ConfigError,
@@ -25,11 +24,8 @@ from compress_core import (
     create_compressed_model,
     register_default_init_args,
 )
-from compress_core.registry import Registry, use_registry
 from compress_core.testing import fingerprint
 from compress_quantization.precision import ChosenBits, PrecisionMethod
-from tests.conftest import declared_entry_points
-from tests.plugin_helpers import plugin
 from tests.plugins.quantization.precision.search_helpers import (
     GROUPS,
     Net,
@@ -39,6 +35,7 @@ from tests.plugins.quantization.precision.search_helpers import (
     make_net,
     pairs,
     weight_bits,
+    with_method,
 )
 
 # The points of the frontier, of which each takes an evaluation, stand only where they are tested.
@@ -540,14 +537,6 @@ def test_the_report_is_a_table_and_a_picture(tmp_path):
     pytest.importorskip("matplotlib")
     report.draw(tmp_path / "frontier.png")
     assert (tmp_path / "frontier.png").stat().st_size > 1000
-
-
-def with_method(value):
-    registry = Registry()
-    registry.find_entry_points(declared_entry_points())
-    choices = [Choice("quantization.precision", "first-first", value, "theirs")]
-    registry.register(plugin(compress_choices=lambda self: choices), "theirs")
-    return use_registry(registry)
 
 
 def test_a_method_of_another_package_is_a_type():
