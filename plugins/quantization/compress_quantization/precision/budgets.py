@@ -63,8 +63,8 @@ class Budget:
         hint = "Give a larger budget, or more numbers in 'bits'"
         if self.name == "bit_operations" and self.used(most) > 1 + 1e-9:
             hint += (
-                f"; activations without a quantizer, such as those of recurrent layers, count with {_UNQUANTIZED} bits: "
-                "average_bits may say better what is meant"
+                f"; activations without a quantizer, such as those of recurrent layers, count with {_UNQUANTIZED} "
+                "bits: average_bits may say better what is meant"
             )
         return ConfigError(
             f"{self.value:g} cannot be kept: with the numbers of bits that can be chosen, {self.unit} is between "
