@@ -181,7 +181,9 @@ def _given_criterion(search: PrecisionSearch) -> QuantizationPrecisionInitArgs |
 @torch.no_grad()
 def _measured(search: PrecisionSearch, batches: Sequence[Any]) -> tuple[ErrorKind, float, list[float]]:
     """Returns the error's kind, 1 / the number of its samples or positions, and what each output is divided by."""
-    kind, rows, sizes = None, 0.0, []
+    kind: ErrorKind | None = None
+    rows = 0.0
+    sizes: list[int] = []
     found: list[list[float]] = []
     for batch in batches:
         outputs = search.outputs(batch)
