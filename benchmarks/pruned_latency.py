@@ -110,8 +110,36 @@ def _seconds(run: Callable[[], object]) -> float:
     return time.process_time() - started
 
 
-def _faster(found: dict[str, float]) -> tuple[str, str]:
-    return f"{found['median']:.2f} [{found['low']:.2f}, {found['high']:.2f}]", f"{found['full_ms']:.0f}"
+def tables(results: dict[str, dict[str, Any]]) -> list[Table]:
+    """Returns what was gained, and what it cost."""
+    latency = [
+        (
+            name,
+            f"{found['speed_up']['median']:.2f} [{found['speed_up']['low']:.2f}, {found['speed_up']['high']:.2f}]",
+            f"{found['speed_up']['full_ms']:.0f}",
+            f"{found['flops_ratio']:.2f}",
+            f"{found['parameters_ratio']:.2f}",
+            f"{found['certificate']['eval_difference']:.0e}",
+        )
+        for name, found in results.items()
+    ]
+    keys = ("groups_seconds", "flops_target_seconds", "create_seconds")
+    costs = [
+        (name, str(Ratio(**found["step_with_masks"])), *(f"{found[key]:.2f}" for key in keys))
+        for name, found in results.items()
+    ]
+    return [
+        Table(
+            "Half of the channels, 224x224, batch 1, CPU time of one thread",
+            ("network", "times faster", "full, ms", "FLOPs / FLOPs left", "parameters / left", "difference"),
+            latency,
+        ),
+        Table(
+            "Cost, CPU time of one thread",
+            ("network", "step with masks / plain", "trace and groups, s", "FLOPs target, s", "create at 64x64, s"),
+            costs,
+        ),
+    ]
 
 
 def main() -> None:
@@ -125,38 +153,7 @@ def main() -> None:
     for name in options.models:
         results[name] = measure(MODELS[name], options.rounds, options.wall)
         report.write("pruned_latency", {"results": results})
-    latency = [
-        (
-            name,
-            *_faster(r["speed_up"]),
-            f"{r['flops_ratio']:.2f}",
-            f"{r['parameters_ratio']:.2f}",
-            f"{r['certificate']['eval_difference']:.0e}",
-        )
-        for name, r in results.items()
-    ]
-    costs = [
-        (
-            name,
-            str(Ratio(**r["step_with_masks"])),
-            f"{r['groups_seconds']:.2f}",
-            f"{r['flops_target_seconds']:.2f}",
-            f"{r['create_seconds']:.1f}",
-        )
-        for name, r in results.items()
-    ]
-    report.show(
-        Table(
-            "Half of the channels, 224x224, batch 1, CPU time of one thread",
-            ("network", "times faster", "full, ms", "FLOPs / FLOPs left", "parameters / left", "difference"),
-            latency,
-        ),
-        Table(
-            "Cost, CPU time of one thread",
-            ("network", "step with masks / plain", "trace and groups, s", "FLOPs target, s", "create at 64x64, s"),
-            costs,
-        ),
-    )
+    report.show(*tables(results))
 
 
 if __name__ == "__main__":

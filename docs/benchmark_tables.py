@@ -83,35 +83,6 @@ def sparsity_cost_tables(content: Content) -> list[Table]:
     ]
 
 
-def pruned_latency_tables(content: Content) -> list[Table]:
-    found = content["results"].items()
-    latency = [
-        (
-            name,
-            ratio(r["speed_up"]),
-            f"{r['speed_up']['full_ms']:.0f}",
-            f"{r['flops_ratio']:.2f}",
-            f"{r['parameters_ratio']:.2f}",
-            f"{r['certificate']['eval_difference']:.0e}",
-        )
-        for name, r in found
-    ]
-    keys = ("groups_seconds", "flops_target_seconds", "create_seconds")
-    costs = [(name, ratio(r["step_with_masks"]), *(f"{r[key]:.2f}" for key in keys)) for name, r in found]
-    return [
-        Table(
-            "Half of the channels, 224x224, batch 1, CPU time of one thread",
-            ("network", "times faster", "full, ms", "FLOPs / FLOPs left", "parameters / left", "difference"),
-            latency,
-        ),
-        Table(
-            "Cost, CPU time of one thread",
-            ("network", "step with masks / plain", "trace and groups, s", "FLOPs target, s", "create at 64x64, s"),
-            costs,
-        ),
-    ]
-
-
 def resnet56_tables(content: Content) -> list[Table]:
     keys = ("FLOPs", "parameters", "pruned", "adapted", "fine-tuned")
     rows = [(f"{row['ratio']:.1f}", *(f"{row[key]:.2f}" for key in keys)) for row in content["rows"]]

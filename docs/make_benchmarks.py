@@ -22,6 +22,7 @@ from benchmarks import (
     exported_latency,
     latency_budget,
     mixed_precision,
+    pruned_latency,
     quantization_cost,
     reconstruction_tuning,
     runtimes,
@@ -98,7 +99,7 @@ BENCHMARKS = (
         "Pruning: speed",
         "pruned_latency --rounds 5",
         ["pruned_latency"],
-        benchmark_tables.pruned_latency_tables,
+        lambda content: pruned_latency.tables(content["results"]),
         "filter_pruning.md#measured-speed",
     ),
     Benchmark(

@@ -238,7 +238,7 @@ def _defined_here(plugin: object, function: Callable[..., Any]) -> bool:
     return not inspect.ismodule(plugin) or getattr(function, "__module__", None) == plugin.__name__
 
 
-def _near(name: str, specs: dict[str, tuple[str, ...]]) -> str:
+def _near(name: str, specs: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, specs, n=1)
     return f" Did you mean {close[0]}()?" if close else f" There are: {', '.join(sorted(specs))}."
 

@@ -10,6 +10,7 @@ other forwards that correspond to them (`correspondence`), such as those of trai
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from dataclasses import dataclass
 
@@ -62,6 +63,9 @@ class Sites:
                 self._calls_at.setdefault(self.site(CallRef(number, call.index)), []).append(
                     CallRef(number, call.index)
                 )
+        # What holds for all calls of a site, or of a function in a module, is found once: loops have hundreds of calls.
+        self._returned: dict[tuple[SiteKey, Path], Path | None] = {}
+        self._orders: dict[tuple[str, str], _Order] = {}
         self._runs: list[dict[tuple[str, int], ModuleCall]] = [
             {(run.module, run.invocation): run for run in forward.module_calls} for forward in self._forwards
         ]
@@ -134,8 +138,11 @@ class Sites:
             return None
         # All iterations of a loop, in both modes, have to return the result from the module; otherwise some would be
         # missed.
-        items = {self._returned_as(other, path) for other in self._calls_at[self.site(where)]}
-        item = items.pop() if len(items) == 1 else None
+        site = self.site(where)
+        if (site, path) not in self._returned:
+            items = {self._returned_as(other, path) for other in self._calls_at[site]}
+            self._returned[site, path] = items.pop() if len(items) == 1 else None
+        item = self._returned[site, path]
         return None if item is None else ModuleOutput(call.module, item)
 
     def _is_one_of_many(self, where: CallRef) -> bool:
@@ -194,26 +201,12 @@ class Sites:
 
     def _pattern_at(self, where: CallRef, module: str) -> CallPattern | None:
         function = self._call(where).function
-        evaluation = self._sequences(range(self._in_eval), module, function)
-        training = self._sequences(range(self._in_eval, len(self._forwards)), module, function)
-        numbers: dict[SiteKey, int] = {}
-        for key in (key for sequence in [*evaluation, *training] for key in sequence):
-            numbers.setdefault(key, len(numbers))
-        site = numbers.get(self._key(where, module))
-        if site is None:  # a call on integers alone
-            return None
-        sites, counts = _longest(evaluation, numbers), _shorter(evaluation)
-        pattern = CallPattern(site, sites, counts=counts, training_counts=counts)
-        if training:
-            trained = _longest(training, numbers)
-            pattern = CallPattern(site, sites, None if trained == sites else trained, counts, _shorter(training))
-        agrees = all(
-            pattern.includes(position, training=mode) == (numbers[key] == site)
-            for mode, sequences in ((False, evaluation), (True, training))
-            for sequence in sequences
-            for position, key in enumerate(sequence)
-        )
-        return pattern if agrees else None
+        if (module, function) not in self._orders:
+            self._orders[module, function] = _Order(
+                self._sequences(range(self._in_eval), module, function),
+                self._sequences(range(self._in_eval, len(self._forwards)), module, function),
+            )
+        return self._orders[module, function].pattern(self._key(where, module))
 
     def _sequences(self, numbers: range, module: str, function: str) -> list[list[SiteKey]]:
         """Returns, for each run of a module in some forwards, the keys of its calls of a function."""
@@ -227,6 +220,49 @@ class Sites:
 
 def _level_of(call: Call, module: str) -> int | None:
     return next((level for level, frame in enumerate(call.frames) if frame.module == module), None)
+
+
+class _Order:
+    """The calls of one function by one module, run for run.
+
+    Args:
+        evaluation: For each run in eval mode, the sites of its calls.
+        training: The same in training mode.
+    """
+
+    def __init__(self, evaluation: list[list[SiteKey]], training: list[list[SiteKey]]) -> None:
+        self._evaluation, self._training = evaluation, training
+        self._numbers: dict[SiteKey, int] = {}
+        for key in (key for sequence in [*evaluation, *training] for key in sequence):
+            self._numbers.setdefault(key, len(self._numbers))
+        self._patterns: dict[SiteKey, CallPattern | None] = {}
+
+    def pattern(self, key: SiteKey) -> CallPattern | None:
+        """Returns what tells the calls of a site from the others; None if it cannot."""
+        if key not in self._numbers:  # a call on integers alone
+            return None
+        if key not in self._patterns:
+            self._patterns[key] = self._made(self._numbers[key])
+        return self._patterns[key]
+
+    @functools.cached_property
+    def _common(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...] | None, tuple[int, ...]]:
+        sites, counts = _longest(self._evaluation, self._numbers), _shorter(self._evaluation)
+        if not self._training:
+            return sites, counts, None, counts
+        trained = _longest(self._training, self._numbers)
+        return sites, counts, None if trained == sites else trained, _shorter(self._training)
+
+    def _made(self, site: int) -> CallPattern | None:
+        sites, counts, trained, training_counts = self._common
+        pattern = CallPattern(site, sites, trained, counts, training_counts)
+        agrees = all(
+            pattern.includes(position, training=mode) == (self._numbers[key] == site)
+            for mode, sequences in ((False, self._evaluation), (True, self._training))
+            for sequence in sequences
+            for position, key in enumerate(sequence)
+        )
+        return pattern if agrees else None
 
 
 def _longest(sequences: list[list[SiteKey]], numbers: dict[SiteKey, int]) -> tuple[int, ...]:

@@ -15,6 +15,7 @@ PROGRAM = """
     from pathlib import Path
     from compress_core.export.runtimes.openvino import OpenVino
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background, shells have it ignored
     first = OpenVino().load(Path(sys.argv[1]))
     second = OpenVino().load(Path(sys.argv[1]), optimized=False)
     del first

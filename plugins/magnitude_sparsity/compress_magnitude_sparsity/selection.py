@@ -9,7 +9,7 @@ already zero.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,6 +43,11 @@ class RankedTensor:
         for piece in torch.split(flat, _PIECE) if flat.numel() else ():
             wide = piece.abs() if piece.dtype in (torch.float32, torch.float64) else piece.float().abs()
             yield wide if self.scale == 1.0 else wide.div_(self.scale)
+
+    def importance(self, index: int) -> torch.Tensor:
+        """Returns the importance of the element with this flat index, a scalar of the dtype of `pieces`."""
+        element = self.values.detach().reshape(-1)[index : index + 1]
+        return next(RankedTensor(self.name, element, self.scale).pieces())[0]
 
 
 def layer_scale(values: torch.Tensor) -> float:
@@ -134,22 +139,36 @@ def _kth_smallest(tensors: Sequence[RankedTensor], kept: Sequence[int | None], c
     wide = torch.float64 if any(t.values.dtype == torch.float64 for t in tensors) else torch.float32
     integer, shifts = _digits(wide)
     device = tensors[0].values.device
+    never_masked = [
+        t.importance(index).to(device, wide) for t, index in zip(tensors, kept, strict=True) if index is not None
+    ]
     prefix, remaining = 0, count
     for shift in shifts:
         histogram = torch.zeros(1 << _DIGIT_BITS, dtype=torch.int64, device=device)
-        for tensor, index in zip(tensors, kept, strict=True):
-            offset = 0
-            for piece in tensor.pieces():
-                bits = piece.to(wide).view(integer)
-                histogram += _histogram(bits, shift, prefix).to(device)
-                if index is not None and offset <= index < offset + piece.numel():
-                    histogram -= _histogram(bits[index - offset : index - offset + 1], shift, prefix).to(device)
-                offset += piece.numel()
+        for batch in _batches(tensors):
+            histogram += _histogram(batch.to(wide).view(integer), shift, prefix).to(device)
+        if never_masked:
+            histogram -= _histogram(torch.stack(never_masked).view(integer), shift, prefix)
         below = histogram.cumsum(0)
         digit = int(torch.searchsorted(below, remaining))
         remaining -= int(below[digit - 1]) if digit else 0
         prefix = (prefix << _DIGIT_BITS) | digit
     return torch.tensor(prefix, dtype=integer).view(wide), remaining
+
+
+def _batches(tensors: Iterable[RankedTensor]) -> Iterator[torch.Tensor]:
+    """Yields the importances of all tensors, those of small ones together: it takes as long to count ten as 65,536."""
+    waiting: list[torch.Tensor] = []
+    size = 0
+    for piece in (piece for tensor in tensors for piece in tensor.pieces()):
+        alike = not waiting or (piece.device, piece.dtype) == (waiting[0].device, waiting[0].dtype)
+        if waiting and not (alike and size + piece.numel() <= _PIECE):
+            yield torch.cat(waiting) if len(waiting) > 1 else waiting[0]
+            waiting, size = [], 0
+        waiting.append(piece)
+        size += piece.numel()
+    if waiting:
+        yield torch.cat(waiting) if len(waiting) > 1 else waiting[0]
 
 
 def _histogram(bits: torch.Tensor, shift: int, prefix: int) -> torch.Tensor:

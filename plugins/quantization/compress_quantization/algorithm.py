@@ -237,9 +237,7 @@ class Quantization(Algorithm):
     @hookimpl
     def compress_strip(self, model: nn.Module) -> None:
         """Replaces activation quantizers by torch's own fake-quantize operators; the core bakes the weights."""
-        for planned in self._planned:
-            if planned.group == "activations":
-                replace_by_native(model, planned, self.name)
+        replace_by_native(model, [planned for planned in self._planned if planned.group == "activations"], self.name)
 
     @hookimpl
     def compress_export(self, model: nn.Module, target: ExportTarget) -> GraphRewrite:

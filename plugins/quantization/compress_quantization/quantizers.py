@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, cast
 
 import torch
@@ -128,15 +128,18 @@ def _computed_in(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def replace_by_native(model: nn.Module, planned: PlannedQuantizer, key: str) -> None:
-    """Replaces an activation quantizer by torch's own operator, or removes it if it is off."""
-    quantizer = find_quantizer(model, planned, key)
-    if not isinstance(quantizer, FakeQuantize):  # replaced by the user, or by us at another name of a shared layer
-        return
-    native = NativeFakeQuantize(quantizer)
-    for handle in activation_transforms(model):
-        if quantizer_in(handle.transform) is quantizer:
+def replace_by_native(model: nn.Module, planned: Iterable[PlannedQuantizer], key: str) -> None:
+    """Replaces activation quantizers by torch's own operator, and removes those that are off."""
+    natives: dict[FakeQuantize, NativeFakeQuantize] = {}
+    for entry in planned:
+        quantizer = find_quantizer(model, entry, key)
+        if isinstance(quantizer, FakeQuantize):  # None: its layers were replaced by the user
+            natives[quantizer] = NativeFakeQuantize(quantizer)
+    for handle in activation_transforms(model):  # once for all: it walks through the whole model
+        quantizer = quantizer_in(handle.transform)
+        if quantizer is None or quantizer not in natives:
+            continue
+        if quantizer.enabled:
+            handle.substitute(with_quantizer(handle.transform, natives[quantizer]))
+        else:
             handle.remove()
-            if quantizer.enabled:
-                new = with_quantizer(handle.transform, native)
-                add_activation_transform(model, handle.place, new, stage=handle.stage, key=handle.key)

@@ -36,9 +36,10 @@ grid = st.integers(-6, 6).map(lambda i: i / 4)
 
 @st.composite
 def problems(draw):
-    dtype = draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.float64]))
+    dtypes = st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.float64])
     tensors = [
-        torch.tensor(draw(st.lists(grid, min_size=1, max_size=30)), dtype=dtype) for _ in range(draw(st.integers(1, 4)))
+        torch.tensor(draw(st.lists(grid, min_size=1, max_size=30)), dtype=draw(dtypes))
+        for _ in range(draw(st.integers(1, 4)))
     ]
     total = sum(t.numel() for t in tensors)
     scales = [draw(st.sampled_from([1.0, 2.0, 0.5])) for _ in tensors]
@@ -87,7 +88,7 @@ def test_pieces_make_no_difference(monkeypatch):
     torch.manual_seed(0)
     tensors = [torch.randn(1000).mul(8).round().div(8), torch.randn(777)]
     whole = keep_masks([RankedTensor("", t) for t in tensors], 900)
-    monkeypatch.setattr("compress_magnitude_sparsity.selection._PIECE", 64)
+    monkeypatch.setattr("compress_magnitude_sparsity.selection._PIECE", 64)  # some tensors need several, some share one
     for left, right in zip(whole, keep_masks([RankedTensor("", t) for t in tensors], 900), strict=True):
         assert torch.equal(left, right)
 
