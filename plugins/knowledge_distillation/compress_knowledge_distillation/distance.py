@@ -33,7 +33,7 @@ class Distance:
     temperature: float = 1.0
 
     def __call__(self, student: torch.Tensor, teacher: torch.Tensor, what: str) -> torch.Tensor:
-        """Returns the loss, a scalar in the dtype of the student or, for half precision, in float32.
+        """Returns the loss, a scalar in the dtype of the student or, for half precision, in float32; 0 for no element.
 
         Args:
             student: The tensor that learns.
@@ -45,6 +45,8 @@ class Distance:
         """
         student, teacher = losses.comparable(student, teacher)
         self._check(student, teacher, what)
+        if not student.numel():  # such as the boxes of images that show nothing; a mean over none is not a number
+            return student.sum()
         if self.type == "mse":
             return self.scale * losses.mse(student, teacher)
         dim = losses.dimension(self.dim, student, key=self.key, what=what)

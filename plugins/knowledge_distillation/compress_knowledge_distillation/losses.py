@@ -35,7 +35,8 @@ def softmax(student: torch.Tensor, teacher: torch.Tensor, *, temperature: float,
     """
     logarithms = F.log_softmax(student / temperature, dim)
     wanted = F.softmax(teacher / temperature, dim)
-    return -(logarithms * wanted).sum(dim).mean() * temperature**2
+    terms = (logarithms * wanted).masked_fill(wanted == 0, 0.0)  # a class that both rule out has 0 * -inf
+    return -terms.sum(dim).mean() * temperature**2
 
 
 def cosine(student: torch.Tensor, teacher: torch.Tensor, *, dim: int) -> torch.Tensor:

@@ -48,10 +48,12 @@ def matched_outputs(student: Any, teacher: Any, asked: Mapping[str, str]) -> tup
     pairs = [Matched(_named(path), tensor, others[path]) for path, tensor in learning.items() if path in others]
     if not pairs:
         frozen = {path: tensor for path, tensor in own.items() if not tensor.requires_grad}
+        single = {path: tensor for path, tensor in own.items() if path not in learning and path not in frozen}
+        alone = f", single numbers, which are not compared, {shown(single)}" if single else ""
         raise ModelError(
             "distillation finds no output of the compressed model that requires a gradient and that the teacher has. "
-            f"The compressed model returns {shown(learning)}, without a gradient {shown(frozen)}; the teacher returns "
-            f'{shown(others)}. Pair them by their paths, such as "outputs": {{"logits": ""}}'
+            f"The compressed model returns {shown(learning)}, without a gradient {shown(frozen)}{alone}; the teacher "
+            f'returns {shown(others)}. Pair them by their paths, such as "outputs": {{"logits": ""}}'
         )
     remarks = {
         "these outputs of the compressed model have no partner in the teacher's, and do not learn from it": [

@@ -154,7 +154,7 @@ class Quantization(Algorithm):
         self._calibrate(("weights", "activations"), context.batch_norm.as_it_will_be)
         path, precision = context.section(self)[0], self.config.initializer.precision
         if precision is not None and self._precision.choose(
-            self.model, context, path, precision, self.all_quantizations
+            self.model, context, path, precision, self.all_quantizations, self._off
         ):
             self._planned = self._precision.planned(self._planned)
             # Activations have other ranges if the weights before them are rounded in another way.

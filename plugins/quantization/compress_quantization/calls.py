@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Mapping
@@ -9,10 +10,13 @@ from collections.abc import Mapping
 from compress_core.config.scopes import ScopedModule
 from compress_core.trace import Call, ForwardTrace, Trace
 from compress_core.trace.graph import ValueId
-from compress_quantization.operators import LINEAR_KINDS, base_name, is_weight_argument, kind_of
+from compress_quantization.operators import LINEAR_KINDS, base_name, is_transparent, is_weight_argument, kind_of
 
 # Functions that NNCF knows by the one that they call.
 _NNCF_FUNCTIONS = {"relu6": ("hardtanh",), "hardtanh": ("relu6",)}
+
+# Operators of ATen that multiply matrices.
+_PRODUCTS = frozenset(["mm", "bmm", "mv", "dot", "addmm", "baddbmm", "addbmm", "addmv"])
 
 
 def call_names(trace: Trace, modules: Mapping[str, ScopedModule]) -> dict[tuple[int, int], ScopedModule]:
@@ -101,6 +105,10 @@ def multiplications(call: Call, forward: ForwardTrace, weight: int) -> int:
     kind, elements = kind_of(call.function), math.prod(forward.values[weight].shape)
     if kind == "embedding":
         return 0
+    if kind == "matmul":
+        return sum(map(functools.partial(_of_product, forward), call.operators))
+    if kind == "rnn":  # once for each sample and step
+        return elements * math.prod(forward.values[call.inputs[0][1]].shape[:-1])
     if kind.startswith("conv") and call.results:
         # Each element is multiplied at each position of the output; in a transposed convolution, of the input.
         value = call.inputs[0][1] if kind.startswith("conv_transpose") else call.results[0]
@@ -109,6 +117,29 @@ def multiplications(call: Call, forward: ForwardTrace, weight: int) -> int:
         return elements * math.prod(shape[-spatial:]) * (shape[0] if len(shape) == spatial + 2 else 1)
     data = next((value for path, value in call.inputs if not is_weight_argument(call, path)), None)
     return 0 if data is None else elements * math.prod(forward.values[data].shape[:-1])
+
+
+def _of_product(forward: ForwardTrace, number: int) -> int:
+    """Returns the multiplications of a product of matrices; 0 if the operator is none."""
+    operator = forward.operators[number]
+    if str(operator.function).removeprefix("aten.").partition(".")[0] not in _PRODUCTS:
+        return 0
+    # The matrices are the last two, after what is added to their product.
+    left, right = (forward.values[value].shape for value in operator.inputs[-2:])
+    return math.prod(left) * (right[-1] if len(right) > 1 else 1)
+
+
+def weight_values(forward: ForwardTrace) -> dict[ValueId, str]:
+    """Returns the values that hold a parameter or parts of one, rearranged: number of the value -> its name.
+
+    Attention, for example, chunks the matrix of its three projections.
+    """
+    found = {value.index: value.parameter for value in forward.values if value.parameter}
+    for call in forward.calls:
+        sources = {found[value] for _, value in call.inputs if value in found}
+        if len(sources) == 1 and is_transparent(call):
+            found |= dict.fromkeys(call.results, sources.pop())
+    return found
 
 
 def owners_of_weights(call: Call, trace: Trace) -> list[str]:

@@ -104,8 +104,8 @@ class BudgetConfig(Section):
     file_size: float | None = Field(
         None,
         gt=0,
-        description="megabytes (10^6 bytes) of all parameters, buffers and scales, with the weights of quantizers "
-        "packed at their number of bits",
+        description="megabytes (10^6 bytes) of all tensors that the stripped model saves, scales included, with the "
+        "weights of quantizers packed at their number of bits",
     )
 
     @model_validator(mode="after")

@@ -143,3 +143,31 @@ def test_three_dimensions_are_compared_where_the_config_says():
     x, y = torch.randn(2, 2, 3, 5)
     found = Distance("softmax", 1.0, "class_dim", -1)(x, y, "it")
     torch.testing.assert_close(found, losses.softmax(x.reshape(-1, 5), y.reshape(-1, 5), temperature=1.0, dim=1))
+
+
+def test_a_class_that_both_rule_out_counts_nothing():
+    student = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
+    teacher = torch.randn(4, 6, dtype=torch.float64)
+    masked = [torch.cat([x, torch.full((4, 2), -math.inf, dtype=x.dtype)], 1) for x in (student, teacher)]
+    found = losses.softmax(*masked, temperature=2.0, dim=1)
+    expected = losses.softmax(student, teacher, temperature=2.0, dim=1)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, student)[0] for loss in (found, expected)))
+
+
+def test_a_class_that_only_the_student_rules_out_is_an_infinite_loss():
+    student = torch.tensor([[0.0, -math.inf]])
+    assert losses.softmax(student, torch.zeros(1, 2), temperature=1.0, dim=1).item() == math.inf
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (0, 5, 3, 3), (2, 5, 0, 3)])
+@pytest.mark.parametrize("kind", ["mse", "softmax", "cosine", "attention"])
+def test_a_batch_of_nothing_adds_nothing(kind, shape):
+    """Such as the boxes of an image that shows nothing: a mean over none would be no number, and spoil the weights."""
+    if kind == "attention" and len(shape) < 3:
+        return
+    student = torch.zeros(shape, requires_grad=True)
+    found = Distance(kind, 2.0, "class_dim")(student, torch.zeros(shape), "output")
+    assert found.item() == 0
+    found.backward()
+    assert student.grad.shape == shape

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from compress_core import ConfigError
 from compress_core.transforms import raw_parameter
+from compress_core.transforms.weight_chain import WeightChain
 from compress_quantization.config import BudgetConfig
+from compress_quantization.fake_quantize import FakeQuantize
 from compress_quantization.plan import BitsChoice
 
 # The bits that count for an activation without a quantizer.
@@ -56,9 +60,15 @@ class Budget:
 
     def refusal(self, least: int, most: int, path: str) -> ConfigError:
         """Returns the error for a budget that cannot be kept."""
+        hint = "Give a larger budget, or more numbers in 'bits'"
+        if self.name == "bit_operations" and self.used(most) > 1 + 1e-9:
+            hint += (
+                f"; activations without a quantizer, such as those of recurrent layers, count with {_UNQUANTIZED} "
+                "bits: average_bits may say better what is meant"
+            )
         return ConfigError(
             f"{self.value:g} cannot be kept: with the numbers of bits that can be chosen, {self.unit} is between "
-            f"{_up(self.used(least))} and {_up(self.used(most))}. Give a larger budget, or more numbers in 'bits'",
+            f"{_up(self.used(least))} and {_up(self.used(most))}. {hint}",
             path=f"{path}.{self.name}",
         )
 
@@ -98,8 +108,20 @@ def budget_of(config: BudgetConfig, weights: Sequence[BitsChoice], model: nn.Mod
             raise ConfigError("the model multiplies no activation with a quantized weight", path=f"{path}.{name}")
         text = "share of the bit operations with 8 bits"
         return Budget(name, text, value, lambda w, b, a: w.multiplications * b * a, operations * 64.0)
-    quantized = {weight.parameter for weight in weights}
-    tensors = {id(t): (n, t) for n, t in (*model.named_parameters(), *model.named_buffers())}
-    stored = {id(raw_parameter(model, parameter)) for parameter in quantized}
-    others = sum(8 * t.numel() * t.element_size() for key, (_, t) in tensors.items() if key not in stored)
+    stored = {id(raw_parameter(model, weight.parameter)) for weight in weights}
+    others = sum(8 * t.numel() * t.element_size() for t in _in_a_file(model) if id(t) not in stored)
     return Budget(name, "file size in megabytes", value, lambda w, b, a: elements[w.name] * b, 8e6, float(others))
+
+
+def _in_a_file(model: nn.Module) -> list[torch.Tensor]:
+    """Returns the tensors that a file of the stripped model has, each once.
+
+    Masks and scores of other algorithms are not among them, because `strip` bakes them into the weights.
+    """
+    chains = [module for module in model.modules() if isinstance(module, WeightChain)]
+    baked = [t for chain in chains for t in chain.children() if not isinstance(t, FakeQuantize)]
+    gone = {id(tensor) for transform in baked for tensor in (*transform.parameters(), *transform.buffers())}
+    saved = model.state_dict()
+    own = itertools.chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
+    tensors = {id(tensor): tensor for name, tensor in own if name in saved}
+    return [tensor for key, tensor in tensors.items() if key not in gone]

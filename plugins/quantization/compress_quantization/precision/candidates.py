@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from compress_core.trace import Call, Trace
 from compress_core.trace.sites import CallRef
 from compress_core.transforms.places import Path
-from compress_quantization.calls import multiplications
-from compress_quantization.operators import is_weight_argument
+from compress_quantization.calls import multiplications, weight_values
+from compress_quantization.operators import is_weight_argument, kind_of
 from compress_quantization.plan import BitsChoice, PlannedQuantizer
 from compress_quantization.quantizer_config import QuantizerSpec, Resolver
 from compress_quantization.quantizer_names import QuantizerPlace
@@ -78,16 +78,22 @@ def _uses(trace: Trace, placed: PlacedQuantizers) -> dict[str, _Use]:
     found: dict[str, _Use] = {}
     counted: dict[str, int] = {}
     for number, forward in enumerate(trace.forwards):
+        weights = weight_values(forward)
         for call in forward.calls:
             for path, value in call.inputs:
-                name = forward.values[value].parameter
-                if name not in placed.weights or not is_weight_argument(call, path):
+                name = weights.get(value, "")
+                if name not in placed.weights or not _multiplies(call, path):
                     continue
                 use = found.setdefault(name, _Use(len(found), 0, {}))
                 if counted.setdefault(name, number) == number:
                     use.multiplications += multiplications(call, forward, value)
                 use.inputs.update(dict.fromkeys(_inputs(number, call, placed)))
     return found
+
+
+def _multiplies(call: Call, path: Path) -> bool:
+    """Returns whether a weight at an argument of a call is multiplied with its activations, or looked up."""
+    return is_weight_argument(call, path) or kind_of(call.function) in ("matmul", "rnn")
 
 
 def _inputs(forward: int, call: Call, placed: PlacedQuantizers) -> list[str]:

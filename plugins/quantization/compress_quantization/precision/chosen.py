@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
@@ -87,6 +87,7 @@ class ChosenPrecision:
         path: str,
         config: PrecisionConfig,
         modules: Mapping[str, FakeQuantize],
+        unreached: Collection[str] = (),
     ) -> bool:
         """Chooses bits and gives them to the quantizers; returns whether there was anything to choose.
 
@@ -96,6 +97,7 @@ class ChosenPrecision:
             path: Path of the section of quantization.
             config: The section `initializer.precision`.
             modules: The quantizers by name.
+            unreached: Names of those that no sample has reached.
 
         Raises:
             ConfigError, DataError, ModelError: The method cannot choose.
@@ -115,6 +117,7 @@ class ChosenPrecision:
             context.config.root.target_device,
             choices=self.choices,
             modules=modules,
+            unreached=unreached,
             find_data=lambda: context.calibration_data(where, QuantizationPrecisionInitArgs),
             extra=context.config.get_extra_struct,
         )

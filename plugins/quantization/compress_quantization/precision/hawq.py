@@ -30,7 +30,7 @@ from compress_quantization.precision.budgets import budget_of
 from compress_quantization.precision.dumps import dump, read_traces
 from compress_quantization.precision.hessian import Traces, gauss_newton_traces, hessian_traces
 from compress_quantization.precision.method import ChosenBits, PrecisionMethod
-from compress_quantization.precision.outputs import IN_WORDS, mean_squares
+from compress_quantization.precision.outputs import IN_WORDS, ErrorKind, check_number, norms
 from compress_quantization.precision.report import FrontierPoint, PrecisionReport
 from compress_quantization.precision.search import PrecisionSearch
 from compress_quantization.precision.targets import target_of
@@ -135,14 +135,11 @@ def _traces(search: PrecisionSearch, candidates: Sequence[BitsChoice]) -> tuple[
             losses = [(functools.partial(loss, batch), size / total) for batch, size in batches]
             traces = hessian_traces(weights, losses, iterations=iterations, tolerance=config.tolerance)
         else:
-            with torch.no_grad():
-                first = search.outputs(batches[0][0])
-            kind = search.error_kind(first, auto="kl")
+            kind, share, scales = _measured(search, [batch for batch, _ in batches])
             words = IN_WORDS[kind]
-            share = 1.0 / sum(_rows(kind, first) / batches[0][1] * size for _, size in batches)
-            scales = mean_squares(first) if kind == "squared" else [1.0] * len(first)
             outputs = [(functools.partial(_scaled, search, batch, scales), share) for batch, _ in batches]
             traces = gauss_newton_traces(weights, outputs, kind, iterations=iterations, tolerance=config.tolerance)
+    search.warn_of_no_effect([w.name for w, trace in zip(candidates, traces.values, strict=True) if trace == 0])
     negative = [w.name for w, trace in zip(candidates, traces.values, strict=True) if trace < 0]
     if negative:
         logger.warning(
@@ -181,15 +178,32 @@ def _given_criterion(search: PrecisionSearch) -> QuantizationPrecisionInitArgs |
     return given
 
 
-def _rows(kind: str, outputs: Sequence[torch.Tensor]) -> float:
-    """Returns the number of positions, or samples, of the outputs of a batch."""
-    return sum(t.numel() / t.shape[1] if kind == "kl" else t.shape[0] if t.ndim else 1 for t in outputs)
+@torch.no_grad()
+def _measured(search: PrecisionSearch, batches: Sequence[Any]) -> tuple[ErrorKind, float, list[float]]:
+    """Returns the error's kind, 1 / the number of its samples or positions, and what each output is divided by."""
+    kind: ErrorKind | None = None
+    rows = 0.0
+    sizes: list[int] = []
+    found: list[list[float]] = []
+    for batch in batches:
+        outputs = search.outputs(batch)
+        kind = kind or search.error_kind(outputs, auto="kl")
+        rows += sum(t.numel() / t.shape[1] if kind == "kl" else t.shape[0] if t.ndim else 1 for t in outputs)
+        sizes = sizes or [0] * len(outputs)
+        check_number(len(sizes), len(outputs))
+        sizes = [size + tensor.numel() for size, tensor in zip(sizes, outputs, strict=True)]
+        found.append(norms(outputs))
+    assert kind is not None, "there is a batch at least"
+    if kind == "kl":
+        return kind, 1.0 / rows, [1.0] * len(sizes)
+    roots = [math.hypot(*norm) / size**0.5 for norm, size in zip(zip(*found, strict=True), sizes, strict=True)]
+    return kind, 1.0 / rows, [root or 1.0 for root in roots]  # one of zeros counts by its change
 
 
-def _scaled(search: PrecisionSearch, batch: Any, mean_squares: Sequence[float]) -> list[torch.Tensor]:
+def _scaled(search: PrecisionSearch, batch: Any, scales: Sequence[float]) -> list[torch.Tensor]:
     """Returns the outputs for a batch, each in units of its root mean square: so none hides the others."""
     outputs = search.outputs(batch)
-    return [tensor / square**0.5 for tensor, square in zip(outputs, mean_squares, strict=True)]
+    return [tensor / scale for tensor, scale in zip(outputs, scales, strict=True)]
 
 
 def _criterion(search: PrecisionSearch, given: QuantizationPrecisionInitArgs, batch: Any) -> torch.Tensor:

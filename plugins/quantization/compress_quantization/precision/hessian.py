@@ -93,7 +93,7 @@ def gauss_newton_traces(
         seed: See `hessian_traces`.
 
     Raises:
-        ModelError: The traces are not finite.
+        ModelError: The outputs have no graph, or the traces are not finite.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -102,6 +102,11 @@ def gauss_newton_traces(
         with torch.enable_grad():
             for compute, share in outputs:
                 found = [tensor for tensor in compute() if tensor.requires_grad]
+                if not found:
+                    raise ModelError(
+                        "hawq needs derivatives, and no output of the model has a graph: its forward detaches them, or "
+                        "runs under no_grad. The type 'sensitivity' needs none"
+                    )
                 for number in range(count):
                     seeds = [_factor(kind, tensor.detach(), _signs(tensor, generator)) for tensor in found]
                     gradients = torch.autograd.grad(

@@ -59,15 +59,42 @@ def kind_of_error(wanted: str, tensors: Sequence[torch.Tensor], path: str, *, au
     return "kl" if wanted == "kl" else "squared"
 
 
-def mean_squares(tensors: Sequence[torch.Tensor]) -> list[float]:
-    """Returns the mean square of each output; 1 for one of zeros, which then counts by its change."""
-    return [float(tensor.detach().double().square().mean()) or 1.0 for tensor in tensors]
+def check_number(first: int, later: int) -> None:
+    """Refuses batches for which a model returns another number of outputs than for the first one.
+
+    Raises:
+        DataError: The numbers differ.
+    """
+    if first != later:
+        raise DataError(
+            f"the model returns {first} floating-point tensors for one batch and {later} for another one, so that "
+            "their error cannot be measured; give a forward_fn that returns as many for each batch"
+        )
+
+
+def norms(tensors: Sequence[torch.Tensor]) -> list[float]:
+    """Returns the root of the sum of squares of each output."""
+    units = [_unit(tensor.detach()) for tensor in tensors]
+    return [
+        unit * math.sqrt(float((tensor.detach().double() / unit).square().sum()))
+        for tensor, unit in zip(tensors, units, strict=True)
+    ]
+
+
+def _unit(*tensors: torch.Tensor) -> float:
+    """Returns a power of two as large as the largest value, so that squares neither overflow nor become zero.
+
+    In this unit no value is above 1 and the largest is at least 0.5. It is 1 if all values are zero.
+    """
+    largest = max(float(tensor.abs().max()) for tensor in tensors)
+    return math.ldexp(1.0, min(math.frexp(largest)[1], 1023)) if largest > 0 else 1.0
 
 
 def divergence(kind: ErrorKind, reference: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> torch.Tensor:
     """Returns the error of one batch as a sum over it, a scalar; differentiable in `outputs`.
 
     `kl`: the sum over all positions of KL(softmax(reference) || softmax(output)); `squared`: half the sum of squares.
+    Computed in float64: a divergence is a small difference of large terms, which float32 rounds away.
 
     Args:
         kind: The kind.
@@ -76,12 +103,11 @@ def divergence(kind: ErrorKind, reference: Sequence[torch.Tensor], outputs: Sequ
     """
     total = outputs[0].new_zeros((), dtype=torch.float64)
     for ref, out in zip(reference, outputs, strict=True):
-        wide = torch.promote_types(out.dtype, torch.float32)
         if kind == "kl":
-            log_p, log_q = (F.log_softmax(tensor.to(wide), dim=1) for tensor in (ref, out))
-            total = total + F.kl_div(log_q, log_p, reduction="sum", log_target=True).double()
+            log_p, log_q = (F.log_softmax(tensor.double(), dim=1) for tensor in (ref, out))
+            total = total + F.kl_div(log_q, log_p, reduction="sum", log_target=True)
         else:
-            total = total + 0.5 * (out.to(wide) - ref.to(wide)).square().sum().double()
+            total = total + 0.5 * (out.double() - ref.double()).square().sum()
     return total
 
 
@@ -98,7 +124,8 @@ class MeanError:
 
     def __init__(self, kind: ErrorKind) -> None:
         self._kind = kind
-        self._sums: list[tuple[float, float]] = []
+        # Of each output the error, what it is divided by, and the unit whose square both are counted in.
+        self._sums: list[tuple[float, float, float]] = []
 
     def update(self, reference: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> None:
         """Adds a batch."""
@@ -111,20 +138,34 @@ class MeanError:
                 "measured; give a forward_fn that returns tensors of fixed shapes, such as scores before they are "
                 "selected"
             )
-        is_kl = self._kind == "kl"
-        self._sums = self._sums or [(0.0, 0.0)] * len(reference)
+        self._sums = self._sums or [(0.0, 0.0, 0.0)] * len(reference)
+        check_number(len(self._sums), len(reference))
         for number, (ref, out) in enumerate(zip(reference, outputs, strict=True)):
-            change, scale = self._sums[number]
-            added = float(divergence(self._kind, [ref], [out]))
-            size = ref.numel() / ref.shape[1] if is_kl else float(ref.double().square().sum())
-            self._sums[number] = change + (added if is_kl else 2 * added), scale + size
+            self._sums[number] = _added(self._sums[number], self._of_batch(ref, out))
+
+    def _of_batch(self, ref: torch.Tensor, out: torch.Tensor) -> tuple[float, float, float]:
+        if not bool(out.isfinite().all()):
+            return math.inf, 1.0, 1.0
+        if self._kind == "kl":
+            return float(divergence("kl", [ref], [out])), ref.numel() / ref.shape[1], 1.0
+        unit = _unit(ref, out)
+        ref, out = ref.double() / unit, out.double() / unit
+        return 2 * float(divergence("squared", [ref], [out])), float(ref.square().sum()), unit
 
     def value(self) -> float:
         """Returns the mean; infinite if an output was not finite."""
-        if not all(math.isfinite(change) for change, _ in self._sums):
+        if not all(math.isfinite(change) for change, _, _ in self._sums):
             return math.inf
         if self._kind == "kl":
-            total = sum(change for change, _ in self._sums)
-            return max(total, 0.0) / (sum(scale for _, scale in self._sums) or 1.0)
-        relative = [change / (scale or 1.0) for change, scale in self._sums]
+            total = sum(change for change, _, _ in self._sums)
+            return max(total, 0.0) / (sum(scale for _, scale, _ in self._sums) or 1.0)
+        relative = [change / scale if scale else change * unit * unit for change, scale, unit in self._sums]
         return sum(relative) / max(len(relative), 1)
+
+
+def _added(old: tuple[float, float, float], new: tuple[float, float, float]) -> tuple[float, float, float]:
+    """Returns the sum of two errors and scales, in the larger one of their units."""
+    unit = max(old[2], new[2])
+    shares = [(own / unit) ** 2 for *_, own in (old, new)]
+    change, scale = (sum(part[n] * share for part, share in zip((old, new), shares, strict=True)) for n in (0, 1))
+    return change, scale, unit

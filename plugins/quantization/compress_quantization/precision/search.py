@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import logging
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,6 +26,8 @@ from compress_quantization.precision.outputs import ErrorKind, MeanError, kind_o
 from compress_quantization.quantizer_config import QuantizerSpec
 
 _ATTRIBUTES = ("bits", "narrow_range", "half_range", "smallest_scale")
+
+logger = logging.getLogger(__name__)
 
 
 def set_spec(module: FakeQuantize, spec: QuantizerSpec) -> None:
@@ -64,7 +67,9 @@ class PrecisionSearch:
         model: See above.
         device: See above.
         choices: The numbers of bits that each quantizer can have.
-        modules: The quantizers that are in the model, by name; those that are off stay off.
+        modules: The quantizers that are in the model, by name.
+        unreached: Names of those that no sample has reached: they stay off. Others that are off, because quantization
+            begins in a later epoch, are on while something is measured.
         find_data: Returns the calibration data, or raises an error that says how to give it.
         extra: Returns the object of a type that the user has registered with the config, or None.
     """
@@ -78,12 +83,13 @@ class PrecisionSearch:
         *,
         choices: Sequence[BitsChoice],
         modules: Mapping[str, FakeQuantize],
+        unreached: Collection[str] = (),
         find_data: Callable[[], CalibrationData],
         extra: Callable[[type], Any] = lambda kind: None,
     ) -> None:
         self.config, self.path, self.model, self.device = config, path, model, device
         self._modules, self._find_data, self._extra = dict(modules), find_data, extra
-        self._off = frozenset(name for name, module in modules.items() if not module.enabled)
+        self._off = frozenset(unreached)
         self._choices = {choice.name: choice for choice in choices if choice.name in modules}
 
     # What can be chosen.
@@ -178,6 +184,22 @@ class PrecisionSearch:
                 module.enabled = enabled
                 for attribute, value in values.items():
                     setattr(module, attribute, value)
+
+    def warn_of_no_effect(self, names: Sequence[str]) -> None:
+        """Warns of quantizers whose numbers of bits are the fewest because the output does not depend on them.
+
+        Args:
+            names: Names of the quantizers, or of groups of them; no warning if there is none.
+        """
+        if names:
+            logger.warning(
+                "%s: on the data, the error of the output does not depend on %d of the weights, such as '%s', so "
+                "nothing speaks against the fewest bits for them. If they matter in training, give them bits in "
+                "scope_overrides, or name them in ignored_scopes",
+                self.path,
+                len(names),
+                names[0],
+            )
 
     # Data.
 

@@ -118,6 +118,7 @@ def _solved(
     search: PrecisionSearch, decisions: Sequence[Decision], measured: Sequence[Sequence[float]], budget: Budget
 ) -> tuple[Problems, dict[str, int]]:
     problem = Problems(search, decisions, measured, budget)
+    search.warn_of_no_effect([str(d.group) for d, found in zip(decisions, measured, strict=True) if not any(found)])
     bits = problem.solve(budget.value)
     if bits is None:
         raise budget.refusal(*problem.reach, f"{search.path}.budget")

@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from compress_core import create_compressed_model
+from compress_core import Choice, create_compressed_model
+from compress_core.registry import Registry, use_registry
+from tests.conftest import declared_entry_points
+from tests.plugin_helpers import plugin
 
 
 class Net(nn.Module):
@@ -68,3 +71,12 @@ def bits_of(controller):
 
 def weight_bits(controller):
     return {name: quantizer.bits for name, quantizer in controller.weight_quantizers.items()}
+
+
+def with_method(value):
+    """Returns a context manager in which `first-first` is a type of `precision`."""
+    registry = Registry()
+    registry.find_entry_points(declared_entry_points())
+    choices = [Choice("quantization.precision", "first-first", value, "theirs")]
+    registry.register(plugin(compress_choices=lambda self: choices), "theirs")
+    return use_registry(registry)

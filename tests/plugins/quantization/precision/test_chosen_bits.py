@@ -7,6 +7,7 @@ import functools
 import itertools
 import json
 import logging
+import math
 
 import numpy as np
 import pytest
@@ -14,8 +15,8 @@ import torch
 from torch import nn
 
 from compress_core import (
-    Choice,
     CompressionError,
+    CompressionStage,
     ConfigError,
     DataError,
     PluginError,
@@ -23,11 +24,8 @@ from compress_core import (
     create_compressed_model,
     register_default_init_args,
 )
-from compress_core.registry import Registry, use_registry
 from compress_core.testing import fingerprint
 from compress_quantization.precision import ChosenBits, PrecisionMethod
-from tests.conftest import declared_entry_points
-from tests.plugin_helpers import plugin
 from tests.plugins.quantization.precision.search_helpers import (
     GROUPS,
     Net,
@@ -37,6 +35,7 @@ from tests.plugins.quantization.precision.search_helpers import (
     make_net,
     pairs,
     weight_bits,
+    with_method,
 )
 
 # The points of the frontier, of which each takes an evaluation, stand only where they are tested.
@@ -183,6 +182,33 @@ def test_other_budgets_are_kept(budget, unit):
         rest = sum(8 * t.numel() * t.element_size() for n, t in model.state_dict().items() if not _is_stored_weight(n))
         used = (packed + rest) / 8e6
     assert point.used == pytest.approx(used, rel=1e-6)
+
+
+BESIDE = {
+    "magnitude_sparsity": {"sparsity_init": 0.5},
+    "rb_sparsity": {},
+    "const_sparsity": {},
+    "movement_sparsity": {
+        "params": {"warmup_start_epoch": 1, "warmup_end_epoch": 2, "importance_regularization_factor": 0.1}
+    },
+}
+
+
+@pytest.mark.parametrize("other", BESIDE)
+def test_the_size_of_the_file_is_that_of_the_stripped_model(other):
+    """Masks and scores go with `strip`, and buffers that are not saved are in no file."""
+    model = make_net()
+    model.register_buffer("cache", torch.zeros(1000), persistent=False)
+    section = document({**FOUR, "budget": {"file_size": 0.00035}, "frontier_points": 1})
+    section["compression"] = [{"algorithm": other, **BESIDE[other]}, section["compression"]]
+    controller, model = create_compressed_model(model, section, init_loader=pairs())
+    (point,) = [p for p in controller.precision_report.points if p.chosen]
+    bits = weight_bits(controller)
+    masked = ("mask", "scores", "threshold", "moment")
+    state = {n: t for n, t in model.state_dict().items() if n.rpartition(".")[2] not in masked}
+    rest = sum(8 * t.numel() * t.element_size() for n, t in state.items() if not _is_stored_weight(n))
+    packed = sum(bits[f"{n.removesuffix('.weight')}|WEIGHT"] * state[n].numel() for n in state if _is_stored_weight(n))
+    assert point.used == pytest.approx((packed + rest) / 8e6, rel=1e-12)
 
 
 def _is_stored_weight(name):
@@ -431,6 +457,23 @@ def test_a_metric_that_does_not_tell_bits_apart_leaves_as_many_as_the_ratio_allo
     assert 0.11 < average(controller, model) / 32 <= 0.15
 
 
+def test_among_equal_losses_none_gets_two_bits_for_the_sake_of_others():
+    """All layers have as many weights: 2, 4 and 8 bits would be more bits in sum, and far worse than 4 bits for all."""
+    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6))
+    section = {**document({"type": "autoq"}), "input_info": {"sample_size": [1, 6]}}
+    loader = [(torch.randn(8, 6), torch.zeros(8))]
+    config = register_default_init_args(section, loader, autoq_eval_fn=lambda model, loader: 1.0)
+    controller, _ = create_compressed_model(model, config)
+    assert set(weight_bits(controller).values()) == {4}
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_metric_that_is_not_finite_is_refused(value):
+    config = register_default_init_args(document({"type": "autoq"}), pairs(), autoq_eval_fn=lambda model, loader: value)
+    with pytest.raises(DataError, match="autoq_eval_fn must return a finite number for the unquantized model"):
+        create_compressed_model(make_net(), config)
+
+
 def test_swaps_are_kept_only_if_the_metric_is_better():
     target = {"stem|WEIGHT": 2, "left|WEIGHT": 8, "right|WEIGHT": 8, "fc|WEIGHT": 8}
     controllers = []
@@ -494,14 +537,6 @@ def test_the_report_is_a_table_and_a_picture(tmp_path):
     pytest.importorskip("matplotlib")
     report.draw(tmp_path / "frontier.png")
     assert (tmp_path / "frontier.png").stat().st_size > 1000
-
-
-def with_method(value):
-    registry = Registry()
-    registry.find_entry_points(declared_entry_points())
-    choices = [Choice("quantization.precision", "first-first", value, "theirs")]
-    registry.register(plugin(compress_choices=lambda self: choices), "theirs")
-    return use_registry(registry)
 
 
 def test_a_method_of_another_package_is_a_type():
@@ -580,3 +615,16 @@ def test_with_stages_the_bits_hold_when_the_quantizers_are_turned_on():
     controller.scheduler.epoch_step()
     assert quantizer.enabled
     assert bits_of(controller) == bits
+
+
+@pytest.mark.parametrize("kind", ["sensitivity", "hawq", "autoq"])
+@pytest.mark.parametrize("group", ["weights", "activations"])
+def test_stages_that_begin_later_do_not_change_the_choice(kind, group):
+    """Quantizers that are still off are measured as they will be: off, they would have no error with any bits."""
+    precision = {"sensitivity": FOUR, "hawq": METHODS["hawq"], "autoq": METHODS["autoq"]}[kind]
+    plain, _ = created(precision)
+    other = "activations" if group == "weights" else "weights"
+    params = {f"{group}_quant_start_epoch": 2, f"{other}_quant_start_epoch": 0}
+    staged, _ = created(precision, params=params)
+    assert weight_bits(staged) == weight_bits(plain)
+    assert staged.compression_stage() == CompressionStage.PARTIALLY_COMPRESSED
