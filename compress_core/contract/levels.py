@@ -37,11 +37,11 @@ class LevelAlgorithm(Algorithm):
 
     def level(self) -> float:
         """Returns the level measured on the model."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must implement level()")
 
     def set_level(self, level: float) -> None:
         """Sets a level; called while the masks are not frozen."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must implement set_level(level)")
 
     @property
     def compression_rate(self) -> float:

@@ -50,7 +50,7 @@ class MaskingAlgorithm(Algorithm):
         Args:
             name: Dotted name of a weight that has the transform.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must implement kept(name)")
 
     def plan_masks(self, model: nn.Module, context: Context, *, frozen: bool = True) -> Plan:
         """Returns the plan to mask every weight that the scopes allow.

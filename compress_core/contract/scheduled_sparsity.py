@@ -87,7 +87,7 @@ class ScheduledSparsity(MaskingAlgorithm, LevelAlgorithm):
             level: The level.
             time: Epoch and number of finished optimizer steps.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must implement follow_schedule(level, time)")
 
     def set_sparsity_level(self, level: float) -> None:
         """Sets the level.
@@ -95,7 +95,7 @@ class ScheduledSparsity(MaskingAlgorithm, LevelAlgorithm):
         Args:
             level: Share of weights that is to be zero, 0 <= level < 1.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must implement set_sparsity_level(level)")
 
     @hookimpl
     def compress_epoch_step(self, clock: Clock) -> None:

@@ -111,7 +111,8 @@ def test_a_config_can_be_read_where_quantization_is_not_installed():
 @pytest.mark.parametrize("device", ["xnnpack", "tensorrt", "onnxruntime-cpu"])
 def test_other_algorithms_do_not_mind_the_device(device):
     config = {"target_device": device, "compression": {"algorithm": "magnitude_sparsity"}}
-    create_compressed_model(nn.Sequential(nn.Linear(4, 4)), config)
+    controller, _ = create_compressed_model(nn.Sequential(nn.Linear(4, 4)), config)
+    assert controller.algorithms.keys() == {"magnitude_sparsity"}
 
 
 def wrong_documents():
