@@ -20,6 +20,7 @@ from compress_core.session.lifecycle import Lifecycle
 from compress_core.session.model_copies import copy_of, take_decisions
 from compress_core.session.parts import ControllerParts
 from compress_core.session.report import Reported, ReportOptions, write_report
+from compress_core.transforms.activation import check_forwards
 from compress_core.transforms.model_wide import bake_transforms
 from compress_core.transforms.python_state import copied
 from compress_core.transforms.wrapped_forward import drop_mixed_precision
@@ -57,6 +58,8 @@ class ResultMethods(ControllerParts):
             take_decisions(stripped, self.model)
         if do_copy:
             drop_mixed_precision(stripped)
+        else:
+            check_forwards(stripped)
         # The copy shares classes, closures and caches with the model.
         with without_traces(self.model, parameters=False) if do_copy else contextlib.nullcontext():
             lifecycle.strip(stripped)

@@ -149,6 +149,17 @@ def activation_transforms(model: nn.Module) -> list[ActivationTransformHandle]:
     ]
 
 
+def check_forwards(model: nn.Module) -> None:
+    """Refuses to make a model plain where a wrapper has taken hold of the forward that applies its transforms.
+
+    Raises:
+        TransformError: A module with activation transforms has a forward of its own as an attribute.
+    """
+    for name, module in model.named_modules():
+        if activations_of(module) is not None:
+            _check_forward(module, f"'{name or 'model'}' ({type(module).__name__})")
+
+
 def get_activation_transform(model: nn.Module, place: ActivationPlace, key: str) -> nn.Module | None:
     """Returns the transform `key` at `place`, or None; None as well if there is no such module any more."""
     try:
@@ -197,18 +208,7 @@ def _check_reachable(model: nn.Module, owner: nn.Module, place: ActivationPlace,
     what = f"'{place.module or 'model'}' ({type(owner).__name__})"
     if isinstance(owner, torch.jit.ScriptModule):
         raise TransformError(f"{what} is a ScriptModule, whose forward cannot be changed; compress it before scripting")
-    drop_plain_forward(owner)
-    if "forward" in owner.__dict__:
-        remedy = (
-            "accelerator.unwrap_model(model, keep_fp32_wrapper=False) takes accelerate's mixed precision off; compress "
-            "the model before accelerator.prepare"
-            if is_mixed_precision(owner)
-            else "remove it before compression (accelerate: remove_hook_from_module) and set it again afterwards"
-        )
-        raise TransformError(
-            f"{what} has a forward of its own as an attribute (accelerate and others set one), which would bypass "
-            f"transforms; {remedy}"
-        )
+    _check_forward(owner, what)
     if type(owner).forward is nn.Module.forward:
         raise TransformError(f"{what} has no forward: it only holds other modules; name one of these")
     for module in special:
@@ -222,6 +222,21 @@ def _check_reachable(model: nn.Module, owner: nn.Module, place: ActivationPlace,
         raise TransformError(
             f"{what} has an attribute '{ACTIVATIONS_ATTRIBUTE}' of its own; rename it, compress-core keeps its "
             "transforms under that name"
+        )
+
+
+def _check_forward(owner: nn.Module, what: str) -> None:
+    drop_plain_forward(owner)
+    if "forward" in owner.__dict__:
+        remedy = (
+            "accelerator.unwrap_model(model, keep_fp32_wrapper=False) takes accelerate's mixed precision off; compress "
+            "the model before accelerator.prepare"
+            if is_mixed_precision(owner)
+            else "remove it before compression (accelerate: remove_hook_from_module) and set it again afterwards"
+        )
+        raise TransformError(
+            f"{what} has a forward of its own as an attribute (accelerate and others set one), which would bypass "
+            f"transforms; {remedy}"
         )
 
 

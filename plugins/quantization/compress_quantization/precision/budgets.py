@@ -11,8 +11,7 @@ import torch
 from torch import nn
 
 from compress_core import ConfigError
-from compress_core.transforms import raw_parameter
-from compress_core.transforms.weight_chain import WeightChain
+from compress_core.transforms import raw_parameter, transformed_weights
 from compress_quantization.config import BudgetConfig
 from compress_quantization.fake_quantize import FakeQuantize
 from compress_quantization.plan import BitsChoice
@@ -118,8 +117,9 @@ def _in_a_file(model: nn.Module) -> list[torch.Tensor]:
 
     Masks and scores of other algorithms are not among them, because `strip` bakes them into the weights.
     """
-    chains = [module for module in model.modules() if isinstance(module, WeightChain)]
-    baked = [t for chain in chains for t in chain.children() if not isinstance(t, FakeQuantize)]
+    baked = [
+        t for weight in transformed_weights(model) for t in weight.chain.children() if not isinstance(t, FakeQuantize)
+    ]
     gone = {id(tensor) for transform in baked for tensor in (*transform.parameters(), *transform.buffers())}
     saved = model.state_dict()
     own = itertools.chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
