@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
+from benchmarks import report
+
 # On a GPU one step takes less than what surrounds it, so that several are timed together.
 _REPEATS = 10
 
@@ -34,7 +36,7 @@ class Ratio:
     milliseconds: float
 
     def __str__(self) -> str:
-        return f"{self.median:.2f} [{self.low:.2f}, {self.high:.2f}]"
+        return report.quartiles(vars(self))
 
 
 def compare(

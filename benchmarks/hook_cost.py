@@ -76,7 +76,7 @@ class Spread:
     high: float
 
     def __str__(self) -> str:
-        return f"{self.median:.2f} [{self.low:.2f}, {self.high:.2f}]"
+        return report.quartiles(vars(self))
 
 
 def _interleaved(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, Spread]:

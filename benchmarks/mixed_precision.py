@@ -182,16 +182,16 @@ def main() -> None:
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
     settings = {key: value for key, value in vars(options).items() if key not in ("networks", "keep")}
-    results = kept(settings) if options.keep else {}
+    results = measured_before(settings) if options.keep else {}
     for name in options.networks:
         measured = measure(name, options)
         # Read again: another process may have measured another network meanwhile.
-        results = {**(kept(settings) if options.keep else results), name: measured}
+        results = {**(measured_before(settings) if options.keep else results), name: measured}
         report.write("mixed_precision", {"settings": settings, "results": results})
     report.show(shown(results))
 
 
-def kept(settings: dict[str, Any]) -> dict[str, Any]:
+def measured_before(settings: dict[str, Any]) -> dict[str, Any]:
     """Returns what the file of results has of each network; figures of other settings do not stand in one table."""
     path = report.RESULTS / "mixed_precision.json"
     if not path.exists():

@@ -115,7 +115,7 @@ def tables(results: dict[str, dict[str, Any]]) -> list[Table]:
     latency = [
         (
             name,
-            f"{found['speed_up']['median']:.2f} [{found['speed_up']['low']:.2f}, {found['speed_up']['high']:.2f}]",
+            report.quartiles(found["speed_up"]),
             f"{found['speed_up']['full_ms']:.0f}",
             f"{found['flops_ratio']:.2f}",
             f"{found['parameters_ratio']:.2f}",
@@ -125,7 +125,7 @@ def tables(results: dict[str, dict[str, Any]]) -> list[Table]:
     ]
     keys = ("groups_seconds", "flops_target_seconds", "create_seconds")
     costs = [
-        (name, str(Ratio(**found["step_with_masks"])), *(f"{found[key]:.2f}" for key in keys))
+        (name, report.quartiles(found["step_with_masks"]), *(f"{found[key]:.2f}" for key in keys))
         for name, found in results.items()
     ]
     return [

@@ -209,7 +209,7 @@ def table(results: dict[str, Any], device: str = "cpu") -> Table:
         for key in result["memory"]:
             if key != "plain_mb":
                 ratios = [result[kind].get(key) for kind in ("train", "eval")]
-                cells = [f"{r['median']:.2f} [{r['low']:.2f}, {r['high']:.2f}]" if r else "as above" for r in ratios]
+                cells = [report.quartiles(r) if r else "as above" for r in ratios]
                 rows.append((name, key, *cells, f"{result['memory'][key]:.2f}"))
         noise = [f"{result[kind]['baseline']['median']:.2f}" for kind in ("train", "eval")]
         rows.append((name, "plain / plain", *noise, "1.00"))

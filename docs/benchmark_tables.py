@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks import bn_adaptation, nncf_documents, reconstruction
+from benchmarks import bn_adaptation, nncf_documents, reconstruction, report
 from benchmarks.zoo import channels
 from compress_core.contract.statistics import Table
 
@@ -14,7 +14,7 @@ Content = dict[str, Any]
 
 def ratio(cell: dict[str, float] | None) -> str:
     """Returns a median with its quartiles."""
-    return f"{cell['median']:.2f} [{cell['low']:.2f}, {cell['high']:.2f}]" if cell else ""
+    return report.quartiles(cell) if cell else ""
 
 
 def grid(title: str, first: str, rows: dict[str, dict[str, Any]]) -> Table:

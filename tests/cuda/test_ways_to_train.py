@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from compress_core import load_checkpoint, read_checkpoint, save_checkpoint
-from compress_core.registry import Registry, use_registry
+from compress_core.registry import use_registry
 from tests.cuda.runs import CPU, Run, assert_close, assert_on, batches, network
 from tests.host_reads import host_reads
 from tests.sections import SECTIONS, pruning, quantization, quantized_as_without_compiler, sparsity
@@ -154,7 +154,7 @@ def assert_never_waits(step):
 
 
 def worker(rank, folder, kind):
-    from tests.conftest import declared_entry_points
+    from tests.conftest import with_built_in_plugins
 
     torch.set_num_threads(1)
     device = torch.device(kind, rank) if kind == "cuda" else torch.device(kind)
@@ -163,8 +163,7 @@ def worker(rank, folder, kind):
     dist.init_process_group(
         "nccl" if kind == "cuda" else "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
     )
-    registry = Registry()
-    registry.load_entry_points(declared_entry_points())
+    registry = with_built_in_plugins()
     # Compilers of CPUs take a minute.
     kernels = contextlib.nullcontext() if kind == "cuda" else quantized_as_without_compiler()
     with use_registry(registry), kernels:

@@ -39,14 +39,12 @@ def as_rank(rank, folder, number=2):
 
     Nothing may hold the process group any more then, as the reducer of DistributedDataParallel does.
     """
-    from compress_core.registry import Registry, use_registry
-    from tests.conftest import declared_entry_points
+    from compress_core.registry import use_registry
+    from tests.conftest import with_built_in_plugins
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=number)
-    registry = Registry()
-    registry.load_entry_points(declared_entry_points())
-    with use_registry(registry):
+    with use_registry(with_built_in_plugins()):
         yield
     dist.barrier()
     dist.destroy_process_group()

@@ -41,8 +41,7 @@ DOCUMENT = {
 
 
 def worker(rank, folder):
-    from compress_core.registry import Registry
-    from tests.conftest import declared_entry_points
+    from tests.conftest import with_built_in_plugins
 
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -52,9 +51,7 @@ def worker(rank, folder):
         world_size=2,
         timeout=timedelta(seconds=60),
     )
-    registry = Registry()
-    registry.load_entry_points(declared_entry_points())
-    with use_registry(registry):
+    with use_registry(with_built_in_plugins()):
         found = {work.__name__: work(rank, folder) for work in (fail_in_each_method, interrupt, call_alone)}
         torch.save(found, f"{folder}/rank{rank}.pt")
     dist.barrier()

@@ -98,15 +98,12 @@ def again(controller, name):
 
 def in_group(rank, folder, work, *arguments):
     """A process of the group: does its work, and writes what came of it."""
-    from compress_core.registry import Registry
-    from tests.conftest import declared_entry_points
+    from tests.conftest import with_built_in_plugins
 
     torch.set_num_threads(1)
     size = arguments[0]
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size)
-    registry = Registry()
-    registry.load_entry_points(declared_entry_points())
-    with use_registry(registry):
+    with use_registry(with_built_in_plugins()):
         result = work(rank, *arguments[1:])
     torch.save(result, f"{folder}/rank{rank}.pt")
     dist.barrier()

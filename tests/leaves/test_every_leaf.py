@@ -14,17 +14,14 @@ import pytest
 from pydantic import Field
 
 from compress_core import Algorithm, AlgorithmConfig, Plan, Stage, hookimpl, mask_weight
-from compress_core.registry import Registry
-from tests.conftest import declared_entry_points
+from tests.conftest import with_built_in_plugins
 from tests.leaves.cases import BASES, CASES, EVERY_OTHER_VALUE, Case
 from tests.leaves.observe import TOLD, Observation, observe, observed
 from tests.leaves.schema import ABSENT, Leaf, at_path, leaves_of
 
 
 def built_in() -> list[Leaf]:
-    registry = Registry()
-    registry.load_entry_points(declared_entry_points())
-    return leaves_of(registry)
+    return leaves_of(with_built_in_plugins())
 
 
 LEAVES = built_in()

@@ -138,10 +138,8 @@ import sys, torch
 from torch import nn
 from compress_core import create_compressed_model, save_checkpoint
 import tests.conftest as conftest
-from compress_core.registry import Registry, use_registry
-registry = Registry()
-registry.load_entry_points(conftest.declared_entry_points())
-with use_registry(registry):
+from compress_core.registry import use_registry
+with use_registry(conftest.with_built_in_plugins()):
     model = nn.Sequential(nn.Linear(1000, 1000), nn.Linear(1000, 10))
     controller, model = create_compressed_model(model, {"compression": {"algorithm": "magnitude_sparsity"}})
     number = 0

@@ -17,10 +17,10 @@ from compress_core import (
     hookimpl,
     mask_weight,
 )
-from compress_core.registry import Registry, use_registry
+from compress_core.registry import use_registry
 from compress_core.testing import Case, run_checks
 from compress_core.transforms import get_weight_transform, raw_parameter
-from tests.conftest import declared_entry_points
+from tests.conftest import with_built_in_plugins
 from tests.plugin_helpers import contributing, plugin
 from tests.zoo import images
 
@@ -133,8 +133,7 @@ def make_case(initializer=False, data=False, **settings):
 
 def registered(*classes):
     """A registry of the built-in plugins and of one that contributes these classes."""
-    registry = Registry()
-    registry.load_entry_points(declared_entry_points())
+    registry = with_built_in_plugins()
     initializers = [cls for cls in classes if issubclass(cls, Initializer)]
     algorithms = [cls for cls in classes if issubclass(cls, Algorithm)]
     registry.register(contributing(*algorithms), "seeded")

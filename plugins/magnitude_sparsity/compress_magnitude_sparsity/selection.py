@@ -44,11 +44,6 @@ class RankedTensor:
             wide = piece.abs() if piece.dtype in (torch.float32, torch.float64) else piece.float().abs()
             yield wide if self.scale == 1.0 else wide.div_(self.scale)
 
-    def importance(self, index: int) -> torch.Tensor:
-        """Returns the importance of the element with this flat index, a scalar of the dtype of `pieces`."""
-        element = self.values.detach().reshape(-1)[index : index + 1]
-        return next(RankedTensor(self.name, element, self.scale).pieces())[0]
-
 
 def layer_scale(values: torch.Tensor) -> float:
     """Returns the L2 norm of a tensor for `normed_abs`, or 1 if all weights are zero."""
@@ -95,17 +90,19 @@ def select(tensors: Sequence[RankedTensor], count: int) -> Selection:
     Raises:
         ModelError: A weight is NaN or infinite. Nothing has been written.
     """
-    kept = [_last_largest(tensor) for tensor in tensors]
-    droppable = sum(tensor.values.numel() for tensor in tensors) - sum(index is not None for index in kept)
+    largest = [_last_largest(tensor) for tensor in tensors]
+    kept = [None if found is None else found[0] for found in largest]
+    never_masked = [found[1] for found in largest if found is not None]
+    droppable = sum(tensor.values.numel() for tensor in tensors) - len(never_masked)
     count = min(count, droppable)
     if count <= 0:
         return Selection(tensors, kept, None, 0)
-    threshold, ties = _kth_smallest(tensors, kept, count)
+    threshold, ties = _kth_smallest(tensors, never_masked, count)
     return Selection(tensors, kept, threshold, ties)
 
 
-def _last_largest(tensor: RankedTensor) -> int | None:
-    """Returns the flat index of the most important element, the last one among equal ones."""
+def _last_largest(tensor: RankedTensor) -> tuple[int, float] | None:
+    """Returns the flat index and the importance of the most important element, the last one among equal ones."""
     best, index, offset = -1.0, None, 0
     for piece in tensor.pieces():
         largest = float(piece.max())
@@ -115,7 +112,7 @@ def _last_largest(tensor: RankedTensor) -> int | None:
             best = largest
             index = offset + _last_equal(piece, largest)
         offset += piece.numel()
-    return index
+    return None if index is None else (index, best)
 
 
 def _last_equal(values: torch.Tensor, wanted: float) -> int:
@@ -134,21 +131,20 @@ def _digits(dtype: torch.dtype) -> tuple[torch.dtype, range]:
     return integer, range(bits - _DIGIT_BITS, -1, -_DIGIT_BITS)
 
 
-def _kth_smallest(tensors: Sequence[RankedTensor], kept: Sequence[int | None], count: int) -> tuple[torch.Tensor, int]:
-    """Returns the importance of rank `count` (from 1, without kept elements), and how many ties have to be masked."""
+def _kth_smallest(
+    tensors: Sequence[RankedTensor], never_masked: Sequence[float], count: int
+) -> tuple[torch.Tensor, int]:
+    """Returns the importance of rank `count` (from 1, without `never_masked`), and how many ties have to be masked."""
     wide = torch.float64 if any(t.values.dtype == torch.float64 for t in tensors) else torch.float32
     integer, shifts = _digits(wide)
     device = tensors[0].values.device
-    never_masked = [
-        t.importance(index).to(device, wide) for t, index in zip(tensors, kept, strict=True) if index is not None
-    ]
+    left_out = torch.tensor(never_masked, dtype=wide, device=device).view(integer)
     prefix, remaining = 0, count
     for shift in shifts:
         histogram = torch.zeros(1 << _DIGIT_BITS, dtype=torch.int64, device=device)
         for batch in _batches(tensors):
             histogram += _histogram(batch.to(wide).view(integer), shift, prefix).to(device)
-        if never_masked:
-            histogram -= _histogram(torch.stack(never_masked).view(integer), shift, prefix)
+        histogram -= _histogram(left_out, shift, prefix)
         below = histogram.cumsum(0)
         digit = int(torch.searchsorted(below, remaining))
         remaining -= int(below[digit - 1]) if digit else 0

@@ -104,15 +104,21 @@ def test_every_weighted_layer_type():
     assert found == plain | attention | recurrent
 
 
+class Product(nn.Module):
+    """A layer of a user, of which subclasses are registered."""
+
+    def __init__(self):
+        super().__init__()
+        self.kernel = nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x):
+        return x @ self.kernel
+
+
 def test_registered_user_modules():
     @register_module("kernel", target_weight_dim_for_compression=0)
-    class Mine(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.kernel = nn.Parameter(torch.randn(4, 4))
-
-        def forward(self, x):
-            return x @ self.kernel
+    class Mine(Product):
+        pass
 
     @register_module(ignored_algorithms=["magnitude_sparsity"])
     class Exempt(Mine):
@@ -125,14 +131,9 @@ def test_registered_user_modules():
 
 
 def test_one_ignored_algorithm_may_be_a_word_and_what_is_no_name_is_refused():
-    @register_module(ignored_algorithms="magnitude_sparsity")
-    class Mine(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.weight = nn.Parameter(torch.randn(4, 4))
-
-        def forward(self, x):
-            return x @ self.weight
+    @register_module("kernel", ignored_algorithms="magnitude_sparsity")
+    class Mine(Product):
+        pass
 
     assert create(nn.Sequential(Mine(), nn.Linear(4, 4)), sparsity_init=0.5).sparsified_module_info == ["1.weight"]
     for arguments in ({"ignored_algorithms": [3]}, {"target_weight_dim_for_compression": "0"}):
